@@ -1,0 +1,113 @@
+"""The purse that every searcher is charged from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evo_hpo.errors import BudgetError
+
+__all__ = ["Allowance", "Budget", "Ledger"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one search may spend: exactly one of tokens read by the model, evaluations (trials), or seconds of scoring.
+
+    Raises:
+        BudgetError: none or several are given, or the amount is not positive.
+    """
+
+    tokens: int | None = None
+    evaluations: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in vars(self).items() if v is not None}
+        if len(given) != 1:
+            raise BudgetError(
+                f"a budget is exactly one of tokens, evaluations or seconds, got {', '.join(given) or 'none'}"
+            )
+        ((kind, amount),) = given.items()
+        if isinstance(amount, bool) or not amount > 0:
+            raise BudgetError(f"budget of {amount!r} {kind} must be positive")
+
+    @property
+    def kind(self) -> str:
+        """``tokens``, ``evaluations`` or ``seconds``."""
+        return next(k for k, v in vars(self).items() if v is not None)
+
+    @property
+    def amount(self) -> float:
+        """How much of it."""
+        return next(v for v in (self.tokens, self.evaluations, self.seconds) if v is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What is left to spend when a searcher is asked: it should ask for no more (the loop drops what it cannot pay).
+
+    Attributes:
+        tokens: calibration tokens left; None: tokens are not what is limited.
+        evaluations: trials left; None: trials are not what is limited.
+        default_tokens: what a trial costs that names no tokens of its own; 0: the problem has no fidelity.
+    """
+
+    tokens: int | None = None
+    evaluations: int | None = None
+    default_tokens: int = 0
+
+    def affords(self, trials: int, tokens: int | None = None) -> int:
+        """How many of ``trials`` trials of ``tokens`` tokens each can be paid."""
+        if self.evaluations is not None:
+            trials = min(trials, self.evaluations)
+        if self.tokens is not None:
+            each = self.default_tokens if tokens is None else tokens
+            trials = min(trials, self.tokens // each) if each else trials
+        return max(trials, 0)
+
+    def less(self, trials: int, tokens: int | None = None) -> Allowance:
+        """What is left after ``trials`` trials of ``tokens`` tokens each."""
+        each = self.default_tokens if tokens is None else tokens
+        return Allowance(
+            None if self.tokens is None else self.tokens - trials * each,
+            None if self.evaluations is None else self.evaluations - trials,
+            self.default_tokens,
+        )
+
+
+class Ledger:
+    """Running account of one search."""
+
+    def __init__(self, budget: Budget, default_tokens: int = 0) -> None:
+        self.budget = budget
+        self.default_tokens = default_tokens
+        self.tokens = 0
+        self.evaluations = 0
+        self.seconds = 0.0
+        if budget.tokens is not None and not default_tokens:
+            raise BudgetError("a budget of tokens needs a problem that reads tokens: give evaluations or seconds")
+
+    @property
+    def spent(self) -> float:
+        """How much of the budget's kind is spent."""
+        return float(getattr(self, self.budget.kind))
+
+    @property
+    def exhausted(self) -> bool:
+        """True when nothing is left."""
+        return self.spent >= self.budget.amount
+
+    def allowance(self) -> Allowance:
+        """What is left; seconds limit no single batch, they are looked at between batches."""
+        return Allowance(
+            None if self.budget.tokens is None else self.budget.tokens - self.tokens,
+            None if self.budget.evaluations is None else self.budget.evaluations - self.evaluations,
+            self.default_tokens,
+        )
+
+    def charge(self, tokens: Sequence[int], seconds: float) -> None:
+        """Books a batch: the tokens that each of its trials read, and the seconds of all."""
+        self.tokens += sum(tokens)
+        self.evaluations += len(tokens)
+        self.seconds += seconds

@@ -1,0 +1,167 @@
+"""Searchers and problems by name, found through the entry-point groups ``evo_hpo.searchers`` and ``evo_hpo.problems``.
+
+A searcher's entry point is a :class:`Searcher` class, or a :class:`Family` whose members are named
+``family:member`` (``optuna:tpe``). A problem's entry point is a function that takes keyword settings and returns a
+:class:`Problem`. Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, runtime_checkable
+
+from evo_hpo.errors import InvalidSettingError, UnknownNameError
+from evo_hpo.problem import Problem
+from evo_hpo.searcher import Searcher, check_settings, settings_of
+from evo_hpo.space import CompressionSpace
+
+__all__ = [
+    "Description",
+    "Family",
+    "available_problems",
+    "available_searchers",
+    "describe_problem",
+    "describe_searcher",
+    "make_problem",
+    "make_searcher",
+]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a name stands for: a one-line summary, its settings with defaults, and whether seeds matter."""
+
+    name: str
+    summary: str
+    settings: dict[str, Any]
+    random: bool = True
+
+
+@runtime_checkable
+class Family(Protocol):
+    """Many searchers of one library under one prefix."""
+
+    def members(self) -> tuple[str, ...]:
+        """Names after the colon."""
+
+    def member(self, name: str) -> type[Searcher]:
+        """The searcher class of a member, or UnknownNameError."""
+
+
+@cache
+def _entries(group: str) -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=group):
+        if entry.name in found and found[entry.name].value != entry.value:
+            raise InvalidSettingError(
+                f"two packages register {entry.name!r} in {group}: {found[entry.name].value} and {entry.value};"
+                " uninstall one of them"
+            )
+        found[entry.name] = entry
+    return dict(sorted(found.items()))
+
+
+def _unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownNameError:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    shown = ", ".join(k for k in known if ":" not in k) if len(known) > 40 else ", ".join(known)
+    return UnknownNameError(f"unknown {kind} {name!r}{hint} known: {shown} (see `evo-hpo list`)")
+
+
+def available_searchers() -> tuple[str, ...]:
+    """Names of all searchers, members of families included."""
+    names: list[str] = []
+    for name, entry in _entries("evo_hpo.searchers").items():
+        target = entry.load()
+        names += [name] if isinstance(target, type) else [f"{name}:{m}" for m in target.members()]
+    return tuple(names)
+
+
+def searcher_class(name: str) -> type[Searcher]:
+    """The class behind a searcher's name.
+
+    Raises:
+        UnknownNameError: no such searcher; the message names near matches.
+    """
+    prefix, _, member = name.partition(":")
+    entry = _entries("evo_hpo.searchers").get(prefix)
+    if entry is None:
+        raise _unknown("searcher", name, tuple(_entries("evo_hpo.searchers")))
+    target = entry.load()
+    if isinstance(target, type) and issubclass(target, Searcher):
+        if member:
+            raise _unknown("searcher", name, available_searchers())
+        return target
+    if member not in target.members():
+        try:
+            found: type[Searcher] = target.member(member)
+        except UnknownNameError:
+            raise _unknown("searcher", name, tuple(f"{prefix}:{m}" for m in target.members())) from None
+        return found
+    return target.member(member)  # type: ignore[no-any-return]
+
+
+def make_searcher(name: str, space: CompressionSpace, *, seed: int = 0, **settings: Any) -> Searcher:
+    """A searcher by name, on a space, with its settings.
+
+    Raises:
+        UnknownNameError: no such searcher or setting.
+        InvalidSettingError: a setting outside its range.
+    """
+    cls = searcher_class(name)
+    check_settings(name, cls, settings)
+    return cls(space, seed=seed, **settings)
+
+
+def describe_searcher(name: str) -> Description:
+    """Summary and settings of a searcher."""
+    cls = searcher_class(name)
+    return Description(name, _summary(cls), settings_of(cls), cls.random)
+
+
+def _summary(target: object) -> str:
+    return (inspect.getdoc(target) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def available_problems() -> tuple[str, ...]:
+    """Names of all problems."""
+    return tuple(_entries("evo_hpo.problems"))
+
+
+def _problem_factory(name: str) -> Callable[..., Problem]:
+    entry = _entries("evo_hpo.problems").get(name)
+    if entry is None:
+        raise _unknown("problem", name, available_problems())
+    factory: Callable[..., Problem] = entry.load()
+    return factory
+
+
+def make_problem(name: str, **settings: Any) -> Problem:
+    """A problem by name with its settings.
+
+    Raises:
+        UnknownNameError: no such problem or setting.
+    """
+    factory = _problem_factory(name)
+    known = _parameters(factory)
+    for key in settings:
+        if key not in known:
+            raise UnknownNameError(
+                f"problem {name!r} has no setting {key!r}; it has: {', '.join(sorted(known)) or 'none'}"
+            )
+    return factory(**settings)
+
+
+def describe_problem(name: str) -> Description:
+    """Summary and settings of a problem."""
+    factory = _problem_factory(name)
+    return Description(name, _summary(factory), _parameters(factory))
+
+
+def _parameters(factory: Callable[..., Problem]) -> dict[str, Any]:
+    return {p.name: p.default for p in inspect.signature(factory).parameters.values()}

@@ -1,0 +1,440 @@
+"""The constrained discrete space that every searcher works on.
+
+A *unit* (a linear layer, an attention or MLP module, or several of them tied together) takes one of its *levels*;
+level 0 is the cheapest, that is the most compressed. Costs are exact integers (bits, weights kept), never floats. An
+*assignment* is one level index per unit; it is *feasible* when ``floor <= total cost <= budget`` for every resource.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evo_hpo.counting import Counter
+from evo_hpo.errors import InfeasibleError, InvalidSpaceError
+from evo_hpo.repair import repair
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+__all__ = ["Assignment", "CompressionSpace", "Unit"]
+
+Assignment = tuple[int, ...]
+"""One level index per unit, 0 = cheapest."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing that is compressed as a whole.
+
+    Args:
+        name: unique name, for example ``model.layers.0.self_attn.q_proj``.
+        costs: exact integer cost of each level, ascending; one tuple of integers a level where several resources are
+            budgeted (ascending in the first).
+        group: units of one group exchange level steps at equal cost; default: the units of the same size.
+        levels: label of each level ("2", "3", "4" bits; "dropped", "kept"); default "0", "1", ...
+        members: modules that share this unit's level. Tied modules are one unit with several members.
+        size: number of weights; default 1.
+        fixed: index of the only level that this unit may have.
+
+    Raises:
+        InvalidSpaceError: no levels, costs that are not ascending integers, or a mismatch of lengths.
+    """
+
+    name: str
+    costs: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    group: str | None = None
+    levels: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+    size: int = 1
+    fixed: int | None = None
+
+    def __post_init__(self) -> None:
+        costs = tuple(tuple(map(_integer, c)) if isinstance(c, Sequence) else _integer(c) for c in self.costs)
+        object.__setattr__(self, "costs", costs)
+        object.__setattr__(self, "levels", tuple(map(str, self.levels)) or tuple(map(str, range(len(costs)))))
+        object.__setattr__(self, "members", tuple(self.members) or (self.name,))
+        if not costs:
+            raise InvalidSpaceError(f"unit {self.name!r} has no levels: give the cost of at least one")
+        if len({len(c) if isinstance(c, tuple) else 0 for c in costs}) != 1:
+            raise InvalidSpaceError(f"unit {self.name!r}: every level needs a cost for the same resources")
+        first = [c[0] if isinstance(c, tuple) else c for c in costs]
+        if any(c < 0 for c in first) or any(b < a for a, b in itertools.pairwise(first)):
+            raise InvalidSpaceError(f"unit {self.name!r}: costs {first} must be >= 0 and ascending (sort the levels)")
+        if len(self.levels) != len(costs):
+            raise InvalidSpaceError(f"unit {self.name!r}: {len(self.levels)} level labels for {len(costs)} costs")
+        if self.size < 1:
+            raise InvalidSpaceError(f"unit {self.name!r}: size {self.size} must be >= 1")
+        if self.fixed is not None and not 0 <= self.fixed < len(costs):
+            raise InvalidSpaceError(f"unit {self.name!r}: fixed={self.fixed} must be in 0..{len(costs) - 1}")
+
+    @property
+    def role(self) -> str:
+        """The unit's name without the block's number: ``self_attn.q_proj`` for ``model.layers.0.self_attn.q_proj``."""
+        return re.split(r"(?:^|\.)\d+\.", self.name)[-1] if re.search(r"(?:^|\.)\d+\.", self.name) else "unit"
+
+    @property
+    def block(self) -> int | None:
+        """Number of the decoder block in the unit's name, if it has one."""
+        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.name)
+        return int(found.group(1)) if found else None
+
+
+def _integer(value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidSpaceError(f"cost {value!r} is not an integer: count bits or weights, never fractions") from None
+
+
+class CompressionSpace:
+    """All assignments of levels to units, and which of them the budget allows.
+
+    Args:
+        units: the units, in the order of the assignment's entries.
+        budget: the most that an assignment may cost, one integer a resource.
+        floor: the least that an assignment must cost (default 0); ``floor=budget`` demands the exact cost.
+        resources: names of the resources, for messages and tables.
+
+    Raises:
+        InvalidSpaceError: duplicate names, or costs for another number of resources.
+        InfeasibleError: the budget is below the cheapest assignment, or the floor above the dearest.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        budget: int | Sequence[int],
+        *,
+        floor: int | Sequence[int] = 0,
+        resources: Sequence[str] = ("cost",),
+    ) -> None:
+        self.units: tuple[Unit, ...] = tuple(units)
+        if not self.units:
+            raise InvalidSpaceError("a space needs at least one unit")
+        repeated = {u.name for u in self.units} if len({u.name for u in self.units}) != len(self.units) else set()
+        if repeated:
+            raise InvalidSpaceError(f"unit names must be unique, found twice: {_first_duplicate(self.units)!r}")
+        first = self.units[0].costs[0]
+        self.dimensions = len(first) if isinstance(first, tuple) else 1
+        names = tuple(resources)
+        self.resources: tuple[str, ...] = (
+            names if len(names) == self.dimensions else tuple(f"resource {r}" for r in range(self.dimensions))
+        )
+        self.vectors: tuple[tuple[tuple[int, ...], ...], ...] = tuple(
+            tuple(c if isinstance(c, tuple) else (c,) for c in u.costs) for u in self.units
+        )
+        """Cost of each unit's levels, a tuple of resources each."""
+        if any(len(level) != self.dimensions for unit in self.vectors for level in unit):
+            raise InvalidSpaceError(f"every unit needs costs for the same {self.dimensions} resource(s)")
+        self.budgets: tuple[int, ...] = self._limits(budget, "budget")
+        self.floors: tuple[int, ...] = self._limits(floor, "floor") if floor != 0 else (0,) * self.dimensions
+        self.lowest: Assignment = tuple(0 if u.fixed is None else u.fixed for u in self.units)
+        self.highest: Assignment = tuple(len(u.costs) - 1 if u.fixed is None else u.fixed for u in self.units)
+        self._fixed = tuple((i, u.fixed) for i, u in enumerate(self.units) if u.fixed is not None)
+        self._costs = tuple(tuple(level[0] for level in unit) for unit in self.vectors)
+        self._check_reachable()
+
+    @classmethod
+    def from_average(cls, units: Sequence[Unit], average: float | str, **settings: Any) -> CompressionSpace:
+        """The space whose budget is ``average`` cost a weight, rounded down to a whole cost."""
+        total = sum(u.size for u in units)
+        return cls(units, math.floor(Fraction(str(average)) * total), **settings)
+
+    def _limits(self, value: int | Sequence[int], what: str) -> tuple[int, ...]:
+        limits = tuple(map(_integer, value)) if isinstance(value, Sequence) else (_integer(value),)
+        if len(limits) != self.dimensions:
+            raise InvalidSpaceError(f"{what} {value!r} must give one integer for each of: {', '.join(self.resources)}")
+        return limits
+
+    def _check_reachable(self) -> None:
+        for r, name in enumerate(self.resources):
+            costs = [
+                [unit[k][r] for k in range(low, high + 1)]
+                for unit, low, high in zip(self.vectors, self.lowest, self.highest, strict=True)
+            ]
+            least, most = sum(map(min, costs)), sum(map(max, costs))
+            if self.budgets[r] < least:
+                raise InfeasibleError(
+                    f"budget {self.budgets[r]} {name} is below the cheapest assignment, {least}{self._per_weight(least)}"
+                    ": raise the budget or add cheaper levels"
+                )
+            if self.floors[r] > min(most, self.budgets[r]):
+                raise InfeasibleError(
+                    f"floor {self.floors[r]} {name} is above "
+                    + (f"the dearest assignment, {most}" if self.floors[r] > most else f"the budget {self.budgets[r]}")
+                    + ": lower the floor"
+                )
+
+    def _per_weight(self, cost: int) -> str:
+        return f" ({cost / self.total_size:.4g} a weight)" if self.total_size > len(self.units) else ""
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def budget(self) -> int:
+        """The most of the first resource that an assignment may cost."""
+        return self.budgets[0]
+
+    @property
+    def floor(self) -> int:
+        """The least of the first resource that an assignment must cost."""
+        return self.floors[0]
+
+    @cached_property
+    def total_size(self) -> int:
+        """Number of weights in all units."""
+        return sum(u.size for u in self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __repr__(self) -> str:
+        return f"CompressionSpace({len(self.units)} units, budget={self.budgets}, floor={self.floors})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CompressionSpace) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash((self.units, self.budgets, self.floors))
+
+    def cost(self, levels: Sequence[int]) -> int:
+        """Total cost of the first resource."""
+        return sum(map(operator.getitem, self._costs, levels))
+
+    def costs(self, levels: Sequence[int]) -> tuple[int, ...]:
+        """Total cost of every resource."""
+        if self.dimensions == 1:
+            return (self.cost(levels),)
+        chosen = list(map(operator.getitem, self.vectors, levels))
+        return tuple(sum(c[r] for c in chosen) for r in range(self.dimensions))
+
+    def slack(self, levels: Sequence[int]) -> int:
+        """Unspent budget of the first resource; negative: over the budget."""
+        return self.budgets[0] - self.cost(levels)
+
+    def average(self, levels: Sequence[int]) -> float:
+        """Cost of the first resource a weight, for example average bits."""
+        return self.cost(levels) / self.total_size
+
+    def feasible(self, levels: Sequence[int]) -> bool:
+        """True when every level exists, fixed units are untouched, and every resource is within floor and budget."""
+        if len(levels) != len(self.units) or min(levels) < 0:
+            return False
+        try:
+            if self.dimensions == 1:
+                within = self.floors[0] <= self.cost(levels) <= self.budgets[0]
+            else:
+                within = all(f <= c <= b for f, c, b in zip(self.floors, self.costs(levels), self.budgets, strict=True))
+        except IndexError:
+            return False
+        return within and all(levels[i] == level for i, level in self._fixed)
+
+    def check(self, levels: Sequence[int]) -> Assignment:
+        """The assignment as a tuple.
+
+        Raises:
+            InfeasibleError: with the reason, when the assignment is not feasible.
+        """
+        levels = tuple(map(int, levels))
+        if self.feasible(levels):
+            return levels
+        if len(levels) != len(self.units):
+            raise InfeasibleError(f"assignment has {len(levels)} levels, the space has {len(self.units)} units")
+        for unit, level, low, high in zip(self.units, levels, self.lowest, self.highest, strict=True):
+            if not low <= level <= high:
+                raise InfeasibleError(f"unit {unit.name!r} has level {level}, allowed {low}..{high}")
+        raise InfeasibleError(f"assignment costs {self.costs(levels)}, allowed {self.floors} to {self.budgets}")
+
+    def labels(self, levels: Sequence[int]) -> dict[str, str]:
+        """Unit name -> label of its level."""
+        return {u.name: u.levels[k] for u, k in zip(self.units, levels, strict=True)}
+
+    def from_labels(self, labels: Mapping[str, str]) -> Assignment:
+        """The assignment that :meth:`labels` describes; units that are not named are an error.
+
+        Raises:
+            InvalidSpaceError: a unit or a label is unknown or missing.
+        """
+        unknown = sorted(set(labels) - {u.name for u in self.units})
+        if unknown:
+            raise InvalidSpaceError(f"unknown unit {unknown[0]!r}; the space's first unit is {self.units[0].name!r}")
+        levels = []
+        for unit in self.units:
+            label = labels.get(unit.name)
+            if label is None or str(label) not in unit.levels:
+                raise InvalidSpaceError(f"unit {unit.name!r} has level {label!r}, allowed: {', '.join(unit.levels)}")
+            levels.append(unit.levels.index(str(label)))
+        return tuple(levels)
+
+    # ------------------------------------------------------------------ groups and neighbours
+
+    def groups(self, rule: str = "size") -> dict[str, tuple[int, ...]]:
+        """Units (indices, only those that can change) that may exchange level steps.
+
+        ``size``: the unit's group, or else its size and cost step; ``name``: the unit's role; ``none``: one group.
+        """
+        keys: dict[str, Callable[[Unit], str]] = {"size": _size_key, "name": lambda u: u.role, "none": lambda u: "all"}
+        if rule not in keys:
+            raise InvalidSpaceError(f"group rule {rule!r} must be one of: size, name, none")
+        found: dict[str, list[int]] = {}
+        for i, unit in enumerate(self.units):
+            if self.lowest[i] < self.highest[i]:
+                found.setdefault(keys[rule](unit), []).append(i)
+        return {name: tuple(members) for name, members in found.items()}
+
+    def switches(self, levels: Sequence[int], rule: str = "size") -> Iterator[Assignment]:
+        """Every feasible assignment that lowers one unit by a step and raises another of its group by a step."""
+        current = list(levels)
+        for members in self.groups(rule).values():
+            for down in members:
+                if current[down] <= self.lowest[down]:
+                    continue
+                for up in members:
+                    if up == down or current[up] >= self.highest[up]:
+                        continue
+                    current[down] -= 1
+                    current[up] += 1
+                    if self.feasible(current):
+                        yield tuple(current)
+                    current[down] += 1
+                    current[up] -= 1
+
+    # ------------------------------------------------------------------ counting, sampling, enumerating
+
+    @cached_property
+    def _counter(self) -> Counter:
+        return Counter(self.vectors, self.lowest, self.highest, self.budgets, self.floors)
+
+    def count(self) -> int:
+        """Exact number of feasible assignments, by dynamic programming over costs.
+
+        Raises:
+            InvalidSpaceError: costs too many and too fine to count exactly.
+        """
+        return self._counter.count()
+
+    def sample(self, rng: Generator) -> Assignment:
+        """A feasible assignment, uniform over all of them (to floating-point precision of the counts, 1e-12).
+
+        Where costs are too fine for the table, they are rounded up to a grid of 2^20 steps and the draw is uniform over
+        the assignments that fit the rounded budget.
+        """
+        return self._counter.sample(rng)
+
+    def enumerate(self) -> Iterator[Assignment]:
+        """Every feasible assignment, in lexicographic order."""
+        return self._counter.enumerate()
+
+    # ------------------------------------------------------------------ special assignments
+
+    def uniform(self) -> Assignment:
+        """Uniform compression: the highest cost a weight that all units can share within the budget.
+
+        What is left of a fractional budget raises units by one step each, spread evenly over the depth.
+        """
+        ratios = sorted({Fraction(c, u.size) for u, costs in zip(self.units, self._costs, strict=True) for c in costs})
+        low, high = 0, len(ratios) - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.cost(self._up_to(ratios[middle])) <= self.budget else (low, middle - 1)
+        levels = list(self._up_to(ratios[low]))
+        levels = list(repair(self, levels))
+        free = self.slack(levels)
+        for i in sorted(range(len(levels)), key=_spread):
+            if levels[i] < self.highest[i]:
+                step = self._costs[i][levels[i] + 1] - self._costs[i][levels[i]]
+                levels[i] += 1
+                if step <= free and self.feasible(levels):
+                    free -= step
+                else:
+                    levels[i] -= 1
+        return tuple(levels)
+
+    def _up_to(self, ratio: Fraction) -> Assignment:
+        """The dearest level of each unit whose cost a weight is at most ``ratio``."""
+        return tuple(
+            max([k for k in range(low, high + 1) if costs[k] <= ratio * unit.size], default=low)
+            for unit, costs, low, high in zip(self.units, self._costs, self.lowest, self.highest, strict=True)
+        )
+
+    def repair(self, levels: Sequence[float], rng: Generator | None = None, *, fill: bool = False) -> Assignment:
+        """The feasible assignment near ``levels``; see :func:`evo_hpo.repair.repair`."""
+        return repair(self, levels, rng, fill=fill)
+
+    # ------------------------------------------------------------------ in and out
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready description; :meth:`from_json` gives an equal space back."""
+        return {
+            "units": [json.loads(json.dumps(asdict(u))) for u in self.units],
+            "budget": list(self.budgets),
+            "floor": list(self.floors),
+            "resources": list(self.resources),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CompressionSpace:
+        """The space that :meth:`to_json` described."""
+        units = []
+        for entry in data["units"]:
+            costs = tuple(tuple(c) if isinstance(c, list) else c for c in entry["costs"])
+            units.append(
+                Unit(**{**entry, "costs": costs, "levels": tuple(entry["levels"]), "members": tuple(entry["members"])})
+            )
+        return cls(units, data["budget"], floor=data["floor"], resources=data["resources"])
+
+    def describe(self) -> str:
+        """A readable summary: units, levels, groups, budget."""
+        lines = [f"{len(self.units)} units, {self.total_size} weights"]
+        for name, members in self.groups().items():
+            labels = sorted({self.units[i].levels for i in members}, key=len)
+            lines.append(f"  group {name}: {len(members)} units, levels {' | '.join(', '.join(ls) for ls in labels)}")
+        if self._fixed:
+            lines.append(f"  fixed: {len(self._fixed)} units")
+        for name, floor, budget in zip(self.resources, self.floors, self.budgets, strict=True):
+            average = f" ({budget / self.total_size:.4g} a weight)" if self.total_size > len(self.units) else ""
+            lines.append(f"  {name}: at most {budget}{average}" + (f", at least {floor}" if floor else ""))
+        return "\n".join(lines)
+
+
+def _size_key(unit: Unit) -> str:
+    if unit.group is not None:
+        return unit.group
+    first = [c[0] if isinstance(c, tuple) else c for c in unit.costs]
+    step = math.gcd(*(b - a for a, b in itertools.pairwise(first)))
+    return f"{unit.size} weights, step {step}"
+
+
+def _spread(index: int) -> float:
+    """Van der Corput sequence in base 2: positions that stay evenly spread however many are taken."""
+    value, scale = 0.0, 0.5
+    while index:
+        value += scale * (index & 1)
+        index >>= 1
+        scale /= 2
+    return value
+
+
+def _first_duplicate(units: Sequence[Unit]) -> str:
+    seen: set[str] = set()
+    for unit in units:
+        if unit.name in seen:
+            return unit.name
+        seen.add(unit.name)
+    return ""
+
+
+def level_array(assignments: Sequence[Assignment]) -> np.ndarray[Any, np.dtype[np.int16]]:
+    """Assignments as an array (assignments x units)."""
+    return np.asarray(assignments, dtype=np.int16)

@@ -1,0 +1,310 @@
+"""EvoPress: a (mu + lambda) evolutionary search with level-switch mutation and multi-step selection.
+
+Sieberling, Kuznedelev, Kurtic, Alistarh, "EvoPress: Accurate Dynamic Model Compression via Evolutionary Search", ICML
+2025 (arXiv 2410.14649), algorithm 1. Where this differs from the published search, a setting says so and switches it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evo_hpo.budget import Allowance
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.searcher import Searcher, positive
+from evo_hpo.space import Assignment, CompressionSpace
+from evo_hpo.trial import Draw, Outcome, Trial
+from searchers.initialisation import Initialisation, initialisation
+from searchers.mutation import Uniforms, mutation, switch_counts
+from searchers.selection import Selection, ranked
+
+__all__ = ["PRESETS", "EvoPress"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "plain": {"offspring": 16, "survivors": (1,), "tokens": None, "cross_group": 0.5},
+    "depth_pruning": {
+        "offspring": 32,
+        "survivors": (2, 1),
+        "tokens": (2048, 32768),
+        "init": "random",
+        "initial": 64,
+        "initial_tokens": 2048,
+    },
+    "sparsity": {"offspring": 64, "survivors": (8, 2, 1), "tokens": (2048, 16384, 65536), "generations": 400},
+    "quantization": {"offspring": 128, "survivors": (16, 4, 1), "tokens": (2048, 16384, 131072), "generations": 150},
+    "super_fast": {"offspring": 16, "survivors": (1, 1), "tokens": (512, 8192), "generations": 400},
+}
+"""Published settings by application; ``plain`` is a single-stage search for problems without fidelity."""
+
+_COMMON: dict[str, Any] = {
+    "init": "uniform",
+    "initial": 1,
+    "initial_tokens": None,
+    "generations": None,
+    "cross_group": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    levels: Assignment
+    parent: int | None = None
+    number: int | None = None
+
+
+class EvoPress(Searcher):
+    """(mu + lambda) evolution: distinct mutants of the parents, selected in stages of growing fidelity.
+
+    Settings left at None come from the preset.
+
+    Args:
+        preset: ``plain``, ``depth_pruning``, ``sparsity``, ``quantization`` or ``super_fast``.
+        offspring: lambda, distinct mutants of a generation.
+        survivors: how many each stage keeps; the last entry is the population (mu).
+        tokens: calibration tokens of each stage; None in a preset: the problem's default.
+        generations: stop after so many; None: until the budget is spent.
+        switch_rule: switches an offspring takes: ``min_of_two`` draws from 1..max_switches, or ``fixed``.
+        max_switches: see ``switch_rule``.
+        group: a switch stays within units of equal ``size``, of equal ``name`` (role), or ``none`` (anywhere).
+        cross_group: probability that an offspring exchanges budget across groups; 0 is the published search.
+        init: ``uniform``, ``decremented`` (rounded up, then random decrements) or ``random``.
+        initial: starting points drawn, of which the best on ``initial_tokens`` is taken.
+        initial_tokens: calibration tokens of a starting point; None: the first stage's.
+        elitism: parents join the last stage by ``index``, stages by survivor ``count`` (reference), or ``none``.
+        minibatch: ``fresh`` for every stage; ``nested`` (a stage's data contains the one before's); ``fixed``.
+        widen_after: generations without a new parent after which each further one adds a switch; None: never.
+        restart_after: generations without a new parent after which the search starts anew; None: never.
+        invert: look for the worst assignment instead.
+    """
+
+    def __init__(
+        self,
+        space: CompressionSpace,
+        *,
+        seed: int = 0,
+        preset: str = "plain",
+        offspring: int | None = None,
+        survivors: Sequence[int] | None = None,
+        tokens: Sequence[int] | int | None = None,
+        generations: int | None = None,
+        switch_rule: str = "min_of_two",
+        max_switches: int = 3,
+        group: str = "size",
+        cross_group: float | None = None,
+        init: str | None = None,
+        initial: int | None = None,
+        initial_tokens: int | None = None,
+        elitism: str = "index",
+        minibatch: str = "fresh",
+        widen_after: int | None = None,
+        restart_after: int | None = None,
+        invert: bool = False,
+    ) -> None:
+        super().__init__(space, seed=seed)
+        if preset not in PRESETS:
+            raise InvalidSettingError(f"preset={preset!r} must be one of: {', '.join(PRESETS)}")
+        chosen = _COMMON | PRESETS[preset]
+        given: dict[str, Any] = {
+            "offspring": offspring,
+            "survivors": survivors,
+            "tokens": tokens,
+            "generations": generations,
+        }
+        given |= {"cross_group": cross_group, "init": init, "initial": initial, "initial_tokens": initial_tokens}
+        chosen |= {key: value for key, value in given.items() if value is not None}
+        self.offspring = positive("offspring", chosen["offspring"])
+        self.selection = Selection.of(chosen["survivors"], chosen["tokens"], elitism)
+        self.generations = math.inf if chosen["generations"] is None else positive("generations", chosen["generations"])
+        self.switches = switch_counts(switch_rule, positive("max_switches", max_switches))
+        self.mutate = mutation(space, group, float(chosen["cross_group"]))
+        self.group = group
+        if minibatch not in ("fresh", "nested", "fixed"):
+            raise InvalidSettingError(f"minibatch={minibatch!r} must be one of: fresh, nested, fixed")
+        self.minibatch = minibatch
+        self.widen_after = None if widen_after is None else positive("widen_after", widen_after)
+        self.restart_after = None if restart_after is None else positive("restart_after", restart_after)
+        self.sign = -1.0 if invert else 1.0
+        self.stream = Uniforms(self.rng)
+        self.generation = 0
+        self.stagnant = 0
+        self.start: Initialisation | None = initialisation(
+            chosen["init"],
+            space,
+            count=positive("initial", chosen["initial"]),
+            tokens=chosen["initial_tokens"] or self.selection.stages[0].tokens,
+            seed=seed,
+        )
+        self.parents: list[_Candidate] = []
+        self.champion: _Candidate | None = None
+        self._stage = 0
+        self._candidates: list[_Candidate] = []
+        self._pending: list[_Candidate] = []
+        self._known: dict[Assignment, float] = {}
+        self._noiseless = minibatch == "fixed"
+
+    # ------------------------------------------------------------------ ask
+
+    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
+        """The next stage: of the initialisation, of this generation, or the first of a new generation."""
+        if not allowance.default_tokens:
+            self._noiseless = True  # without fidelity a loss stays what it was, and parents need no second look
+        if self.start is not None:
+            points = self.start.ask(allowance)
+            if points:
+                self._pending = [_Candidate(p) for p in points]
+                return tuple(
+                    self.trial(p, tokens=self.start.tokens, minibatch="fixed", note=self.start.note) for p in points
+                )
+            self._begin(self.start.best())
+        if not self._candidates:
+            if self.generation >= self.generations:
+                self.stop_reason = f"all {self.generation} generations are done"
+                return ()
+            if self.restart_after is not None and self.stagnant >= self.restart_after:
+                self._restart()
+            count = self.selection.affordable(self.offspring, self._joining(), allowance)
+            if not count:
+                self.stop_reason = "the budget does not pay for another generation"
+                return ()
+            self._candidates = self._breed(count)
+            if not self._candidates:
+                self.stop_reason = "no feasible mutant of the parent exists"
+                return ()
+            self.generation += 1
+            self._stage = 0
+        while not self.selection.needed(len(self._candidates), self._stage):
+            self._stage += 1
+        return self._ask_stage()
+
+    def _ask_stage(self) -> tuple[Trial, ...]:
+        stage = self.selection.stages[self._stage]
+        elders = [e for e in self._elders() if not self._remembered(e)] if self.selection.joins(self._stage) else []
+        candidates = [*elders, *self._candidates]
+        self._pending = candidates
+        rule: Draw = "fixed" if self.minibatch == "fixed" else "fresh"
+        if self.minibatch == "nested" and self._stage:
+            rule = "same"
+        return tuple(
+            self.trial(
+                c.levels,
+                tokens=stage.tokens,
+                generation=self.generation,
+                stage=self._stage,
+                parent=c.parent if c.number is None else c.number,
+                minibatch=rule,
+                keep=stage.survivors,
+                note="parent" if i < len(elders) else "",
+            )
+            for i, c in enumerate(candidates)
+        )
+
+    def _elders(self) -> list[_Candidate]:
+        return [*self.parents, *([self.champion] if self.champion else [])]
+
+    def _remembered(self, elder: _Candidate) -> bool:
+        return self._noiseless and elder.levels in self._known
+
+    def _joining(self) -> int:
+        """Parents (and champion) that have to be paid for in the last stage."""
+        return sum(not self._remembered(e) for e in self._elders())
+
+    def _breed(self, count: int) -> list[_Candidate]:
+        """Up to ``count`` distinct mutants, none equal to a parent; fewer where fewer exist."""
+        seen = {p.levels for p in self.parents}
+        found: list[_Candidate] = []
+        wider = max(0, self.stagnant - self.widen_after + 1) if self.widen_after is not None else 0
+        failures = 0
+        while len(found) < count and failures < 50 + 10 * count:
+            parent = self.parents[self.stream.below(len(self.parents)) if len(self.parents) > 1 else 0]
+            levels = self.mutate(parent.levels, self.stream, self.switches(self.stream, wider))
+            if levels is None or levels in seen:
+                failures += 1
+                continue
+            seen.add(levels)
+            found.append(_Candidate(levels, parent.number))
+        if not found:  # chance may have missed a lone neighbour
+            for parent in self.parents:
+                for levels in self.space.switches(parent.levels, self.group):
+                    if levels not in seen and len(found) < count:
+                        seen.add(levels)
+                        found.append(_Candidate(levels, parent.number))
+        return found
+
+    # ------------------------------------------------------------------ tell
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Selects the survivors of the stage that was asked."""
+        if self.start is not None:
+            self.start.tell(outcomes, self.sign)
+            return
+        scored: list[tuple[Outcome, _Candidate]] = []
+        for outcome, candidate in zip(outcomes, self._pending, strict=False):
+            first = candidate.number if candidate.number is not None else outcome.trial.number
+            scored.append((outcome, _Candidate(candidate.levels, candidate.parent, first)))
+        order = {id(o): c for o, c in scored}
+        best = ranked([o for o, _ in scored], self.sign)
+        last = self._stage == len(self.selection.stages) - 1
+        if not last:
+            elders = {p.levels for p in self.parents}
+            chosen = [o for o in best if o.status != "failed"][: self.selection.stages[self._stage].survivors]
+            self._candidates = [
+                _Candidate(order[id(o)].levels, order[id(o)].parent) for o in chosen if o.trial.levels not in elders
+            ]
+            self._stage += 1
+            if not self._candidates:
+                self.stagnant += 1
+            return
+        self._select([(o, order[id(o)]) for o in best if o.usable])
+        self._candidates = []
+
+    def _select(self, best: list[tuple[Outcome, _Candidate]]) -> None:
+        """The next parents from the outcomes of the last stage, best first."""
+        losses = {c.levels: self.sign * o.loss for o, c in best}
+        people = {c.levels: c for _, c in best}
+        if self._noiseless:
+            self._known |= losses
+            for elder in self.parents:
+                if self.selection.elitism != "none" and elder.levels in self._known:
+                    losses.setdefault(elder.levels, self._known[elder.levels])
+                    people.setdefault(elder.levels, elder)
+        if not losses:
+            self.stagnant += 1
+            return
+        old = {p.levels for p in self.parents}
+        if self.champion is not None:
+            rival = min(losses, key=losses.__getitem__)
+            mark = losses.pop(self.champion.levels, self._known.get(self.champion.levels, math.inf))
+            if rival != self.champion.levels and losses[rival] < mark:
+                self.champion = None
+            losses = losses or {self.parents[0].levels: math.inf}
+            people.setdefault(self.parents[0].levels, self.parents[0])
+        # Offspring as good as their parent replace it: equal losses let the search drift across plateaus.
+        order = sorted(losses, key=lambda levels: (losses[levels], levels in old))
+        self.parents = [people[levels] for levels in order[: self.selection.population]]
+        self.stagnant = 0 if self.parents[0].levels not in old else self.stagnant + 1
+
+    # ------------------------------------------------------------------ starts
+
+    def _begin(self, levels: Assignment) -> None:
+        assert self.start is not None
+        if self.start.best_number is not None and self._noiseless and self.start.best_loss is not None:
+            self._known[levels] = self.start.best_loss
+        self.parents = [_Candidate(levels, number=self.start.best_number)]
+        self.start = None
+
+    def _restart(self) -> None:
+        """Keeps the parent as champion and goes on from a random assignment."""
+        if self.champion is None:
+            self.champion = self.parents[0]
+        self.parents = [_Candidate(self.space.sample(self.rng))]
+        self.stagnant = 0
+
+    def recommend(self) -> Assignment:
+        """The champion of earlier starts, or else the parent; before the first generation, the starting point."""
+        if self.champion is not None:
+            return self.champion.levels
+        if self.parents:
+            return self.parents[0].levels
+        return self.start.best() if self.start is not None else self.space.uniform()

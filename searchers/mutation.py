@@ -1,0 +1,227 @@
+"""How EvoPress makes an offspring: small named strategies, each a function of a parent and a random stream.
+
+All keep the budget. The distributions follow EvoPress (arXiv 2410.14649, section 3.2 and appendix); :class:`Exchange`
+is ours: level switches inside groups of equal size can never move budget from one group to another.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.space import Assignment, CompressionSpace
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+__all__ = ["Exchange", "LevelSwitch", "Uniforms", "UnrestrictedSwitch", "mutation", "switch_counts"]
+
+ATTEMPTS = 64  # random picks before looking at every unit
+MOST_CHANGES = 10  # of the unrestricted switch, as published
+LEAST_RETURNED = 0.8  # share of the freed cost that the unrestricted switch must spend again, as published
+
+
+class Uniforms:
+    """A stream of random integers, drawn from the generator in blocks: twenty times cheaper than one at a time."""
+
+    def __init__(self, rng: Generator, block: int = 4096) -> None:
+        self._rng = rng
+        self._block = block
+        self._buffer: list[float] = []
+
+    def below(self, n: int) -> int:
+        """An integer in 0..n-1, uniform."""
+        if not self._buffer:
+            self._buffer = self._rng.random(self._block).tolist()
+        return int(self._buffer.pop() * n)
+
+    def chance(self, probability: float) -> bool:
+        """True with this probability."""
+        if not self._buffer:
+            self._buffer = self._rng.random(self._block).tolist()
+        return self._buffer.pop() < probability
+
+
+SwitchCount = Callable[[Uniforms], int]
+Mutation = Callable[[Assignment, Uniforms, int], Assignment | None]
+"""(parent, stream, number of switches) -> offspring, or None where this draw led to none."""
+
+
+def switch_counts(rule: str, most: int) -> Callable[[Uniforms, int], int]:
+    """Number of switches an offspring takes: ``min_of_two`` uniform draws from 1..most, or ``fixed`` at most.
+
+    The second argument of the result widens ``most`` (used after stagnation).
+
+    Raises:
+        InvalidSettingError: another rule.
+    """
+    if rule == "min_of_two":  # P(1, 2, 3) = 5/9, 3/9, 1/9 for most = 3
+        return lambda stream, wider: 1 + min(stream.below(most + wider), stream.below(most + wider))
+    if rule == "fixed":
+        return lambda stream, wider: most + wider
+    raise InvalidSettingError(f"switch_rule={rule!r} must be one of: min_of_two, fixed")
+
+
+def mutation(space: CompressionSpace, group: str, cross_group: float) -> Mutation:
+    """The mutation that the settings name.
+
+    ``group`` is ``size``, ``name`` or ``none``; with several groups, an offspring is made by cross-group exchanges
+    with probability ``cross_group``.
+
+    Raises:
+        InvalidSettingError: a value outside the above.
+    """
+    if group not in ("size", "name", "none"):
+        raise InvalidSettingError(f"group={group!r} must be one of: size, name, none")
+    if not 0 <= cross_group <= 1:
+        raise InvalidSettingError(f"cross_group={cross_group!r} must be a probability, 0 to 1")
+    within = UnrestrictedSwitch(space) if group == "none" else LevelSwitch(space, group)
+    several = group != "none" and len(space.groups(group)) > 1
+    if not several or not cross_group:
+        return within
+    across = Exchange(space)
+    return lambda parent, stream, switches: (across if stream.chance(cross_group) else within)(parent, stream, switches)
+
+
+@dataclass(frozen=True)
+class _Group:
+    members: tuple[int, ...]
+    exact: bool  # all steps of all members cost the same, so a switch needs no check
+
+
+class LevelSwitch:
+    """The published mutation: one unit of a group a level down, another one a level up.
+
+    A group is picked with probability proportional to its number of units, then a unit that can go down and a different
+    one that can go up, both uniformly.
+    """
+
+    def __init__(self, space: CompressionSpace, rule: str = "size") -> None:
+        self.space = space
+        self.groups = [_Group(members, _equal_steps(space, members)) for members in space.groups(rule).values()]
+        self._group_of_pick = [g for g in self.groups for _ in g.members]  # uniform pick = proportional to size
+
+    def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
+        """An offspring after ``switches`` switches, or None where a group had none."""
+        if not self._group_of_pick:
+            return None
+        levels = list(parent)
+        exact = True
+        for _ in range(switches):
+            group = self._group_of_pick[stream.below(len(self._group_of_pick))]
+            down = _pick(group.members, levels, self.space.lowest, -1, stream)
+            up = _pick(group.members, levels, self.space.highest, down, stream) if down >= 0 else -1
+            if up < 0:
+                return None
+            levels[down] -= 1
+            levels[up] += 1
+            exact = exact and group.exact
+        offspring = tuple(levels)
+        return offspring if exact or self.space.feasible(offspring) else None
+
+
+class UnrestrictedSwitch:
+    """The published mutation without groups: raises anywhere, then lowers anywhere until the budget holds again.
+
+    Rejected where more than 10 levels change in all, or less than 0.8 of the cost that was freed is spent again.
+    """
+
+    def __init__(self, space: CompressionSpace) -> None:
+        self.space = space
+        self.members = tuple(i for m in space.groups("none").values() for i in m)
+
+    def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
+        """An offspring that starts with ``switches`` raises, or None where it was rejected."""
+        space, levels, before = self.space, list(parent), self.space.cost(parent)
+        raised: set[int] = set()
+        for _ in range(switches):
+            up = _pick(self.members, levels, space.highest, -1, stream)
+            if up < 0:
+                return None
+            levels[up] += 1
+            raised.add(up)
+        added = space.cost(levels) - before
+        changes = switches
+        while space.cost(levels) > space.budget:
+            down = _pick(self.members, levels, space.lowest, -1, stream, barred=raised)
+            if down < 0 or changes >= MOST_CHANGES:
+                return None
+            levels[down] -= 1
+            changes += 1
+        removed = before + added - space.cost(levels)
+        if added < LEAST_RETURNED * removed or not space.feasible(levels):
+            return None
+        return tuple(levels)
+
+
+class Exchange:
+    """Moves budget between groups: raises a unit anywhere, lowers others until the budget holds, then spends the rest.
+
+    What is left after lowering is spent by raising units that were not lowered, in random order, while they fit; so the
+    offspring stays as close to the budget as the steps allow and no group's share is frozen.
+    """
+
+    def __init__(self, space: CompressionSpace) -> None:
+        self.space = space
+        self.members = tuple(i for m in space.groups("none").values() for i in m)
+        first = [[level[0] for level in unit] for unit in space.vectors]
+        self.steps = [tuple(b - a for a, b in itertools.pairwise(unit)) for unit in first]
+        self.smallest_step = min((s for i in self.members for s in self.steps[i] if s > 0), default=1)
+
+    def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
+        """An offspring after ``switches`` exchanges, or None where units ran out."""
+        space, steps, levels = self.space, self.steps, list(parent)
+        slack = space.slack(parent)
+        raised: set[int] = set()
+        lowered: set[int] = set()
+        for _ in range(switches):
+            up = _pick(self.members, levels, space.highest, -1, stream, barred=lowered)
+            if up < 0:
+                return None
+            slack -= steps[up][levels[up]]
+            levels[up] += 1
+            raised.add(up)
+            while slack < 0:
+                down = _pick(self.members, levels, space.lowest, -1, stream, barred=raised)
+                if down < 0:
+                    return None
+                levels[down] -= 1
+                lowered.add(down)
+                slack += steps[down][levels[down]]
+        for _ in range(ATTEMPTS):
+            if slack < self.smallest_step:
+                break
+            up = self.members[stream.below(len(self.members))]
+            if up not in lowered and levels[up] < space.highest[up] and steps[up][levels[up]] <= slack:
+                slack -= steps[up][levels[up]]
+                levels[up] += 1
+        offspring = tuple(levels)
+        return offspring if space.feasible(offspring) else None
+
+
+def _pick(
+    members: Sequence[int],
+    levels: Sequence[int],
+    limits: Sequence[int],
+    other: int,
+    stream: Uniforms,
+    barred: set[int] | frozenset[int] = frozenset(),
+) -> int:
+    """A uniform pick among members that are not at their limit, not ``other`` and not barred; -1: there is none."""
+    n = len(members)
+    for _ in range(ATTEMPTS):
+        i = members[stream.below(n)]
+        if levels[i] != limits[i] and i != other and i not in barred:
+            return i
+    able = [i for i in members if levels[i] != limits[i] and i != other and i not in barred]
+    return able[stream.below(len(able))] if able else -1
+
+
+def _equal_steps(space: CompressionSpace, members: Sequence[int]) -> bool:
+    if space.dimensions > 1:
+        return False
+    steps = {b[0] - a[0] for i in members for a, b in itertools.pairwise(space.vectors[i])}
+    return len(steps) <= 1

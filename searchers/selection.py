@@ -1,0 +1,91 @@
+"""How EvoPress chooses survivors: stages of growing fidelity (arXiv 2410.14649, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evo_hpo.budget import Allowance
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.trial import Outcome
+
+__all__ = ["Selection", "Stage", "ranked"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Scores every candidate on ``tokens`` calibration tokens (None: the problem's default) and keeps ``survivors``."""
+
+    survivors: int
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A list of stages; the last one's survivors are the next parents.
+
+    ``elitism`` says where the parents join: ``index``: in the last stage (as the paper describes); ``count``: in every
+    stage that keeps as few as the last (as the reference implementation behaves); ``none``: nowhere.
+    """
+
+    stages: tuple[Stage, ...]
+    elitism: str = "index"
+
+    @classmethod
+    def of(cls, survivors: Sequence[int], tokens: Sequence[int] | int | None, elitism: str) -> Selection:
+        """Stages from a list of survivors and a list of tokens (or one for all, or None).
+
+        Raises:
+            InvalidSettingError: lists of different length, survivors that grow, or tokens that shrink.
+        """
+        if not survivors or any(s < 1 for s in survivors) or list(survivors) != sorted(survivors, reverse=True):
+            raise InvalidSettingError(f"survivors={list(survivors)} must be a falling list of integers of at least 1")
+        each: Sequence[int | None] = tokens if isinstance(tokens, Sequence) else [tokens] * len(survivors)
+        if len(each) != len(survivors):
+            raise InvalidSettingError(f"tokens={each} must have one entry for each of the {len(survivors)} survivors")
+        given = [t for t in each if t is not None]
+        if any(t < 1 for t in given) or given != sorted(given) or len(given) not in (0, len(each)):
+            raise InvalidSettingError(f"tokens={each} must be a rising list of positive integers")
+        if elitism not in ("index", "count", "none"):
+            raise InvalidSettingError(f"elitism={elitism!r} must be one of: index, count, none")
+        return cls(tuple(Stage(s, t) for s, t in zip(survivors, each, strict=True)), elitism)
+
+    @property
+    def population(self) -> int:
+        """Parents of a generation."""
+        return self.stages[-1].survivors
+
+    def joins(self, stage: int) -> bool:
+        """True where the parents join this stage."""
+        if self.elitism == "count":
+            return self.stages[stage].survivors == self.population
+        return self.elitism == "index" and stage == len(self.stages) - 1
+
+    def needed(self, candidates: int, stage: int) -> bool:
+        """False where a stage has no choice to make: it is the last one, or keeps fewer than it gets."""
+        return stage == len(self.stages) - 1 or candidates > self.stages[stage].survivors
+
+    def affordable(self, offspring: int, parents: int, allowance: Allowance) -> int:
+        """The most offspring, up to ``offspring``, whose whole generation the allowance pays; 0: none."""
+        for count in range(offspring, 0, -1):
+            if self._fits(count, parents, allowance):
+                return count
+        return 0
+
+    def _fits(self, offspring: int, parents: int, allowance: Allowance) -> bool:
+        candidates = offspring
+        for j, stage in enumerate(self.stages):
+            if not self.needed(candidates, j):
+                continue
+            scored = candidates + (parents if self.joins(j) else 0)
+            if allowance.affords(scored, stage.tokens) < scored:
+                return False
+            allowance = allowance.less(scored, stage.tokens)
+            candidates = min(candidates, stage.survivors)
+        return True
+
+
+def ranked(outcomes: Sequence[Outcome], sign: float = 1.0) -> list[Outcome]:
+    """Best first: complete before stopped before failed, then by ``sign`` x loss; ties keep the order of asking."""
+    order = {"complete": 0, "stopped": 1, "failed": 2}
+    return sorted(outcomes, key=lambda o: (order[o.status], sign * o.loss))

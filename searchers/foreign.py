@@ -1,0 +1,93 @@
+"""What the searchers have in common that are other libraries' optimizers: encoding, start, batches, what is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from evo_hpo.budget import Allowance
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.searcher import Searcher, draw, positive
+from evo_hpo.space import CompressionSpace
+from evo_hpo.trial import Outcome, Trial
+from searchers.encoding import Decoded, Encoding, make_encoding
+
+__all__ = ["ForeignSearcher"]
+
+
+class ForeignSearcher(Searcher):
+    """An optimizer of another library on a compression space.
+
+    Args:
+        encoding: how proposals become feasible (see :mod:`searchers.encoding`); None: the optimizer's measured default.
+        batch: trials a batch; None: what fits the optimizer.
+        tokens: calibration tokens a trial; None: the problem's default.
+        minibatch: ``fixed`` (all trials comparable) or ``fresh`` for each batch.
+        start: ``uniform`` scores the uniform assignment first and tells the optimizer; ``none`` leaves it alone.
+        fill: spend what a proposal leaves of the budget (encodings repaired, projection, native and its kin).
+        penalty: encoding ``penalty``: loss added for an excess as large as the budget, as a multiple of the loss.
+    """
+
+    encodings: ClassVar[tuple[str, ...]] = ()
+    default_encoding: ClassVar[str] = "repaired"
+    default_batch: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        space: CompressionSpace,
+        *,
+        seed: int = 0,
+        encoding: str | None = None,
+        batch: int | None = None,
+        tokens: int | None = None,
+        minibatch: str = "fixed",
+        start: str = "uniform",
+        fill: bool = True,
+        penalty: float = 10.0,
+    ) -> None:
+        super().__init__(space, seed=seed)
+        self.batch = positive("batch", self.default_batch if batch is None else batch)
+        self.tokens = tokens if tokens is None else positive("tokens", tokens)
+        self.minibatch = draw("minibatch", minibatch)
+        if start not in ("uniform", "none"):
+            raise InvalidSettingError(f"start={start!r} must be one of: uniform, none")
+        self.start = start
+        if not penalty >= 0 or not math.isfinite(penalty):
+            raise InvalidSettingError(f"penalty={penalty!r} must be a number of at least 0")
+        self.penalty = float(penalty)
+        streams = np.random.SeedSequence(seed).spawn(2)
+        self.encoding: Encoding = make_encoding(
+            self.default_encoding if encoding is None else encoding,
+            space,
+            np.random.default_rng(streams[0]),
+            fill=fill,
+            allowed=self.encodings,
+        )
+        self._library_seed = int(streams[1].generate_state(1)[0] >> 1)
+
+    def _count(self, allowance: Allowance) -> int:
+        """Trials of the next batch; the first holds only the start, for all others to learn from."""
+        if self.start == "uniform" and not self._asked:
+            return 1
+        return max(1, allowance.affords(self.batch, self.tokens))
+
+    def _as_trial(self, decoded: Decoded) -> Trial:
+        return self.trial(decoded.levels, tokens=self.tokens, minibatch=self.minibatch)
+
+    def _start(self) -> Decoded:
+        """The uniform assignment and its point."""
+        levels = self.space.uniform()
+        return Decoded(levels, self.encoding.encode(levels))
+
+    def _loss(self, outcome: Outcome, decoded: Decoded) -> float:
+        """The loss that the optimizer is told."""
+        if self.encoding.name == "penalty":
+            return outcome.loss + self.penalty * decoded.excess * max(abs(outcome.loss), 1e-12)
+        return outcome.loss
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Remembers the best; the optimizer's own share is the subclass's."""
+        self.remember(outcomes)

@@ -29,6 +29,7 @@ __all__ = [
     "describe_searcher",
     "make_problem",
     "make_searcher",
+    "prepare_problem",
 ]
 
 
@@ -155,6 +156,16 @@ def make_problem(name: str, **settings: Any) -> Problem:
                 f"problem {name!r} has no setting {key!r}; it has: {', '.join(sorted(known)) or 'none'}"
             )
     return factory(**settings)
+
+
+def prepare_problem(name: str, settings: dict[str, Any], plan: Any, progress: Callable[..., None]) -> None:
+    """Lets a problem check its settings against the plan and build what it needs, once, before searches start.
+
+    A problem's factory may carry a function ``prepare(settings, plan, progress)``; others need nothing.
+    """
+    prepare = getattr(_problem_factory(name), "prepare", None)
+    if prepare is not None:
+        prepare(settings, plan, progress)
 
 
 def describe_problem(name: str) -> Description:

@@ -166,8 +166,8 @@ class CompressionSpace:
             least, most = sum(map(min, costs)), sum(map(max, costs))
             if self.budgets[r] < least:
                 raise InfeasibleError(
-                    f"budget {self.budgets[r]} {name} is below the cheapest assignment, {least}{self._per_weight(least)}"
-                    ": raise the budget or add cheaper levels"
+                    f"budget {self.budgets[r]} {name} is below the cheapest assignment, "
+                    f"{least}{self._per_weight(least)}: raise the budget or add cheaper levels"
                 )
             if self.floors[r] > min(most, self.budgets[r]):
                 raise InfeasibleError(

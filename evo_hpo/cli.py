@@ -1,0 +1,272 @@
+"""The command line: ``evo-hpo build | search | compare | ablate | report | track | ui | export | list``.
+
+Bad input ends with one line on standard error and exit code 2; an interrupt with 130 and the command that resumes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shlex
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from evo_hpo.errors import EvoHpoError, PlanError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="evo-hpo",
+    help="Find the best layer-wise compression profile of a language model, and which search algorithm finds it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+errors = Console(stderr=True)
+
+RootOption = Annotated[Path, typer.Option(help="Folder that holds the comparisons.")]
+UriOption = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: sqlite under mlruns/.")]
+TrackOption = Annotated[bool, typer.Option(help="Write every trial to MLflow while searching.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; repeatable.")]
+DEFAULT_ROOT = Path("mlruns") / "comparisons"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except EvoHpoError as error:
+        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except click.UsageError as error:
+        errors.print(
+            f"error: {error.format_message()}", style="bold red", markup=False, highlight=False, soft_wrap=True
+        )
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        errors.print("interrupted", style="bold")
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """``key=value`` pairs as a dict; values are read as TOML (3, 2.5, true, [1, 2], "text"), or else as text.
+
+    Raises:
+        PlanError: a pair without an equals sign.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise PlanError(f"setting {pair!r} must be KEY=VALUE, for example offspring=32")
+        try:
+            settings[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            settings[key] = value
+    return settings
+
+
+@app.command()
+def compare(
+    plan: Annotated[Path, typer.Argument(help="TOML file; copy one from benchmarks/plans.")],
+    resume: Annotated[bool, typer.Option(help="Go on with the newest comparison of this name.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; changes no result. Default: the plan's.")] = None,
+    root: RootOption = DEFAULT_ROOT,
+    track: TrackOption = True,
+    tracking_uri: UriOption = None,
+) -> None:
+    """Compare search algorithms on equal budgets.
+
+    [bold]Example:[/bold] evo-hpo compare benchmarks/plans/smollm2-3bit.toml
+    """
+    from evo_hpo.plan import load_plan
+    from evo_hpo.session import run
+
+    changes = {} if workers is None else {"workers": workers}
+    command = f"evo-hpo compare {shlex.quote(str(plan))} --resume"
+    text = plan.read_text(encoding="utf-8") if plan.is_file() else None
+    loaded = load_plan(plan, **changes)
+    run(loaded, console, root=root, resume=resume, track=track, tracking_uri=tracking_uri, command=command, text=text)
+
+
+@app.command()
+def search(
+    searcher: Annotated[str, typer.Argument(help="Name of a searcher, see `evo-hpo list`.")],
+    problem: Annotated[str, typer.Option(help="Name of a problem, see `evo-hpo list`.")] = "smollm2",
+    settings: SetOption = None,
+    problem_settings: Annotated[
+        list[str] | None, typer.Option("--problem-set", metavar="KEY=VALUE", help="A problem's setting; repeatable.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Budget in calibration tokens.")] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Budget in trials.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Budget in seconds of scoring.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the searcher and its minibatches.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Of the comparison folder; default: made of the above.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the newest search of this name.")] = False,
+    root: RootOption = DEFAULT_ROOT,
+    track: TrackOption = True,
+    tracking_uri: UriOption = None,
+) -> None:
+    """Run one search algorithm on one problem.
+
+    [bold]Example:[/bold] evo-hpo search evopress --problem additive --evaluations 800 --set offspring=32
+    """
+    from evo_hpo.plan import SAFE_NAME, make_plan
+    from evo_hpo.session import run
+
+    budget = {"tokens": tokens, "evaluations": evaluations, "seconds": seconds}
+    given = {k: v for k, v in budget.items() if v is not None}
+    plan = make_plan(
+        {
+            "name": name or SAFE_NAME.sub("-", f"{problem}-{searcher}-s{seed}"),
+            "seeds": [seed],
+            "budget": given,
+            "problems": [{"name": problem, "settings": parse_settings(problem_settings)}],
+            "searchers": [{"name": searcher, "settings": parse_settings(settings)}],
+        },
+        "search",
+    )
+    command = shlex.join(["evo-hpo", *[a for a in sys.argv[1:] if a != "--resume"], "--resume"])
+    run(plan, console, root=root, resume=resume, track=track, tracking_uri=tracking_uri, command=command)
+
+
+@app.command()
+def ablate(
+    plan: Annotated[Path, typer.Argument(help="TOML plan; its [ablation] table, or --vary, says what varies.")],
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V1,V2,...", help="A setting and its values; repeatable.")
+    ] = None,
+    searcher: Annotated[str | None, typer.Option(help="Which searcher of the plan; default: its first.")] = None,
+    grid: Annotated[bool, typer.Option(help="Every combination instead of one setting at a time.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with the newest ablation of this name.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; changes no result. Default: the plan's.")] = None,
+    root: RootOption = DEFAULT_ROOT,
+    track: TrackOption = True,
+    tracking_uri: UriOption = None,
+) -> None:
+    """Vary settings of one searcher, everything else equal.
+
+    [bold]Example:[/bold] evo-hpo ablate benchmarks/plans/suite.toml --searcher evopress --vary offspring=4,16,64
+    """
+    from evo_hpo.plan import load_plan
+    from evo_hpo.session import run
+
+    changes: dict[str, Any] = {} if workers is None else {"workers": workers}
+    loaded = load_plan(plan)
+    if vary:
+        values = {k: list(_values(v)) for k, v in (pair.partition("=")[::2] for pair in vary)}
+        changes["ablation"] = {"searcher": searcher or loaded.searchers[0].key, "vary": values, "grid": grid}
+        changes["name"] = f"{loaded.name}-ablation"
+    elif "[ablation" not in plan.read_text(encoding="utf-8"):
+        raise PlanError(
+            f"{plan} has no [ablation] table: add one, or give --vary, for example --vary offspring=4,16,64"
+        )
+    options = [f"--vary {shlex.quote(v)}" for v in vary or ()]
+    options += ([f"--searcher {shlex.quote(searcher)}"] if searcher else []) + (["--grid"] if grid else [])
+    command = " ".join(["evo-hpo ablate", shlex.quote(str(plan)), *options, "--resume"])
+    loaded = load_plan(plan, **changes)
+    text = plan.read_text(encoding="utf-8")
+    run(loaded, console, root=root, resume=resume, track=track, tracking_uri=tracking_uri, command=command, text=text)
+
+
+def _values(text: str) -> list[Any]:
+    """Values of ``--vary``: a TOML list, or values separated by commas."""
+    if not text:
+        raise PlanError("--vary must be KEY=V1,V2,..., for example offspring=4,16,64")
+    if text.startswith("["):
+        return list(parse_settings([f"values={text}"])["values"])
+    return [parse_settings([f"value={v}"])["value"] for v in text.split(",")]
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A comparison's folder; finished or still running.")],
+) -> None:
+    """Write tables, pictures and the HTML report of a comparison, and print its table.
+
+    [bold]Example:[/bold] evo-hpo report mlruns/comparisons/smollm2-3bit
+    """
+    from evo_hpo.session import show_report
+
+    show_report(folder, console)
+
+
+@app.command()
+def track(
+    journal: Annotated[Path, typer.Argument(help="A comparison's folder or one journal (.jsonl).")],
+    tracking_uri: UriOption = None,
+) -> None:
+    """Replay journals into MLflow; what is there already is not written again.
+
+    [bold]Example:[/bold] evo-hpo track mlruns/comparisons/smollm2-3bit --tracking-uri http://127.0.0.1:5000
+    """
+    from evo_hpo.tracking import track as replay
+
+    replay(journal, tracking_uri)
+    console.print(f"{journal} is in MLflow", markup=False, highlight=False)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
+    tracking_uri: UriOption = None,
+) -> None:
+    """Open the MLflow UI on the tracked runs (loopback only).
+
+    [bold]Example:[/bold] evo-hpo ui --port 5001
+    """
+    from evo_hpo.tracking import launch_ui
+
+    launch_ui(tracking_uri, port)
+
+
+@app.command("list")
+def list_names(
+    name: Annotated[str | None, typer.Argument(help="A searcher or problem: shows its settings.")] = None,
+) -> None:
+    """List searchers and problems, or the settings of one.
+
+    [bold]Example:[/bold] evo-hpo list evopress
+    """
+    from evo_hpo import registry
+
+    if name is not None:
+        known_problem = name in registry.available_problems()
+        described = registry.describe_problem(name) if known_problem else registry.describe_searcher(name)
+        console.print(f"[bold]{described.name}[/bold]: {described.summary}")
+        table = Table("setting", "default")
+        for key, value in described.settings.items():
+            table.add_row(key, "required" if value is inspect.Parameter.empty else repr(value))
+        console.print(table)
+        return
+    for title, names, describe in (
+        ("searcher", registry.available_searchers(), registry.describe_searcher),
+        ("problem", registry.available_problems(), registry.describe_problem),
+    ):
+        table = Table(title, "what it is")
+        families: dict[str, list[str]] = {}
+        for entry in names:
+            prefix, colon, member = entry.partition(":")
+            if colon:
+                families.setdefault(prefix, []).append(member)
+            else:
+                table.add_row(entry, describe(entry).summary)
+        for prefix, members in families.items():
+            table.add_row(f"{prefix}:<name>", f"{len(members)}: {', '.join(members)}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Brute force: every feasible assignment, for spaces that are small enough."""
+
+from __future__ import annotations
+
+import itertools
+
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.searcher import positive
+from evo_hpo.space import CompressionSpace
+from searchers.procedure import Procedure, Steps
+
+__all__ = ["BruteForce"]
+
+
+class BruteForce(Procedure):
+    """Scores every feasible assignment once, in lexicographic order, on one minibatch; the best is the optimum there.
+
+    Args:
+        limit: the most assignments that the space may have.
+        batch: trials a batch.
+        tokens: calibration tokens a trial; None: the problem's default.
+
+    Raises:
+        InvalidSettingError: the space is larger than the limit.
+    """
+
+    random = False
+
+    def __init__(
+        self,
+        space: CompressionSpace,
+        *,
+        seed: int = 0,
+        limit: int = 1_000_000,
+        batch: int = 64,
+        tokens: int | None = None,
+    ) -> None:
+        super().__init__(space, seed=seed, batch=batch, tokens=tokens)
+        count = space.count()
+        if count > positive("limit", limit):
+            raise InvalidSettingError(
+                f"brute force over {count} assignments is above limit={limit}: raise the limit or search instead"
+            )
+
+    def steps(self) -> Steps[None]:
+        """Enumerates."""
+        assignments = self.space.enumerate()
+        while chunk := list(itertools.islice(assignments, self.batch)):
+            yield chunk
+        self.stop_reason = "every feasible assignment is scored"

@@ -1,0 +1,75 @@
+"""Local search: best improvement over exchanges of one level step, restarted from the best by growing kicks."""
+
+from __future__ import annotations
+
+import itertools
+
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.searcher import positive
+from evo_hpo.space import Assignment, CompressionSpace
+from searchers.exchange import Exchanges
+from searchers.procedure import Procedure, Steps
+
+__all__ = ["LocalSearch"]
+
+
+class LocalSearch(Procedure):
+    """Moves to the best neighbour (one unit a step up, one down, or both) until none is better, then kicks the best.
+
+    Iterated local search: the kick is ``kick`` random exchanges, one more after each descent that found nothing better.
+    The neighbourhood of n units has about n(n - 1) members, so by default a descent moves to the best of each batch
+    of unseen neighbours; only the proof of a local optimum needs all of them.
+
+    Args:
+        improvement: ``batch``: move after each batch that has a better neighbour; ``best``: look at all neighbours
+            first (steepest descent); ``first``: a batch of one.
+        groups: between which units a step is exchanged: ``none`` (any two), ``size`` or ``name``.
+        kick: exchanges of the first kick after a local optimum.
+        batch: trials a batch.
+        tokens: calibration tokens a trial; None: the problem's default.
+        minibatch: ``fixed``, or ``fresh`` for each batch (the current assignment is scored again in it).
+    """
+
+    def __init__(
+        self,
+        space: CompressionSpace,
+        *,
+        seed: int = 0,
+        improvement: str = "batch",
+        groups: str = "none",
+        kick: int = 2,
+        batch: int = 8,
+        tokens: int | None = None,
+        minibatch: str = "fixed",
+    ) -> None:
+        super().__init__(space, seed=seed, batch=batch, tokens=tokens, minibatch=minibatch)
+        if improvement not in ("batch", "best", "first"):
+            raise InvalidSettingError(f"improvement={improvement!r} must be one of: batch, best, first")
+        self.improvement = improvement
+        self.moves = Exchanges(space, groups)
+        self.kick = positive("kick", kick)
+
+    def steps(self) -> Steps[None]:
+        """Descends from uniform, then from kicks of the best."""
+        self.incumbent = yield from self._descend(self.space.uniform(), leads=True)
+        kick = self.kick
+        while True:
+            start = self.moves.walk(self.incumbent, kick, self.rng)
+            if start == self.incumbent:
+                self.stop_reason = "no exchange keeps the budget"
+                return
+            found = yield from self._descend(start)
+            self.incumbent, _, better = yield from self.improve([found], self.incumbent)
+            kick = self.kick if better else min(kick + 1, max(self.kick, len(self.space) // 2))
+
+    def _descend(self, current: Assignment, leads: bool = False) -> Steps[Assignment]:
+        size = {"batch": self.batch, "first": 1, "best": len(self.space) ** 2 * 2}[self.improvement]
+        improved = True
+        while improved:
+            improved = False
+            neighbours = self.moves.neighbours(current, self.rng)
+            while not improved and (chunk := list(itertools.islice(neighbours, size))):
+                current, _, improved = yield from self.improve(chunk, current)
+                if leads:
+                    self.incumbent = current
+        return current

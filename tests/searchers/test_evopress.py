@@ -1,0 +1,310 @@
+"""EvoPress against brute force, closed forms, and the distributions that the paper states."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from math import comb
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from evo_hpo import Allowance, Assignment, Budget, CompressionSpace, FunctionProblem, Outcome, Unit, search
+from evo_hpo.errors import InvalidSettingError
+from searchers import make_searcher
+from searchers.evopress import PRESETS
+from searchers.initialisation import rounded_up_and_decremented
+from searchers.mutation import Exchange, LevelSwitch, Uniforms, UnrestrictedSwitch, switch_counts
+
+SIZES = (1, 1, 1, 1, 3, 3, 3)
+
+
+def mixed_space(budget: int = 33) -> CompressionSpace:
+    """Seven units in two size groups, levels 2, 3, 4 bits."""
+    units = [
+        Unit(name=f"layers.{i}.{'qk'[i % 2]}", costs=(2 * s, 3 * s, 4 * s), levels=("2", "3", "4"), size=s)
+        for i, s in enumerate(SIZES)
+    ]
+    return CompressionSpace(units, budget)
+
+
+def pruning_space(n: int, k: int) -> CompressionSpace:
+    """Exactly k of n units dropped."""
+    return CompressionSpace([Unit(name=f"layers.{i}.unit", costs=(0, 1)) for i in range(n)], n - k, floor=n - k)
+
+
+def interacting(n: int, deviation: float, seed: int) -> Callable[[Assignment], float]:
+    """Loss of dropping: linear terms gamma(1, 1), pairwise terms normal."""
+    rng = np.random.default_rng(seed)
+    linear, pairs = rng.gamma(1, 1, n), np.triu(rng.normal(0, deviation, (n, n)), 1)
+
+    def loss(levels: Assignment) -> float:
+        dropped = 1.0 - np.asarray(levels)
+        return float(linear @ dropped + dropped @ pairs @ dropped)
+
+    return loss
+
+
+def single_switch_distribution(space: CompressionSpace, parent: Assignment, rule: str) -> dict[Assignment, float]:
+    """The published distribution of one switch, written out: group by size, then down, then up, uniformly."""
+    groups = space.groups(rule)
+    total = sum(map(len, groups.values()))
+    found: defaultdict[Assignment, float] = defaultdict(float)
+    for members in groups.values():
+        downs = [i for i in members if parent[i] > space.lowest[i]]
+        for down in downs:
+            ups = [i for i in members if parent[i] < space.highest[i] and i != down]
+            for up in ups:
+                levels = list(parent)
+                levels[down] -= 1
+                levels[up] += 1
+                if space.feasible(levels):
+                    found[tuple(levels)] += len(members) / total / len(downs) / len(ups)
+    return dict(found)
+
+
+@pytest.mark.parametrize("rule", ["size", "name"])
+@pytest.mark.parametrize("parent", [(1, 1, 1, 1, 1, 1, 1), (0, 2, 1, 1, 2, 1, 0)])
+def test_one_switch_is_distributed_as_published(rule: str, parent: Assignment) -> None:
+    space = mixed_space(40)
+    expected = single_switch_distribution(space, parent, rule)
+    mutate, stream = LevelSwitch(space, rule), Uniforms(np.random.default_rng(1))
+    drawn = Counter(mutate(parent, stream, 1) for _ in range(100_000))
+    rejected = drawn.pop(None, 0)
+    assert set(drawn) <= set(expected)
+    if rule == "size":
+        assert rejected == 0
+    frequencies = [drawn[k] for k in expected]
+    scale = sum(frequencies) / sum(expected.values())
+    assert chisquare(frequencies, [p * scale for p in expected.values()]).pvalue > 1e-4
+
+
+def test_the_number_of_switches_is_the_smaller_of_two_uniform_draws() -> None:
+    stream, rule = Uniforms(np.random.default_rng(2)), switch_counts("min_of_two", 3)
+    drawn = Counter(rule(stream, 0) for _ in range(100_000))
+    assert chisquare([drawn[r] for r in (1, 2, 3)], [1e5 * 5 / 9, 1e5 * 3 / 9, 1e5 * 1 / 9]).pvalue > 1e-4
+    assert {switch_counts("fixed", 7)(stream, 0) for _ in range(100)} == {7}
+
+
+def test_two_switches_are_two_single_switches_in_a_row() -> None:
+    space = mixed_space(40)
+    parent = (1, 1, 1, 1, 1, 1, 1)
+    expected: defaultdict[Assignment, float] = defaultdict(float)
+    for middle, p in single_switch_distribution(space, parent, "size").items():
+        for end, q in single_switch_distribution(space, middle, "size").items():
+            expected[end] += p * q
+    mutate, stream = LevelSwitch(space), Uniforms(np.random.default_rng(3))
+    drawn = Counter(mutate(parent, stream, 2) for _ in range(100_000))
+    assert set(drawn) == set(expected)
+    assert chisquare([drawn[k] for k in expected], [1e5 * p for p in expected.values()]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("mutate", [LevelSwitch, Exchange, UnrestrictedSwitch])
+def test_mutants_are_feasible(mutate: type[LevelSwitch | Exchange | UnrestrictedSwitch]) -> None:
+    space = mixed_space()
+    stream, rng = Uniforms(np.random.default_rng(4)), np.random.default_rng(4)
+    made = 0
+    for _ in range(3000):
+        child = mutate(space)(space.sample(rng), stream, 1 + stream.below(3))
+        if child is not None:
+            made += 1
+            assert space.feasible(child)
+    assert made > 1000
+
+
+def test_switches_inside_groups_keep_each_groups_cost_and_exchanges_do_not() -> None:
+    space = mixed_space()
+    parent = (1, 1, 1, 1, 1, 1, 0)
+    stream = Uniforms(np.random.default_rng(5))
+
+    def share(levels: Assignment) -> int:
+        return sum(levels[:4])
+
+    inside = {share(c) for _ in range(500) if (c := LevelSwitch(space)(parent, stream, 2)) is not None}
+    across = {share(c) for _ in range(500) if (c := Exchange(space)(parent, stream, 2)) is not None}
+    assert inside == {share(parent)}
+    assert len(across) > 2
+
+
+def test_the_unrestricted_switch_spends_most_of_what_it_frees() -> None:
+    space = mixed_space()
+    parent = space.uniform()
+    stream = Uniforms(np.random.default_rng(6))
+    for _ in range(2000):
+        child = UnrestrictedSwitch(space)(parent, stream, 1)
+        if child is None:
+            continue
+        added = sum(s for s, a, b in zip(SIZES, parent, child, strict=True) if b > a)
+        removed = sum(s * (a - b) for s, a, b in zip(SIZES, parent, child, strict=True) if b < a)
+        assert added >= 0.8 * removed
+        assert sum(abs(a - b) for a, b in zip(parent, child, strict=True)) <= 10
+
+
+def test_it_finds_the_optimum_of_brute_forceable_landscapes() -> None:
+    hits = 0
+    for seed in range(20):
+        space, loss = pruning_space(16, 6), interacting(16, 0.1, seed)
+        assert space.count() == comb(16, 6) == 8008
+        optimum = min(map(loss, space.enumerate()))
+        searcher = make_searcher("evopress", space, seed=seed, offspring=16)
+        result = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=800))
+        assert result.best is not None
+        hits += loss(result.best) <= optimum + 1e-12
+    assert hits >= 19
+
+
+def test_restarts_and_wider_mutation_find_more_optima_of_rugged_landscapes() -> None:
+    found = {"plain": 0, "restarts": 0}
+    for seed in range(20):
+        space, loss = pruning_space(16, 6), interacting(16, 0.35, seed)
+        optimum = min(map(loss, space.enumerate()))
+        for name, settings in (("plain", {}), ("restarts", {"restart_after": 8, "widen_after": 3})):
+            searcher = make_searcher("evopress", space, seed=seed, **settings)
+            best = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=800)).best
+            assert best is not None
+            found[name] += loss(best) <= optimum + 1e-12
+    assert found["restarts"] >= found["plain"]
+    assert found["restarts"] >= 18
+
+
+def test_generations_on_linear_losses_grow_like_the_bound() -> None:
+    """Expected generations to the optimum of a linear loss are O(k (n - k) / lambda)."""
+    ratios = []
+    for n in (12, 24, 48):
+        k, generations = n // 4, []
+        for seed in range(5):
+            weights = np.random.default_rng(seed).gamma(1, 1, n)
+            optimum = float(np.sort(weights)[:k].sum())
+            space = pruning_space(n, k)
+            searcher = make_searcher("evopress", space, seed=seed, offspring=8)
+            result = search(
+                searcher,
+                FunctionProblem(space, lambda a, w=weights: float(w @ (1.0 - np.asarray(a)))),  # type: ignore[misc]
+                budget=Budget(evaluations=6000),
+            )
+            best = next(o for o in result.outcomes if o.loss <= optimum + 1e-12)
+            generations.append(best.trial.generation)
+        ratios.append(float(np.mean(generations)) / (k * (n - k) / 8))
+    assert max(ratios) < 4
+    assert max(ratios) < 3 * min(ratios)
+
+
+def test_a_generation_is_scored_in_stages_and_the_parent_joins_the_last() -> None:
+    space = mixed_space()
+    searcher = make_searcher("evopress", space, seed=0, offspring=8, survivors=(3, 1), tokens=(64, 256))
+    allowance = Allowance(tokens=10**6, default_tokens=64)
+    first = searcher.ask(allowance)
+    assert [t.tokens for t in first] == [64] * 8
+    assert len({t.levels for t in first} | {space.uniform()}) == 9
+    searcher.tell([Outcome(t, float(i)) for i, t in enumerate(first)])
+    second = searcher.ask(allowance)
+    assert [t.levels for t in second] == [space.uniform(), *(t.levels for t in first[:3])]
+    assert {t.tokens for t in second} == {256}
+    searcher.tell([Outcome(t, loss) for t, loss in zip(second, (1.0, 2.0, 0.5, 3.0), strict=True)])
+    assert searcher.recommend() == first[1].levels
+
+
+def test_elitism_by_count_lets_the_parent_into_every_stage_that_keeps_one() -> None:
+    space = mixed_space()
+    for elitism, expected in (("index", 4), ("count", 5), ("none", 4)):
+        searcher = make_searcher("evopress", space, offspring=4, survivors=(1, 1), tokens=(64, 128), elitism=elitism)
+        assert len(searcher.ask(Allowance(tokens=10**6, default_tokens=64))) == expected
+
+
+def test_the_last_generation_shrinks_to_what_can_be_paid() -> None:
+    space = mixed_space()
+    searcher = make_searcher("evopress", space, offspring=16, survivors=(4, 1), tokens=(512, 2048))
+    trials = searcher.ask(Allowance(tokens=6 * 512 + 5 * 2048, default_tokens=512))
+    assert len(trials) == 6
+    poor = make_searcher("evopress", space, offspring=16, survivors=(4, 1), tokens=(512, 2048))
+    assert poor.ask(Allowance(tokens=1000, default_tokens=512)) == ()
+    assert "does not pay" in poor.stop_reason
+
+
+def test_fewer_mutants_than_offspring_are_all_used_and_none_stops_the_search() -> None:
+    space = CompressionSpace([Unit(name=f"layers.{i}.u", costs=(0, 1)) for i in range(3)], 1, floor=1)
+    searcher = make_searcher("evopress", space, offspring=64)
+    trials = searcher.ask(Allowance(evaluations=1000))
+    assert {t.levels for t in trials} == set(space.enumerate())  # the parent and its two neighbours
+    alone = CompressionSpace([Unit(name="a", costs=(1, 2)), Unit(name="b", costs=(1, 2), fixed=0)], 3, floor=3)
+    stuck = make_searcher("evopress", alone)
+    assert stuck.ask(Allowance(evaluations=1000)) == ()
+    assert "no feasible mutant" in stuck.stop_reason
+
+
+def test_inverted_fitness_finds_the_worst() -> None:
+    space = pruning_space(10, 3)
+    loss = interacting(10, 0.1, 0)
+    searcher = make_searcher("evopress", space, seed=0, invert=True)
+    best = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=600)).best
+    assert best is not None
+    assert loss(best) == pytest.approx(max(map(loss, space.enumerate())))
+
+
+def test_fractional_starts_lie_between_the_two_whole_levels() -> None:
+    space = mixed_space(32)  # 2.46 bits a weight
+    for seed in range(20):
+        start = rounded_up_and_decremented(space, np.random.default_rng(seed))
+        assert space.feasible(start)
+        assert max(start) <= 1
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_presets_run(preset: str) -> None:
+    space = mixed_space()
+    searcher = make_searcher("evopress", space, preset=preset, seed=1)
+    allowance = Allowance(tokens=10**9, default_tokens=2048)
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        trials = searcher.ask(allowance)
+        assert trials
+        searcher.tell(
+            [
+                Outcome(t, float(x), tokens=t.tokens or 2048)
+                for t, x in zip(trials, rng.random(len(trials)), strict=True)
+            ]
+        )
+    assert space.feasible(searcher.recommend() or ())
+
+
+def test_all_offspring_failing_keeps_the_parent() -> None:
+    space = mixed_space()
+    problem = FunctionProblem(space, lambda a: 1.0 if a == space.uniform() else float("nan"))
+    result = search(make_searcher("evopress", space, seed=0), problem, budget=Budget(evaluations=200))
+    assert result.best == space.uniform()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"survivors": (1, 4)}, "falling"),
+        ({"survivors": (4, 1), "tokens": (2048, 512)}, "rising"),
+        ({"survivors": (4, 1), "tokens": (512,)}, "one entry"),
+        ({"offspring": 0}, "at least 1"),
+        ({"group": "colour"}, "size, name, none"),
+        ({"preset": "fastest"}, "one of"),
+        ({"cross_group": 2.0}, "probability"),
+        ({"init": "zero"}, "one of"),
+        ({"switch_rule": "max"}, "min_of_two"),
+        ({"elitism": "maybe"}, "index, count, none"),
+        ({"minibatch": "stale"}, "fresh, nested, fixed"),
+    ],
+)
+def test_wrong_settings_are_refused_with_the_allowed_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidSettingError, match=message):
+        make_searcher("evopress", mixed_space(), **settings)
+
+
+def test_siblings_are_distinct_over_a_long_search() -> None:
+    space = pruning_space(12, 4)
+    result = search(
+        make_searcher("evopress", space, seed=3, offspring=8),
+        FunctionProblem(space, interacting(12, 0.2, 3)),
+        budget=Budget(evaluations=400),
+    )
+    for _, batch in itertools.groupby(result.outcomes, key=lambda o: o.trial.generation):
+        levels = [o.trial.levels for o in batch]
+        assert len(set(levels)) == len(levels)

@@ -1,0 +1,106 @@
+"""What a causal language model is made of, found without a list of known architectures."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from evo_hpo.errors import ModelError
+
+ROUTERS = r"(^|\.)(gate|router|shared_expert_gate)$"
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_FEED_FORWARD = re.compile(r"mlp|feed_forward|ffn|moe|experts", re.IGNORECASE)
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of the decoder blocks, in running order: the outermost module list with most weights."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    outer = {name: module for name, module in lists.items() if not any(_inside(name, other) for other in lists)}
+    if not outer:
+        raise ModelError(f"no decoder blocks in {type(model).__name__}: it has no module list")
+    prefix = max(outer, key=lambda name: sum(p.numel() for p in outer[name].parameters()))
+    return {f"{prefix}.{i}": block for i, block in enumerate(outer[prefix])}
+
+
+def linear_modules(model: nn.Module, include: str = ".", exclude: str = ROUTERS) -> dict[str, nn.Module]:
+    """Name -> module of the linear layers (`nn.Linear`, GPT-2's `Conv1D`) inside the decoder blocks.
+
+    Args:
+        include: regular expression that a name must contain.
+        exclude: regular expression that a name must not contain; by default the routers of mixtures of experts.
+
+    Raises:
+        ModelError: nothing is left.
+    """
+    wanted, unwanted = re.compile(include), re.compile(exclude) if exclude else None
+    found: dict[str, nn.Module] = {}
+    for block_name, block in decoder_blocks(model).items():
+        for name, module in block.named_modules(prefix=block_name):
+            if is_linear(module) and wanted.search(name) and not (unwanted and unwanted.search(name)):
+                found[name] = module
+    if not found:
+        raise ModelError(f"no linear layer matches include={include!r} exclude={exclude!r}: relax the expressions")
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module multiplies by one weight matrix (`nn.Linear` or `Conv1D`)."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored as inputs x outputs (GPT-2's `Conv1D`)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def droppable_modules(model: nn.Module, kind: str) -> dict[str, tuple[str, ...]]:
+    """Unit name -> modules that must contribute nothing for the unit to be dropped, in running order.
+
+    Args:
+        kind: "attention", "mlp" or "block". Where a block has no feed-forward module of its own (OPT), its last
+            linear layer outside the attention stands for it: without its output nothing reaches the residual stream.
+    """
+    if kind not in ("attention", "mlp", "block"):
+        raise ModelError(f"kind is {kind!r}: use 'attention', 'mlp' or 'block'")
+    found: dict[str, tuple[str, ...]] = {}
+    for name, block in decoder_blocks(model).items():
+        if kind == "block":
+            found[name] = (name,)
+            continue
+        members = _attention(block) if kind == "attention" else _feed_forward(block)
+        if not members:
+            raise ModelError(f"no {kind} module in {name} ({type(block).__name__}): drop whole blocks instead")
+        full = tuple(f"{name}.{member}" for member in members)
+        found[full[0]] = full
+    return found
+
+
+def _attention(block: nn.Module) -> list[str]:
+    return [name for name, child in block.named_children() if _ATTENTION.search(name) and _has_linear(child)]
+
+
+def _feed_forward(block: nn.Module) -> list[str]:
+    children = dict(block.named_children())
+    named = [
+        name
+        for name, child in children.items()
+        if _FEED_FORWARD.search(name) and not _ATTENTION.search(name) and _has_weights(child)
+    ]
+    if named:
+        return named
+    return [name for name, child in children.items() if is_linear(child)][-1:]
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(is_linear(child) for child in module.modules())
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(parameter.dim() >= 2 for parameter in module.parameters())
+
+
+def _inside(name: str, other: str) -> bool:
+    return other != name and name.startswith(f"{other}.")

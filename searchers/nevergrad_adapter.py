@@ -8,6 +8,8 @@ working. Many optimizers draw from numpy's global generator; it is lent to them 
 from __future__ import annotations
 
 import math
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +48,21 @@ def load() -> Any:
             "nevergrad searchers need the package nevergrad: pip install 'nevergrad>=1.0.12'"
         ) from error
     return nevergrad
+
+
+def _let_threads_finish(limit: float = 300.0) -> None:
+    """Waits until every solver that Nevergrad runs in a thread has posted its next point or ended.
+
+    A solver that goes on thinking after ``tell`` has returned would draw from numpy's generator after it was given
+    back. It is thinking as long as it has been told as often as it has asked.
+    """
+    recaster = load().optimization.recaster
+    until = time.monotonic() + limit
+    for thread in threading.enumerate():
+        if isinstance(thread, recaster._MessagingThread):
+            asks, tells = thread.messages_ask, thread.messages_tell
+            while thread.is_alive() and asks.unfinished_tasks <= tells.unfinished_tasks and time.monotonic() < until:
+                time.sleep(0.0001)
 
 
 class NevergradSearcher(ForeignSearcher):
@@ -109,6 +126,7 @@ class NevergradSearcher(ForeignSearcher):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield
+                _let_threads_finish()
         except (MemoryError, KeyboardInterrupt):
             raise
         except ImportError as error:

@@ -149,22 +149,19 @@ class JournalTail:
         except FileNotFoundError:
             return []
         lines: list[dict[str, Any]] = []
-        pending: list[dict[str, Any]] = []
-        at = 0
+        whole = at = used = 0
         while (end := data.find(b"\n", at)) >= 0:
-            line = self._parse(data[at:end], last=end + 1 == len(data))
+            line = self._parse(data[at:end], self.position + at, last=end + 1 == len(data))
             if line is None:
                 break
             at = end + 1
-            pending.append(line)
+            lines.append(line)
             if not line.get("more"):
-                lines += pending
-                pending = []
-                self.position += at
-                data, at = data[at:], 0
-        return lines
+                whole, used = len(lines), at
+        self.position += used
+        return lines[:whole]
 
-    def _parse(self, text: bytes, *, last: bool) -> dict[str, Any] | None:
+    def _parse(self, text: bytes, position: int, *, last: bool) -> dict[str, Any] | None:
         try:
             line = json.loads(text)
             if isinstance(line, dict) and "kind" in line:
@@ -174,7 +171,7 @@ class JournalTail:
         if last:
             return None
         raise JournalError(
-            f"{self.path}: the line after byte {self.position} is damaged ({text[:40]!r}...): only a last line may be"
+            f"{self.path}: the line at byte {position} is damaged ({text[:40]!r}...): only a last line may be"
             " torn; restore the file or cut it at that byte and resume"
         )
 

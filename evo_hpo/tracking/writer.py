@@ -1,0 +1,238 @@
+"""Replays journals into a tracker; as a process of its own it follows searches while they run.
+
+    python -m evo_hpo.tracking.writer FOLDER --uri URI
+
+ends when its standard input is closed (or its parent dies), after a last catch-up that takes at most ``--grace``
+seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import select
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evo_hpo.errors import EvoHpoError, JournalError, TrackingError
+from evo_hpo.records import JournalTail, check_header, journal_paths
+from evo_hpo.tracking.store import file_lock
+
+if TYPE_CHECKING:
+    from evo_hpo.tracking import SearchTracker, Tracker
+
+__all__ = ["JournalReplay", "Replayer", "replay"]
+
+CHUNK = 200
+"""Lines that are committed together."""
+
+log = logging.getLogger("evo_hpo.tracking")
+
+
+class JournalReplay:
+    """One journal on its way into a tracker.
+
+    Attributes:
+        waiting: lines read and not yet in the store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.tail = JournalTail(path)
+        self.waiting: list[dict[str, Any]] = []
+        self.tracker: SearchTracker | None = None
+        self.ended = False
+
+    def read(self) -> None:
+        """Takes in what the journal has grown by."""
+        if not self.ended:
+            new = self.tail.poll()
+            self.waiting += new
+            self.ended = bool(new) and new[-1]["kind"] == "end"
+
+    def step(self, tracker: Tracker) -> int:
+        """Writes the next chunk and returns how many of its lines were new to the store.
+
+        Raises:
+            TrackingError: the store cannot be reached; nothing is lost, call again.
+        """
+        if not self.waiting:
+            return 0
+        if self.tracker is None:
+            self.tracker = tracker.search(check_header(self.tail.path, self.waiting))
+            seen, self.waiting = self.waiting[: self.tracker.committed], self.waiting[self.tracker.committed :]
+            self.tracker.log(seen)
+            return 0
+        chunk = self.waiting[:CHUNK]
+        self.tracker.log(chunk)
+        self.waiting = self.waiting[CHUNK:]
+        return len(chunk)
+
+    def leave(self) -> None:
+        """Marks an interrupted search as such."""
+        if self.tracker is not None and not self.waiting:
+            self.tracker.leave(running=_being_written(self.tail.path))
+
+
+def _being_written(path: Path) -> bool:
+    """True while a search holds the journal's lock."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+class Replayer:
+    """All journals of a folder on their way into one tracker; new journals are picked up as they appear.
+
+    Args:
+        folder: a comparison's folder, or one journal.
+        connect: makes the tracker; called again until it succeeds.
+    """
+
+    def __init__(self, folder: Path, connect: Callable[[], Tracker]) -> None:
+        self.folder = folder
+        self.connect = connect
+        self.tracker: Tracker | None = None
+        self.replays: dict[Path, JournalReplay] = {}
+
+    def read(self) -> int:
+        """Looks for new journals and lines; returns how many lines wait."""
+        for path in journal_paths(self.folder):
+            if path not in self.replays:
+                self.replays[path] = JournalReplay(path)
+        for replay in self.replays.values():
+            replay.read()
+        return self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Lines that are read and not in the store."""
+        return sum(len(r.waiting) for r in self.replays.values())
+
+    def step(self) -> int:
+        """Writes one chunk of every journal that has one; returns how many lines were new to the store.
+
+        Raises:
+            TrackingError: the store cannot be reached; nothing is lost, call again.
+        """
+        if self.tracker is None:
+            self.tracker = self.connect()
+        return sum(replay.step(self.tracker) for replay in self.replays.values())
+
+    def leave(self) -> None:
+        """Marks interrupted searches as such."""
+        for replay in self.replays.values():
+            replay.leave()
+
+
+def replay(folder: Path, uri: str, *, follow: bool = False) -> int:
+    """See :func:`evo_hpo.tracking.track`."""
+    if not journal_paths(folder):
+        raise JournalError(f"{folder}: no journals (*.jsonl) here: name a comparison's folder or a journal")
+    replayer = Replayer(folder, lambda: _mlflow(folder, uri))
+    with file_lock(_lock_path(folder, uri), wait=False) as free:
+        if not free:
+            raise TrackingError(f"{folder}: another process is tracking it already: wait for it to end")
+        total = 0
+        try:
+            while replayer.read() or follow:
+                total += replayer.step()
+                if follow and not replayer.waiting:
+                    time.sleep(1.0)
+        finally:
+            replayer.leave()
+        return total
+
+
+def _mlflow(folder: Path, uri: str) -> Tracker:
+    from evo_hpo.tracking.mlflow_tracker import MlflowTracker, experiment_name
+
+    return MlflowTracker(uri, experiment_name(folder))
+
+
+def _lock_path(folder: Path, uri: str) -> Path:
+    """One writer a folder and store: the lock lies in the folder, or beside nothing where that cannot be written."""
+    folder = folder.resolve()
+    folder = folder.parent if folder.is_file() else folder
+    folder = folder.parent if folder.name == "journals" else folder
+    name = hashlib.sha256(f"{folder}\n{uri}".encode()).hexdigest()[:8]
+    if os.access(folder, os.W_OK):
+        return folder / f".tracking-{name}.lock"
+    return Path(tempfile.gettempdir()) / f"evo-hpo-tracking-{os.getuid()}-{name}.lock"
+
+
+def follow_until_closed(folder: Path, uri: str, grace: float) -> int:
+    """Follows the journals until standard input is closed, then catches up; returns the lines that are left.
+
+    Nothing that the store does ends it: failures are logged and tried again, at growing intervals.
+    """
+    replayer = Replayer(folder, lambda: _mlflow(folder, uri))
+    pause, deadline = 0.5, float("inf")
+    with file_lock(_lock_path(folder, uri)):
+        while True:
+            try:
+                waiting = replayer.read()
+                replayer.step()
+                pause = 0.5
+            except (EvoHpoError, OSError) as error:
+                log.warning("%s", error)
+                waiting, pause = 1, min(2 * pause, 10.0)
+            except Exception:  # whatever it is, the search goes on and the journal keeps everything
+                log.exception("tracking failed, trying again")
+                waiting, pause = 1, min(2 * pause, 10.0)
+            if deadline == float("inf") and _closed(0.0 if replayer.waiting and pause == 0.5 else pause):
+                deadline = time.monotonic() + grace
+                continue
+            if deadline < float("inf"):
+                if not waiting or time.monotonic() > deadline:
+                    break
+                if pause > 0.5:
+                    time.sleep(min(pause, 1.0))
+        _leave(replayer)
+    return replayer.waiting
+
+
+def _leave(replayer: Replayer) -> None:
+    try:
+        replayer.leave()
+    except EvoHpoError as error:
+        log.warning("%s", error)
+
+
+def _closed(wait: float) -> bool:
+    """True when standard input ended; waits up to ``wait`` seconds for it."""
+    ready, _, _ = select.select([0], [], [], wait)
+    return bool(ready) and not os.read(0, 4096)
+
+
+def main() -> int:
+    """Runs as a process; the last line of its output says what is left, as JSON."""
+    parser = argparse.ArgumentParser(prog="evo_hpo.tracking.writer")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--uri", required=True)
+    parser.add_argument("--grace", type=float, default=60.0)
+    arguments = parser.parse_args()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    os.nice(15)
+    left = follow_until_closed(arguments.folder, arguments.uri, arguments.grace)
+    sys.stdout.write(json.dumps({"left": left}) + "\n")
+    return 0 if not left else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -53,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except UsageError as error:
-        errors.print(
-            f"error: {error.format_message()}", style="bold red", markup=False, highlight=False, soft_wrap=True
-        )
+        errors.print(f"error: {_usage(error)}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted", style="bold")
@@ -295,6 +293,10 @@ def list_names(
     """
     from evo_hpo import registry
 
+    members = [m for m in registry.available_searchers() if m.startswith(f"{name}:")] if name else []
+    if members:
+        console.print("  ".join(members), highlight=False)
+        return
     if name is not None:
         known_problem = name in registry.available_problems()
         described = registry.describe_problem(name) if known_problem else registry.describe_searcher(name)
@@ -315,10 +317,18 @@ def list_names(
             if colon:
                 families.setdefault(prefix, []).append(member)
             else:
-                table.add_row(entry, describe(entry).summary)
+                table.add_row(entry, _summary(describe, entry))
         for prefix, members in families.items():
-            table.add_row(f"{prefix}:<name>", f"{len(members)}: {', '.join(members)}")
+            shown = ", ".join(members) if len(members) <= 12 else f"{len(members)}; all: evo-hpo list {prefix}"
+            table.add_row(f"{prefix}:<name>", shown)
         console.print(table)
+
+
+def _summary(describe: Callable[[str], Any], name: str) -> str:
+    try:
+        return str(describe(name).summary)
+    except ImportError as error:
+        return f"cannot be loaded: {error}"
 
 
 if __name__ == "__main__":

@@ -78,7 +78,11 @@ def available_searchers() -> tuple[str, ...]:
     """Names of all searchers, members of families included."""
     names: list[str] = []
     for name, entry in _entries("evo_hpo.searchers").items():
-        target = entry.load()
+        try:
+            target = entry.load()
+        except ImportError:  # a plugin that is broken or lacks a package must not hide the others
+            names.append(name)
+            continue
         names += [name] if isinstance(target, type) else [f"{name}:{m}" for m in target.members()]
     return tuple(names)
 
@@ -158,14 +162,17 @@ def make_problem(name: str, **settings: Any) -> Problem:
     return factory(**settings)
 
 
-def prepare_problem(name: str, settings: dict[str, Any], plan: Any, progress: Callable[..., None]) -> None:
+def prepare_problem(name: str, settings: dict[str, Any], plan: Any, progress: Callable[..., None]) -> bool:
     """Lets a problem check its settings against the plan and build what it needs, once, before searches start.
 
-    A problem's factory may carry a function ``prepare(settings, plan, progress)``; others need nothing.
+    A problem's factory may carry a function ``prepare(settings, plan, progress)``; False: it has none, and is made
+    quickly enough to be checked as it is.
     """
     prepare = getattr(_problem_factory(name), "prepare", None)
-    if prepare is not None:
-        prepare(settings, plan, progress)
+    if prepare is None:
+        return False
+    prepare(settings, plan, progress)
+    return True
 
 
 def describe_problem(name: str) -> Description:

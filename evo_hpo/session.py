@@ -13,7 +13,8 @@ from evo_hpo.compare import ComparisonFailed, compare, comparison_folder
 from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.plan import Plan
 from evo_hpo.progress import BuildProgress, ComparisonProgress
-from evo_hpo.registry import prepare_problem
+from evo_hpo.registry import make_problem, prepare_problem
+from evo_hpo.rehearsal import rehearse
 
 __all__ = ["run", "show_report"]
 
@@ -42,7 +43,9 @@ def run(
     plan.check()
     for problem in plan.problems:
         with BuildProgress(problem.key, console) as progress:
-            prepare_problem(problem.name, problem.settings, plan, progress)
+            if not prepare_problem(problem.name, problem.settings, plan, progress):
+                made = make_problem(problem.name, **problem.settings)
+                rehearse(plan, made.space, made.tokens, made.check)
     folder = comparison_folder(plan, root, resume=resume)
     folder.mkdir(parents=True, exist_ok=True)
     console.print(f"comparison: {folder}", markup=False, highlight=False)

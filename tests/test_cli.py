@@ -103,6 +103,7 @@ def test_a_single_search_runs_by_name(tmp_path: Path, capsys: pytest.CaptureFixt
         (["search", "evopress", "--evaluations", "10", "--problem", "additive", "--set", "lamda=3"], "no setting"),
         (["search", "evopress", "--problem", "additive"], "exactly one of tokens"),
         (["search", "evopress", "--problem", "additive", "--tokens", "100"], "budget of tokens needs"),
+        (["search", "evopress", "--problem", "noisy", "--tokens", "1"], "does not pay for"),
         (["compare", "nowhere.toml"], "no plan at nowhere.toml"),
         (["compare"], "Missing argument"),
         (["report", "nowhere"], "not a comparison's folder"),
@@ -141,7 +142,7 @@ def test_an_interrupt_keeps_everything_and_says_how_to_resume(tmp_path: Path) ->
     os.killpg(process.pid, signal.SIGINT)
     shown, _ = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert f"evo-hpo compare {plan} --resume" in shown
+    assert f"evo-hpo compare {plan} --root {tmp_path} --no-track --resume" in shown
     assert "Traceback" not in shown
     assert journal.read_text().count('"kind":"outcome"') > 10
 

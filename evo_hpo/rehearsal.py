@@ -1,0 +1,49 @@
+"""A plan's searchers asked once on a problem's space, so that what cannot work is refused before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from evo_hpo.budget import Ledger
+from evo_hpo.errors import BudgetError, EvoHpoError, PlanError
+from evo_hpo.plan import Plan
+from evo_hpo.registry import make_searcher
+from evo_hpo.space import CompressionSpace
+
+__all__ = ["rehearse"]
+
+
+def rehearse(plan: Plan, space: CompressionSpace, tokens: int, check: Callable[[int], None]) -> None:
+    """Makes every searcher of the plan, asks it once, and checks that its first batch can be drawn and paid.
+
+    Args:
+        space: the problem's, or a small stand-in with the same levels.
+        tokens: the problem's default fidelity; 0: none.
+        check: raises when a minibatch of so many tokens cannot be drawn.
+
+    Raises:
+        PlanError: naming the searcher and the fault.
+    """
+    budget = plan.budget.budget()
+    try:
+        ledger = Ledger(budget, tokens)
+        check(tokens)
+    except EvoHpoError as error:
+        raise PlanError(str(error)) from error
+    for entry in plan.searchers:
+        try:
+            searcher = make_searcher(entry.name, space, seed=0, **entry.settings)
+            trials = searcher.ask(ledger.allowance())
+            if not trials:
+                raise BudgetError(f"a budget of {budget.amount:g} {budget.kind}: {searcher.stop_reason}")
+            each = tokens if trials[0].tokens is None else trials[0].tokens
+            if not ledger.allowance().affords(len(trials), each):
+                raise BudgetError(
+                    f"a budget of {budget.amount:g} {budget.kind} does not pay for one trial of {each} tokens:"
+                    " raise it or score on fewer tokens"
+                )
+            for stage in getattr(getattr(searcher, "selection", None), "stages", ()):
+                check(stage.tokens or tokens)
+            check(each)
+        except EvoHpoError as error:
+            raise PlanError(f"searcher {entry.key!r}: {error}") from error

@@ -166,10 +166,11 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def worker_count(plan: Plan, tasks: int) -> int:
-    """Processes that a plan runs at the same time on this machine."""
+def worker_count(plan: Plan, tasks: int) -> tuple[int, int]:
+    """Processes that a plan runs at the same time on this machine, and the cores that each may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(plan.workers or cores // plan.threads, tasks))
+    count = max(1, min(plan.workers or cores, tasks))
+    return count, max(1, cores // count)
 
 
 @contextmanager
@@ -177,13 +178,13 @@ def _workers(plan: Plan, folder: Path, resume: bool, tasks: Sequence[SearchTask]
     """Starts the workers, hands out the tasks, gives the stream of events; leaves no process behind."""
     context = multiprocessing.get_context("spawn")
     waiting, events = context.Queue(), context.Queue()
-    count = worker_count(plan, len(tasks))
+    count, cores = worker_count(plan, len(tasks))
     for task in tasks:
         waiting.put(task)
     for _ in range(count):
         waiting.put(None)
     processes = [
-        context.Process(target=run_worker, args=(plan, folder, resume, waiting, events), daemon=True)
+        context.Process(target=run_worker, args=(plan, folder, resume, cores, waiting, events), daemon=True)
         for _ in range(count)
     ]
     try:

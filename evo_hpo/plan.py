@@ -108,7 +108,6 @@ class Plan(_Strict):
         budget: of each search.
         checkpoints: fractions of the budget at which the incumbent is validated on held-out data.
         workers: processes that run searches at the same time; 0: one a core. Results do not depend on it.
-        threads: of each worker's tensor library; the last digits of a loss depend on it, so it is part of the plan.
         problems, searchers: the grid.
         ablation: variants of one of the searchers, added to the grid.
     """
@@ -119,7 +118,6 @@ class Plan(_Strict):
     budget: BudgetEntry
     checkpoints: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     workers: int = Field(default=0, ge=0)
-    threads: int = Field(default=1, ge=1)
     problems: tuple[ProblemEntry, ...] = Field(min_length=1)
     searchers: tuple[SearcherEntry, ...] = Field(min_length=1)
     ablation: AblationEntry | None = None

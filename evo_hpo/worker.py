@@ -66,12 +66,13 @@ class _Reporter:
         )
 
 
-def run_worker(plan: Plan, folder: Path, resume: bool, tasks: _Queue, events: _Queue) -> None:
-    """Entry point of the process: takes tasks until it gets None."""
+def run_worker(plan: Plan, folder: Path, resume: bool, cores: int, tasks: _Queue, events: _Queue) -> None:
+    """Entry point of the process: takes tasks until it gets None; evaluators in it may use so many cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     _die_with_parent()
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[variable] = str(plan.threads)
+        os.environ[variable] = "1"  # an evaluator runs one single-threaded replica a core
+    os.environ["EVO_HPO_THREADS"] = str(cores)
     problems: dict[str, Problem] = {}
     while (task := tasks.get()) is not None:
         try:

@@ -7,12 +7,8 @@ tag ``chunk``, finished ones are skipped, running ones are completed, and equal 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import math
 import os
-import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from evo_hpo.errors import TrackingError
-from evo_hpo.records import decode_checkpoint, decode_levels, decode_outcome, encode_levels
-from evo_hpo.space import CompressionSpace
-from evo_hpo.tracking.store import artifact_root, experiment_location, prepare_store, quiet_environment
-from evo_hpo.trial import Outcome
+from evo_hpo.tracking.rows import RowWriter
+from evo_hpo.tracking.runs import LONGEST_NAME, ChildRun, Point, SearchRuns, milliseconds
+from evo_hpo.tracking.store import (
+    artifact_root,
+    database_path,
+    experiment_location,
+    prepare_store,
+    quiet_environment,
+)
 
 os.environ.update(quiet_environment())
 
@@ -33,16 +34,10 @@ from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from sqlalchemy import event
 
-__all__ = ["MlflowSearch", "MlflowTracker", "create_schema", "safe_key"]
+__all__ = ["MlflowSearch", "MlflowTracker", "connect", "create_schema", "experiment_name"]
 
 COMMITTED = "evo_hpo.committed"
 KEY = "evo_hpo.key"
-UNITS_SHOWN = 40
-"""Spaces of at most this many units have a parameter for each unit on every trial; larger ones only ``levels``."""
-
-LONGEST_PARAM = 6000
-LONGEST_TAG = 8000
-LONGEST_NAME = 250
 METRICS_A_CALL = 1000
 PARAMS_A_CALL = 100
 
@@ -91,33 +86,12 @@ def connect(uri: str) -> MlflowClient:
     return client
 
 
-def safe_key(name: str) -> str:
-    """``name`` as a key that MLflow takes; changed names end in a hash, so that two never become one."""
-    if (
-        re.fullmatch(r"[\w. /-]{1,200}", name, re.ASCII)
-        and ".." not in name
-        and not re.search(r"^[./]|[./]$|//|\./", name)
-    ):
-        return name
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return re.sub(r"[^\w-]+", "_", name, flags=re.ASCII).strip("_")[:180] + f"-{digest}"
-
-
-def shown(value: Any, limit: int, where: str) -> str:
-    """``value`` as text of at most ``limit`` characters; a longer one says so and where it is whole."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    text = text.encode("utf-8", "replace").decode()
-    if len(text) <= limit:
-        return text
-    note = f"... ({len(text)} characters, whole in {where})"
-    return text[: limit - len(note)] + note
-
-
-def flat(value: Any, prefix: str) -> dict[str, Any]:
-    """Nested settings as ``prefix/key/key``."""
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}/{key}").items()}
-    return {prefix: value}
+def experiment_name(folder: Path) -> str:
+    """The experiment of a comparison's folder or of a journal in it: the folder's name."""
+    folder = folder.resolve()
+    if folder.is_file():
+        folder = folder.parent
+    return folder.parent.name if folder.name == "journals" else folder.name
 
 
 class MlflowTracker:
@@ -126,12 +100,14 @@ class MlflowTracker:
     Args:
         uri: tracking URI.
         experiment: name of the experiment; created if it does not exist.
+        direct: writes trials straight into the tables of an SQLite store where its schema is known (see
+            :mod:`evo_hpo.tracking.rows`); False: always through MLflow's API.
 
     Raises:
         TrackingError: the store cannot be used, or the name cannot be an experiment's.
     """
 
-    def __init__(self, uri: str, experiment: str) -> None:
+    def __init__(self, uri: str, experiment: str, *, direct: bool = True) -> None:
         if not experiment.strip() or len(experiment) > LONGEST_NAME:
             raise TrackingError(
                 f"experiment name {experiment[:60]!r} has {len(experiment)} characters, allowed 1 to {LONGEST_NAME}:"
@@ -139,28 +115,33 @@ class MlflowTracker:
             )
         self.uri = uri
         self.client = connect(uri)
-        self.experiment = self._experiment(experiment)
+        with translated(f"experiment {experiment!r}"):
+            self.experiment, location = self._experiment(experiment)
+        path = database_path(uri)
+        self.rows = None
+        if direct and path is not None and RowWriter.supports(path):
+            self.rows = RowWriter(path, self.experiment, location)
 
-    def _experiment(self, name: str) -> str:
-        with translated(f"experiment {name!r}"):
-            known = self.client.get_experiment_by_name(name)
-            if known is None:
-                try:
-                    return str(self.client.create_experiment(name, experiment_location(self.uri, name)))
-                except MlflowException:  # another process was faster
-                    known = self.client.get_experiment_by_name(name)
-                    if known is None:
-                        raise
+    def _experiment(self, name: str) -> tuple[str, str]:
+        known = self.client.get_experiment_by_name(name)
+        if known is None:
+            try:
+                created = self.client.create_experiment(name, experiment_location(self.uri, name))
+                known = self.client.get_experiment(created)
+            except MlflowException:  # another process was faster
+                known = self.client.get_experiment_by_name(name)
+                if known is None:
+                    raise
         if known.lifecycle_stage != "active":
             raise TrackingError(
                 f"experiment {name!r} was deleted in MLflow: restore it with `mlflow experiments restore"
                 f" --experiment-id {known.experiment_id}`, or rename the comparison"
             )
-        return str(known.experiment_id)
+        return str(known.experiment_id), str(known.artifact_location)
 
     def search(self, header: Mapping[str, Any]) -> MlflowSearch:
         """The parent run of a search: found by the hash of its header, else created."""
-        return MlflowSearch(self.client, self.experiment, header)
+        return MlflowSearch(self.client, self.experiment, header, self.rows)
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -174,74 +155,32 @@ class MlflowSearch:
         committed: lines of the journal (the header is one) that are in the store for good.
     """
 
-    def __init__(self, client: MlflowClient, experiment: str, header: Mapping[str, Any]) -> None:
+    def __init__(
+        self, client: MlflowClient, experiment: str, header: Mapping[str, Any], rows: RowWriter | None
+    ) -> None:
         self.client = client
         self.experiment = experiment
-        self.header = header
-        self.search = str(header["search"])
-        self.name = re.sub(r"-s(\d+)$", r" s\1", self.search)
-        described = header.get("space")
-        self.space = None if described is None else CompressionSpace.from_json(described)
-        self.unit_keys = [safe_key(f"unit/{u.name}") for u in self.space.units] if self.space else []
+        self.runs = SearchRuns(header)
+        self.rows = rows
         self.seen = 0
-        self.trials = 0
-        self.tokens = 0
-        self.best: tuple[int, float] | None = None
-        with translated(f"search {self.search}"):
+        self.unsure = False
+        with translated(f"search {self.runs.search}"):
             self.run_id, self.committed, self.status = self._open()
-
-    # ------------------------------------------------------------------ parent
+            self.known = self._children()
 
     def _open(self) -> tuple[str, int, str]:
-        text = json.dumps(self.header, sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:24]
-        runs = self.client.search_runs(
-            [self.experiment], f"tags.`{KEY}` = '{key}'", ViewType.ACTIVE_ONLY, max_results=1
-        )
-        if runs:
-            run = runs[0]
+        where = f"tags.`{KEY}` = '{self.runs.key}'"
+        found = self.client.search_runs([self.experiment], where, ViewType.ACTIVE_ONLY, max_results=1)
+        if found:
+            run = found[0]
             return run.info.run_id, int(run.data.tags.get(COMMITTED, 0)), str(run.info.status)
-        tags = {
-            KEY: key,
-            "kind": "search",
-            "search": self.search,
-            "searcher": str(self.header.get("searcher", "")),
-            "label": str(self.header.get("label") or self.header.get("searcher", "")),
-            "seed": str(self.header.get("seed", "")),
-            "problem": str(self.header.get("problem", "")),
-        }
-        commit = (self.header.get("git") or {}).get("commit")
-        if commit:
-            tags["mlflow.source.git.commit"] = commit
         run = self.client.create_run(
             self.experiment,
-            start_time=_milliseconds(self.header.get("created")),
-            tags={k: shown(v, LONGEST_TAG, "header.json") for k, v in tags.items()},
-            run_name=shown(self.name, LONGEST_NAME, "header.json"),
+            start_time=self.runs.start,
+            tags={KEY: self.runs.key, **self.runs.tags()},
+            run_name=self.runs.name,
         )
         return run.info.run_id, 0, "RUNNING"
-
-    def _log_header(self) -> None:
-        self.client.log_dict(self.run_id, dict(self.header), "header.json")
-        settings = {
-            "searcher": self.header.get("searcher"),
-            "label": self.header.get("label"),
-            "seed": self.header.get("seed"),
-            "problem": self.header.get("problem"),
-            "minibatch_seed": self.header.get("minibatch_seed"),
-            "units": len(self.unit_keys) or None,
-            **flat(self.header.get("budget") or {}, "budget"),
-            **flat(self.header.get("settings") or {}, "settings"),
-            **flat(self.header.get("fingerprint") or {}, "fingerprint"),
-            **flat(self.header.get("versions") or {}, "versions"),
-        }
-        params = [
-            Param(safe_key(k), shown(v, LONGEST_PARAM, "header.json"))
-            for k, v in settings.items()
-            if v not in (None, {})
-        ]
-        for at in range(0, len(params), PARAMS_A_CALL):
-            self.client.log_batch(self.run_id, params=params[at : at + PARAMS_A_CALL])
 
     # ------------------------------------------------------------------ lines
 
@@ -251,101 +190,90 @@ class MlflowSearch:
         Raises:
             TrackingError: the store cannot be reached.
         """
-        state = self.seen, self.trials, self.tokens, self.best
+        seen, state = self.seen, self.runs.state
         try:
-            with translated(f"search {self.search}"):
+            with translated(f"search {self.runs.search}"):
+                if self.unsure:
+                    self.known, self.unsure = self._children(), False
                 self._log(lines)
         except BaseException:
-            self.seen, self.trials, self.tokens, self.best = state
+            self.seen, self.runs.state, self.unsure = seen, state, True
             raise
 
     def _log(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        metrics: list[Metric] = []
-        fresh = self.seen + len(lines) > self.committed
-        known = self._children() if fresh and self.committed else {}
-        if fresh and self.status != "RUNNING":
-            self.client.update_run(self.run_id, status="RUNNING")
-            self.status = "RUNNING"
-        end: Mapping[str, Any] | None = None
+        children: list[ChildRun] = []
+        points: list[Point] = []
+        header = end = None
         for line in lines:
-            new = self.seen >= self.committed
+            new, self.seen = self.seen >= self.committed, self.seen + 1
             kind = line["kind"]
-            if kind == "header" and new:
-                self._log_header()
-                known = self._children()
-            elif kind == "outcome":
-                outcome = decode_outcome(line)
-                points = self._take(outcome, _milliseconds(line["time"]))
+            if kind == "outcome":
+                outcome, curve = self.runs.take(line)
                 if new:
-                    metrics += points
-                    self._child(outcome, _milliseconds(line["time"]), known.get(str(outcome.trial.number)))
+                    points += curve
+                    children.append(self.runs.child(outcome, milliseconds(line["time"])))
             elif kind == "checkpoint" and new:
-                metrics += self._checkpoint(line)
+                points += self.runs.checkpoint(line)
+            elif kind == "header" and new:
+                header = line
             elif kind == "end":
                 end = line
-            self.seen += 1
-        if fresh:
-            self._commit(metrics, end)
+        if self.seen > self.committed:
+            self._commit(header, children, points, end)
         if end is not None and self.status != "FINISHED":
-            self.client.set_terminated(self.run_id, "FINISHED", _milliseconds(end["time"]))
+            self.client.set_terminated(self.run_id, "FINISHED", milliseconds(end["time"]))
             self.status = "FINISHED"
 
-    def _commit(self, metrics: Sequence[Metric], end: Mapping[str, Any] | None) -> None:
+    def _commit(
+        self,
+        header: Mapping[str, Any] | None,
+        children: Sequence[ChildRun],
+        points: list[Point],
+        end: Mapping[str, Any] | None,
+    ) -> None:
+        if self.status != "RUNNING":
+            self.client.update_run(self.run_id, status="RUNNING")
+            self.status = "RUNNING"
+        if header is not None:
+            self.client.log_dict(self.run_id, dict(header), "header.json")
+            self._batch(params=self.runs.params())
+        if end is not None:
+            last, params, tags = self.runs.end(end)
+            points += last
+            self._batch(params=params, tags=tags)
+        if self.rows is not None and not self.known:
+            self.rows.write(self.run_id, children, points, {COMMITTED: str(self.seen)})
+        else:
+            for child in children:
+                self._child(child)
+            self._batch(points=points)
+            self.client.set_tag(self.run_id, COMMITTED, str(self.seen))
+        self.committed, self.known = self.seen, {}
+
+    def _batch(
+        self,
+        points: Sequence[Point] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Points, parameters and tags of the parent run, in calls of allowed size."""
+        metrics = [Metric(p.key, p.value, p.when, p.step) for p in points]
         for at in range(0, len(metrics), METRICS_A_CALL):
             self.client.log_batch(self.run_id, metrics=metrics[at : at + METRICS_A_CALL])
-        if end is not None:
-            self._end(end)
-        self.client.set_tag(self.run_id, COMMITTED, str(self.seen))
-        self.committed = self.seen
-
-    def _take(self, outcome: Outcome, when: int) -> list[Metric]:
-        """Adds a trial to the running state; its points on the parent's curves (steps count trials)."""
-        self.tokens += outcome.tokens
-        step, self.trials = self.trials, self.trials + 1
-        rank = (-outcome.tokens, outcome.loss)
-        if outcome.usable and (self.best is None or rank < self.best):
-            self.best = rank
-        points = {"search/tokens": float(self.tokens)}
-        if outcome.usable:
-            points["search/trial_loss"] = outcome.loss
-        if self.best is not None:
-            points["search/best_loss"] = self.best[1]
-        if self.space is not None:
-            points["search/average"] = self.space.average(outcome.trial.levels)
-        return [Metric(key, value, when, step) for key, value in points.items()]
-
-    def _checkpoint(self, line: Mapping[str, Any]) -> list[Metric]:
-        """Held-out figures; steps are tokens spent (trials where the problem reads none)."""
-        point = decode_checkpoint(line)
-        step, when = point.tokens or point.evaluations, _milliseconds(line["time"])
-        figures = {f"held_out/{safe_key(k)}": v for k, v in point.held_out.items()}
-        if self.space is not None:
-            figures["held_out/average"] = self.space.average(point.levels)
-        return [Metric(k, v, when, step) for k, v in figures.items()]
-
-    def _end(self, line: Mapping[str, Any]) -> None:
-        figures = {k: float(line[k]) for k in ("seconds", "searcher_seconds")} | {"trials": float(self.trials)}
-        if line["best"] is not None and math.isfinite(float(line["best_loss"])):
-            figures["loss"] = float(line["best_loss"])
-        when = _milliseconds(line["time"])
-        params: list[Param] = []
-        if line["best"] is not None:
-            params.append(Param("best_levels", shown(line["best"], LONGEST_PARAM, "the journal")))
-            params += self._unit_params(decode_levels(line["best"]))
-        metrics = [Metric(f"final/{k}", v, when, 0) for k, v in figures.items()]
-        tags = [RunTag("stop_reason", shown(line["stop_reason"], LONGEST_TAG, "the journal"))]
-        self.client.log_batch(self.run_id, metrics=metrics, params=params[:1], tags=tags)
-        for at in range(1, len(params), PARAMS_A_CALL):
-            self.client.log_batch(self.run_id, params=params[at : at + PARAMS_A_CALL])
+        entries = [Param(k, v) for k, v in (params or {}).items()]
+        for at in range(0, len(entries), PARAMS_A_CALL):
+            self.client.log_batch(self.run_id, params=entries[at : at + PARAMS_A_CALL])
+        if tags:
+            self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def leave(self, *, running: bool) -> None:
         """Marks a search that neither ended nor runs as interrupted (status KILLED); resuming it undoes that."""
         if self.status == "RUNNING" and not running:
-            with translated(f"search {self.search}"):
+            with translated(f"search {self.runs.search}"):
                 self.client.set_terminated(self.run_id, "KILLED")
                 self.status = "KILLED"
 
-    # ------------------------------------------------------------------ children
+    # ------------------------------------------------------------------ children, through the API
 
     def _children(self) -> dict[str, tuple[str, str]]:
         """Trial number -> (run id, status) of the children of the chunk that is open."""
@@ -359,63 +287,16 @@ class MlflowSearch:
             if not token:
                 return found
 
-    def _child(self, outcome: Outcome, when: int, known: tuple[str, str] | None) -> None:
-        trial = outcome.trial
-        status = "FAILED" if outcome.status == "failed" else "FINISHED"
-        if known is not None and known[1] == status:
+    def _child(self, child: ChildRun) -> None:
+        run_id, status = self.known.get(str(child.trial), ("", ""))
+        if status == child.status:
             return
-        run_id = known[0] if known else self._create_child(outcome, when)
-        metrics = {"tokens": float(outcome.tokens)}
-        if outcome.status != "failed" and math.isfinite(outcome.loss):
-            metrics["loss" if outcome.status == "complete" else "loss_at_least"] = outcome.loss
-        if self.space is not None:
-            metrics["average"] = self.space.average(trial.levels)
-        params = [
-            Param("levels", shown(encode_levels(trial.levels), LONGEST_PARAM, "the journal")),
-            Param("generation", str(trial.generation)),
-            Param("stage", str(trial.stage)),
-            Param("minibatch", str(outcome.minibatch)),
-        ]
-        if len(self.unit_keys) <= UNITS_SHOWN:
-            params += self._unit_params(trial.levels)
-        self.client.log_batch(run_id, [Metric(k, v, when, 0) for k, v in metrics.items()], params)
-        self.client.set_terminated(run_id, status, when)
-
-    def _create_child(self, outcome: Outcome, when: int) -> str:
-        trial = outcome.trial
-        tags = {
-            "mlflow.parentRunId": self.run_id,
-            "kind": "trial",
-            "search": self.search,
-            "trial": str(trial.number),
-            "chunk": str(self.committed),
-            "status": outcome.status,
-        }
-        if trial.parent is not None:
-            tags["parent_trial"] = str(trial.parent)
-        tags |= {k: v for k, v in (("note", trial.note), ("reason", outcome.reason)) if v}
-        run = self.client.create_run(
-            self.experiment,
-            start_time=when - int(1000 * outcome.seconds),
-            tags={k: shown(v, LONGEST_TAG, "the journal") for k, v in tags.items()},
-            run_name=f"{shown(self.name, LONGEST_NAME - 12, 'header.json')} t{trial.number:04d}",
-        )
-        return str(run.info.run_id)
-
-    def _unit_params(self, levels: Sequence[int]) -> list[Param]:
-        if self.space is None:
-            return []
-        labels = self.space.labels(levels).values()
-        return [Param(key, label) for key, label in zip(self.unit_keys, labels, strict=True)]
-
-
-def _milliseconds(seconds: Any) -> int:
-    return 0 if seconds is None else int(float(seconds) * 1000)
-
-
-def experiment_name(folder: Path) -> str:
-    """The experiment of a comparison's folder or of a journal in it: the folder's name."""
-    folder = folder.resolve()
-    if folder.is_file():
-        folder = folder.parent
-    return folder.parent.name if folder.name == "journals" else folder.name
+        if not run_id:
+            tags = {**child.tags, "mlflow.parentRunId": self.run_id, "chunk": str(self.committed)}
+            run = self.client.create_run(self.experiment, start_time=child.start, tags=tags, run_name=child.name)
+            run_id = run.info.run_id
+            self.known[str(child.trial)] = run_id, "RUNNING"
+        metrics = [Metric(k, v, child.end, 0) for k, v in child.metrics.items()]
+        self.client.log_batch(run_id, metrics, [Param(k, v) for k, v in child.params.items()])
+        self.client.set_terminated(run_id, child.status, child.end)
+        self.known[str(child.trial)] = run_id, child.status

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import re
 import sqlite3
-import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,9 +64,12 @@ def artifact_root(uri: str) -> str | None:
 
 
 def experiment_location(uri: str, name: str) -> str | None:
-    """Artifact location of a new experiment, safe for any name."""
+    """Artifact location of a new experiment, safe for any name and short enough for MLflow's tables."""
     root = artifact_root(uri)
-    return None if root is None else f"{root}/{urllib.parse.quote(name, safe='').replace('.', '%2E')[:150]}"
+    if root is None:
+        return None
+    plain = re.sub(r"[^\w-]+", "_", name, flags=re.ASCII)[:40]
+    return f"{root}/{plain}" if plain == name else f"{root}/{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @contextlib.contextmanager

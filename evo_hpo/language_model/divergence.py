@@ -30,7 +30,7 @@ class DenseSide:
 
     Attributes:
         vectors: expected embedding or final hidden state, tokens x hidden (top-k: log-probabilities, tokens x k).
-        constants: float32, one a token.
+        constants: float64, one a token.
         entries: top-k only: vocabulary entries, int32, tokens x k.
     """
 
@@ -53,26 +53,26 @@ def dense_side(head: OutputHead, hidden: Tensor, fitness: Fitness, dtype: torch.
         return _dense_top(head, hidden, normaliser, top_k)
     if not head.linear:
         stored = hidden.to(dtype)
-        return DenseSide(stored, head.log_normaliser(stored.to(hidden.dtype)))
+        return DenseSide(stored, head.log_normaliser(stored.to(hidden.dtype)).double())
     expected = torch.zeros_like(hidden, dtype=torch.float32)
     for entries in head.entries():
         probabilities = head.logits(hidden, entries).sub_(normaliser[:, None]).exp_()
         expected += probabilities @ head.weight[entries].float()
     stored = expected.to(dtype)
     constants = (hidden.double() * stored.double()).sum(-1) - normaliser.double()
-    return DenseSide(stored, constants.float())
+    return DenseSide(stored, constants)
 
 
 def _dense_top(head: OutputHead, hidden: Tensor, normaliser: Tensor, top_k: int) -> DenseSide:
     values, numbers = [], []
-    for part, norm in zip(hidden.split(64), normaliser.split(64), strict=True):
+    for part, norm in zip(torch.split(hidden, 64), torch.split(normaliser, 64), strict=True):
         logits = head.logits(part, slice(None))
         top = logits.topk(min(top_k, logits.shape[1] - 1), dim=-1)
         values.append(top.values - norm[:, None])
         numbers.append(top.indices.int())
     log_p = torch.cat(values)
     tail = torch.log((1 - log_p.double().exp().sum(-1)).clamp_min(1e-30))
-    return DenseSide(log_p, tail.float(), torch.cat(numbers))
+    return DenseSide(log_p, tail, torch.cat(numbers))
 
 
 def divergences(head: OutputHead, finals: Sequence[Tensor], dense: DenseSide) -> list[Tensor]:
@@ -98,7 +98,7 @@ def divergences(head: OutputHead, finals: Sequence[Tensor], dense: DenseSide) ->
 
 def _capped(head: OutputHead, finals: Sequence[Tensor], dense: DenseSide, tokens: slice) -> list[Tensor]:
     """Soft-capped logits are bounded, so their exponentials are summed without a shift."""
-    own, normaliser = dense.vectors[tokens].to(finals[0].dtype), dense.constants[tokens]
+    own, normaliser = dense.vectors[tokens].to(finals[0].dtype), dense.constants[tokens].float()
     crossed = [torch.zeros_like(normaliser, dtype=torch.float64) for _ in finals]
     totals = [torch.zeros_like(normaliser, dtype=torch.float64) for _ in finals]
     entropy = torch.zeros_like(normaliser, dtype=torch.float64)
@@ -114,7 +114,7 @@ def _capped(head: OutputHead, finals: Sequence[Tensor], dense: DenseSide, tokens
 
 
 def _top_divergence(head: OutputHead, final: Tensor, dense: DenseSide, entries: Tensor) -> Tensor:
-    log_p, tail_p = dense.vectors.double(), dense.constants.double()
+    log_p, tail_p = dense.vectors.double(), dense.constants
     log_q = head.selected(final, entries.long()).double() - head.log_normaliser(final).double()[:, None]
     tail_q = torch.log((1 - log_q.exp().sum(-1)).clamp_min(1e-9))
     return (log_p.exp() * (log_p - log_q)).sum(-1) + tail_p.exp() * (tail_p - tail_q)

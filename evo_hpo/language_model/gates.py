@@ -57,7 +57,8 @@ class GatedModel:
         self._final: Tensor | None = None
         with torch.inference_mode():
             plain = self._plain_hidden(example)
-            self._forwards = [block.forward for block in self.blocks.values()]
+            self._originals = [block.forward for block in self.blocks.values()]
+            self._forwards = list(self._originals)
             for number, block in enumerate(self.blocks.values()):
                 block.forward = self._gate(number)
             self.head.forward = self._tap
@@ -88,9 +89,9 @@ class GatedModel:
         finally:
             self._state, self._final, self._kept = None, None, {}
 
-    def compile_blocks(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Replaces each block's own code by ``compiler(code)``; the gates stay outside of what is compiled."""
-        self._forwards = [compiler(forward) for forward in self._forwards]
+    def compile_blocks(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None) -> None:
+        """Runs each block's own code as ``compiler(code)``, the gates outside of it; None: as it was."""
+        self._forwards = list(self._originals) if compiler is None else [compiler(f) for f in self._originals]
 
     def _gate(self, number: int) -> Callable[..., Any]:
         def gate(*args: Any, **kwargs: Any) -> Any:

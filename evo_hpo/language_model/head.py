@@ -84,7 +84,7 @@ class OutputHead:
 
     def log_normaliser(self, hidden: Tensor) -> Tensor:
         """log sum exp of the logits (tokens), float32."""
-        parts = [self._log_normaliser(part) for part in hidden.split(self.chunk.tokens)]
+        parts = [self._log_normaliser(part) for part in torch.split(hidden, self.chunk.tokens)]
         return torch.cat(parts)
 
     def _log_normaliser(self, hidden: Tensor) -> Tensor:
@@ -94,25 +94,24 @@ class OutputHead:
                 total += self.logits(hidden, entries).exp_().sum(-1)
             if bool(torch.isfinite(total).all()) and float(total.min()) > 1e-20:
                 return total.log_()
-        largest = total = None
+        largest: Tensor | None = None
         for entries in self.entries():
             logits = self.logits(hidden, entries)
             top = logits.amax(-1)
-            if largest is None or total is None:
+            if largest is None:
                 largest, total = top, logits.sub_(top[:, None]).exp_().sum(-1)
             else:
                 new = torch.maximum(largest, top)
                 total = total * (largest - new).exp() + logits.sub_(new[:, None]).exp_().sum(-1)
                 largest = new
         assert largest is not None
-        assert total is not None
         return largest + total.log()
 
     def selected(self, hidden: Tensor, entries: Tensor) -> Tensor:
         """Logits of chosen entries (tokens x k) for entry numbers (tokens x k)."""
         step = max(1, 4_000_000 // (entries.shape[1] * hidden.shape[1]))
         parts = []
-        for h, e in zip(hidden.split(step), entries.split(step), strict=True):
+        for h, e in zip(torch.split(hidden, step), torch.split(entries, step), strict=True):
             logits = torch.einsum("tkh,th->tk", self.weight[e].float(), h.float())
             parts.append(logits if self.bias is None else logits + self.bias[e] * self.scale)
         return self._activate(torch.cat(parts))

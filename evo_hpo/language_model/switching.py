@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from evo_hpo.compression.levels import Levels
 from evo_hpo.errors import StoreError
 from evo_hpo.language_model.gates import GatedModel
+from evo_hpo.language_model.structure import is_transposed
 from evo_hpo.space import Assignment, Unit
 
-__all__ = ["LevelSwitch", "WeightSource", "blocks_of_units"]
-
-
-class WeightSource(Protocol):
-    """Where the weights of each level come from; :class:`evo_hpo.compression.levels.Levels` has this shape."""
-
-    @property
-    def units(self) -> Sequence[Unit]:
-        """The units; their members are module names in the model."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the weights of all levels."""
-
-    def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
-        """Module name -> weight in the module's own layout; None: the module contributes nothing."""
+__all__ = ["LevelSwitch", "blocks_of_units"]
 
 
 class LevelSwitch:
@@ -44,7 +31,7 @@ class LevelSwitch:
         StoreError: a unit's member is not in the model, or a level's weight has another shape.
     """
 
-    def __init__(self, gated: GatedModel, levels: WeightSource, example: Tensor, lock: threading.Lock) -> None:
+    def __init__(self, gated: GatedModel, levels: Levels, example: Tensor, lock: threading.Lock) -> None:
         self.levels, self._gated, self._lock = levels, gated, lock
         modules = dict(gated.model.named_modules())
         self._modules: dict[str, nn.Module] = {}
@@ -70,20 +57,16 @@ class LevelSwitch:
                 self._current[unit] = level
 
     def _switch(self, unit: int, level: int) -> None:
-        members = self.levels.units[unit].members
-        if level < 0:
-            for name in members:
-                self._place(name, self._dense.get(name))
-            return
-        with self._lock:
-            weights = self.levels.weights(unit, level)
-        for name in members:
-            if name not in weights:
-                raise StoreError(f"unit {self.levels.units[unit].name!r}, level {level}: no weight for {name!r}")
-            if weights[name] is None:
+        weights: Mapping[str, Tensor | None] = {}
+        if level >= 0:
+            with self._lock:
+                weights = self.levels.weights(unit, level)
+        for name in self.levels.units[unit].members:
+            weight = weights.get(name, self._dense.get(name))
+            if name in weights and weight is None:
                 self._drop(name)
             else:
-                self._place(name, weights[name])
+                self._place(name, weight)
 
     def _place(self, name: str, weight: Tensor | None) -> None:
         module = self._modules[name]
@@ -92,13 +75,13 @@ class LevelSwitch:
             return
         parameter = module.weight
         assert isinstance(parameter, Tensor)
-        if weight.shape != parameter.shape or weight.dtype != parameter.dtype or weight.device != parameter.device:
+        if weight.shape != parameter.shape or weight.dtype != parameter.dtype:
             raise StoreError(
-                f"weight of {name!r} is {tuple(weight.shape)} {weight.dtype} on {weight.device}, the model needs"
-                f" {tuple(parameter.shape)} {parameter.dtype} on {parameter.device}"
+                f"weight of {name!r} is {tuple(weight.shape)} {weight.dtype}, the model needs"
+                f" {tuple(parameter.shape)} {parameter.dtype}: build the store for this model"
             )
         self._dense.setdefault(name, parameter.data)
-        parameter.data = weight
+        parameter.data = weight.to(parameter.device, non_blocking=True)
 
     def _drop(self, name: str) -> None:
         if name in self._numbers:
@@ -113,7 +96,7 @@ class LevelSwitch:
             module.__dict__.pop("forward", None)
 
     def _nothing(self, name: str) -> Callable[..., Any]:
-        width, length = self._outputs[name]
+        width, length = self._outputs.get(name) or (_width(self._modules[name]), 0)
 
         def nothing(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -137,6 +120,13 @@ class LevelSwitch:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _width(module: nn.Module) -> int:
+    """Width of a linear layer's output; for one that no token of the example reached (an expert)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[1] if is_transposed(module) else weight.shape[0])
 
 
 def blocks_of_units(units: Sequence[Unit], blocks: Sequence[str]) -> list[tuple[int, ...]]:

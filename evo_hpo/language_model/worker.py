@@ -12,7 +12,8 @@ from torch import Tensor
 from evo_hpo.language_model.divergence import DenseSide, Fitness, cross_entropies, dense_side, divergences
 from evo_hpo.language_model.gates import GatedModel
 from evo_hpo.language_model.head import OutputHead
-from evo_hpo.language_model.prefixes import Signature, plan_visits
+from evo_hpo.language_model.prefixes import Signature, plan_visits, shared_prefix
+from evo_hpo.language_model.reference import Reference
 from evo_hpo.language_model.switching import LevelSwitch
 from evo_hpo.space import Assignment
 
@@ -65,8 +66,10 @@ class Worker:
         ids: Tensor,
         dense: DenseSide | None,
         state_bytes: int,
-    ) -> Tensor:
-        """Sum of the fitness over each sequence's positions, nats, float64, candidates x sequences; lower is better.
+        reference: Reference | None = None,
+        bring_paths: bool = False,
+    ) -> tuple[Tensor, dict[int, Reference]]:
+        """Runs candidates, each from the first block that no earlier one (or the reference) has run alike.
 
         Args:
             assignments: all different.
@@ -74,26 +77,43 @@ class Worker:
             ids: token ids, sequences x length.
             dense: of these sequences; None for perplexity.
             state_bytes: memory for block inputs that are kept for later candidates.
+            reference: block inputs of an earlier assignment on the same sequences.
+            bring_paths: also return every candidate's block inputs.
+
+        Returns:
+            Sum of the fitness over each sequence's positions, nats, float64, candidates x sequences (lower is better);
+            and candidate -> path, empty unless asked for.
         """
         sums = torch.empty(len(assignments), len(ids), dtype=torch.float64, device=ids.device)
+        paths: dict[int, Reference] = {}
         waiting: list[tuple[int, Tensor]] = []
         group = 1 if self.head.linear else self.group
         states: dict[int, Tensor] = {}
         one_state = ids.numel() * self.head.weight.shape[1] * self.head.weight.element_size()
         with torch.inference_mode():
             for visit in plan_visits(signatures, state_bytes // one_state):
-                start = time.perf_counter()
+                begin = time.perf_counter()
                 self.switch.set(assignments[visit.index])
                 switched = time.perf_counter()
-                final, kept = self.gated.final_hidden(ids, visit.start, states.get(visit.start), visit.keep)
-                states = {depth: s for depth, s in states.items() if depth <= visit.start} | kept
-                ran = time.perf_counter()
+                own = signatures[visit.index]
+                start = visit.start
+                if (
+                    reference is not None
+                    and (shared := min(shared_prefix(reference.signature, own), len(own) - 1)) > start
+                ):
+                    states |= {d: s for d, s in reference.path.items() if start < d <= shared}
+                    start = shared
+                keep = range(max(start, 1), len(own)) if bring_paths else visit.keep
+                final, kept = self.gated.final_hidden(ids, start, states.get(start), keep)
+                states = {depth: s for depth, s in states.items() if depth <= start} | kept
+                if bring_paths:
+                    paths[visit.index] = Reference(own, dict(states))
                 waiting.append((visit.index, final))
-                self._count(switched - start, ran - switched, visit.start, len(ids))
+                self._count(switched - begin, time.perf_counter() - switched, start, len(ids))
                 if len(waiting) == group:
                     self._settle(waiting, ids, dense, sums)
             self._settle(waiting, ids, dense, sums)
-        return sums
+        return sums, paths
 
     def both(self, assignment: Assignment | None, ids: Tensor, dense: DenseSide) -> Tensor:
         """KL divergence and cross-entropy summed over each sequence's positions, nats, float64, 2 x sequences."""

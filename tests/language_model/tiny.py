@@ -65,13 +65,11 @@ class RoundedLevels:
 
     def __init__(self, model: nn.Module, bits: Sequence[int] = (2, 4, 6)) -> None:
         self.fingerprint = f"rounded {bits}"
-        modules = linear_modules(model)
-        self.units = [
-            Unit(n, tuple(b * m.weight.numel() for b in bits), size=m.weight.numel()) for n, m in modules.items()
-        ]
+        modules = {name: _parameter(module).detach() for name, module in linear_modules(model).items()}
+        self.units = [Unit(n, tuple(b * w.numel() for b in bits), size=w.numel()) for n, w in modules.items()]
         self._weights = {
-            (u, k): {name: _round(_parameter(module).data, b)}
-            for u, (name, module) in enumerate(modules.items())
+            (u, k): {name: _round(weight, b)}
+            for u, (name, weight) in enumerate(modules.items())
             for k, b in enumerate(bits)
         }
 
@@ -86,26 +84,22 @@ class DropLevels:
         self.fingerprint = f"drop {kinds}"
         found = {n: members for kind in kinds for n, members in droppable_modules(model, kind).items()}
         self.units = [Unit(name, (0, 1), members=members) for name, members in found.items()]
-        modules = dict(model.named_modules())
-        self._kept = [
-            {n: w.data for n in u.members if isinstance(w := getattr(modules[n], "weight", None), Tensor)}
-            for u in self.units
-        ]
 
     def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
-        return dict.fromkeys(self.units[unit].members) if level == 0 else self._kept[unit]
+        return dict.fromkeys(self.units[unit].members) if level == 0 else {}
 
 
-def _parameter(module: nn.Module) -> Tensor:
+def _parameter(module: nn.Module) -> nn.Parameter:
     parameter = module.weight
-    assert isinstance(parameter, Tensor)
+    assert isinstance(parameter, nn.Parameter)
     return parameter
 
 
 def _round(weight: Tensor, bits: int) -> Tensor:
     low, high = weight.min(), weight.max()
     step = (high - low) / (2**bits - 1)
-    return ((weight - low) / step).round() * step + low
+    rounded: Tensor = ((weight - low) / step).round() * step + low
+    return rounded
 
 
 def plain_losses(
@@ -123,7 +117,8 @@ def plain_losses(
             torch.log_softmax(m(input_ids=tokens).logits[:, :-1].float(), dim=-1) for m in (dense, compressed)
         )
     divergence: Tensor = (log_p.double().exp() * (log_p.double() - log_q.double())).sum(-1)
-    return divergence, -log_q.gather(-1, tokens[:, 1:, None])[..., 0]
+    entropy: Tensor = -log_q.gather(-1, tokens[:, 1:, None])[..., 0]
+    return divergence, entropy
 
 
 def random_assignments(count: int, units: int, levels: int, seed: int = 0) -> list[Assignment]:

@@ -16,7 +16,7 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.searcher import Searcher, positive
 from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Draw, Outcome, Trial
-from searchers.initialisation import Initialisation, initialisation
+from searchers.initialisation import WARM_STARTS, Initialisation, WarmStart, initialisation
 from searchers.mutation import Uniforms, mutation, switch_counts
 from searchers.selection import Selection, ranked
 
@@ -69,9 +69,11 @@ class EvoPress(Searcher):
         max_switches: see ``switch_rule``.
         group: a switch stays within units of equal ``size``, of equal ``name`` (role), or ``none`` (anywhere).
         cross_group: probability that an offspring exchanges budget across groups; 0 is the published search.
-        init: ``uniform``, ``decremented`` (rounded up, then random decrements) or ``random``.
+        init: ``uniform``, ``decremented`` (rounded up, then random decrements), ``random``, or what another searcher
+            recommends after ``initial_share`` of the budget: ``dynamic_programming``, ``trust_region``.
         initial: starting points drawn, of which the best on ``initial_tokens`` is taken.
         initial_tokens: calibration tokens of a starting point; None: the first stage's.
+        initial_share: share of the budget for a start by another searcher; its trials are charged like all others.
         elitism: parents join the last stage by ``index``, stages by survivor ``count`` (reference), or ``none``.
         minibatch: ``fresh`` for every stage; ``nested`` (a stage's data contains the one before's); ``fixed``.
         widen_after: generations without a new parent after which each further one adds a switch; None: never.
@@ -96,6 +98,7 @@ class EvoPress(Searcher):
         init: str | None = None,
         initial: int | None = None,
         initial_tokens: int | None = None,
+        initial_share: float = 0.5,
         elitism: str = "index",
         minibatch: str = "fresh",
         widen_after: int | None = None,
@@ -129,13 +132,18 @@ class EvoPress(Searcher):
         self.stream = Uniforms(self.rng)
         self.generation = 0
         self.stagnant = 0
-        self.start: Initialisation | None = initialisation(
-            chosen["init"],
-            space,
-            count=positive("initial", chosen["initial"]),
-            tokens=chosen["initial_tokens"] or self.selection.stages[0].tokens,
-            seed=seed,
-        )
+        if not 0 < initial_share < 1:
+            raise InvalidSettingError(
+                f"initial_share={initial_share!r} must be a share of the budget, above 0, below 1"
+            )
+        start_tokens = chosen["initial_tokens"] or self.selection.stages[0].tokens
+        self.warm: WarmStart | None = None
+        self.start: Initialisation | None = None
+        if chosen["init"] in WARM_STARTS:
+            self.warm = WarmStart(chosen["init"], space, tokens=start_tokens, share=initial_share, seed=seed)
+        else:
+            count = positive("initial", chosen["initial"])
+            self.start = initialisation(chosen["init"], space, count=count, tokens=start_tokens, seed=seed)
         self.parents: list[_Candidate] = []
         self.champion: _Candidate | None = None
         self._stage = 0
@@ -150,6 +158,13 @@ class EvoPress(Searcher):
         """The next stage: of the initialisation, of this generation, or the first of a new generation."""
         if not allowance.default_tokens:
             self._noiseless = True  # without fidelity a loss stays what it was, and parents need no second look
+        if self.warm is not None:
+            trials = self.warm.ask(allowance)
+            if trials:
+                return trials
+            self._asked = self.warm.asked
+            self.parents = [_Candidate(self.warm.best())]
+            self.warm = None
         if self.start is not None:
             points = self.start.ask(allowance)
             if points:
@@ -236,6 +251,9 @@ class EvoPress(Searcher):
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Selects the survivors of the stage that was asked."""
+        if self.warm is not None:
+            self.warm.tell(outcomes)
+            return
         if self.start is not None:
             self.start.tell(outcomes, self.sign)
             return
@@ -307,4 +325,5 @@ class EvoPress(Searcher):
             return self.champion.levels
         if self.parents:
             return self.parents[0].levels
-        return self.start.best() if self.start is not None else self.space.uniform()
+        start = self.warm or self.start
+        return start.best() if start is not None else self.space.uniform()

@@ -10,13 +10,17 @@ import numpy as np
 
 from evo_hpo.budget import Allowance
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.registry import make_searcher
 from evo_hpo.space import Assignment, CompressionSpace
-from evo_hpo.trial import Outcome
+from evo_hpo.trial import Outcome, Trial
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = ["Initialisation", "initialisation", "rounded_up_and_decremented"]
+__all__ = ["WARM_STARTS", "Initialisation", "WarmStart", "initialisation", "rounded_up_and_decremented"]
+
+WARM_STARTS = ("dynamic_programming", "trust_region")
+"""Searchers whose recommendation may be the start."""
 
 
 class Initialisation:
@@ -53,6 +57,51 @@ class Initialisation:
         return self._best
 
 
+class WarmStart:
+    """Runs another searcher on a share of the budget; what it recommends is the start.
+
+    Args:
+        name: of the searcher.
+        tokens: calibration tokens of its trials.
+        share: of what is left when it is first asked.
+    """
+
+    def __init__(self, name: str, space: CompressionSpace, *, tokens: int | None, share: float, seed: int) -> None:
+        self.searcher = make_searcher(name, space, seed=seed, tokens=tokens)
+        self.space = space
+        self.share = share
+        self.asked = 0
+        self._reserve: Allowance | None = None
+
+    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
+        """The searcher's next batch within its share; () when that is spent or it has nothing more to ask."""
+        if self._reserve is None:
+            self._reserve = Allowance(
+                None if allowance.tokens is None else int(allowance.tokens * (1 - self.share)),
+                None if allowance.evaluations is None else int(allowance.evaluations * (1 - self.share)),
+                allowance.default_tokens,
+            )
+        left = Allowance(
+            None if allowance.tokens is None else allowance.tokens - (self._reserve.tokens or 0),
+            None if allowance.evaluations is None else allowance.evaluations - (self._reserve.evaluations or 0),
+            allowance.default_tokens,
+        )
+        if (left.tokens is not None and left.tokens <= 0) or (left.evaluations is not None and left.evaluations <= 0):
+            return ()
+        trials = self.searcher.ask(left)
+        trials = trials[: left.affords(len(trials), trials[0].tokens)] if trials else ()
+        self.asked += len(trials)
+        return trials
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """Passes on what was scored."""
+        self.searcher.tell(outcomes)
+
+    def best(self) -> Assignment:
+        """What the searcher recommends; uniform compression before it recommends anything."""
+        return self.searcher.recommend() or self.space.uniform()
+
+
 def initialisation(rule: str, space: CompressionSpace, *, count: int, tokens: int | None, seed: int) -> Initialisation:
     """The start that a rule names: ``uniform``, ``decremented`` or ``random``.
 
@@ -66,7 +115,7 @@ def initialisation(rule: str, space: CompressionSpace, *, count: int, tokens: in
         return Initialisation(space, lambda: rounded_up_and_decremented(space, rng), count, tokens)
     if rule == "random":
         return Initialisation(space, lambda: space.sample(rng), count, tokens)
-    raise InvalidSettingError(f"init={rule!r} must be one of: uniform, decremented, random")
+    raise InvalidSettingError(f"init={rule!r} must be one of: uniform, decremented, random, {', '.join(WARM_STARTS)}")
 
 
 def rounded_up_and_decremented(space: CompressionSpace, rng: Generator) -> Assignment:

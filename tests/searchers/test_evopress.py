@@ -252,6 +252,27 @@ def test_fractional_starts_lie_between_the_two_whole_levels() -> None:
         assert max(start) <= 1
 
 
+@pytest.mark.parametrize("init", ["dynamic_programming", "trust_region"])
+def test_a_start_by_another_searcher_is_charged_and_helps_on_an_additive_loss(init: str) -> None:
+    rng = np.random.default_rng(0)
+    units = [Unit(name=f"layers.{i}.u", costs=(2, 3, 4)) for i in range(40)]
+    space = CompressionSpace(units, 120)
+    weights = rng.gamma(1, 1, 40)
+
+    def loss(levels: Assignment) -> float:
+        return float(weights @ 4.0 ** -np.asarray(levels))
+
+    found = {}
+    for start in ("uniform", init):
+        searcher = make_searcher("evopress", space, seed=0, init=start)
+        result = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=300))
+        assert 290 <= len(result.outcomes) <= 300
+        assert [o.trial.number for o in result.outcomes] == list(range(len(result.outcomes)))
+        assert result.best is not None
+        found[start] = loss(result.best)
+    assert found[init] < found["uniform"]
+
+
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_presets_run(preset: str) -> None:
     space = mixed_space()

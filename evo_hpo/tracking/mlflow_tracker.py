@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,10 +35,11 @@ from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from sqlalchemy import event
 
-__all__ = ["MlflowSearch", "MlflowTracker", "connect", "create_schema", "experiment_name"]
+__all__ = ["MlflowSearch", "MlflowTracker", "comparisons", "connect", "create_schema", "experiment_name"]
 
 COMMITTED = "evo_hpo.committed"
 KEY = "evo_hpo.key"
+EXPERIMENT_TAGS = {"evo_hpo.comparison": "true", "mlflow.experimentKind": "custom_model_development"}
 METRICS_A_CALL = 1000
 PARAMS_A_CALL = 100
 
@@ -94,6 +96,20 @@ def experiment_name(folder: Path) -> str:
     return folder.parent.name if folder.name == "journals" else folder.name
 
 
+def comparisons(uri: str) -> list[tuple[str, str]]:
+    """Id and name of every comparison in a store, newest first.
+
+    Raises:
+        TrackingError: the store cannot be used.
+    """
+    client = connect(uri)
+    with translated(f"tracking store {uri}"):
+        found = client.search_experiments(
+            filter_string="tags.`evo_hpo.comparison` = 'true'", order_by=["last_update_time DESC"], max_results=1000
+        )
+    return [(str(e.experiment_id), str(e.name)) for e in found]
+
+
 class MlflowTracker:
     """The searches of one comparison in one experiment.
 
@@ -126,7 +142,7 @@ class MlflowTracker:
         known = self.client.get_experiment_by_name(name)
         if known is None:
             try:
-                created = self.client.create_experiment(name, experiment_location(self.uri, name))
+                created = self.client.create_experiment(name, experiment_location(self.uri, name), EXPERIMENT_TAGS)
                 known = self.client.get_experiment(created)
             except MlflowException:  # another process was faster
                 known = self.client.get_experiment_by_name(name)
@@ -142,6 +158,47 @@ class MlflowTracker:
     def search(self, header: Mapping[str, Any]) -> MlflowSearch:
         """The parent run of a search: found by the hash of its header, else created."""
         return MlflowSearch(self.client, self.experiment, header, self.rows)
+
+    def own_run(self, name: str, tags: Mapping[str, str]) -> str:
+        """The run of these tags, else a new one; running."""
+        with translated(f"run {name!r}"):
+            where = " and ".join(f"tags.`{k}` = '{v}'" for k, v in tags.items())
+            found = self.client.search_runs([self.experiment], where, ViewType.ACTIVE_ONLY, max_results=1)
+            if found:
+                return str(found[0].info.run_id)
+            return str(self.client.create_run(self.experiment, tags=dict(tags), run_name=name).info.run_id)
+
+    def log_own(
+        self,
+        run: str,
+        *,
+        params: Mapping[str, str],
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        files: Sequence[Path],
+        folders: Sequence[Path],
+    ) -> None:
+        """Writes the comparison's own run and finishes it; files of an earlier upload are replaced."""
+        with translated("the comparison's run"):
+            now = milliseconds(time.time())
+            known = self.client.get_run(run).data.params
+            entries = [Param(k, v) for k, v in params.items() if k not in known]
+            for at in range(0, len(entries), PARAMS_A_CALL):
+                self.client.log_batch(run, params=entries[at : at + PARAMS_A_CALL])
+            self.client.log_batch(
+                run, [Metric(k, v, now, 0) for k, v in metrics.items()], tags=[RunTag(k, v) for k, v in tags.items()]
+            )
+            for file in files:
+                self.client.log_artifact(run, str(file))
+            for folder in folders:
+                self.client.log_artifacts(run, str(folder), folder.name)
+            self.client.set_terminated(run, "FINISHED")
+
+    def tag_experiment(self, tags: Mapping[str, str]) -> None:
+        """Sets tags of the experiment."""
+        with translated("the experiment's tags"):
+            for key, value in tags.items():
+                self.client.set_experiment_tag(self.experiment, key, value)
 
     def close(self) -> None:
         """Nothing is held open."""

@@ -156,7 +156,11 @@ def replay(folder: Path, uri: str, *, follow: bool = False) -> int:
                     time.sleep(1.0)
         finally:
             replayer.leave()
-        return total
+    if (folder / "comparison.json").is_file():
+        from evo_hpo.tracking.comparison import upload
+
+        upload(folder, uri)
+    return total
 
 
 def _mlflow(folder: Path, uri: str) -> Tracker:

@@ -1,0 +1,194 @@
+"""What the MLflow UI opens on: saved views of a comparison, and a note with links to them.
+
+Saved views are experiment tags whose content is the UI's own state. That is not an interface: the layout here is that
+of MLflow 3.17, it is written after everything else, and without it only the links lose their columns and charts.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evo_hpo.records import SearchRecord
+from evo_hpo.tracking.runs import UNITS_SHOWN, safe_key
+
+__all__ = ["View", "differing_units", "link", "note", "views"]
+
+PREFIX = "mlflow.sharedViewState."
+MODE = "workflowType=machine_learning"
+"""Without it the UI may open in its mode for language-model applications, which shows no runs."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One saved view: a name in the UI's menu, which runs it shows in which order, and how.
+
+    Attributes:
+        id: part of its link.
+        where: the filter.
+        order: column that is sorted by, ascending.
+        columns: columns of the table.
+        charts: cards of the chart mode; none: the view opens as a table.
+    """
+
+    id: str
+    name: str
+    where: str
+    order: str
+    columns: tuple[str, ...]
+    charts: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def tag(self) -> str:
+        """Key of the experiment tag."""
+        return PREFIX + self.id
+
+    def value(self) -> str:
+        """Content of the experiment tag."""
+        state: dict[str, Any] = {
+            "searchFilter": self.where,
+            "orderByKey": self.order,
+            "orderByAsc": True,
+            "startTime": "ALL",
+            "lifecycleFilter": "Active",
+            "datasetsFilter": [],
+            "modelVersionFilter": "All Runs",
+            "selectedColumns": list(self.columns),
+            "runsHiddenMode": "SHOW_ALL",
+            "groupBy": None,
+            "hideEmptyCharts": True,
+        }
+        if self.charts:
+            sections = dict.fromkeys(card["metricSectionId"] for card in self.charts)
+            state["compareRunCharts"] = list(self.charts)
+            state["compareRunSections"] = [
+                {"uuid": s, "name": s, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+                for s in sections
+            ]
+            state["isAccordionReordered"] = True
+        now = int(time.time() * 1000)
+        packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+        return json.dumps({"name": self.name, "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"})
+
+
+def _line(section: str, metric: str, title: str) -> dict[str, Any]:
+    return _card("LINE", section, metric.replace("/", "-"), title) | {
+        "metricKey": metric,
+        "selectedMetricKeys": [metric],
+        "lineSmoothness": 0,
+        "xAxisKey": "step",
+        "xAxisScaleType": "linear",
+        "scaleType": "linear",
+        "useGlobalXaxisKey": False,
+        "useGlobalLineSmoothing": False,
+        "ignoreOutliers": False,
+        "yAxisKey": "metric",
+        "yAxisExpressions": [],
+        "range": {},
+        "runsCountToCompare": 100,
+    }
+
+
+def _parallel(params: Sequence[str], metric: str, title: str) -> dict[str, Any]:
+    return _card("PARALLEL", "levels", "parallel", title) | {
+        "selectedParams": list(params),
+        "selectedMetrics": [metric],
+        "showAllRuns": False,
+        "runsCountToCompare": 100,
+    }
+
+
+def _card(kind: str, section: str, name: str, title: str) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "uuid": f"evo-hpo-{name}",
+        "metricSectionId": section,
+        "displayName": title,
+        "isGenerated": False,
+        "deleted": False,
+    }
+
+
+def differing_units(records: Sequence[SearchRecord], most: int = 8) -> list[str]:
+    """Names of the units whose levels differ most between what the searches recommend (by variance)."""
+    best = [r.best for r in records if r.best is not None]
+    space = next((r.space for r in records if r.space is not None), None)
+    if space is None or not best:
+        return []
+    columns = [[b[i] for b in best if len(b) == len(space.units)] for i in range(len(space.units))]
+    spread = [sum((x - sum(c) / len(c)) ** 2 for x in c) / len(c) if c else 0.0 for c in columns]
+    order = sorted(range(len(spread)), key=lambda i: -spread[i])[:most]
+    return [space.units[i].name for i in sorted(order)]
+
+
+def views(records: Sequence[SearchRecord]) -> tuple[View, ...]:
+    """The saved views of a comparison."""
+    searches, trials = "tags.kind = 'search'", "tags.kind = 'trial' and tags.status = 'complete'"
+    columns: tuple[str, ...] = (
+        "metrics.`held_out/loss`",
+        "metrics.`held_out/perplexity`",
+        "metrics.`held_out/average`",
+        "metrics.`search/tokens`",
+        "metrics.`final/trials`",
+        "params.`label`",
+        "params.`seed`",
+        "tags.`stop_reason`",
+    )
+    measured = {key for r in records for c in r.checkpoints for key in c.held_out}
+    columns = tuple(c for c in columns if c != "metrics.`held_out/perplexity`" or "perplexity" in measured)
+    curves = (
+        _line("held-out data", "held_out/loss", "held-out loss over tokens spent"),
+        _line("calibration data", "search/best_loss", "best calibration loss over trials"),
+        _line("calibration data", "search/trial_loss", "loss of each trial"),
+        _line("spending", "search/tokens", "tokens spent over trials"),
+        _line("spending", "search/average", "average cost a weight of each trial"),
+    )
+    units = [safe_key(f"unit/{name}") for name in differing_units(records)]
+    few = len(records) < 4 and len(next((r.space.units for r in records if r.space), ())) <= UNITS_SHOWN
+    parallel = (
+        View(
+            "levels",
+            "Levels (parallel coordinates)",
+            trials if few else searches,
+            "metrics.`loss`" if few else "metrics.`held_out/loss`",
+            tuple(f"params.`{u}`" for u in units),
+            (_parallel(units, "loss" if few else "held_out/loss", "levels of the units that differ most"),),
+        ),
+    )
+    return (
+        View("searches", "Searches", searches, "metrics.`held_out/loss`", columns),
+        View("curves", "Curves", searches, "metrics.`held_out/loss`", columns[:3], curves),
+        View(
+            "trials",
+            "Best trials",
+            trials,
+            "metrics.`loss`",
+            (
+                "metrics.`loss`",
+                "metrics.`tokens`",
+                "metrics.`average`",
+                "params.`generation`",
+                "params.`stage`",
+                "params.`levels`",
+            ),
+        ),
+        *(parallel if units else ()),
+    )
+
+
+def link(experiment: str, view: str = "searches", *, charts: bool = False) -> str:
+    """The part of a link after the server's address that opens a view."""
+    mode = "&compareRunsMode=CHART" if charts else ""
+    return f"#/experiments/{experiment}/runs?viewStateShareKey={view}{mode}&{MODE}"
+
+
+def note(experiment: str, title: str, made: Sequence[View], details: Mapping[str, str]) -> str:
+    """The experiment's banner, in Markdown: links to its views, and facts about it."""
+    links = " · ".join(f"[{v.name}]({link(experiment, v.id, charts=bool(v.charts))})" for v in made)
+    facts = "\n".join(f"- {key}: {value}" for key, value in details.items())
+    return f"**{title}**: {links}\n\n{facts}\n"

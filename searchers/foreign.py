@@ -74,6 +74,11 @@ class ForeignSearcher(Searcher):
             return 1
         return max(1, allowance.affords(self.batch, self.tokens))
 
+    def _only(self) -> tuple[Trial, ...]:
+        """Where no unit may change: the one assignment, then the end."""
+        self.stop_reason = "the space has one assignment"
+        return () if self._asked else (self._as_trial(self._start()),)
+
     def _as_trial(self, decoded: Decoded) -> Trial:
         return self.trial(decoded.levels, tokens=self.tokens, minibatch=self.minibatch)
 

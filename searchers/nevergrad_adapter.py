@@ -25,11 +25,9 @@ from evo_hpo.space import CompressionSpace
 from evo_hpo.trial import Outcome, Trial
 from searchers.encoding import ENCODINGS, Decoded
 from searchers.foreign import ForeignSearcher
+from searchers.nevergrad_limits import why_not
 
 __all__ = ["NevergradFamily", "NevergradSearcher", "family", "load"]
-
-UNUSABLE: dict[str, str] = {}
-"""Optimizers that cannot work here, with the reason."""
 
 
 @cache
@@ -81,7 +79,7 @@ class NevergradSearcher(ForeignSearcher):
         space: CompressionSpace,
         *,
         seed: int = 0,
-        sigma: float = 0.2,
+        sigma: float = 1.0,
         horizon: int | None = None,
         **settings: Any,
     ) -> None:
@@ -145,8 +143,7 @@ class NevergradSearcher(ForeignSearcher):
     def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
         """A batch of the optimizer's candidates; the first batch is the uniform assignment where it starts there."""
         if not self.encoding.free:
-            self.stop_reason = "the space has one assignment"
-            return () if self._asked else (self._as_trial(self._start()),)
+            return self._only()
         with self._lent("being asked"):
             if self.optimizer is None:
                 self.optimizer = self._make(allowance)
@@ -204,12 +201,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 """Measured defaults by optimizer; see ``docs/encodings.md``."""
 
 
+_OURS = ("EvoPress",)  # registered by searchers.nevergrad_optimizer, the other direction
+
+
 class NevergradFamily:
     """Every optimizer in Nevergrad's registry that can work here."""
 
     def members(self) -> tuple[str, ...]:
         """Names after ``nevergrad:``."""
-        return tuple(sorted(set(load().optimizers.registry) - set(UNUSABLE)))
+        return tuple(n for n in sorted(load().optimizers.registry) if n not in _OURS and not why_not(n))
 
     def member(self, name: str) -> type[Searcher]:
         """The searcher class of an optimizer.
@@ -218,10 +218,10 @@ class NevergradFamily:
             UnknownNameError: Nevergrad has no such optimizer.
             InvalidSettingError: it cannot work here; the message says why.
         """
-        if name not in load().optimizers.registry:
+        if name not in load().optimizers.registry or name in _OURS:
             raise UnknownNameError(f"unknown nevergrad optimizer {name!r}")
-        if name in UNUSABLE:
-            raise InvalidSettingError(f"nevergrad's {name} cannot be used: {UNUSABLE[name]}")
+        if reason := why_not(name):
+            raise InvalidSettingError(f"nevergrad's {name} cannot be used: {reason}")
         return _member(name)
 
 

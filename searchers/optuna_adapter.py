@@ -156,6 +156,8 @@ class OptunaSearcher(ForeignSearcher):
 
     def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
         """A batch of the study's own trials."""
+        if not self.encoding.free:
+            return self._only()
         with quiet():
             self._running = [self._ask() for _ in range(self._count(allowance))]
         return tuple(self._as_trial(decoded) for _, decoded in self._running)

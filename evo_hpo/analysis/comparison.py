@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from evo_hpo.errors import PlanError, UnknownNameError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from evo_hpo.analysis.summary import Summary
 
 __all__ = ["Comparison"]
 
@@ -29,7 +32,7 @@ class Comparison:
         problems: what was searched, by key.
         runs: the searches that have a readable journal, finished or not.
         missing: id of a planned search without a readable journal -> why.
-        plan, created, machine, versions: as recorded when the comparison was made.
+        plan, created, machine, versions, git: as recorded when the comparison was made.
         folder: where it lies, if on disk.
     """
 
@@ -41,6 +44,7 @@ class Comparison:
     created: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
+    git: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
     @classmethod
@@ -67,9 +71,10 @@ class Comparison:
             runs=runs,
             missing=missing,
             plan=data.get("plan") or {},
-            created=str(data.get("created", "")),
+            created=_moment(data.get("created")),
             machine=machine if isinstance(machine, dict) else {"machine": machine},
             versions=data.get("versions") or {},
+            git=data.get("git") or {},
             folder=folder,
         )
 
@@ -217,6 +222,19 @@ class Comparison:
         from evo_hpo.analysis.profiles import winner_figure
 
         return winner_figure(self, self.problem(problem).key, label)
+
+    def summary(self, problem: str | None = None) -> Summary:
+        """Ranks, tests and effect sizes on one problem, or over all of them together."""
+        from evo_hpo.analysis.summary import summarise
+
+        return summarise(self, None if problem is None else [self.problem(problem).key])
+
+
+def _moment(created: object) -> str:
+    """A time as recorded (seconds since 1970, or text), readable, in UTC."""
+    if isinstance(created, (int, float)):
+        return datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return str(created or "")
 
 
 def _identity(run: SearchRun) -> dict[str, Any]:

@@ -14,7 +14,10 @@ from evo_hpo.analysis.runs import AXES
 from evo_hpo.analysis.style import FAINT, INK, LineStyle, clean, figure, line_styles, thousands
 from evo_hpo.analysis.tables import figure_text
 
-__all__ = ["anytime_figure", "cost_figure", "ecdf_figure"]
+__all__ = ["anytime_figure", "cost_figure", "ecdf_figure", "shown_labels"]
+
+SHOWN = 14
+"""Most lines in one picture; tables hold all searchers."""
 
 
 def anytime_figure(comparison: Comparison, problem: str, axis: str | None = None) -> Figure:
@@ -81,11 +84,23 @@ def _focus(ax: Axes, bands: dict[str, Band], uniform: float | None) -> set[str]:
 
 def _bands(comparison: Comparison, problem: str, axis: str) -> dict[str, Band]:
     found = {}
-    for label in comparison.labels:
+    for label in shown_labels(comparison, problem):
         runs = comparison.of(problem, label)
-        if runs and runs[0].searcher != "uniform":
+        if runs[0].searcher != "uniform":
             found[label] = band([curve(r, axis) for r in runs])
     return found
+
+
+def shown_labels(comparison: Comparison, problem: str, most: int = SHOWN) -> list[str]:
+    """Searchers on a problem, best median first; where there are many, the best ``most`` and uniform."""
+    medians = {}
+    for label in comparison.labels:
+        losses = [r.loss for r in comparison.of(problem, label)]
+        if losses:
+            medians[label] = float(np.median(losses))
+    order = sorted(medians, key=lambda label: medians[label])
+    uniform = [label for label in order if comparison.of(problem, label)[0].searcher == "uniform"]
+    return [label for i, label in enumerate(order) if i < most or label in uniform]
 
 
 def _draw(ax: Axes, b: Band, end: float, label: str, style: LineStyle) -> None:
@@ -124,7 +139,9 @@ def _title(comparison: Comparison, problem: str, bands: dict[str, Band]) -> str:
     what = "95 % bootstrap interval of it" if "95 % bootstrap" in kinds else "least to greatest"
     seeds = "" if not counts or counts == [1] else f"median over {'-'.join(map(str, counts))} seeds, band: {what}"
     head = problem if len(comparison.problems) > 1 else comparison.name
-    return "  ·  ".join(filter(None, [head, seeds]))
+    hidden = sum(bool(comparison.of(problem, label)) for label in comparison.labels) - len(bands) - 1
+    rest = f"best {len(bands)} searchers" if hidden > 0 and len(bands) >= SHOWN - 1 else ""
+    return "  ·  ".join(filter(None, [head, seeds, rest]))
 
 
 def ecdf_figure(comparison: Comparison, problem: str, axis: str | None = None) -> Figure:
@@ -135,7 +152,8 @@ def ecdf_figure(comparison: Comparison, problem: str, axis: str | None = None) -
     clean(ax)
     styles = line_styles(comparison)
     curves = {
-        label: [curve(r, axis) for r in comparison.of(problem, label) if r.checkpoints] for label in comparison.labels
+        label: [curve(r, axis) for r in comparison.of(problem, label) if r.checkpoints]
+        for label in shown_labels(comparison, problem)
     }
     end = max((c.end for found in curves.values() for c in found), default=1.0)
     x = np.linspace(0, end, 400)
@@ -160,7 +178,7 @@ def ecdf_figure(comparison: Comparison, problem: str, axis: str | None = None) -
 
 def cost_figure(comparison: Comparison, problem: str) -> Figure:
     """Where it went: tokens by selection stage, and seconds of model and searcher; means over searches."""
-    labels = [label for label in comparison.labels if comparison.of(problem, label)]
+    labels = shown_labels(comparison, problem, 2 * SHOWN)
     charged = axes(comparison, problem)[0] == "tokens"
     drawn, (left, right) = figure(11.0, 1.3 + 0.36 * len(labels), ncols=2, sharey=True)
     stages = sorted({o.trial.stage for r in comparison.of(problem) for o in r.outcomes})

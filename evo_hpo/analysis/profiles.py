@@ -13,12 +13,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from evo_hpo.analysis.comparison import Comparison
 from evo_hpo.analysis.style import FAINT, INK, clean, figure
 from evo_hpo.space import Assignment, CompressionSpace, Unit
 
-__all__ = ["Grid", "grid_of", "level_values", "profile_figure", "winner_figure"]
+__all__ = ["Grid", "grid_of", "level_values", "profile_figure", "profiles_figure", "winner_figure"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -209,3 +210,31 @@ def winner_figure(comparison: Comparison, problem: str, label: str | None = None
         f" {info.space.average(best.final.levels):.4g} {info.average_name}"
     )
     return profile_figure(info.space, best.final.levels, title)
+
+
+def profiles_figure(comparison: Comparison, problem: str, labels: Sequence[str]) -> Figure:
+    """Small heat maps side by side: the best assignment of each searcher, in the order given."""
+    space = comparison.problems[problem].space
+    runs = [r for r in (comparison.winner(problem, label) for label in labels) if r is not None]
+    grids = [grid_of(space, r.final.levels) for r in runs if r.final is not None]
+    wide = 2 if len(runs) > 1 else 1
+    lines = max(1, math.ceil(len(runs) / wide))
+    height = 0.75 + 0.16 * (len(grids[0].row_names) if grids else 1)
+    drawn, parts = figure(11.0, 0.5 + height * lines, nrows=lines, ncols=wide, squeeze=False)
+    scale = _Scale.of(space, grids[0].mean if grids else 0.0)
+    for ax in parts.flat:
+        ax.axis("off")
+    for ax, run, grid in zip(parts.flat, runs, grids, strict=False):
+        ax.axis("on")
+        ax.pcolormesh(np.ma.masked_invalid(grid.values), cmap=scale.colours, norm=scale.norm, edgecolors="white",
+                      linewidth=0.5)  # fmt: skip
+        ax.invert_yaxis()
+        ax.set_yticks(np.arange(len(grid.row_names)) + 0.5, grid.row_names, fontsize=7)
+        step = max(1, len(grid.column_names) // 10)
+        ax.set_xticks(np.arange(0, len(grid.column_names), step) + 0.5, grid.column_names[::step], fontsize=7)
+        ax.tick_params(length=0)
+        ax.spines[:].set_color("#cccccc")
+        ax.set_title(f"{run.label}, seed {run.seed}: {run.loss:.4g}", loc="left", fontsize=8.5, color=INK)
+    handles = [Patch(facecolor=scale.colours(i), edgecolor=FAINT, label=label) for i, label in enumerate(scale.labels)]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 12), frameon=False, fontsize=8)
+    return drawn

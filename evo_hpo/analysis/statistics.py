@@ -72,15 +72,28 @@ def bootstrap(
     values: Sequence[float] | Floats,
     statistic: Statistic = median,
     *,
+    strata: Sequence[object] | None = None,
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap of a statistic of one sample."""
-    array = _finite(values)
-    picks = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
+    """Percentile bootstrap of a statistic of one sample; with ``strata``, values are resampled inside their stratum."""
+    array = np.asarray(values, dtype=np.float64)
+    known = ~np.isnan(array)
+    groups = _strata(known, strata)
+    array = array[known]
+    rng = np.random.default_rng(seed)
+    picks = np.concatenate([g[rng.integers(len(g), size=(resamples, len(g)))] for g in groups], axis=1)
     low, high = np.quantile(statistic(array[picks], axis=-1), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(statistic(array)), float(low), float(high), f"{100 * confidence:g} % bootstrap", len(array))
+
+
+def _strata(known: npt.NDArray[np.bool_], strata: Sequence[object] | None) -> list[npt.NDArray[np.intp]]:
+    """Positions among the known values, by stratum."""
+    if strata is None:
+        return [np.arange(int(known.sum()))]
+    names = [s for s, k in zip(strata, known, strict=True) if k]
+    return [np.flatnonzero([n == name for n in names]) for name in dict.fromkeys(names)]
 
 
 def paired_bootstrap(
@@ -101,7 +114,9 @@ def paired_bootstrap(
     return Interval(estimate, float(low), float(high), f"{100 * confidence:g} % bootstrap", len(x))
 
 
-def spread(values: Sequence[float] | Floats, statistic: Statistic = median) -> Interval:
+def spread(
+    values: Sequence[float] | Floats, statistic: Statistic = median, strata: Sequence[object] | None = None
+) -> Interval:
     """The interval to show beside a statistic: bootstrap from :data:`FEW` values on, else their range."""
     array = _finite(values)
     if not len(array):
@@ -109,7 +124,7 @@ def spread(values: Sequence[float] | Floats, statistic: Statistic = median) -> I
     if len(array) == 1:
         return Interval(float(array[0]), float(array[0]), float(array[0]), "value", 1)
     if len(array) >= FEW and np.isfinite(array).all():
-        return bootstrap(array, statistic)
+        return bootstrap(values, statistic, strata=strata)
     return Interval(float(statistic(array)), float(array.min()), float(array.max()), "range", len(array))
 
 

@@ -219,14 +219,16 @@ def columns(comparison: Comparison, problem: str, found: Sequence[Row]) -> list[
     return table
 
 
-EXPENDABLE = ("trials", "model s", "searcher s", "seeds better", "failed", "tokens")
+EXPENDABLE = ("trials", "model s", "searcher s", "seeds better", "failed", "tokens", "perplexity ↓")
 """Columns that a narrow terminal does without, first to go first; all are in table.csv."""
 
 
 def problem_table(comparison: Comparison, problem: str, *, compact: bool = False, without: Sequence[str] = ()) -> Table:
     """The table of one problem for the terminal; ``compact`` breaks its cells, ``without`` leaves columns out."""
     found = rows(comparison, problem)
-    shown = [(h, c) for h, c in columns(comparison, problem, found) if h not in without]
+    shown = columns(comparison, problem, found)
+    without = [h for h, _ in shown if h in without]
+    shown = [(h, c) for h, c in shown if h not in without]
     title = comparison.name if len(comparison.problems) == 1 else f"{comparison.name}: {problem}"
     caption = interval_note(found) + (f" Left out here, see table.csv: {', '.join(without)}." if without else "")
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))

@@ -1,0 +1,89 @@
+"""How a search came to its result: the chain of trials from the start to the recommended assignment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from evo_hpo.analysis.runs import SearchRun
+from evo_hpo.analysis.style import INK, clean, figure, thousands
+from evo_hpo.space import Assignment, CompressionSpace
+from evo_hpo.trial import Trial
+
+__all__ = ["Step", "lineage", "lineage_figure"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One ancestor of the result.
+
+    Attributes:
+        trial, generation: of the searcher's count.
+        tokens, evaluations: spent when it was first scored.
+        levels: the assignment.
+        changes: (unit, old label, new label) against the ancestor before it; empty for the first.
+        distance: units whose level is not that of the first ancestor.
+    """
+
+    trial: int
+    generation: int
+    tokens: int
+    evaluations: int
+    levels: Assignment
+    changes: tuple[tuple[str, str, str], ...]
+    distance: int
+
+
+def lineage(run: SearchRun, space: CompressionSpace) -> list[Step]:
+    """Ancestors of a search's result, first to last; empty where it was never scored itself.
+
+    Parents that were only scored again count once.
+    """
+    if run.final is None:
+        return []
+    spent, chain = 0, []
+    by_number: dict[int, tuple[Trial, int, int]] = {}
+    for position, outcome in enumerate(run.outcomes, start=1):
+        spent += outcome.tokens
+        by_number.setdefault(outcome.trial.number, (outcome.trial, spent, position))
+    number = next((o.trial.number for o in run.outcomes if o.trial.levels == run.final.levels), None)
+    seen: set[int] = set()
+    while number is not None and number in by_number and number not in seen:
+        seen.add(number)
+        chain.append(by_number[number])
+        number = chain[-1][0].parent
+    steps: list[Step] = []
+    for trial, tokens, evaluations in reversed(chain):
+        if steps and steps[-1].levels == trial.levels:
+            continue
+        before = steps[-1].levels if steps else trial.levels
+        start = steps[0].levels if steps else trial.levels
+        changes = tuple(
+            (u.name, u.levels[a], u.levels[b])
+            for u, a, b in zip(space.units, before, trial.levels, strict=True)
+            if a != b
+        )
+        distance = sum(a != b for a, b in zip(start, trial.levels, strict=True))
+        steps.append(Step(trial.number, trial.generation, tokens, evaluations, trial.levels, changes, distance))
+    return steps
+
+
+def lineage_figure(run: SearchRun, space: CompressionSpace) -> Figure:
+    """Units changed since the first ancestor, and levels moved at each step, against what was spent."""
+    steps = lineage(run, space)
+    drawn, ax = figure(9.0, 3.2)
+    clean(ax)
+    charged = run.tokens > 0
+    spent = [s.tokens if charged else s.evaluations for s in steps]
+    ax.plot(spent, [s.distance for s in steps], drawstyle="steps-post", color="#0072B2", linewidth=1.8, marker="o",
+            markersize=4, label="units unlike the first ancestor")  # fmt: skip
+    ax.bar(spent[1:], [len(s.changes) for s in steps[1:]], width=max(spent, default=1) / 150, color="#D55E00",
+           label="units changed by this step")  # fmt: skip
+    ax.set_xlabel("calibration tokens spent" if charged else "trials scored", color=INK)
+    ax.set_ylabel("units", color=INK)
+    ax.set_ylim(bottom=0)
+    thousands(ax)
+    ax.set_title(f"{run.label}, seed {run.seed}: {max(0, len(steps) - 1)} accepted steps", loc="left", fontsize=10)
+    ax.legend(frameon=False, fontsize=9, loc="upper left")
+    return drawn

@@ -1,0 +1,212 @@
+"""The HTML page of a comparison: one file, no scripts, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from evo_hpo.analysis.comparison import Comparison
+from evo_hpo.analysis.lineage import lineage
+from evo_hpo.analysis.runs import AXES
+from evo_hpo.analysis.statistics import PairedTest
+from evo_hpo.analysis.summary import GOALS, Standing, Summary
+from evo_hpo.analysis.tables import columns, figure_text, interval_note, interval_text, rows
+
+__all__ = ["Picture", "Section", "Sheet", "problem_sheets", "render", "standing_sheets"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture beside the page, embedded into it."""
+
+    title: str
+    path: Path
+    caption: str
+
+    @property
+    def data(self) -> str:
+        """The PNG as a data URI."""
+        return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode()
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of text; ``strong`` are the rows to stress."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    strong: tuple[int, ...] = ()
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A problem, or all of them together: verdict, tables, pictures."""
+
+    anchor: str
+    title: str
+    text: str
+    verdict: str
+    sheets: tuple[Sheet, ...]
+    pictures: tuple[Picture, ...]
+    more: tuple[Sheet, ...] = field(default=())
+
+
+def problem_sheets(comparison: Comparison, problem: str) -> tuple[Sheet, ...]:
+    """The table of results."""
+    found = rows(comparison, problem)
+    shown = columns(comparison, problem, found)
+    best = next((i for i, r in enumerate(found) if r.kind != "dense"), None)
+    body = tuple(zip(*(cells for _, cells in shown), strict=True))
+    headers = tuple(h for h, _ in shown)
+    strong = () if best is None else (best,)
+    return (Sheet("Results on held-out data", headers, body, interval_note(found) + FAIR, strong),)
+
+
+FAIR = (
+    " Held-out figures are taken outside the budget; “model s” is scoring time, “searcher s” the time inside the"
+    " searcher itself; medians over seeds."
+)
+
+
+def standing_sheets(summary: Summary) -> tuple[Sheet, ...]:
+    """Ranks and tests, and what the whole budget looked like."""
+    if len(summary.standings) < 2:
+        return ()
+    tests = Sheet(
+        "How sure is that?",
+        ("searcher", "mean rank", "median", "interquartile mean", *_TEST, *_UNIFORM),
+        tuple(_tested(s) for s in summary.standings),
+        f"{summary.value}; {summary.pairs} (problem, seed) pairs that all of them finished."
+        " Wins, ties and losses count the best searcher (top) against the row, then the row against uniform; p from"
+        " the two-sided Wilcoxon signed-rank test, Holm-corrected within its column; effect is the rank-biserial"
+        " correlation (1: always better, -1: always worse). The best is chosen after seeing the results, which makes"
+        f" its p a little too small. Friedman test that all are alike: p = {_p(summary.friedman)}.",
+        (0,),
+    )
+    if len(summary.problems) > 1:
+        return (tests,)
+    unit = AXES[summary.axis]
+    goals = tuple(f"expected {summary.axis} to {'best known' if g == 0 else f'gap {g:g} %'}" for g in GOALS)
+    budget = Sheet(
+        "Over the whole budget",
+        ("searcher", "mean loss over the budget", *goals, "best gets there × sooner"),
+        tuple(_spent(s) for s in summary.standings),
+        "Mean loss is the area under the anytime curve divided by the budget. Expected running time: everything spent"
+        f" by all seeds ({unit}) divided by how many reached the target, “never” without one; a gap of 100 % is"
+        " uniform, 0 % the best known loss. The last column: what this searcher spent, divided by what the best needed"
+        " to reach this searcher's final loss (median over seeds; as fine as the checkpoints; 0 where it never did).",
+        (0,),
+    )
+    return tests, budget
+
+
+_TEST = ("best vs it: W/T/L", "difference", "p (Holm)", "effect", "so the best is")
+_UNIFORM = ("vs uniform: W/T/L", "p (Holm) ", "effect ", "so it is")
+
+
+def _tested(s: Standing) -> tuple[str, ...]:
+    best, uniform = s.versus_best, s.versus_uniform
+    return (
+        s.label,
+        f"{s.rank:.2f}" if not math.isnan(s.rank) else "–",
+        interval_text(s.median),
+        interval_text(s.iqm),
+        *(_test(best, difference=True) if best else ("–",) * 5),
+        *(_test(uniform, difference=False) if uniform else ("–",) * 4),
+    )
+
+
+def _test(test: PairedTest, *, difference: bool) -> tuple[str, ...]:
+    claim = test.claim.split(" (")[0]
+    shown = (interval_text(test.difference, 3),) if difference else ()
+    return (f"{test.wins}/{test.ties}/{test.losses}", *shown, _p(test.p_holm), f"{test.effect:+.2f}", claim)
+
+
+def _p(value: float) -> str:
+    return "–" if math.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def _spent(s: Standing) -> tuple[str, ...]:
+    speed = "–"
+    if s.speed_up is not None:
+        f = s.speed_up.factor
+        speed = f"{f.estimate:.2g}" + (f" [{f.low:.2g}, {f.high:.2g}]" if f.low != f.high else "")
+        speed += f", {s.speed_up.reached} of {s.speed_up.pairs}"
+    times = ("never" if math.isinf(t) else figure_text(t, 3) for t in s.running_times.values())
+    return s.label, interval_text(s.area) if s.area else "–", *times, speed
+
+
+def lineage_sheet(comparison: Comparison, problem: str, *, most: int = 40) -> Sheet | None:
+    """The steps from the first ancestor to the winner."""
+    run = comparison.winner(problem)
+    steps = lineage(run, comparison.problems[problem].space) if run else []
+    if run is None or len(steps) < 2:
+        return None
+    shown = steps if len(steps) <= most else [*steps[:5], *steps[5 - most :]]
+    body = tuple(
+        (
+            str(s.trial),
+            str(s.generation),
+            f"{s.tokens if run.tokens else s.evaluations:,}",
+            "; ".join(f"{name} {a} → {b}" for name, a, b in s.changes[:8])
+            + (f"; and {len(s.changes) - 8} more" if len(s.changes) > 8 else "")
+            or "first ancestor",
+        )
+        for s in shown
+    )
+    note = "" if len(steps) == len(shown) else f"The first 5 and the last {most - 5} of {len(steps)} steps."
+    spent = "tokens spent" if run.tokens else "trials"
+    return Sheet(f"Lineage of the winner, {run.label} seed {run.seed}", ("trial", "generation", spent, "changes"), body,
+                 note, folded=True)  # fmt: skip
+
+
+def render(comparison: Comparison, sections: Sequence[Section], verdict: str) -> str:
+    """The page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("evo_hpo", "analysis"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html").render(
+        comparison=comparison,
+        sections=sections,
+        verdict=verdict,
+        facts=_facts(comparison),
+        plan=_plan_text(comparison),
+        unfinished={r.id: f"{r.progress:.0%} of its budget spent" for r in comparison.runs if not r.finished}
+        | dict(comparison.missing),
+        machine={**_flat("", comparison.machine), **_flat("git ", comparison.git), **comparison.versions},
+    )
+
+
+def _facts(comparison: Comparison) -> dict[str, str]:
+    """What a reader wants to know first."""
+    budgets = {f"{v:,g} {k}" for r in comparison.runs for k, v in r.budget.items()}
+    return {
+        "problems": str(len(comparison.problems)),
+        "searchers": str(len(comparison.labels)),
+        "searches": f"{sum(r.finished for r in comparison.runs)} of {len(comparison.runs) + len(comparison.missing)}",
+        "seeds": str(max((len(comparison.seeds(k)) for k in comparison.problems), default=0)),
+        "budget of each search": " / ".join(sorted(budgets)) or "not recorded",
+        "trials in all": f"{sum(r.evaluations for r in comparison.runs):,}",
+        "tokens in all": f"{sum(r.tokens for r in comparison.runs):,}",
+    }
+
+
+def _plan_text(comparison: Comparison) -> str:
+    path = comparison.folder / "plan.toml" if comparison.folder else None
+    if path is not None and path.is_file():
+        return path.read_text(encoding="utf-8")
+    return json.dumps(dict(comparison.plan), indent=1)
+
+
+def _flat(prefix: str, found: Mapping[str, Any]) -> dict[str, str]:
+    return {f"{prefix}{k}": str(v) for k, v in found.items()}

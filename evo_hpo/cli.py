@@ -283,6 +283,23 @@ def ui(
     launch_ui(tracking_uri, port)
 
 
+@app.command()
+def export(
+    profile: Annotated[Path, typer.Argument(help="A file under a comparison's profiles/.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+) -> None:
+    """Write the model of a profile: a Hugging Face folder that any library loads.
+
+    [bold]Example:[/bold] evo-hpo export mlruns/comparisons/smollm2-3bit/profiles/winner.json smollm2-3bit
+    """
+    from evo_hpo.language_model.export import export_profile
+
+    data = export_profile(profile, output)
+    console.print(
+        f"{output}: {data['average']:.4g} a weight, held-out loss {data['held_out']['loss']:.4g}", markup=False
+    )
+
+
 @app.command("list")
 def list_names(
     name: Annotated[str | None, typer.Argument(help="A searcher or problem: shows its settings.")] = None,

@@ -30,6 +30,8 @@ __all__ = [
     "make_problem",
     "make_searcher",
     "prepare_problem",
+    "problem_factory",
+    "searcher_class",
 ]
 
 
@@ -138,7 +140,12 @@ def available_problems() -> tuple[str, ...]:
     return tuple(_entries("evo_hpo.problems"))
 
 
-def _problem_factory(name: str) -> Callable[..., Problem]:
+def problem_factory(name: str) -> Callable[..., Problem]:
+    """The function behind a problem's name.
+
+    Raises:
+        UnknownNameError: no such problem; the message names near matches.
+    """
     entry = _entries("evo_hpo.problems").get(name)
     if entry is None:
         raise _unknown("problem", name, available_problems())
@@ -152,7 +159,7 @@ def make_problem(name: str, **settings: Any) -> Problem:
     Raises:
         UnknownNameError: no such problem or setting.
     """
-    factory = _problem_factory(name)
+    factory = problem_factory(name)
     known = _parameters(factory)
     for key in settings:
         if key not in known:
@@ -168,7 +175,7 @@ def prepare_problem(name: str, settings: dict[str, Any], plan: Any, progress: Ca
     A problem's factory may carry a function ``prepare(settings, plan, progress)``; False: it has none, and is made
     quickly enough to be checked as it is.
     """
-    prepare = getattr(_problem_factory(name), "prepare", None)
+    prepare = getattr(problem_factory(name), "prepare", None)
     if prepare is None:
         return False
     prepare(settings, plan, progress)
@@ -177,7 +184,7 @@ def prepare_problem(name: str, settings: dict[str, Any], plan: Any, progress: Ca
 
 def describe_problem(name: str) -> Description:
     """Summary and settings of a problem."""
-    factory = _problem_factory(name)
+    factory = problem_factory(name)
     return Description(name, _summary(factory), _parameters(factory))
 
 

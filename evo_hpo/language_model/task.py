@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from evo_hpo.errors import InfeasibleError, InvalidSettingError, StoreError
+from evo_hpo.build import build, default_folder, make_compressor
+from evo_hpo.compression.store import LevelStore
+from evo_hpo.errors import InfeasibleError, InvalidSettingError
 from evo_hpo.language_model.evaluator import Evaluator
-from evo_hpo.language_model.loading import cache_folder, load_model, load_tokenizer
+from evo_hpo.language_model.loading import load_model, load_tokenizer
 from evo_hpo.language_model.problem import LanguageModelProblem
 from evo_hpo.language_model.sampling import check_tokens
 from evo_hpo.language_model.text import load_tokens
@@ -126,35 +128,33 @@ class LanguageModelTask:
         """Where the level store is or will be."""
         if self.store:
             return Path(self.store).expanduser()
-        words = [self.method, *map("{:g}".format, self.levels), *(f"{k}={v}" for k, v in dict(self.build).items())]
-        name = "-".join([self.model.replace(":", "-").replace("/", "-"), *words])
-        return cache_folder() / "stores" / "".join(c if c.isalnum() or c in "-_.=" else "_" for c in name)
+        return default_folder(self.model, self.method, self.levels or None, dict(self.build))
 
     def ensure_store(self, progress: Callable[..., None]) -> None:
         """Builds the store, or checks that the one that is there belongs to the model."""
-        from evo_hpo.build import build
-
         settings: dict[str, Any] = {"calibration": self.calibration, **dict(self.build)}
         build(
             self.model,
             self.store_folder,
             method=self.method,
-            levels=self.levels,
+            levels=self.levels or None,
             device=self.device,
             progress=progress,
             **settings,
         )
 
+    def open_store(self, model_fingerprint: str | None = None) -> LevelStore:
+        """The level store, which must be there; with a fingerprint, of that model.
+
+        Raises:
+            StoreError: it is missing, damaged, or was built from another model.
+        """
+        return LevelStore.open(self.store_folder, device=self.device, model_fingerprint=model_fingerprint)
+
     def make(self) -> LanguageModelProblem:
         """The problem: loads model, store and text."""
-        from evo_hpo.compression import open_store
-
         loaded = load_model(self.model, device=self.device)
-        store = open_store(self.store_folder)
-        if store.manifest.model_fingerprint != loaded.fingerprint:
-            raise StoreError(
-                f"{self.store_folder} was built from another model than {self.model!r}: name another store or rebuild"
-            )
+        store = self.open_store(loaded.fingerprint)
         pool = self._text(self.calibration, "calibration", self.calibration_tokens, loaded.model)
         held_out = self._text(self.held_out, "held_out", self.held_out_tokens, loaded.model)
         evaluator = Evaluator(
@@ -208,13 +208,9 @@ class Factory:
     def prepare(self, settings: dict[str, Any], plan: Any, progress: Callable[..., None]) -> None:
         """Checks the settings against the plan, then builds the level store where it is missing."""
         task = self.task(settings)
+        make_compressor(task.method, task.levels or None, dict(task.build))
         rehearse(plan, task.stand_in(), task.tokens, task.check_minibatch)
         task.ensure_store(progress)
 
 
 language_model = Factory("A causal language model compressed layer by layer; builds its level store where missing.")
-
-
-def joined(values: Sequence[float]) -> str:
-    """Levels as a short text."""
-    return ",".join(f"{v:g}" for v in values)

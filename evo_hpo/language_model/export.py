@@ -1,0 +1,66 @@
+"""The winning profile as a model that runs: a Hugging Face folder with the compressed weights in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evo_hpo.errors import ModelError, PlanError
+from evo_hpo.language_model.loading import load_model, load_tokenizer
+from evo_hpo.language_model.task import Factory
+from evo_hpo.profiles import read_profile
+from evo_hpo.registry import problem_factory
+
+__all__ = ["export_profile"]
+
+
+def export_profile(profile: Path, output: Path) -> dict[str, Any]:
+    """Writes the model that a profile describes, decoded to dense weights, with its tokenizer and the profile itself.
+
+    A dropped module keeps its place and gets zero weights, so that it contributes nothing and any library can load it.
+
+    Args:
+        profile: a file under a comparison's ``profiles/``.
+        output: folder to make; must not exist.
+
+    Returns:
+        The profile.
+
+    Raises:
+        PlanError: not a profile of a language model, or the folder exists.
+        StoreError: the level store is gone or is another model's.
+    """
+    if output.exists():
+        raise PlanError(f"{output} exists already: name a new folder")
+    data, _ = read_profile(profile)
+    factory = problem_factory(data["problem"]["name"])
+    if not isinstance(factory, Factory):
+        raise PlanError(f"{profile} is of problem {data['problem']['name']!r}, which has no model to export")
+    task = factory.task(data["problem"].get("settings", {}))
+    store = task.open_store()
+    space = store.space(task.average)
+    levels = space.from_labels(data["units"])
+    loaded = load_model(task.model)
+    modules = dict(loaded.model.named_modules())
+    for unit, level in enumerate(levels):
+        for name, weight in store.weights(unit, level).items():
+            _set(modules[name], weight)
+    loaded.model.save_pretrained(output)  # type: ignore[operator]
+    load_tokenizer(task.model).save_pretrained(output)
+    (output / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
+    return data
+
+
+def _set(module: nn.Module, weight: torch.Tensor | None) -> None:
+    """Puts a weight into a module, or silences the module: its output projection and biases become zero."""
+    with torch.no_grad():
+        if weight is not None:
+            if not isinstance(module.weight, torch.Tensor):
+                raise ModelError(f"{type(module).__name__} has no weight to replace")
+            module.weight.copy_(weight)
+            return
+        for parameter in module.parameters():
+            parameter.zero_()

@@ -1,0 +1,142 @@
+"""A comparison on a (tiny, random) language model, from model folder to exported model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from evo_hpo.compare import compare
+from evo_hpo.errors import EvoHpoError
+from evo_hpo.language_model.export import export_profile
+from evo_hpo.language_model.task import language_model
+from evo_hpo.plan import Plan, make_plan
+from evo_hpo.registry import make_problem, prepare_problem
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-block Llama with random weights and a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=270,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat"] * 10, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=280,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=64,
+            )
+        )
+    model.save_pretrained(folder)
+    return folder
+
+
+def settings(folder: Path, store: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of a problem on the tiny model."""
+    return {
+        "model": str(folder),
+        "store": str(store),
+        "build": {"group_size": 16},
+        "levels": [2, 3, 4],
+        "average": 3.0,
+        "sequence_length": 16,
+        "calibration_tokens": 512,
+        "held_out_tokens": 128,
+        "tokens": 64,
+    } | changes
+
+
+def plan_of(problem: dict[str, Any], **changes: Any) -> Plan:
+    """Uniform and EvoPress on it."""
+    data = {
+        "name": "tiny",
+        "seeds": [0],
+        "workers": 1,
+        "budget": {"tokens": 2048},
+        "problems": [{"name": "language_model", "label": "tiny", "settings": problem}],
+        "searchers": [
+            {"name": "uniform"},
+            {"name": "evopress", "settings": {"offspring": 4, "survivors": [2, 1], "tokens": [32, 64]}},
+        ],
+    }
+    return make_plan(data | changes)
+
+
+def test_from_model_to_winning_profile_to_exported_model(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    problem = settings(model_folder, tmp_path / "store")
+    plan = plan_of(problem)
+    plan.check()
+    assert prepare_problem("language_model", problem, plan, lambda *_: None)
+    folder = compare(plan, root=tmp_path / "runs")
+    record = json.loads((folder / "comparison.json").read_text())
+    assert record["problems"]["tiny"]["reference"]["loss"] == pytest.approx(0.0, abs=1e-6)
+    winner = folder / "profiles" / "winner.json"
+    data = json.loads(winner.read_text())
+    assert data["average"] <= 3.0
+
+    export_profile(winner, tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    made = make_problem("language_model", **problem)
+    held_out = made.held_out  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        logits = exported(held_out).logits[:, :-1].double()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), held_out[:, 1:].flatten())
+    assert float(losses.exp()) == pytest.approx(data["held_out"]["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"average": 1.5}, "outside what levels"),
+        ({"average": 7.0}, "outside what levels"),
+        ({"model": "/nowhere"}, "/nowhere"),
+        ({"fitness": "accuracy"}, "one of: kl"),
+        ({"held_out_tokens": 100}, "multiples of sequence_length"),
+        ({"tokens": 100}, "100"),
+        ({"levels": [2, 3, 99]}, "99"),
+        ({"method": "gguf"}, "gguf"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(
+    changes: dict[str, Any], message: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    problem = settings(model_folder, tmp_path / "store", **changes)
+    with pytest.raises(EvoHpoError) as caught:
+        prepare_problem("language_model", problem, plan_of(problem), lambda *_: None)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_budget_that_pays_for_no_stage_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    problem = settings(model_folder, tmp_path / "store")
+    with pytest.raises(EvoHpoError, match="does not pay"):
+        prepare_problem("language_model", problem, plan_of(problem, budget={"tokens": 40}), lambda *_: None)
+
+
+def test_a_missing_model_setting_is_named() -> None:
+    with pytest.raises(EvoHpoError, match="'model' is required"):
+        language_model()

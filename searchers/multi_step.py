@@ -171,7 +171,7 @@ class MultiStep(Searcher):
 
     def recommend(self) -> Assignment | None:
         """The winner of the last stage of the last complete batch."""
-        return self.incumbent or self._fallback
+        return self.incumbent or self._fallback or self.searcher.recommend()
 
 
 class _Family:

@@ -101,7 +101,8 @@ class Procedure(Searcher):
         try:
             self._queue = list(next(self._running) if first else self._running.send(told))
         except StopIteration:
-            self._queue = []
+            # A procedure that finds nothing to try still scores where it would start.
+            self._queue = [] if self._asked else [self.space.uniform()]
             self.stop_reason = self.stop_reason or "converged"
         except _Exhausted:
             self._queue = []

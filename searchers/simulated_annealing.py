@@ -60,6 +60,9 @@ class SimulatedAnnealing(Procedure):
         self.incumbent = self.space.uniform()
         starts = [self.moves.random(self.incumbent, self.rng) for _ in range(self.probes)]
         candidates = [a for a in dict.fromkeys(starts) if a is not None]
+        if not candidates:
+            self.stop_reason = "no exchange keeps the budget"
+            return
         losses, reference = yield from self.measure(candidates, self.incumbent)
         differences = [abs(loss - reference) for loss in losses if math.isfinite(loss - reference)]
         hottest = self.heat * float(np.median(differences)) if differences else 1.0

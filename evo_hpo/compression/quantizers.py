@@ -1,0 +1,87 @@
+"""Quantization as compressors: GPTQ, and round-to-nearest for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from evo_hpo.compression.compressor import CompressedLevel, Compressor, Inputs
+from evo_hpo.compression.encoding import Quantized
+from evo_hpo.compression.factor import output_energy
+from evo_hpo.compression.gptq import GPTQSettings, check_bits, gptq
+from evo_hpo.compression.grid import GridSettings
+from evo_hpo.compression.rtn import round_to_nearest
+
+__all__ = ["GPTQ", "RTN"]
+
+
+class GPTQ(Compressor):
+    """GPTQ at several bit-widths from one factorisation."""
+
+    name = "gptq"
+    needs = "hessian"
+
+    def __init__(
+        self,
+        bits: Sequence[int] = (2, 3, 4, 5, 6),
+        *,
+        group_size: int | None = 64,
+        symmetric: bool = False,
+        static_groups: bool = True,
+        activation_order: bool = False,
+        damping: float = 0.01,
+    ) -> None:
+        self.bits = tuple(sorted(check_bits(bits)))
+        self.gptq = GPTQSettings(GridSettings(group_size, symmetric), static_groups)
+        self.activation_order = activation_order
+        self.damping = damping
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(map(str, self.bits))
+
+    def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
+        weight = weight.float()
+        hessian = inputs.factor.hessian
+        energy = output_energy(weight, hessian) or 1.0
+        levels = gptq(weight, inputs.factor, self.bits, self.gptq)
+        return [_level(level, output_energy(weight - level.decode(), hessian) / energy) for level in levels]
+
+    def settings(self) -> dict[str, Any]:
+        grid = asdict(self.gptq.grid)
+        order = {"static_groups": self.gptq.static_groups, "activation_order": self.activation_order}
+        return {"bits": list(self.bits), **grid, **order, "damping": self.damping}
+
+
+class RTN(Compressor):
+    """Round to nearest: data-free, every weight on its own."""
+
+    name = "rtn"
+    needs = "nothing"
+
+    def __init__(
+        self, bits: Sequence[int] = (2, 3, 4, 5, 6), *, group_size: int | None = 64, symmetric: bool = False
+    ) -> None:
+        self.bits = tuple(sorted(check_bits(bits)))
+        self.grid = GridSettings(group_size, symmetric)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(map(str, self.bits))
+
+    def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
+        weight = weight.float()
+        energy = float(weight.square().sum()) or 1.0
+        levels = [round_to_nearest(weight, bits, self.grid) for bits in self.bits]
+        return [_level(level, float((weight - level.decode()).square().sum()) / energy) for level in levels]
+
+    def settings(self) -> dict[str, Any]:
+        return {"bits": list(self.bits), **asdict(self.grid)}
+
+
+def _level(quantized: Quantized, error: float) -> CompressedLevel:
+    weights = quantized.codes.numel()
+    return CompressedLevel(str(quantized.bits), quantized.pack(), quantized.bits * weights, weights, error)

@@ -1,0 +1,90 @@
+"""Repair: always feasible, leaves feasible proposals alone, stays close, and favours no position."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from evo_hpo.errors import InvalidSpaceError
+from evo_hpo.space import CompressionSpace, Unit
+from tests.spaces import all_feasible, spaces
+
+
+@settings(max_examples=150)
+@given(spaces(), st.data())
+def test_the_result_is_feasible_whatever_the_proposal(space: CompressionSpace, data: st.DataObject) -> None:
+    wish = data.draw(st.lists(st.floats(-3, 8), min_size=len(space), max_size=len(space)))
+    assert space.feasible(space.repair(wish))
+    assert space.feasible(space.repair(wish, np.random.default_rng(0), fill=True))
+
+
+@settings(max_examples=100)
+@given(spaces(), st.data())
+def test_feasible_assignments_stay_as_they_are(space: CompressionSpace, data: st.DataObject) -> None:
+    levels = data.draw(st.sampled_from(all_feasible(space)))
+    assert space.repair(levels) == levels
+
+
+@settings(max_examples=100)
+@given(spaces(), st.data())
+def test_the_same_proposal_gives_the_same_result(space: CompressionSpace, data: st.DataObject) -> None:
+    wish = data.draw(st.lists(st.floats(0, 4), min_size=len(space), max_size=len(space)))
+    assert space.repair(wish) == space.repair(wish)
+    assert space.repair(wish, np.random.default_rng(3)) == space.repair(wish, np.random.default_rng(3))
+
+
+@settings(max_examples=100)
+@given(st.lists(st.floats(0, 3), min_size=2, max_size=6), st.data())
+def test_with_equal_costs_no_feasible_assignment_is_nearer(wish: list[float], data: st.DataObject) -> None:
+    """Greedy steps are optimal where every step frees the same cost."""
+    budget = data.draw(st.integers(len(wish) * 2, len(wish) * 5))
+    space = CompressionSpace([Unit(f"m{i}", (2, 3, 4, 5)) for i in range(len(wish))], budget)
+    distances = [sum(abs(a - w) for a, w in zip(levels, wish, strict=True)) for levels in space.enumerate()]
+    repaired = sum(abs(a - w) for a, w in zip(space.repair(wish), wish, strict=True))
+    assert repaired == pytest.approx(min(distances))
+
+
+@settings(max_examples=60)
+@given(spaces(resources=2), st.data())
+def test_with_two_resources_no_feasible_assignment_is_nearer(space: CompressionSpace, data: st.DataObject) -> None:
+    wish = data.draw(st.lists(st.floats(0, 3), min_size=len(space), max_size=len(space)))
+    repaired = space.repair(wish)
+    distances = [sum(abs(a - w) for a, w in zip(levels, wish, strict=True)) for levels in all_feasible(space)]
+    assert sum(abs(a - w) for a, w in zip(repaired, wish, strict=True)) == pytest.approx(min(distances), abs=1e-6)
+
+
+@settings(max_examples=100)
+@given(spaces(resources=1, floors=False), st.data())
+def test_fill_leaves_no_step_that_would_fit(space: CompressionSpace, data: st.DataObject) -> None:
+    wish = data.draw(st.lists(st.floats(0, 3), min_size=len(space), max_size=len(space)))
+    filled = space.repair(wish, fill=True)
+    assume(space.feasible(filled))
+    for i, unit in enumerate(space.units):
+        if unit.fixed is None and filled[i] + 1 < len(unit.costs):
+            raised = (*filled[:i], filled[i] + 1, *filled[i + 1 :])
+            assert not space.feasible(raised) or unit.costs[filled[i]] == unit.costs[filled[i] + 1]
+
+
+def test_random_ties_favour_no_position() -> None:
+    """Every unit is lowered equally often, without and with a generator that breaks the ties."""
+    space = CompressionSpace([Unit(f"m{i}", (1, 2)) for i in range(8)], 12)
+    rng = np.random.default_rng(0)
+    lowered = np.sum([1 - np.array(space.repair([1] * 8, rng)) for _ in range(2000)], axis=0)
+    assert lowered.sum() == 4 * 2000
+    assert abs(lowered - 1000).max() < 120  # five standard deviations
+
+
+def test_without_a_generator_ties_go_to_later_units() -> None:
+    space = CompressionSpace([Unit(f"m{i}", (1, 2)) for i in range(4)], 6)
+    assert space.repair([1, 1, 1, 1]) == (1, 1, 0, 0)
+
+
+@pytest.mark.parametrize("wish", [[1.0], [float("nan")] * 3, [float("inf"), 0, 0], list(itertools.repeat(0.0, 4))])
+def test_proposals_that_make_no_sense_are_refused(wish: list[float]) -> None:
+    space = CompressionSpace([Unit(f"m{i}", (1, 2)) for i in range(3)], 4)
+    with pytest.raises(InvalidSpaceError, match="3 finite levels"):
+        space.repair(wish)

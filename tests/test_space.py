@@ -1,0 +1,184 @@
+"""The space: exact integer costs, feasibility by its definition, neighbours, uniform compression, errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evo_hpo.errors import EvoHpoError, InfeasibleError, InvalidSpaceError
+from evo_hpo.space import CompressionSpace, Unit
+from tests.spaces import all_feasible, spaces
+
+TINY = CompressionSpace([Unit(f"layers.{i}.q_proj", (2, 3, 4)) for i in range(4)], 12)
+
+
+@settings(max_examples=60)
+@given(spaces())
+def test_feasible_is_what_the_definition_says(space: CompressionSpace) -> None:
+    expected = set(all_feasible(space))
+    for levels in itertools.product(*(range(-1, len(u.costs) + 1) for u in space.units[:4])):
+        whole = (*levels, *space.lowest[4:])
+        assert space.feasible(whole) == (whole in expected)
+
+
+@settings(max_examples=60)
+@given(spaces())
+def test_json_gives_an_equal_space_back(space: CompressionSpace) -> None:
+    again = CompressionSpace.from_json(json.loads(json.dumps(space.to_json())))
+    assert again == space
+    assert hash(again) == hash(space)
+    assert again.count() == space.count()
+    assert pickle.loads(pickle.dumps(space)) == space
+
+
+@settings(max_examples=60)
+@given(spaces())
+def test_uniform_is_feasible(space: CompressionSpace) -> None:
+    assert space.feasible(space.uniform())
+
+
+@settings(max_examples=60)
+@given(spaces(), st.sampled_from(["size", "name", "none"]))
+def test_switches_are_all_feasible_pairs_of_one_step_within_a_group(space: CompressionSpace, rule: str) -> None:
+    levels = all_feasible(space)[-1]
+    expected = set()
+    for members in space.groups(rule).values():
+        for down, up in itertools.permutations(members, 2):
+            changed = list(levels)
+            changed[down] -= 1
+            changed[up] += 1
+            if min(changed) >= 0 and space.feasible(changed):
+                expected.add(tuple(changed))
+    found = list(space.switches(levels, rule))
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+
+
+def test_groups_follow_size_name_or_nothing() -> None:
+    units = [
+        Unit(f"model.layers.{b}.{name}", (2 * size, 3 * size), size=size)
+        for b in range(2)
+        for name, size in (("q", 4), ("k", 1), ("v", 1))
+    ]
+    space = CompressionSpace(units, 30)
+    assert sorted(space.groups("size").values()) == [(0, 3), (1, 2, 4, 5)]
+    assert sorted(space.groups("name").values()) == [(0, 3), (1, 4), (2, 5)]
+    assert list(space.groups("none").values()) == [(0, 1, 2, 3, 4, 5)]
+    assert [u.block for u in units] == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(InvalidSpaceError, match="size, name, none"):
+        space.groups("depth")
+
+
+def test_sparsity_levels_of_equal_step_switch_across_sizes() -> None:
+    """One level step removes the same number of weights in every unit, so the exchange is exact."""
+    units = [Unit("small", (40, 50, 60), size=80, group="step"), Unit("large", (140, 150, 160), size=200, group="step")]
+    space = CompressionSpace(units, 200, floor=200)
+    assert set(space.switches((1, 1))) == {(0, 2), (2, 0)}
+
+
+def test_uniform_shares_one_level_and_spreads_the_rest_of_a_fractional_budget() -> None:
+    units = [Unit(f"layers.{i}.m", (2, 3, 4)) for i in range(16)]
+    assert set(CompressionSpace.from_average(units, 3).uniform()) == {1}
+    spread = CompressionSpace.from_average(units, "3.25").uniform()
+    assert sum(spread) == 16 + 4
+    raised = [i for i, level in enumerate(spread) if level == 2]
+    assert raised == [0, 4, 8, 12]  # evenly over the depth
+
+
+def test_uniform_of_uneven_levels_is_the_highest_shared_cost_a_weight() -> None:
+    units = [Unit("a", (4, 8)), Unit("b", (2, 3, 4, 6)), Unit("c", (20, 40, 60), size=10)]
+    space = CompressionSpace(units, 48)
+    assert space.uniform() == (0, 2, 1)
+
+
+def test_from_average_counts_exactly_and_rounds_down() -> None:
+    units = [Unit(f"m{i}", (20, 30, 40), size=10) for i in range(3)]
+    assert CompressionSpace.from_average(units, 3).budget == 90
+    assert CompressionSpace.from_average(units, "3.35").budget == 100
+    assert (
+        CompressionSpace.from_average([Unit("a", (0, 1, 2, 3)), Unit("b", (0, 1, 2, 3)), Unit("c", (0, 3))], 0.1).budget
+        == 0
+    )
+
+
+def test_cost_slack_and_average() -> None:
+    assert TINY.cost((0, 1, 2, 0)) == 11
+    assert TINY.slack((0, 1, 2, 0)) == 1
+    assert TINY.slack((2, 2, 2, 2)) == -4
+    assert TINY.average((0, 1, 2, 0)) == pytest.approx(11 / 4)
+    two = CompressionSpace([Unit("a", ((1, 5), (2, 7))), Unit("b", ((1, 1), (9, 0)))], (20, 20))
+    assert two.costs((1, 1)) == (11, 7)
+
+
+def test_labels_round_trip() -> None:
+    units = [Unit("a", (2, 3), levels=("2", "3")), Unit("b", (0, 1), levels=("dropped", "kept"))]
+    space = CompressionSpace(units, 4)
+    assert space.labels((1, 0)) == {"a": "3", "b": "dropped"}
+    assert space.from_labels({"a": "3", "b": "dropped"}) == (1, 0)
+    with pytest.raises(InvalidSpaceError, match="allowed: dropped, kept"):
+        space.from_labels({"a": "3", "b": "half"})
+    with pytest.raises(InvalidSpaceError, match="unknown unit 'c'"):
+        space.from_labels({"a": "3", "b": "kept", "c": "3"})
+
+
+def test_tied_modules_are_one_unit_with_members() -> None:
+    unit = Unit("qkv", (6, 9), members=["q", "k", "v"], size=3)  # type: ignore[arg-type]
+    assert unit.members == ("q", "k", "v")
+    assert Unit("o", (2, 3)).members == ("o",)
+
+
+def test_fixed_units_cannot_change() -> None:
+    space = CompressionSpace([Unit("a", (1, 2, 3), fixed=1), Unit("b", (1, 2, 3))], 5)
+    assert space.lowest == (1, 0)
+    assert space.highest == (1, 2)
+    assert not space.feasible((0, 0))
+    assert {a for a, _ in space.enumerate()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Unit("a", ()), "no levels"),
+        (lambda: Unit("a", (3, 2)), "ascending"),
+        (lambda: Unit("a", (-1, 2)), ">= 0"),
+        (lambda: Unit("a", (2.5, 3)), "not an integer"),  # type: ignore[arg-type]
+        (lambda: Unit("a", (2, 3), levels=("2",)), "1 level labels for 2 costs"),
+        (lambda: Unit("a", (2, 3), size=0), "size 0"),
+        (lambda: Unit("a", (2, 3), fixed=2), "must be in 0..1"),
+        (lambda: Unit("a", ((1, 2), (3,))), "same resources"),
+        (lambda: CompressionSpace([], 3), "at least one unit"),
+        (lambda: CompressionSpace([Unit("a", (1,)), Unit("a", (2,))], 3), "found twice: 'a'"),
+        (lambda: CompressionSpace([Unit("a", (1, 2)), Unit("b", ((1, 2), (3, 4)))], 3), "resource"),
+        (lambda: CompressionSpace([Unit("a", (1, 2))], (3, 4)), "one integer for each"),
+        (lambda: CompressionSpace([Unit("a", (2, 3))], 1), "below the cheapest assignment, 2"),
+        (lambda: CompressionSpace([Unit("a", (2, 3))], 9, floor=4), "above the dearest assignment, 3"),
+        (lambda: CompressionSpace([Unit("a", (2, 3))], 2, floor=3), "above the budget 2"),
+    ],
+)
+def test_spaces_that_make_no_sense_are_refused_with_the_reason(make: object, words: str) -> None:
+    with pytest.raises(EvoHpoError, match=words.replace("(", r"\(")):
+        make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("levels", "words"),
+    [((1, 1, 1), "3 levels, the space has 4"), ((0, 0, 0, 3), "level 3, allowed 0..2"), ((2, 2, 2, 2), "costs")],
+)
+def test_check_says_why_an_assignment_is_infeasible(levels: tuple[int, ...], words: str) -> None:
+    with pytest.raises(InfeasibleError, match=words):
+        TINY.check(levels)
+    assert TINY.check(np.array([1, 1, 1, 1])) == (1, 1, 1, 1)  # type: ignore[arg-type]
+
+
+def test_describe_names_units_groups_and_budget() -> None:
+    text = CompressionSpace([Unit("a", (20, 30), size=10, group="1x10"), Unit("b", (2, 3), fixed=0)], 30).describe()
+    assert "2 units, 11 weights" in text
+    assert "group 1x10: 1 units" in text
+    assert "fixed: 1 units" in text
+    assert "at most 30" in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import threading
 from typing import Any
 
@@ -105,15 +104,6 @@ def test_a_failed_trial_is_told_and_the_search_goes_on(name: str) -> None:
 
 def _levels(name: str, seed: int) -> list[Assignment]:
     return [o.trial.levels for o in run(name, 30, seed)[1]]
-
-
-def test_same_seed_same_trials_in_a_spawned_process_and_another_seed_differs() -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        for name in KINDS:
-            here = _levels(name, 1)
-            assert pool.apply(_levels, (name, 1)) == here, name
-            if name not in ("Cobyla", "ScrHammersleySearch"):  # both draw nothing
-                assert _levels(name, 2) != here, name
 
 
 def test_numpys_global_generator_is_left_as_it_was_and_changes_nothing() -> None:

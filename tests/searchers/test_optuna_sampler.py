@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -103,14 +104,20 @@ def test_parallel_jobs_keep_the_budget() -> None:
 
 def test_a_stopped_study_in_a_database_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
-    for name, pieces in (("whole", (40,)), ("pieces", (13, 27))):
+    costs = {name: (2, 3, 4) for name in ("a", "b", "c")}
+
+    def objective(trial: Trial) -> float:
+        return sum((i + 1) / costs[n][trial.suggest_int(n, 0, 2)] for i, n in enumerate(costs))
+
+    for name, pieces in (("whole", (14,)), ("pieces", (5, 9))):
         for piece in pieces:
-            study = optuna.create_study(study_name=name, storage=storage, sampler=sampler(), load_if_exists=True)
-            study.optimize(lambda t: loss(bits(t)), n_trials=piece)
-    whole, pieces_ = (optuna.load_study(study_name=n, storage=storage) for n in ("whole", "pieces"))
-    assert [t.params for t in whole.trials] == [t.params for t in pieces_.trials]
-    with sqlite3.connect(tmp_path / "study.db") as connection:
-        assert connection.execute("select count(*) from trials").fetchone() == (80,)
+            again = EvoPressSampler(costs=costs, budget=9, seed=0, offspring=3)
+            study = optuna.create_study(study_name=name, storage=storage, sampler=again, load_if_exists=True)
+            study.optimize(objective, n_trials=piece)
+    whole, pieced = (optuna.load_study(study_name=n, storage=storage) for n in ("whole", "pieces"))
+    assert [t.params for t in whole.trials] == [t.params for t in pieced.trials]
+    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        assert connection.execute("select count(*) from trials").fetchone() == (28,)
 
 
 def _params(seed: int) -> list[dict[str, int]]:

@@ -104,7 +104,7 @@ def test_parallel_jobs_keep_the_budget() -> None:
 
 def test_a_stopped_study_in_a_database_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
-    costs = {name: (2, 3, 4) for name in ("a", "b", "c")}
+    costs = dict.fromkeys(("a", "b", "c"), (2, 3, 4))
 
     def objective(trial: Trial) -> float:
         return sum((i + 1) / costs[n][trial.suggest_int(n, 0, 2)] for i, n in enumerate(costs))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "build", "build_from_cli", "default_folder"]
 
-METHODS = ("gptq", "rtn")
+METHODS = ("gptq", "sparsegpt", "rtn", "magnitude", "wanda", "drop")
 
 
 def build(
@@ -56,12 +56,16 @@ def build(
         StoreError: the folder holds another store, or a damaged one.
     """
     from evo_hpo.compression.building import build_store
+    from evo_hpo.compression.drop import build_drop_store
     from evo_hpo.compression.store import open_store
     from evo_hpo.language_model.loading import load_model
     from evo_hpo.language_model.structure import ROUTERS
     from evo_hpo.language_model.text import load_tokens
 
     loaded = load_model(model, _dtype(dtype))
+    if method == "drop":
+        build_drop_store(loaded, Path(folder).expanduser(), _kinds(levels, settings))
+        return open_store(folder, model_fingerprint=loaded.fingerprint)
     compressor = make_compressor(method, levels, settings)
     tokens = None
     if compressor.needs != "nothing":
@@ -91,9 +95,10 @@ def make_compressor(method: str, levels: Sequence[float | int | str] | None, set
         UnknownNameError: there is no such method.
         InvalidSettingError: it has no such setting.
     """
+    from evo_hpo.compression.pruners import Magnitude, SparseGPT, Wanda
     from evo_hpo.compression.quantizers import GPTQ, RTN
 
-    classes: dict[str, type[Compressor]] = {"gptq": GPTQ, "rtn": RTN}
+    classes: dict[str, type[Compressor]] = {c.name: c for c in (GPTQ, SparseGPT, RTN, Magnitude, Wanda)}
     if method not in classes:
         raise UnknownNameError(f"no compression method {method!r}: use one of {', '.join(METHODS)}")
     chosen = classes[method]
@@ -103,7 +108,8 @@ def make_compressor(method: str, levels: Sequence[float | int | str] | None, set
         raise InvalidSettingError(f"{method} has no setting {unknown[0]!r}: it has {', '.join(known[1:])}")
     if levels is None:
         return chosen(**settings)
-    return chosen([int(float(v)) for v in levels], **settings)  # type: ignore[call-arg]
+    values = [_bits(v) for v in levels] if chosen.resource == "bits" else list(levels)
+    return chosen(values, **settings)  # type: ignore[call-arg]
 
 
 def default_folder(
@@ -164,6 +170,12 @@ def summary(store: LevelStore) -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
+def _bits(value: float | int | str) -> int:
+    if float(value) != int(float(value)):
+        raise InvalidSettingError(f"bits={value} must be a whole number from 1 to 8")
+    return int(float(value))
+
+
 def _inputs(inputs: str | None, compressor: Compressor) -> str:
     if inputs is not None:
         if inputs != "dense" and inputs not in compressor.labels:
@@ -172,6 +184,16 @@ def _inputs(inputs: str | None, compressor: Compressor) -> str:
     if compressor.resource != "bits":
         return "dense"
     return min(compressor.labels, key=lambda label: (abs(float(label) - 3), float(label)))
+
+
+def _kinds(levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> tuple[str, ...]:
+    """What is dropped, from `kinds=` or from levels that are names; numbers among the levels mean nothing here."""
+    unknown = sorted(set(settings) - {"kinds"})
+    if unknown:
+        raise InvalidSettingError(f"drop has no setting {unknown[0]!r}: it has kinds")
+    named = [str(v) for v in levels or () if not str(v).replace(".", "").isdigit()]
+    kinds = settings.get("kinds") or named or ("attention", "mlp")
+    return (kinds,) if isinstance(kinds, str) else tuple(kinds)
 
 
 def _dtype(name: str) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -116,6 +116,11 @@ class LevelSet:
             rows.append((name, [[choice for m in members for choice in m[i]] for i in range(len(labels[0]))]))
         return LevelSet(rows, self.resource)
 
+    def with_dropped(self) -> LevelSet:
+        """The same units with one more level each, "dropped", at no cost: the unit's modules contribute nothing."""
+        rows = [(name, [_dropped(levels[0]), *levels]) for name, levels in self._rows]
+        return LevelSet(rows, self.resource)
+
     def counted_in(self, resource: str) -> LevelSet:
         """The same levels with another budget: "bits", "weights", "modules" or "storage"."""
         return LevelSet(self._rows, resource)
@@ -193,11 +198,24 @@ def joined(sets: Sequence[LevelSet], resource: str = "bits", prefixes: Sequence[
 def _renamed(choice: Choice, prefix: str) -> Choice:
     if not prefix:
         return choice
-    from dataclasses import replace
-
     return Choice(
         _Renamed(choice.source, prefix), choice.unit, replace(choice.level, label=prefix + choice.level.label)
     )
+
+
+class _Dropped:
+    """Source of the levels that `with_dropped` adds."""
+
+    def __init__(self, members: tuple[str, ...]) -> None:
+        self._members = members
+
+    def unit_weights(self, unit: str, label: str) -> Mapping[str, torch.Tensor | None]:
+        return dict.fromkeys(self._members)
+
+
+def _dropped(choices: Sequence[Choice]) -> list[Choice]:
+    level = LevelRecord("dropped", 0, 0, 0, 0, 1.0, {"kind": "dropped"})
+    return [Choice(_Dropped(choice.unit.members), choice.unit, level) for choice in choices]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""Depth pruning: units that are kept or dropped; exact, since a dropped module contributes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from evo_hpo.compression.manifest import LevelRecord, Manifest, Plan, UnitRecord
+from evo_hpo.compression.writing import StoreWriter
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.language_model.loading import LoadedModel
+from evo_hpo.language_model.structure import droppable_modules
+
+__all__ = ["KINDS", "build_drop_store"]
+
+KINDS = ("attention", "mlp", "block")
+
+
+def build_drop_store(loaded: LoadedModel, folder: Path, kinds: Sequence[str] = ("attention", "mlp")) -> Manifest:
+    """Write a store whose units are attention and MLP modules, or whole blocks, with levels "dropped" and "kept".
+
+    Raises:
+        InvalidSettingError: no kind, an unknown one, or blocks together with their own parts.
+    """
+    if not kinds or set(kinds) - set(KINDS) or ("block" in kinds and len(set(kinds)) > 1):
+        raise InvalidSettingError(f"kinds={list(kinds)} must be 'attention' and/or 'mlp', or 'block' alone")
+    found = [droppable_modules(loaded.model, kind) for kind in kinds]
+    pairs = [pair for units in zip(*(each.items() for each in found), strict=True) for pair in units]  # running order
+    records = tuple(_record(loaded.model, name, members) for name, members in pairs)
+    plan = Plan(
+        model=loaded.name,
+        model_fingerprint=loaded.fingerprint,
+        method="drop",
+        settings={"kinds": list(kinds)},
+        calibration={},
+        units=tuple(record.name for record in records),
+        resource="modules",
+    )
+    return StoreWriter(folder, plan).finish(records)
+
+
+def _record(model: nn.Module, name: str, members: tuple[str, ...]) -> UnitRecord:
+    size = sum(p.numel() for member in members for p in model.get_submodule(member).parameters() if p.dim() >= 2)
+    levels = (
+        LevelRecord("dropped", 0, 0, 0, 0, 1.0, {"kind": "dropped"}),
+        LevelRecord("kept", 16 * size, size, 1, 16 * size, 0.0, {"kind": "kept"}),
+    )
+    return UnitRecord(name, members, (), size, False, levels)

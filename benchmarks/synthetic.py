@@ -84,6 +84,14 @@ class Landscape:
             loss += float(roots @ self.pairs @ roots)
         return loss
 
+    def of_many(self, levels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Losses of the rows of an array (assignments x units)."""
+        losses = np.asarray((self.errors[self._rows, levels] * self.sensitivities).sum(axis=1))
+        if self.pairs is not None:
+            roots = self.roots[self._rows, levels]
+            losses += ((roots @ self.pairs) * roots).sum(axis=1)
+        return losses
+
     def effects(self) -> list[list[float]]:
         """Additive part: loss of each unit's levels."""
         return [(e * g).tolist() for e, g in zip(self.errors, self.sensitivities, strict=True)]
@@ -111,7 +119,7 @@ def _problem(space: CompressionSpace, landscape: Landscape, name: str) -> Functi
         best = solve_by_dynamic_programming(space, landscape.effects())
         problem.optimum = None if best is None else landscape(best)
     elif space.count() <= BRUTE:
-        problem.optimum = min(map(landscape, space.enumerate()))
+        problem.optimum = float(landscape.of_many(np.array(list(space.enumerate()), dtype=np.int8)).min())
     return problem
 
 

@@ -133,6 +133,7 @@ class EvoPressSampler(BaseSampler):
         self._noisy = noisy
         self._seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._intersection: IntersectionSearchSpace = optuna.search_space.IntersectionSearchSpace()
+        self._last_start: tuple[int, Assignment] = (-1, ())
         self._breeders: dict[tuple[tuple[str, int], ...], Breeder] = {}
 
     # ------------------------------------------------------------------ Optuna's interface
@@ -195,9 +196,12 @@ class EvoPressSampler(BaseSampler):
     def _start(self, trial: FrozenTrial) -> Assignment:
         """Uniform compression for the study's first trial; a random assignment for those that run beside it."""
         assert self._space is not None
-        if trial.number == 0:
-            return self._space.uniform()
-        return self._space.sample(np.random.default_rng([self._seed, trial.number, 2]))
+        number, levels = self._last_start  # asked for once a parameter
+        if number != trial.number:
+            rng = np.random.default_rng([self._seed, trial.number, 2])
+            levels = self._space.sample(rng) if trial.number else self._space.uniform()
+            self._last_start = trial.number, levels
+        return levels
 
     def _breeder(self, axes: Mapping[str, _Axis]) -> Breeder:
         key = tuple((name, axis.size) for name, axis in axes.items())

@@ -64,16 +64,26 @@ class View:
             "hideEmptyCharts": True,
         }
         if self.charts:
-            sections = dict.fromkeys(card["metricSectionId"] for card in self.charts)
+            names = [card["metricSectionId"] for card in self.charts]
             state["compareRunCharts"] = list(self.charts)
-            state["compareRunSections"] = [
-                {"uuid": s, "name": s, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
-                for s in sections
-            ]
+            state["compareRunSections"] = [_section(name, names.count(name)) for name in dict.fromkeys(names)]
             state["isAccordionReordered"] = True
         now = int(time.time() * 1000)
         packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
         return json.dumps({"name": self.name, "createdAt": now, "updatedAt": now, "state": f"deflate;{packed}"})
+
+
+def _section(name: str, columns: int) -> dict[str, Any]:
+    return {
+        "uuid": name,
+        "name": name,
+        "display": True,
+        "isReordered": True,
+        "deleted": False,
+        "isGenerated": False,
+        "columns": columns,
+        "cardHeight": 460 if columns == 1 else 360,
+    }
 
 
 def _line(section: str, metric: str, title: str) -> dict[str, Any]:

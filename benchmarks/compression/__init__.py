@@ -1,0 +1,1 @@
+"""Golden values, speed, size and held-out perplexity of the compressors."""

@@ -96,7 +96,9 @@ def test_rounding_error_is_at_most_half_a_step() -> None:
     for bits in range(2, 9):
         found = round_to_nearest(weight, bits, GridSettings(16))
         step = found.scale.repeat_interleave(16, dim=1)
-        assert ((found.decode() - weight).abs() <= 1.01 * step).all()  # a rounded zero point costs half a step at the ends
+        assert (
+            (found.decode() - weight).abs() <= 1.01 * step
+        ).all()  # a rounded zero point costs half a step at the ends
         assert ((found.decode() - weight).abs() <= 0.505 * step).float().mean() > 0.9
 
 

@@ -1,0 +1,1 @@
+"""Timings and memory, each with one command."""

@@ -27,6 +27,7 @@ from evo_hpo.language_model.reference import ReferenceStates
 from evo_hpo.language_model.sampling import sequences_of
 from evo_hpo.language_model.score_cache import ScoreCache
 from evo_hpo.language_model.switching import LevelSwitch, blocks_of_units
+from evo_hpo.language_model.tuning import Measured, measure_settings
 from evo_hpo.language_model.worker import Worker
 from evo_hpo.problem import Minibatch, Score
 from evo_hpo.space import Assignment
@@ -53,6 +54,8 @@ class Evaluator:
         chunk: logits that exist at one time; default: measured ones.
         threads: replicas that work side by side, one core each; default: the cores available. On a GPU: 1.
         compile: torch.compile each decoder block; eager, with one logged line, where that fails.
+        measure: choose batch_size, chunk and threads by a few forward passes where they are not given; the choice is
+            kept in the cache file and used again, because it decides the last bits of a loss.
         dense_dtype: how the uncompressed model's vectors are kept: float32 (hidden x 4 bytes a token), or float16 (half
             of that; losses then err by up to 1e-4 of themselves).
         top_k: entries of "topk_kl".
@@ -77,6 +80,7 @@ class Evaluator:
         chunk: Chunk | None = None,
         threads: int | None = None,
         compile: bool = False,
+        measure: bool = False,
         dense_dtype: torch.dtype = torch.float32,
         top_k: int = 128,
         state_bytes: int = 1 << 28,
@@ -116,10 +120,13 @@ class Evaluator:
             early_stopping,
             ReferenceStates(reference_bytes),
         )
-        self.compiled = compile and compile_blocks(self.pool, levels, self.tokens[: self._batches.batch_size])
-        self._held_out: dict[str, list[DenseSide]] = {}
         self._model_hash = _model_hash(model)
         self.cache = ScoreCache(cache, self.context())
+        self.measured: Measured | None = None
+        if measure:
+            self._measure(batch_size, chunk, threads)
+        self.compiled = compile and compile_blocks(self.pool, levels, self.tokens[: self._batches.batch_size])
+        self._held_out: dict[str, list[DenseSide]] = {}
 
     def _worker(self, model: nn.Module, example: Tensor, lock: threading.Lock) -> Worker:
         gated = GatedModel(model, example)
@@ -128,6 +135,19 @@ class Evaluator:
         head = OutputHead(model, hidden, example, gated.head)
         head.chunk = self.chunk
         return Worker(gated, LevelSwitch(gated, self.levels, example, lock), head, self.fitness)
+
+    def _measure(self, batch_size: int | None, chunk: Chunk | None, threads: int | None) -> None:
+        kept = self.cache.settings()
+        if kept is None:
+            self.measured = found = measure_settings(self.pool, self.tokens)
+            kept = {"batch_size": found.batch_size, "threads": found.threads}
+            kept |= {"chunk_tokens": found.chunk.tokens, "chunk_vocabulary": found.chunk.vocabulary}
+            self.cache.keep_settings(kept)
+        self._batches.batch_size = batch_size or kept["batch_size"]
+        self.chunk = chunk or Chunk(kept["chunk_tokens"], kept["chunk_vocabulary"])
+        self.pool.shrink(threads or kept["threads"])
+        for worker in self.pool.workers:
+            worker.head.chunk = self.chunk
 
     # ------------------------------------------------------------------ scoring
 
@@ -219,7 +239,7 @@ class Evaluator:
         """
         ids = tokens.to(self.device, torch.int64)
         key = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
-        rows = [ids[i : i + 1] for i in range(len(ids))]
+        rows = torch.split(ids, self._batches.batch_size)
         if key not in self._held_out:
             make = [lambda w, r=row: w.dense(r, self._batches.dense_dtype, self._batches.top_k, "kl") for row in rows]
             self._held_out[key] = self.pool.map(make)
@@ -250,6 +270,11 @@ class Evaluator:
         digest.update(self.tokens.cpu().numpy().tobytes())
         return digest.hexdigest()[:32]
 
+    def close(self) -> None:
+        """Ends the threads and closes the cache file."""
+        self.pool.close()
+        self.cache.close()
+
     def report(self) -> Mapping[str, Any]:
         """Settings in force, what was counted, and where the time of all replicas went (seconds)."""
         return {
@@ -259,6 +284,7 @@ class Evaluator:
             "batch_size": self._batches.batch_size,
             "chunk": (self.chunk.tokens, self.chunk.vocabulary),
             "compiled": self.compiled,
+            "measured": () if self.measured is None else self.measured.rows,
             "dense_bytes": sum(d.bytes for d in self._batches.dense.values()),
             "seconds": self.seconds,
             **vars(self.pool.timing()),

@@ -50,6 +50,12 @@ class WorkerPool:
         finally:
             torch.set_num_threads(before)
 
+    def shrink(self, count: int) -> None:
+        """Uses fewer workers from now on; call it while none is busy."""
+        while len(self.workers) > max(count, 1):
+            gone = self._free.get()
+            self.workers = tuple(worker for worker in self.workers if worker is not gone)
+
     def timing(self) -> Timing:
         """Summed over all workers."""
         total = Timing()

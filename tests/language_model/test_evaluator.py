@@ -17,6 +17,7 @@ from evo_hpo.language_model.evaluator import Evaluator
 from evo_hpo.language_model.gates import GatedModel
 from evo_hpo.language_model.problem import LanguageModelProblem
 from evo_hpo.language_model.sampling import sequences_of
+from evo_hpo.language_model.tuning import compute_dtype
 from evo_hpo.language_model.worker import Worker
 from evo_hpo.problem import Minibatch
 from evo_hpo.space import Assignment, CompressionSpace, Unit
@@ -230,6 +231,35 @@ def test_nothing_is_paid_for_twice(llama: tuple[nn.Module, RoundedLevels], tmp_p
     assert exported[candidates[0], LARGE].mean() / (LENGTH - 1) == pytest.approx(losses[0], rel=1e-12)
     other = _evaluator(llama, cache=tmp_path / "scores.db", fitness="perplexity")
     assert _losses(other, candidates) != losses
+
+
+def test_measured_settings_are_kept_so_that_bits_stay(llama: tuple[nn.Module, RoundedLevels], tmp_path: Path) -> None:
+    first, second = (_evaluator(llama, cache=tmp_path / "scores.db", measure=True, threads=None) for _ in range(2))
+    names = ("batch_size", "chunk", "threads")
+    assert [first.report()[n] for n in names] == [second.report()[n] for n in names]
+    assert any(what.startswith("chunk") and rate > 0 for what, rate in first.report()["measured"])
+    assert not second.report()["measured"]
+    candidates = random_assignments(3, len(llama[1].units), 3)
+    np.testing.assert_allclose(_losses(second, candidates), _losses(_evaluator(llama), candidates), rtol=1e-6)
+
+
+def test_the_compute_dtype_is_one_that_this_machine_multiplies_fast() -> None:
+    assert compute_dtype() in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_compiler_the_blocks_stay_eager(
+    llama: tuple[nn.Module, RoundedLevels], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no working C++ compiler\nsecond line")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    evaluator = _evaluator(llama, compile=True)
+    assert not evaluator.report()["compiled"]
+    assert caplog.messages == ["decoder blocks are not compiled: RuntimeError: no working C++ compiler"]
+    candidates = random_assignments(2, len(llama[1].units), 3)
+    assert _losses(evaluator, candidates) == _losses(_evaluator(llama), candidates)
 
 
 # ---------------------------------------------------------------------- failures

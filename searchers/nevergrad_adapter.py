@@ -11,7 +11,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import Any, ClassVar
@@ -79,7 +79,7 @@ class NevergradSearcher(ForeignSearcher):
         space: CompressionSpace,
         *,
         seed: int = 0,
-        sigma: float = 1.0,
+        sigma: float = 0.5,
         horizon: int | None = None,
         **settings: Any,
     ) -> None:
@@ -195,10 +195,16 @@ class NevergradSearcher(ForeignSearcher):
         self._running = []
 
 
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "DiscreteOnePlusOne": {"default_encoding": "keys"},
-}
-"""Measured defaults by optimizer; see ``docs/encodings.md``."""
+_ENCODINGS: Sequence[tuple[str, str]] = (
+    ("Discrete", "keys"),
+    ("Lengler", "keys"),
+    ("FastGA", "keys"),
+    ("CMA", "repaired"),
+    ("TBPSA", "repaired"),
+    ("OnePlusOne", "repaired"),
+    ("", "native"),
+)
+"""Measured default encoding by what an optimizer's name contains, first match; see ``docs/encodings.md``."""
 
 
 _OURS = ("EvoPress",)  # registered by searchers.nevergrad_optimizer, the other direction
@@ -228,8 +234,9 @@ class NevergradFamily:
 @cache
 def _member(name: str) -> type[NevergradSearcher]:
     """One class for each optimizer, so that its settings and defaults can be shown."""
-    doc = f"Nevergrad's {name}."
-    return type(name, (NevergradSearcher,), {"__doc__": doc, "optimizer_name": name, **DEFAULTS.get(name, {})})
+    encoding = next(chosen for part, chosen in _ENCODINGS if part in name)
+    doc = f"Nevergrad's {name}; default encoding {encoding!r}."
+    return type(name, (NevergradSearcher,), {"__doc__": doc, "optimizer_name": name, "default_encoding": encoding})
 
 
 family = NevergradFamily()

@@ -36,7 +36,7 @@ def solve_many(
     """:func:`solve` for several effects at once, which shares the work of the table."""
     start = space.lowest if start is None else start
     if space.dimensions == 1:
-        low, high = _range(space, start, changes)
+        low, high = _range(space, batch, start, changes)
         if (high - low + 1) * (1 if changes is None else changes + 1) * len(space) * len(batch) <= MOST_CELLS:
             return _tabulate(space, batch, start, changes)
     return [solve_by_integer_programming(space, e, start=start, changes=changes) for e in batch]
@@ -61,9 +61,14 @@ def _steps(space: CompressionSpace, start: Assignment) -> list[list[int]]:
     ]
 
 
-def _range(space: CompressionSpace, start: Assignment, changes: int | None) -> tuple[int, int]:
-    """Least and most that any partial sum of at most ``changes`` changes can cost above the start."""
-    steps = _steps(space, start)
+def _range(
+    space: CompressionSpace, batch: Sequence[Effects], start: Assignment, changes: int | None
+) -> tuple[int, int]:
+    """Least and most that any partial sum of at most ``changes`` changes to allowed levels can cost above the start."""
+    steps = [
+        [0] + [s for k, s in enumerate(unit, low) if any(effects[u][k] < np.inf for effects in batch)]
+        for u, (unit, low) in enumerate(zip(_steps(space, start), space.lowest, strict=True))
+    ]
     most = len(steps) if changes is None else changes
     ups = sum(sorted((max(s) for s in steps), reverse=True)[:most])
     downs = -sum(sorted(min(s) for s in steps)[:most])
@@ -77,7 +82,7 @@ def _tabulate(
     """Dynamic programming from the last unit to the first: best loss to go, by cost and changes left."""
     if changes is not None:
         changes = min(changes, len(space))
-    low, high = _range(space, start, changes)
+    low, high = _range(space, batch, start, changes)
     steps, divisor = _steps(space, start), space._counter.steps[0]
     spent, width = space.cost(start), high - low + 1
     layers = 1 if changes is None else changes + 1
@@ -95,7 +100,7 @@ def _tabulate(
             changed = changes is not None and space.lowest[u] + k != start[u]
             # best[left, spent] is the loss to go with `left` changes left and `spent` above the start so far.
             source = best[:, : layers - 1] if changed else best
-            if abs(step) >= width:
+            if abs(step) >= width or not np.isfinite(losses[u][:, k]).any():
                 continue
             here = slice(max(0, -step), width - max(0, step))
             there = slice(max(0, step), width + min(0, step))

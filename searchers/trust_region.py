@@ -17,6 +17,7 @@ from searchers.procedure import Procedure, Steps
 __all__ = ["TrustRegion"]
 
 PROBE_SHARE = 0.15
+LARGEST = 4  # a region never holds more than one in this many units
 SUCCESS, FAILURE = 0.5, 0.1  # measured over predicted gain above which the region grows, below which it shrinks
 GROWTH, SHRINKAGE = 1.6, 0.6
 
@@ -33,6 +34,7 @@ class TrustRegion(Procedure):
     Args:
         radius: changed units of the first region; None: a twentieth of the units, at least 4.
         probes: random exchanges measured first; None: one a unit, but at most 15 % of the budget.
+        reach: levels that a unit may move within one region; None: any number.
         explore: share of a batch that are posterior draws.
         memory: measurements that the model is fitted to, the nearest ones.
         batch: trials a batch, the incumbent not counted.
@@ -48,6 +50,7 @@ class TrustRegion(Procedure):
         seed: int = 0,
         radius: int | None = None,
         probes: int | None = None,
+        reach: int | None = 1,
         explore: float = 0.6,
         memory: int = 600,
         batch: int = 8,
@@ -59,7 +62,9 @@ class TrustRegion(Procedure):
         )
         self._auto = minibatch == "auto"
         self.first_radius = max(4, len(space) // 20) if radius is None else positive("radius", radius)
+        self.largest_radius = max(self.first_radius, len(space) // LARGEST)
         self.probes = probes if probes is None else positive("probes", probes)
+        self.reach = reach if reach is None else positive("reach", reach)
         if not 0 <= explore <= 1:
             raise InvalidSettingError(f"explore={explore!r} must be in 0..1")
         self.explore = float(explore)
@@ -86,7 +91,7 @@ class TrustRegion(Procedure):
                 self.stop_reason = "no assignment that is new around the incumbent"
                 return
             if ratio >= SUCCESS:
-                radius = min(radius * GROWTH, float(len(self.space)))
+                radius = min(radius * GROWTH, float(self.largest_radius))
             elif ratio < FAILURE:
                 radius = radius * SHRINKAGE if radius > 2 else float(self.first_radius)
 
@@ -99,10 +104,13 @@ class TrustRegion(Procedure):
         effects: list[list[float]] = []
         if len(self.model):
             self.model.fit(centre)
-            effects = self.model.effects()
-            draws = [self.model.effects(self.rng) for _ in range(round(self.explore * self.batch))]
+            effects = self._within_reach(self.model.effects(), centre)
+            draws = [
+                self._within_reach(self.model.effects(self.rng), centre)
+                for _ in range(round(self.explore * self.batch))
+            ]
             proposals = solve_many(self.space, [effects, *draws], start=centre, changes=radius)
-            for other in {max(2, radius // 2), min(2 * radius, len(self.space))} - {radius}:
+            for other in {max(2, radius // 2), min(2 * radius, self.largest_radius)} - {radius}:
                 proposals[1:1] = solve_many(self.space, [effects], start=centre, changes=other)
             candidates = {a: None for a in proposals if a is not None and a not in known}
         chosen = list(candidates)[: self.batch]
@@ -138,5 +146,14 @@ class TrustRegion(Procedure):
                 found[drawn] = None
         return list(found)
 
+    def _within_reach(self, effects: list[list[float]], centre: Assignment) -> list[list[float]]:
+        if self.reach is None:
+            return effects
+        return [
+            [e if abs(k - at) <= self.reach else math.inf for k, e in enumerate(unit)]
+            for unit, at in zip(effects, centre, strict=True)
+        ]
+
     def _predict(self, effects: list[list[float]], centre: Assignment, levels: Assignment) -> float:
+        """Gain that the effects promise; random exchanges beyond the reach count as infinitely bad."""
         return sum(e[a] - e[b] for e, a, b in zip(effects, centre, levels, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from numpy.random import Generator
 
 from evo_hpo.space import Assignment, CompressionSpace
@@ -25,7 +26,7 @@ class Exchanges:
         self.space = space
         self.free = [i for i in range(len(space)) if space.lowest[i] < space.highest[i]]
         self.groups = list(space.groups(rule).values())
-        self.peers = {i: members for members in self.groups for i in members}
+        self.peers = {i: np.array(members) for members in self.groups for i in members}
         first = [[level[0] for level in unit] for unit in space.vectors]
         self.costs = first
         steps = [b - a for i in self.free for a, b in zip(first[i], first[i][1:], strict=False) if b > a]
@@ -50,7 +51,7 @@ class Exchanges:
             if current[unit] == limit:
                 continue
             current[unit] += 1 if up else -1
-            peers = [int(i) for i in rng.permutation(self.peers[unit]) if i != unit]
+            peers = [i for i in rng.permutation(self.peers[unit]).tolist() if i != unit]
             if up:
                 peers = self._pay(current, peers)
             self._spend(current, peers)
@@ -92,7 +93,7 @@ class Exchanges:
     def spend(self, levels: Assignment, rng: Generator) -> Assignment:
         """The assignment with what is left of the budget spent on random units."""
         current = list(levels)
-        self._spend(current, [int(i) for i in rng.permutation(self.free)])
+        self._spend(current, rng.permutation(self.free).tolist())
         return tuple(current)
 
     def neighbours(self, levels: Assignment, rng: Generator) -> Iterator[Assignment]:

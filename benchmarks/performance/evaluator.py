@@ -41,11 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sample", type=int, default=2, help="candidates that the two slower ways run, each turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="cores that each way may use")
+    parser.add_argument(
+        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: on a busy machine, with 1 thread"
+    )
     parser.add_argument("--memory-tokens", type=int, default=131_072)
     parser.add_argument("--dense-dtype", default="float32", choices=["float32", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    print(f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    torch.set_num_threads(options.threads)
+    print(f"{options.device}, {options.threads} threads, {options.clock} clock, torch {torch.__version__}")
     if options.device == "cpu":
         print("not run on a GPU")
     if options.parts == ["memory"]:
@@ -107,10 +112,11 @@ def speed(model: nn.Module, tokens: Tensor, count: int, options: argparse.Namesp
     minibatch = Minibatch(0, count)
     chosen = tokens[list(sequences_of(minibatch, len(tokens), LENGTH))]
     sample = candidates[: options.sample]
-    evaluators = {"evaluator": Evaluator(model, levels, tokens)}
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    evaluators = {"evaluator": Evaluator(model, levels, tokens, threads=options.threads)}
     if options.compile:
         start = time.perf_counter()
-        evaluators["evaluator, compiled"] = Evaluator(model, levels, tokens, compile=True)
+        evaluators["evaluator, compiled"] = Evaluator(model, levels, tokens, threads=options.threads, compile=True)
         print(f"\ncompiling took {time.perf_counter() - start:.0f} s")
     shares = []
     seconds: dict[str, list[float]] = {}
@@ -127,14 +133,16 @@ def speed(model: nn.Module, tokens: Tensor, count: int, options: argparse.Namesp
             evaluator.score([(2,) * len(levels.units)], minibatch)
         for turn in range(options.turns):
             for name, way in ways.items():
-                spent = _timed(lambda way=way: [way(c) for c in sample])  # type: ignore[misc]
+                spent = _timed(lambda way=way: [way(c) for c in sample], clock)  # type: ignore[misc]
                 seconds.setdefault(name, []).append(spent / len(sample))
             plain.restore()
             for name, evaluator in evaluators.items() if turn == options.turns // 2 else ():  # once: they take longest
                 before, work = dict(evaluator.report()), partial(evaluator.score, candidates, minibatch)
-                spent = _timed(work)
+                wall = time.perf_counter()
+                spent = _timed(work, clock)
+                wall = time.perf_counter() - wall
                 seconds[name] = [spent / len(candidates)]
-                shares.append(_shares(name, before, dict(evaluator.report()), spent))
+                shares.append(_shares(name, before, dict(evaluator.report()), wall))
         known = evaluators["evaluator"].score(sample, minibatch)
         error = max(abs(plain.loss(c) / score.loss - 1) for c, score in zip(sample, known, strict=True))
         plain.restore()
@@ -177,10 +185,10 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _timed(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ With a linear head, KL(p || q) = sum_v p_v (log p_v - z_qv) + lse(z_q), and sum_
 that is needed of the uncompressed model is the expected embedding e = sum_v p_v W_v (hidden numbers a token) and one
 constant: its logits are made once, ever, and a candidate costs one log-normaliser. The constant is taken as
 h_p . e - lse(z_p) with the e that is stored, so that rounding e to 16 bits leaves KL(p || p) = 0 and errs by
-(h_p - h_q) . (rounding) only. Where the architecture caps its logits this algebra does not hold: hidden states are
-stored instead, and a chunk of the uncompressed model's logits is made once for a group of waiting candidates.
+(h_p - h_q) . (rounding) only. Where the architecture caps its logits this algebra does not hold, and where logits are
+rounded to 16 bits their errors would not cancel: hidden states are stored instead, and a chunk of the uncompressed
+model's logits is made once for a group of waiting candidates.
 """
 
 from __future__ import annotations
@@ -52,15 +53,20 @@ def dense_side(head: OutputHead, hidden: Tensor, fitness: Fitness, dtype: torch.
     if fitness == "topk_kl":
         return _dense_top(head, hidden, normaliser, top_k)
     if not head.linear:
-        stored = hidden.to(dtype)
+        stored = hidden.to(dtype) if hidden.dtype == torch.float32 else hidden
         return DenseSide(stored, head.log_normaliser(stored.to(hidden.dtype)).double())
-    expected = torch.zeros_like(hidden, dtype=torch.float32)
-    for entries in head.entries():
-        probabilities = head.logits(hidden, entries).sub_(normaliser[:, None]).exp_()
-        expected += probabilities @ head.weight[entries].float()
-    stored = expected.to(dtype)
+    size = head.chunk.tokens
+    parts = zip(torch.split(hidden, size), torch.split(normaliser, size), strict=True)
+    stored = torch.cat([_expected_embedding(head, part, norm).to(dtype) for part, norm in parts])
     constants = (hidden.double() * stored.double()).sum(-1) - normaliser.double()
     return DenseSide(stored, constants)
+
+
+def _expected_embedding(head: OutputHead, hidden: Tensor, normaliser: Tensor) -> Tensor:
+    expected = torch.zeros_like(hidden)
+    for entries in head.entries():
+        expected += head.logits(hidden, entries).sub_(normaliser[:, None]).exp_() @ head.weight[entries]
+    return expected
 
 
 def _dense_top(head: OutputHead, hidden: Tensor, normaliser: Tensor, top_k: int) -> DenseSide:
@@ -90,27 +96,35 @@ def divergences(head: OutputHead, finals: Sequence[Tensor], dense: DenseSide) ->
             for f in finals
         ]
     parts = [
-        _capped(head, [f[i : i + head.chunk.tokens] for f in finals], dense, slice(i, i + head.chunk.tokens))
+        _pairwise(head, [f[i : i + head.chunk.tokens] for f in finals], dense, slice(i, i + head.chunk.tokens))
         for i in range(0, len(dense.constants), head.chunk.tokens)
     ]
     return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
 
-def _capped(head: OutputHead, finals: Sequence[Tensor], dense: DenseSide, tokens: slice) -> list[Tensor]:
-    """Soft-capped logits are bounded, so their exponentials are summed without a shift."""
+def _pairwise(head: OutputHead, finals: Sequence[Tensor], dense: DenseSide, tokens: slice) -> list[Tensor]:
+    """For some tokens: each chunk of the uncompressed model's logits is made once for all candidates."""
     own, normaliser = dense.vectors[tokens].to(finals[0].dtype), dense.constants[tokens].float()
-    crossed = [torch.zeros_like(normaliser, dtype=torch.float64) for _ in finals]
-    totals = [torch.zeros_like(normaliser, dtype=torch.float64) for _ in finals]
     entropy = torch.zeros_like(normaliser, dtype=torch.float64)
+    crossed = [torch.zeros_like(entropy) for _ in finals]
+    totals = [torch.zeros_like(normaliser) for _ in finals]
+    shifts = [normaliser for _ in finals]  # the largest logit so far, and at least where the dense model's mass is
     for entries in head.entries():
         log_p = head.logits(own, entries).sub_(normaliser[:, None])
         p = log_p.exp()
         entropy += log_p.mul_(p).sum(-1)
         for i, final in enumerate(finals):
-            logits = head.logits(final, entries)
+            logits = head.logits(final, entries).sub_(normaliser[:, None])
             crossed[i] += torch.linalg.vecdot(p, logits)
-            totals[i] += logits.exp_().sum(-1)
-    return [entropy - cross + total.log() for cross, total in zip(crossed, totals, strict=True)]
+            shift = torch.maximum(shifts[i], logits.amax(-1) + normaliser)
+            totals[i] = totals[i] * (shifts[i] - shift).exp() + logits.sub_((shift - normaliser)[:, None]).exp_().sum(
+                -1
+            )
+            shifts[i] = shift
+    return [
+        entropy - cross + (shift - normaliser).double() + total.double().log()
+        for cross, total, shift in zip(crossed, totals, shifts, strict=True)
+    ]
 
 
 def _top_divergence(head: OutputHead, final: Tensor, dense: DenseSide, entries: Tensor) -> Tensor:

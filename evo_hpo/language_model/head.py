@@ -64,8 +64,8 @@ class OutputHead:
 
     @property
     def linear(self) -> bool:
-        """Whether logits are linear in the hidden state (no soft cap)."""
-        return self.cap is None
+        """Whether logits are linear in the hidden state: no soft cap, and not rounded to 16 bits."""
+        return self.cap is None and self.weight.dtype == torch.float32
 
     def logits(self, hidden: Tensor, entries: slice) -> Tensor:
         """Logits of some vocabulary entries (tokens x entries), float32. ``hidden`` comes from :meth:`scaled`."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from evo_hpo.language_model.evaluator import Evaluator
+from evo_hpo.language_model.head import Chunk, OutputHead
 from evo_hpo.language_model.sampling import sequences_of
 from evo_hpo.problem import Minibatch
 from tests.language_model.tiny import (
@@ -40,3 +42,38 @@ def test_losses_equal_the_plain_computation(name: str, fitness: str) -> None:
     np.testing.assert_allclose([s.loss for s in scores], expected, rtol=1e-5)
     assert all(s.tokens == 60 and not s.stopped for s in scores)
     assert evaluator.report()["blocks_shared"] > 0
+
+
+def test_a_bfloat16_model_is_scored_in_its_own_arithmetic() -> None:
+    def make() -> torch.nn.Module:
+        return tiny_model("llama").to(torch.bfloat16)
+
+    model, tokens = make(), tiny_tokens()
+    levels = RoundedLevels(model)
+    candidates = random_assignments(3, len(levels.units), 3)
+    evaluator = Evaluator(model, levels, tokens, threads=1)
+    scores = evaluator.score(candidates, MINIBATCH)
+    chosen = tokens[list(sequences_of(MINIBATCH, len(tokens), tokens.shape[1]))]
+    expected = [float(plain_losses(make, levels, c, chosen)[0].mean()) for c in candidates]
+    np.testing.assert_allclose([s.loss for s in scores], expected, rtol=0.01)
+    assert evaluator.report()["dense_bytes"] == len(chosen) * 11 * (32 * 2 + 8)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_no_logits_of_a_whole_sequence_are_ever_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(name)
+    levels = RoundedLevels(model)
+    evaluator = Evaluator(model, levels, tiny_tokens(), threads=1, chunk=Chunk(tokens=4, vocabulary=16))
+    sizes: list[int] = []
+    logits = OutputHead.logits
+
+    def watched(self: OutputHead, hidden: torch.Tensor, entries: slice) -> torch.Tensor:
+        result = logits(self, hidden, entries)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(OutputHead, "logits", watched)
+    candidate = random_assignments(1, len(levels.units), 3)[0]
+    loss = evaluator.score([candidate], MINIBATCH)[0].loss
+    assert loss == pytest.approx(_expected(name, levels, candidate, "kl"), rel=1e-5)
+    assert max(sizes) == 4 * 16

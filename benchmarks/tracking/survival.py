@@ -1,10 +1,12 @@
 """Kills searches and their tracking at random moments, resumes them, and looks for anything lost or doubled.
 
     python -m benchmarks.tracking.survival --kills 20
+    python -m benchmarks.tracking.survival --full-disk       # as root: mounts a small tmpfs
 
 Each round starts a real search process with its background writer, on a fresh store (so that some kills fall into the
-database's creation) or on one that is made before, kills the search, the writer or both with SIGKILL after a random time, and resumes. At the end
-the journal must equal that of an uninterrupted search, trial for trial, and MLflow must hold exactly those trials.
+database's creation) or on one that is made before, kills the search, the writer or both with SIGKILL after a random
+time, and resumes. At the end the journal must equal that of an uninterrupted search, trial for trial, and MLflow must
+hold exactly those trials.
 """
 
 from __future__ import annotations
@@ -162,18 +164,45 @@ def campaign(kills: int, seconds: float, seed: int) -> bool:
     return bool(good)
 
 
+def full_disk(size: str = "1000k") -> bool:
+    """A search and its store on a disk that fills up, then has room again."""
+    work = Path(tempfile.mkdtemp(prefix="full-disk-"))
+    run_search(work / "reference", 0.0, tracked=False)
+    disk = work / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=True)
+    try:
+        folder = disk / "mlruns" / "comparisons" / "survival"
+        prepare_store(default_uri(folder))
+        child = [sys.executable, "-m", "benchmarks.tracking.survival", "--child", str(folder), "--seconds", "0.005"]
+        done = subprocess.run(child, capture_output=True, text=True, check=False)
+        print(json.dumps({"code": done.returncode, "says": done.stderr.strip().splitlines()[-3:]}))
+        kept = read_journal(folder / "journals" / "evopress-s0.jsonl")
+        print(json.dumps({"kept_trials": len(kept.outcomes), "free": shutil.disk_usage(disk).free}), flush=True)
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        run_search(folder, 0.0, tracked=True)
+        track(folder)
+        result = verdict(folder, work / "reference")
+        print(json.dumps(result), flush=True)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+        shutil.rmtree(work)
+    return bool(done.returncode and result["journal_equal"] and result["losses_equal"] and not result["running"])
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=0.03, help="scoring time of a trial")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full-disk", action="store_true")
     parser.add_argument("--child", type=Path)
     arguments = parser.parse_args()
     if arguments.child:
         run_search(arguments.child, arguments.seconds, tracked=True)
         return 0
-    good = campaign(arguments.kills, arguments.seconds, arguments.seed)
+    good = full_disk() if arguments.full_disk else campaign(arguments.kills, arguments.seconds, arguments.seed)
     print("nothing lost, nothing twice, nothing left running" if good else "FAILED")
     return 0 if good else 1
 

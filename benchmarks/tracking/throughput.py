@@ -148,9 +148,8 @@ def report(trials: int, work: Path) -> None:
     uri = f"sqlite:///{work / 'many.db'}"
     seconds = replayed(folder, uri, direct=True)
     size = (work / "many.db").stat().st_size / 1e6
-    print(
-        f"\n{trials} trials of 210 units in 10 searches: {seconds:.1f} s, {trials / seconds:.0f} a second, {size:.0f} MB"
-    )
+    speed = trials / seconds
+    print(f"\n{trials} trials of 210 units in 10 searches: {seconds:.1f} s, {speed:.0f} a second, {size:.0f} MB")
     print("\n| search_runs | ms |\n|---|---|")
     for name, value in search_times(uri).items():
         print(f"| {name} | {value:.0f} |")

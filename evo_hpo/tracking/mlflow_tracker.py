@@ -26,6 +26,7 @@ from evo_hpo.tracking.store import (
     prepare_store,
     quiet_environment,
 )
+from evo_hpo.tracking.views import trials_link
 
 os.environ.update(quiet_environment())
 
@@ -234,7 +235,11 @@ class MlflowSearch:
         run = self.client.create_run(
             self.experiment,
             start_time=self.runs.start,
-            tags={KEY: self.runs.key, **self.runs.tags()},
+            tags={
+                KEY: self.runs.key,
+                "mlflow.note.content": f"[its trials, best first]({trials_link(self.experiment, self.runs.search)})",
+                **self.runs.tags(),
+            },
             run_name=self.runs.name,
         )
         return run.info.run_id, 0, "RUNNING"

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+import re
 import time
+import urllib.parse
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +20,22 @@ from typing import Any
 from evo_hpo.records import SearchRecord
 from evo_hpo.tracking.runs import UNITS_SHOWN, safe_key
 
-__all__ = ["View", "differing_units", "link", "note", "views"]
+__all__ = ["View", "differing_units", "link", "note", "trials_link", "views"]
 
 PREFIX = "mlflow.sharedViewState."
 MODE = "workflowType=machine_learning"
 """Without it the UI may open in its mode for language-model applications, which shows no runs."""
+
+
+TRIAL_COLUMNS = (
+    "metrics.`loss`",
+    "metrics.`tokens`",
+    "metrics.`average`",
+    "params.`generation`",
+    "params.`stage`",
+    "tags.`parent_trial`",
+    "params.`levels`",
+)
 
 
 @dataclass(frozen=True)
@@ -178,16 +192,35 @@ def views(records: Sequence[SearchRecord]) -> tuple[View, ...]:
             "Best trials",
             trials,
             "metrics.`loss`",
-            (
+            TRIAL_COLUMNS,
+        ),
+        *(
+            View(
+                "winner",
+                f"Trials of {best}",
+                f"{trials} and tags.search = '{best}'",
                 "metrics.`loss`",
-                "metrics.`tokens`",
-                "metrics.`average`",
-                "params.`generation`",
-                "params.`stage`",
-                "params.`levels`",
-            ),
+                TRIAL_COLUMNS,
+            )
+            for best in _winner(records)
         ),
         *(parallel if units else ()),
+    )
+
+
+def _winner(records: Sequence[SearchRecord]) -> list[str]:
+    """Id of the search with the least held-out loss, if there is one that a filter can name."""
+    losses = {r.search: r.checkpoints[-1].held_out.get("loss", math.inf) for r in records if r.checkpoints}
+    named = [s for s in losses if re.fullmatch(r"[\w.:() -]+", s)]
+    return [min(named, key=losses.__getitem__)] if len(records) > 1 and named else []
+
+
+def trials_link(experiment: str, search: str) -> str:
+    """The part of a link after the server's address that opens the trials of one search, best first."""
+    where = urllib.parse.quote(f"tags.kind = 'trial' and tags.search = '{search}'", safe="")
+    order = urllib.parse.quote("metrics.`loss`", safe="")
+    return (
+        f"#/experiments/{experiment}/runs?searchFilter={where}&orderByKey={order}&orderByAsc=true&startTime=ALL&{MODE}"
     )
 
 

@@ -252,7 +252,7 @@ def test_a_comparison_has_its_own_run_views_and_banner(folder: Path, uri: str, r
     tags = client.get_experiment_by_name("small").tags  # type: ignore[union-attr]
     assert link("1") in tags["mlflow.note.content"]
     assert "winner: good-s0, held-out loss 0.5" in tags["mlflow.note.content"]
-    assert {"searches", "curves", "trials", "levels"} == {
+    assert {"searches", "curves", "trials", "winner", "levels"} == {
         k.removeprefix("mlflow.sharedViewState.") for k in tags if k.startswith("mlflow.sharedViewState.")
     }
 

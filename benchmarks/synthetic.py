@@ -259,12 +259,13 @@ def noisy(
     levels: int = 5,
     tightness: float = 0.6,
     unequal: bool = False,
+    structure: float = 0.0,
     interaction: float = 0.05,
     noise: float = 0.3,
     tokens: int = 1024,
     seed: int = 0,
 ) -> NoisyProblem:
     """The interacting problem with minibatches: a loss depends on the data, less so with more tokens."""
-    base = interacting(units, levels, tightness, unequal, interaction=interaction, seed=seed)
+    base = interacting(units, levels, tightness, unequal, structure=structure, interaction=interaction, seed=seed)
     assert isinstance(base.function, Landscape)
     return NoisyProblem(base.space, base.function, noise=noise, tokens=tokens, optimum=base.optimum)

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--clock", default="wall", choices=["wall", "cpu"], help="cpu: on a busy machine, with 1 thread"
     )
     parser.add_argument("--memory-tokens", type=int, default=131_072)
+    parser.add_argument("--memory-passes", type=int, default=2048, help="tokens that the memory part really runs")
     parser.add_argument("--dense-dtype", default="float32", choices=["float32", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "memory" in options.parts:
         command = [sys.executable, "-m", "benchmarks.performance.evaluator", "--parts", "memory"]
         command += ["--memory-tokens", str(options.memory_tokens), "--model", options.model]
+        command += ["--memory-passes", str(options.memory_passes)]
         subprocess.run([*command, "--dense-dtype", options.dense_dtype], check=True)
     return None
 
@@ -165,20 +168,30 @@ def _shares(name: str, before: dict[str, float], after: dict[str, float], elapse
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Peak resident memory after a candidate was scored on every token of a large pool."""
+    """Peak resident memory with a large pool whose dense side is complete.
+
+    Only ``--memory-passes`` tokens are really run; the dense vectors of the rest are copies, which take as much memory.
+    """
     loaded = load_model(options.model, device=options.device)
     text = load_tokens("pydoc", loaded.tokenizer, LENGTH, 32_768)
     pool = text.repeat(-(-options.memory_tokens // text.numel()), 1)[: options.memory_tokens // LENGTH]
     levels = RoundedLevels(loaded.model, (2, 3, 4))
     start = _peak()
     evaluator = Evaluator(loaded.model, levels, pool, dense_dtype=getattr(torch, options.dense_dtype))
+    minibatch = Minibatch(0, min(options.memory_passes, options.memory_tokens))
     _, candidates = offspring(levels.units, 2, seed=0)
-    evaluator.score(candidates, Minibatch(0, options.memory_tokens))
-    held = evaluator.report()["dense_bytes"] / options.memory_tokens
+    evaluator.score(candidates[:1], minibatch)
+    dense = evaluator.dense
+    pattern = next(iter(dense.values()))
+    for sequence in range(len(pool)):
+        if sequence not in dense:
+            dense[sequence] = replace(pattern, vectors=pattern.vectors.clone(), constants=pattern.constants.clone())
+    evaluator.score(candidates[1:], minibatch)
+    held = evaluator.report()["dense_bytes"] / (len(pool) * (LENGTH - 1))
     weight = next(loaded.model.parameters())
     print(f"\nmemory, {options.memory_tokens} calibration tokens, dense vectors in {options.dense_dtype}")
     print(f"dense side {held:.0f} bytes a token (logits in 16 bits: {2 * weight.shape[0]})")
-    print(f"peak resident memory {_peak():.2f} GiB, of which model and three levels of every layer {start:.2f} GiB")
+    print(f"peak resident memory {_peak():.2f} GiB; before the evaluator {start:.2f} GiB (model, making three levels)")
 
 
 def _peak() -> float:

@@ -87,7 +87,9 @@ class BatchScorer:
         unread = int(np.isnan(sums).sum())
         head = self.pool.workers[0].head.weight
         state = len(sequences) * self.tokens.shape[1] * head.shape[1] * head.element_size()
-        bring_paths = self.reference.begin(self.known_seed, len(self.units_of_blocks) * state, len(todo))
+        bring_paths = self.reference.begin(
+            (self.known_seed, len(sequences)), len(self.units_of_blocks) * state, len(todo)
+        )
         paths: list[dict[tuple[int, ...], Reference]] = [{} for _ in todo]
 
         def run(candidates: Sequence[int], numbers: Sequence[int]) -> None:

@@ -270,6 +270,11 @@ class Evaluator:
         digest.update(self.tokens.cpu().numpy().tobytes())
         return digest.hexdigest()[:32]
 
+    @property
+    def dense(self) -> dict[int, DenseSide]:
+        """What is kept of the uncompressed model, by sequence of the pool."""
+        return self._batches.dense
+
     def close(self) -> None:
         """Ends the threads and closes the cache file."""
         self.pool.close()
@@ -285,7 +290,7 @@ class Evaluator:
             "chunk": (self.chunk.tokens, self.chunk.vocabulary),
             "compiled": self.compiled,
             "measured": () if self.measured is None else self.measured.rows,
-            "dense_bytes": sum(d.bytes for d in self._batches.dense.values()),
+            "dense_bytes": sum(d.bytes for d in self.dense.values()),
             "seconds": self.seconds,
             **vars(self.pool.timing()),
             **self.counts,

@@ -36,21 +36,21 @@ class ReferenceStates:
     """
 
     limit: int
-    seed: int | None = None
+    minibatch: tuple[int | None, int] | None = None
     loss: float = float("inf")
     _paths: dict[tuple[int, ...], Reference] = field(default_factory=dict)
 
-    def begin(self, seed: int | None, path_bytes: int, candidates: int) -> bool:
+    def begin(self, minibatch: tuple[int | None, int], path_bytes: int, candidates: int) -> bool:
         """Whether the candidates of a call on this minibatch should bring their paths back.
 
         Args:
-            seed: of the minibatch; only one that was seen in the call before is worth it.
+            minibatch: seed and number of sequences; only the minibatch of the call before is worth it.
             path_bytes: memory of one candidate's path on the whole minibatch.
         """
-        repeated = seed is not None and seed == self.seed
+        repeated = minibatch == self.minibatch
         if not repeated:
             self.clear()
-            self.seed = seed
+            self.minibatch = minibatch
         return repeated and (candidates + 1) * path_bytes <= self.limit
 
     def get(self, sequences: tuple[int, ...]) -> Reference | None:
@@ -64,4 +64,4 @@ class ReferenceStates:
 
     def clear(self) -> None:
         """Forgets everything, when the minibatch changes or memory runs out."""
-        self.seed, self.loss, self._paths = None, float("inf"), {}
+        self.minibatch, self.loss, self._paths = None, float("inf"), {}

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import shutil
 import signal
 import sqlite3
@@ -27,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from benchmarks.synthetic import NoisyProblem, noisy
@@ -78,10 +78,10 @@ def run_search(folder: Path, seconds: float, *, tracked: bool) -> None:
         run()
 
 
-def kill_one(folder: Path, seconds: float, rng: random.Random) -> dict[str, Any]:
+def kill_one(folder: Path, seconds: float, rng: np.random.Generator) -> dict[str, Any]:
     """Starts the search, kills something of it after a random time and the rest later; says what and when."""
-    victim = rng.choice(("both", "both", "search", "writer"))
-    wait = rng.uniform(0.2, 9.0)
+    victim = str(rng.choice(("both", "both", "search", "writer")))
+    wait = float(rng.uniform(0.2, 9.0))
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.tracking.survival", "--child", str(folder), "--seconds", str(seconds)],
         stderr=subprocess.DEVNULL,
@@ -91,7 +91,7 @@ def kill_one(folder: Path, seconds: float, rng: random.Random) -> dict[str, Any]
     if victim in ("both", "writer"):
         kill(p.pid for p in family)
     if victim == "writer":  # the search goes on without it for a while
-        time.sleep(rng.uniform(0.2, 2.0))
+        time.sleep(float(rng.uniform(0.2, 2.0)))
     kill([process.pid])
     process.wait()
     psutil.wait_procs(family, timeout=60)
@@ -143,7 +143,7 @@ def verdict(folder: Path, reference: Path) -> dict[str, Any]:
 
 def campaign(kills: int, seconds: float, seed: int) -> bool:
     """Runs all rounds; prints one JSON line a kill and one a store."""
-    rng = random.Random(seed)
+    rng = np.random.default_rng(seed)
     work = Path(tempfile.mkdtemp(prefix="survival-"))
     reference = work / "reference"
     run_search(reference, 0.0, tracked=False)

@@ -1,0 +1,38 @@
+"""The measurement of all searchers: every entry of the line-up runs, and its tables say what the rows hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.searchers import measure as measurement
+from benchmarks.searchers.overhead import overhead
+from benchmarks.searchers.table import gaps, table
+
+
+@pytest.mark.parametrize("label", [label for label in measurement.LINEUP if not label.startswith(("optuna", "never"))])
+def test_every_entry_of_the_line_up_runs(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(measurement.SUITES, "hits", (measurement.HITS, 30, 1))
+    row = measurement.measure("8008, 0.1", label, 0, "hits")
+    assert row["evaluations"] <= 30
+    assert row["optimum"] - 1e-9 <= row["loss"]
+
+
+def row(searcher: str, seed: int, loss: float, optimum: float | None) -> dict[str, Any]:
+    return {"problem": "p", "searcher": searcher, "seed": seed, "loss": loss, "uniform": 10.0, "optimum": optimum}
+
+
+def test_gaps_are_percent_of_the_way_from_the_best_known_to_uniform() -> None:
+    known = [row("a", 0, 5.0, 5.0), row("b", 0, 7.5, 5.0), row("a", 1, 10.0, 5.0)]
+    assert gaps(known) == {("p", "a"): [0.0, 100.0], ("p", "b"): [50.0]}
+    assert "| a | 1.5 | 1/2, 50.0" in table(known) or "| a | 1.0 | 1/2, 50.0" in table(known)
+    unknown = [row("a", 0, 6.0, None), row("b", 0, 8.0, None)]
+    assert gaps(unknown) == {("p", "a"): [0.0], ("p", "b"): [50.0]}
+    assert "/" not in table(unknown).splitlines()[2]
+
+
+def test_overhead_is_timed_for_the_trials_that_were_made() -> None:
+    seconds, trials = overhead("evopress", 30, 20)
+    assert trials == 20
+    assert 0 < seconds < 1

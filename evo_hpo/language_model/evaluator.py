@@ -22,6 +22,7 @@ from evo_hpo.language_model.compiling import compile_blocks
 from evo_hpo.language_model.divergence import DenseSide, Fitness
 from evo_hpo.language_model.gates import GatedModel
 from evo_hpo.language_model.head import Chunk, OutputHead
+from evo_hpo.language_model.identity import context_hash, model_hash
 from evo_hpo.language_model.pool import WorkerPool
 from evo_hpo.language_model.reference import ReferenceStates
 from evo_hpo.language_model.sampling import sequences_of
@@ -120,7 +121,7 @@ class Evaluator:
             early_stopping,
             ReferenceStates(reference_bytes),
         )
-        self._model_hash = _model_hash(model)
+        self._model_hash = model_hash(model)
         self.cache = ScoreCache(cache, self.context())
         self.measured: Measured | None = None
         if measure:
@@ -259,16 +260,8 @@ class Evaluator:
 
     def context(self) -> str:
         """Hash of everything a loss depends on besides assignment and minibatch."""
-        parts = [
-            self._model_hash,
-            self.levels.fingerprint,
-            self.fitness,
-            str(self._batches.dense_dtype),
-            str(self._batches.top_k),
-        ]
-        digest = hashlib.sha256("|".join(parts).encode())
-        digest.update(self.tokens.cpu().numpy().tobytes())
-        return digest.hexdigest()[:32]
+        settings = (self.fitness, self._batches.dense_dtype, self._batches.top_k)
+        return context_hash(self._model_hash, self.levels.fingerprint, settings, self.tokens)
 
     @property
     def dense(self) -> dict[int, DenseSide]:
@@ -302,13 +295,3 @@ def _out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text or "allocate memory" in text
     )
-
-
-def _model_hash(model: nn.Module) -> str:
-    """Names, shapes, and up to 64 values of each weight."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        flat = weight.detach().reshape(-1)
-        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

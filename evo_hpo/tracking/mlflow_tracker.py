@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from evo_hpo.errors import TrackingError
+from evo_hpo.errors import MissingPackageError, TrackingError
 from evo_hpo.tracking.rows import RowWriter
 from evo_hpo.tracking.runs import LONGEST_NAME, ChildRun, Point, SearchRuns, milliseconds
 from evo_hpo.tracking.store import (
@@ -71,6 +71,11 @@ def translated(doing: str) -> Iterator[None]:
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TrackingError(f"{doing}: {first}") from error
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"{doing}: needs the database driver {error.name!r}: install it, or name another in the URI"
+            " (for example postgresql+psycopg2://)"
+        ) from error
 
 
 def connect(uri: str) -> MlflowClient:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,9 +59,11 @@ def database_path(uri: str) -> Path | None:
 
 
 def artifact_root(uri: str) -> str | None:
-    """Where artifacts of an SQLite store go, as a URI; None: the server decides."""
+    """Where artifacts go, as a URI: beside an SQLite file, else under ``mlruns``; None: a server decides."""
     path = database_path(uri)
-    return None if path is None else (path.parent / "artifacts").as_uri()
+    if path is not None:
+        return (path.parent / "artifacts").as_uri()
+    return None if uri.startswith("http") else (Path.cwd() / "mlruns" / "artifacts").as_uri()
 
 
 def experiment_location(uri: str, name: str) -> str | None:
@@ -89,19 +92,26 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def prepare_store(uri: str) -> None:
-    """Creates an SQLite store that does not exist yet: one process at a time, and never half of it.
+    """Creates a store that does not exist yet: one process at a time, and an SQLite file never half.
 
-    The database is made under another name and renamed when it is complete, so a process killed meanwhile leaves
+    An SQLite database is made under another name and renamed when it is complete, so a process killed meanwhile leaves
     nothing behind that a later one would trip over.
 
     Raises:
         TrackingError: the folder cannot be written.
     """
     path = database_path(uri)
-    if path is None or path.exists():
-        return
     from evo_hpo.tracking.mlflow_tracker import create_schema
 
+    if path is None:
+        artifacts = artifact_root(uri)
+        if artifacts is not None:  # on this machine at least, one process at a time
+            name = hashlib.sha256(uri.encode()).hexdigest()[:8]
+            with file_lock(Path(tempfile.gettempdir()) / f"evo-hpo-store-{os.getuid()}-{name}.lock"):
+                create_schema(uri, artifacts)
+        return
+    if path.exists():
+        return
     try:
         with file_lock(path.with_name(path.name + ".lock")):
             if path.exists():

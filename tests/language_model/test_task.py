@@ -32,9 +32,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(["the cat sat on the mat"] * 10, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(0)
+        torch.random.manual_seed(0)  # type: ignore[no-untyped-call]
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=280,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.searchers import measure as measurement
+from benchmarks.searchers.generations import generations
 from benchmarks.searchers.overhead import overhead
 from benchmarks.searchers.table import gaps, table
 
@@ -36,3 +37,9 @@ def test_overhead_is_timed_for_the_trials_that_were_made() -> None:
     seconds, trials = overhead("evopress", 30, 20)
     assert trials == 20
     assert 0 < seconds < 1
+
+
+@pytest.mark.parametrize("offspring", [1, 8])
+def test_evopress_needs_about_k_times_the_rest_over_lambda_generations_on_linear_losses(offspring: int) -> None:
+    mean = sum(generations(30, 10, offspring, seed) for seed in range(6)) / 6
+    assert 0.5 < mean / (10 * 20 / offspring) < 6

@@ -35,7 +35,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast: Any = PreTrainedTokenizerFast
     fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
     with torch.random.fork_rng():
-        torch.random.manual_seed(0)  # type: ignore[no-untyped-call]
+        torch.random.manual_seed(0)
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=280,

@@ -206,6 +206,7 @@ class Tpe(OptunaSearcher):
     """Optuna's TPESampler, multivariate (Optuna 5's default, pinned here), constant liar within a batch."""
 
     sampler_name = "TPESampler"
+    default_encoding = "projection"
     pinned: ClassVar[Mapping[str, Any]] = {"multivariate": True, "constant_liar": True}
 
 
@@ -213,6 +214,7 @@ class TpeUnivariate(OptunaSearcher):
     """Optuna's TPESampler, each unit by itself (Optuna 4's default)."""
 
     sampler_name = "TPESampler"
+    default_encoding = "projection"
     pinned: ClassVar[Mapping[str, Any]] = {"multivariate": False, "constant_liar": True}
 
 
@@ -220,6 +222,7 @@ class Cmaes(OptunaSearcher):
     """Optuna's CmaEsSampler; its population is rounded up to whole batches, so that no trial is wasted."""
 
     sampler_name = "CmaEsSampler"
+    default_encoding = "keys"
     default_batch = 4
     pinned: ClassVar[Mapping[str, Any]] = {"warn_independent_sampling": False}
 
@@ -239,6 +242,7 @@ class Nsga2(OptunaSearcher):
     """Optuna's NSGAIISampler on one objective: a genetic algorithm."""
 
     sampler_name = "NSGAIISampler"
+    default_encoding = "keys"
     default_batch = 5
 
 

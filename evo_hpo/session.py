@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from evo_hpo.compare import ComparisonFailed, compare, comparison_folder
 from evo_hpo.errors import EvoHpoError, PlanError
@@ -93,6 +94,19 @@ def _upload(folder: Path, tracking_uri: str | None, console: Console) -> None:
         console.print(f"not in MLflow: {error}; repeat with: evo-hpo track {folder}", markup=False, soft_wrap=True)
 
 
+@contextlib.contextmanager
+def _waiting(what: str, console: Console) -> Iterator[None]:
+    """A bar that moves while something of unknown length goes on; a line where there is no terminal."""
+    if not console.is_terminal:
+        console.print(what, markup=False, highlight=False)
+        yield
+        return
+    columns = (TextColumn("{task.description}", style="bold"), BarColumn(bar_width=24), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
 def show_report(folder: Path, console: Console) -> None:
     """Writes the report of a comparison folder and prints its table and where the pictures are.
 
@@ -103,7 +117,7 @@ def show_report(folder: Path, console: Console) -> None:
         raise PlanError(f"{folder} is not a comparison's folder: it has no comparison.json")
     from evo_hpo.analysis import Comparison, final_table, write_report
 
-    with console.status("report: statistics and pictures") if console.is_terminal else contextlib.nullcontext():
+    with _waiting("report: statistics and pictures", console):
         page = write_report(folder)
     comparison = Comparison.load(folder)
     console.print(final_table(comparison))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,24 @@ def test_a_budget_that_pays_for_no_stage_is_refused(model_folder: Path, tmp_path
     problem = settings(model_folder, tmp_path / "store")
     with pytest.raises(EvoHpoError, match="does not pay"):
         prepare_problem("language_model", problem, plan_of(problem, budget={"tokens": 40}), lambda *_: None)
+
+
+def test_a_store_of_another_model_is_refused(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    changes = {"method": "rtn", "build": {"group_size": 16}}
+    problem = settings(model_folder, tmp_path / "store", **changes)
+    prepare_problem("language_model", problem, plan_of(problem), lambda *_: None)
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    model.save_pretrained(other)
+    problem = settings(other, tmp_path / "store", **changes)
+    with pytest.raises(EvoHpoError, match="another"):
+        prepare_problem("language_model", problem, plan_of(problem), lambda *_: None)
 
 
 def test_a_missing_model_setting_is_named() -> None:

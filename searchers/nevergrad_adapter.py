@@ -196,8 +196,8 @@ class NevergradSearcher(ForeignSearcher):
 
 
 _ENCODINGS: Sequence[tuple[str, str]] = (
+    ("Lengler", "native"),
     ("Discrete", "keys"),
-    ("Lengler", "keys"),
     ("FastGA", "keys"),
     ("CMA", "repaired"),
     ("TBPSA", "repaired"),

@@ -56,7 +56,7 @@ def run(
     except KeyboardInterrupt:
         console.print(
             f"\ninterrupted: everything scored so far is in {folder}/journals"
-            + (" and in MLflow" if track else "")
+            + ("; MLflow has it too, but for lines named above" if track else "")
             + f"\nresume with: {command}",
             markup=False,
             highlight=False,

@@ -35,6 +35,8 @@ class RowWriter:
         self.path = path
         self.experiment = int(experiment)
         self.location = location.rstrip("/")
+        self.unanalyzed = 0
+        self.analyze_at = 200
 
     @staticmethod
     def supports(path: Path) -> bool:
@@ -65,6 +67,20 @@ class RowWriter:
                 if database.in_transaction:
                     database.execute("ROLLBACK")
                 raise
+            self._analyze(database, len(children))
+
+    def _analyze(self, database: sqlite3.Connection, added: int) -> None:
+        """Refreshes the statistics of the query planner each time the trials doubled.
+
+        Without them, sorting 20 000 trials by a metric takes SQLite a minute instead of 0.3 s.
+        """
+        self.unanalyzed += added
+        if self.unanalyzed < self.analyze_at:
+            return
+        self.analyze_at *= 2
+        with contextlib.suppress(sqlite3.OperationalError):  # another writer is at it
+            database.execute("PRAGMA analysis_limit=1000")
+            database.execute("ANALYZE")
 
     @staticmethod
     def _id(parent: str, trial: int) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -129,6 +131,15 @@ def test_two_comparisons_into_one_store_at_once(root: Path, runs: Runs) -> None:
     together(track, *((folder,) for folder in folders))
     assert len(runs("tags.kind = 'trial'")) == 1200
     assert not runs("attributes.status = 'RUNNING'")
+
+
+def test_the_query_planner_has_statistics(root: Path, uri: str) -> None:
+    folder = root / "comparisons" / "many"
+    Script(folder / "journals" / "a-s0.jsonl").write([float(i) for i in range(300)], end=True)
+    track(folder)
+    with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
+        tables = {name for (name,) in database.execute("SELECT tbl FROM sqlite_stat1")}
+    assert {"runs", "tags", "params", "metrics", "latest_metrics"} <= tables
 
 
 def test_two_writers_of_one_comparison_are_refused(folder: Path, uri: str) -> None:

@@ -46,6 +46,7 @@ DEFAULT_ROOT = Path("mlruns") / "comparisons"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would tear ours
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
         code = app(args=words, standalone_mode=False, obj=words)

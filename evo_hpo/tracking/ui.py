@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from evo_hpo.errors import TrackingError
 from evo_hpo.tracking.store import artifact_root, database_path, default_uri, quiet_environment
@@ -67,6 +69,7 @@ def launch_ui(
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    before = _ended_like_interrupted()
     try:
         _wait_until_up(server, port)
         _say_links(uri, f"http://{HOST}:{port}", say)
@@ -76,6 +79,15 @@ def launch_ui(
         say("stopped")
     finally:
         _stop(server)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _ended_like_interrupted() -> Any:
+    """Makes SIGTERM an interrupt, so that the server is not left behind; gives the handler to put back."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _uri(given: str | Path | None) -> str:

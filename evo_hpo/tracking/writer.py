@@ -234,7 +234,11 @@ def main() -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     os.nice(15)
     left = follow_until_closed(arguments.folder, arguments.uri, arguments.grace)
-    sys.stdout.write(json.dumps({"left": left}) + "\n")
+    try:
+        sys.stdout.write(json.dumps({"left": left}) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever wanted to know was killed; what is left is in the journals
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0 if not left else 3
 
 

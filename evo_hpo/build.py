@@ -58,11 +58,11 @@ def build(
     from evo_hpo.compression.building import build_store
     from evo_hpo.compression.drop import build_drop_store
     from evo_hpo.compression.store import open_store
-    from evo_hpo.language_model.loading import load_model
+    from evo_hpo.language_model.loading import compute_dtype, load_model
     from evo_hpo.language_model.structure import ROUTERS
     from evo_hpo.language_model.text import load_tokens
 
-    loaded = load_model(model, _dtype(dtype))
+    loaded = load_model(model, compute_dtype(dtype))
     if method == "drop":
         build_drop_store(loaded, Path(folder).expanduser(), _kinds(levels, settings))
         return open_store(folder, model_fingerprint=loaded.fingerprint)
@@ -194,12 +194,3 @@ def _kinds(levels: Sequence[float | int | str] | None, settings: dict[str, Any])
     named = [str(v) for v in levels or () if not str(v).replace(".", "").isdigit()]
     kinds = settings.get("kinds") or named or ("attention", "mlp")
     return (kinds,) if isinstance(kinds, str) else tuple(kinds)
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in allowed:
-        raise InvalidSettingError(f"dtype={name!r} must be one of {', '.join(allowed)}")
-    return allowed[name]

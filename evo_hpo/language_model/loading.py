@@ -70,6 +70,18 @@ def load_model(spec: str, dtype: torch.dtype = torch.float32, device: str = "cpu
     return LoadedModel(model.to(device), tokenizer, file_fingerprint(folder), spec)
 
 
+def compute_dtype(name: str) -> torch.dtype:
+    """The dtype called ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises:
+        ModelError: another name.
+    """
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in allowed:
+        raise ModelError(f"dtype={name!r} must be one of {', '.join(allowed)}")
+    return allowed[name]
+
+
 def load_tokenizer(spec: str) -> Any:
     """Load only the tokenizer that belongs to the model named by `spec`."""
     from transformers import AutoTokenizer

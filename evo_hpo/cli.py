@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 150)  # files and pipes get whole tables
 errors = Console(stderr=True)
 
 RootOption = Annotated[Path, typer.Option(help="Folder that holds the comparisons.")]

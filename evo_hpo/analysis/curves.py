@@ -164,7 +164,7 @@ def speed_up(comparison: Comparison, problem: str, a: str, b: str, axis: str = "
     factors = []
     for seed in common:
         needed = time_to(curve(first[seed], axis), second[seed].loss)
-        spent = second[seed].spent(axis)
+        spent = curve(second[seed], axis).end
         factors.append(spent / needed if needed > 0 and math.isfinite(needed) else 0.0)
     if not factors:
         return None

@@ -16,10 +16,20 @@ from evo_hpo.analysis.comparison import Comparison
 from evo_hpo.analysis.lineage import lineage
 from evo_hpo.analysis.runs import AXES
 from evo_hpo.analysis.statistics import PairedTest
+from evo_hpo.analysis.style import DPI
 from evo_hpo.analysis.summary import GOALS, Standing, Summary
 from evo_hpo.analysis.tables import columns, figure_text, interval_note, interval_text, rows
 
-__all__ = ["Picture", "Section", "Sheet", "problem_sheets", "render", "standing_sheets"]
+__all__ = [
+    "Picture",
+    "Section",
+    "Sheet",
+    "lineage_sheet",
+    "medians_sheet",
+    "problem_sheets",
+    "render",
+    "standing_sheets",
+]
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,12 @@ class Picture:
     def data(self) -> str:
         """The PNG as a data URI."""
         return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode()
+
+    @property
+    def width(self) -> int:
+        """How wide to show it, in CSS pixels: 100 an inch of the figure, so that text is alike in all pictures."""
+        pixels = int.from_bytes(self.path.read_bytes()[16:20], "big")
+        return round(pixels / DPI * 100)
 
 
 @dataclass(frozen=True)
@@ -82,19 +98,26 @@ def standing_sheets(summary: Summary) -> tuple[Sheet, ...]:
     """Ranks and tests, and what the whole budget looked like."""
     if len(summary.standings) < 2:
         return ()
-    tests = Sheet(
+    sure = Sheet(
         "How sure is that?",
-        ("searcher", "mean rank", "median", "interquartile mean", *_TEST, *_UNIFORM),
-        tuple(_tested(s) for s in summary.standings),
-        f"{summary.value}; {summary.pairs} (problem, seed) pairs that all of them finished."
-        " Wins, ties and losses count the best searcher (top) against the row, then the row against uniform; p from"
-        " the two-sided Wilcoxon signed-rank test, Holm-corrected within its column; effect is the rank-biserial"
-        " correlation (1: always better, -1: always worse). The best is chosen after seeing the results, which makes"
-        f" its p a little too small. Friedman test that all are alike: p = {_p(summary.friedman)}.",
+        ("searcher", "mean rank", "median", "interquartile mean", *_AGAINST_BEST),
+        tuple(_ranked(s) for s in summary.standings),
+        f"{summary.value}; {summary.pairs} (problem, seed) pairs that all of them finished. Wins, ties and losses of"
+        f" the best (top row) against the row; difference: median of best minus row. {_TEST_NOTE} The best is chosen"
+        " after seeing the results, which makes its p a little too small."
+        f" Friedman test that all are alike: p {_p(summary.friedman, sign=True)}.",
         (0,),
     )
+    tested = [s for s in summary.standings if s.versus_uniform is not None]
+    uniform = Sheet(
+        "Against uniform compression",
+        ("searcher", "wins / ties / losses", "difference", "p (Holm)", "effect", "chance to be below", "so it is"),
+        tuple((s.label, *_test(s.versus_uniform, chance=True)) for s in tested if s.versus_uniform),
+        f"Difference: median of searcher minus uniform, negative is better. {_TEST_NOTE}",
+    )
+    sheets = (sure, uniform) if tested else (sure,)
     if len(summary.problems) > 1:
-        return (tests,)
+        return sheets
     unit = AXES[summary.axis]
     goals = tuple(f"expected {summary.axis} to {'best known' if g == 0 else f'gap {g:g} %'}" for g in GOALS)
     budget = Sheet(
@@ -107,33 +130,41 @@ def standing_sheets(summary: Summary) -> tuple[Sheet, ...]:
         " to reach this searcher's final loss (median over seeds; as fine as the checkpoints; 0 where it never did).",
         (0,),
     )
-    return tests, budget
+    return *sheets, budget
 
 
-_TEST = ("best vs it: W/T/L", "difference", "p (Holm)", "effect", "so the best is")
-_UNIFORM = ("vs uniform: W/T/L", "p (Holm) ", "effect ", "so it is")
+_AGAINST_BEST = ("best against it: wins / ties / losses", "difference", "p (Holm)", "effect", "so the best is")
+_TEST_NOTE = (
+    "p: two-sided Wilcoxon signed-rank test, Holm-corrected over this table; effect: rank-biserial correlation, from 1"
+    " (always better) to -1 (always worse)."
+)
 
 
-def _tested(s: Standing) -> tuple[str, ...]:
-    best, uniform = s.versus_best, s.versus_uniform
+def _ranked(s: Standing) -> tuple[str, ...]:
     return (
         s.label,
         f"{s.rank:.2f}" if not math.isnan(s.rank) else "–",
         interval_text(s.median),
         interval_text(s.iqm),
-        *(_test(best, difference=True) if best else ("–",) * 5),
-        *(_test(uniform, difference=False) if uniform else ("–",) * 4),
+        *(_test(s.versus_best) if s.versus_best else ("–",) * 5),
     )
 
 
-def _test(test: PairedTest, *, difference: bool) -> tuple[str, ...]:
-    claim = test.claim.split(" (")[0]
-    shown = (interval_text(test.difference, 3),) if difference else ()
-    return (f"{test.wins}/{test.ties}/{test.losses}", *shown, _p(test.p_holm), f"{test.effect:+.2f}", claim)
+def _test(test: PairedTest, *, chance: bool = False) -> tuple[str, ...]:
+    return (
+        f"{test.wins} / {test.ties} / {test.losses}",
+        interval_text(test.difference, 3),
+        _p(test.p_holm),
+        f"{test.effect:+.2f}",
+        *((f"{test.superiority:.0%}",) if chance else ()),
+        test.claim.split(" (")[0],
+    )
 
 
-def _p(value: float) -> str:
-    return "–" if math.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+def _p(value: float, *, sign: bool = False) -> str:
+    if math.isnan(value):
+        return "not known" if sign else "–"
+    return "< 0.0001" if value < 1e-4 else f"{'= ' if sign else ''}{value:.2g}"
 
 
 def _spent(s: Standing) -> tuple[str, ...]:
@@ -144,6 +175,23 @@ def _spent(s: Standing) -> tuple[str, ...]:
         speed += f", {s.speed_up.reached} of {s.speed_up.pairs}"
     times = ("never" if math.isinf(t) else figure_text(t, 3) for t in s.running_times.values())
     return s.label, interval_text(s.area) if s.area else "–", *times, speed
+
+
+def medians_sheet(comparison: Comparison, summaries: Mapping[str, Summary], order: Sequence[str]) -> Sheet:
+    """Median loss of every searcher on every problem."""
+    found = {key: {s.label: s.median.estimate for s in summary.standings} for key, summary in summaries.items()}
+    best = {key: min(medians.values(), default=math.nan) for key, medians in found.items()}
+    known = {k: info.optimum for k, info in comparison.problems.items() if info.optimum is not None}
+
+    def cell(key: str, label: str) -> str:
+        value = found[key].get(label, math.nan)
+        return figure_text(value) + (" *" if value == best[key] else "")
+
+    body = [(label, *(cell(key, label) for key in found)) for label in order]
+    if known:
+        body.append(("known optimum", *(figure_text(known.get(key, math.nan)) for key in found)))
+    note = "Median held-out loss of finished searches; * the least of a column."
+    return Sheet("Median on each problem", ("searcher", *found), tuple(body), note)
 
 
 def lineage_sheet(comparison: Comparison, problem: str, *, most: int = 40) -> Sheet | None:
@@ -198,7 +246,8 @@ def _facts(comparison: Comparison) -> dict[str, str]:
         "budget of each search": " / ".join(sorted(budgets)) or "not recorded",
         "trials in all": f"{sum(r.evaluations for r in comparison.runs):,}",
         "tokens in all": f"{sum(r.tokens for r in comparison.runs):,}",
-    }
+        "held-out checks": f"{sum(len(r.checkpoints) for r in comparison.runs):,}",
+    } | ({} if any(r.tokens for r in comparison.runs) else {"tokens in all": "none: exact losses"})
 
 
 def _plan_text(comparison: Comparison) -> str:

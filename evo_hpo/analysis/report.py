@@ -13,7 +13,15 @@ from matplotlib.figure import Figure
 from evo_hpo.analysis.comparison import Comparison
 from evo_hpo.analysis.curves import axes
 from evo_hpo.analysis.lineage import lineage, lineage_figure
-from evo_hpo.analysis.page import Picture, Section, lineage_sheet, problem_sheets, render, standing_sheets
+from evo_hpo.analysis.page import (
+    Picture,
+    Section,
+    lineage_sheet,
+    medians_sheet,
+    problem_sheets,
+    render,
+    standing_sheets,
+)
 from evo_hpo.analysis.plots import anytime_figure, cost_figure, ecdf_figure, shown_labels
 from evo_hpo.analysis.profiles import profiles_figure, winner_figure
 from evo_hpo.analysis.rank_plots import rank_figure, wins_figure
@@ -41,7 +49,7 @@ def write_report(folder: Path | str) -> Path:
     summaries = {key: summarise(comparison, [key]) for key in keys}
     overall = summarise(comparison, keys) if len(keys) > 1 else next(iter(summaries.values()), None)
     _write_statistics(summaries, overall, target)
-    sections = [_overall(comparison, overall, target)] if overall and len(keys) > 1 else []
+    sections = [_overall(comparison, summaries, overall, target)] if overall and len(keys) > 1 else []
     sections += [_section(comparison, key, summaries[key], target, single=len(keys) == 1) for key in keys]
     verdict = overall.verdict if overall else "No search has a result yet."
     page = target / "report.html"
@@ -64,10 +72,11 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _overall(comparison: Comparison, summary: Summary, target: Path) -> Section:
+def _overall(comparison: Comparison, summaries: dict[str, Summary], summary: Summary, target: Path) -> Section:
+    medians = medians_sheet(comparison, summaries, [s.label for s in summary.standings])
     return Section(
         "all", "All problems together", "Every problem counts in gaps: 0 is its best known loss, 100 uniform.",
-        "", standing_sheets(summary), _saved(_ranks(comparison, summary, ""), target),
+        "", (*standing_sheets(summary), medians), _saved(_ranks(comparison, summary, ""), target),
     )  # fmt: skip
 
 
@@ -78,7 +87,7 @@ def _section(comparison: Comparison, key: str, summary: Summary, target: Path, *
     return Section(
         anchor="p-" + re.sub(r"[^A-Za-z0-9]+", "-", key),
         title=key,
-        text=" · ".join(line.strip() for line in info.describe.splitlines()[:6]),
+        text=" · ".join(info.lines),
         verdict="" if single else summary.verdict,
         sheets=(*problem_sheets(comparison, key), *standing_sheets(summary)),
         pictures=_saved(_drawings(comparison, key, summary, suffix), target),

@@ -32,7 +32,7 @@ class ProblemInfo:
         fingerprint: what made the searches comparable (model, data, space).
         reference: held-out figures of the uncompressed model; empty where there is none.
         optimum: least loss of any feasible assignment, where known.
-        describe: one line for the reader.
+        describe: of the space, a few lines; ``notes``: what else the reader should know.
     """
 
     key: str
@@ -41,6 +41,7 @@ class ProblemInfo:
     reference: Mapping[str, float] = field(default_factory=dict)
     optimum: float | None = None
     describe: str = ""
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, key: str, data: Mapping[str, Any]) -> ProblemInfo:
@@ -52,7 +53,14 @@ class ProblemInfo:
             data.get("reference") or {},
             data.get("optimum"),
             data.get("describe") or "",
+            tuple(map(str, data.get("notes") or ())),
         )
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What to say above its results: the space without its groups, and the notes."""
+        space = [line.strip() for line in self.describe.splitlines() if not line.strip().startswith("group ")]
+        return (*space, *self.notes)
 
     @property
     def is_language_model(self) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "holm",
     "interquartile_mean",
     "least_p",
+    "pairs_needed",
     "paired_bootstrap",
     "rank_biserial",
     "spread",
@@ -168,6 +169,11 @@ def least_p(pairs: int) -> float:
     return min(1.0, 2.0 ** (1 - pairs))
 
 
+def pairs_needed(comparisons: int, alpha: float = 0.05) -> int:
+    """Least number of pairs from which a Holm-corrected signed-rank test can give p below alpha."""
+    return next(n for n in range(1, 10_000) if least_p(n) * comparisons < alpha)
+
+
 def wilcoxon(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> float:
     """p of the two-sided Wilcoxon signed-rank test; 1 when all pairs are ties."""
     d = _differences(a, b)
@@ -236,7 +242,7 @@ class PairedTest:
         difference: median (a - b) with its interval; negative: a is better.
         p: two-sided Wilcoxon signed-rank; ``p_holm``: corrected for all comparisons made together.
         effect: rank-biserial correlation, positive: a is better; ``superiority``: chance that a is below b.
-        attainable: the least ``p_holm`` that so few pairs could give; above alpha, no claim is possible.
+        attainable: the least ``p_holm`` that so few pairs could give; unless below alpha, no claim is possible.
     """
 
     a: str
@@ -258,7 +264,7 @@ class PairedTest:
         """What may be said, in words."""
         if not self.pairs:
             return "no common pairs"
-        if self.attainable > self.alpha:
+        if self.attainable >= self.alpha:
             return f"too few seeds for a claim ({self.pairs} pairs cannot give p < {self.attainable:.2g})"
         if self.p_holm < self.alpha:
             return "better" if self.effect > 0 else "worse"

@@ -21,6 +21,7 @@ __all__ = ["LineStyle", "clean", "figure", "line_styles", "save"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4F9E")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+DPI = 150
 INK, FAINT = "#222222", "#8a8a8a"
 
 
@@ -77,11 +78,11 @@ def short_count(value: float) -> str:
 
 
 def save(drawn: Figure, stem: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Writes ``stem.png`` (150 dpi) and ``stem.svg``, the same bytes for the same figure."""
+    """Writes ``stem.png`` (at :data:`DPI`) and ``stem.svg``, the same bytes for the same figure."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
     for path, suffix in zip(paths, formats, strict=True):
         with matplotlib.rc_context({"svg.hashsalt": "evo-hpo", "svg.fonttype": "path"}):
             metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-            drawn.savefig(path, dpi=150, metadata=metadata)
+            drawn.savefig(path, dpi=DPI, metadata=metadata)
     return paths

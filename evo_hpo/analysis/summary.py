@@ -20,6 +20,7 @@ from evo_hpo.analysis.statistics import (
     critical_difference,
     friedman,
     interquartile_mean,
+    pairs_needed,
     spread,
 )
 
@@ -193,12 +194,12 @@ def _claims(others: Sequence[Standing]) -> str:
     tests = [s.versus_best for s in others if s.versus_best is not None]
     if not tests:
         return "Nothing to compare it with."
-    if all(t.attainable > t.alpha for t in tests):
+    if all(t.attainable >= t.alpha for t in tests):
         pairs = max(t.pairs for t in tests)
         return (
-            f"{pairs} seed{'s are' if pairs != 1 else ' is'} too few for a claim: with so few a two-sided signed-rank"
-            f" test of {len(tests)} searcher{'s' if len(tests) > 1 else ''} cannot give p below"
-            f" {min(t.attainable for t in tests):.2g}."
+            f"{pairs} seed{'s are' if pairs != 1 else ' is'} too few for a claim: even a win in every seed would give"
+            f" p = {min(t.attainable for t in tests):.2g} in {len(tests)} comparison{'s' if len(tests) > 1 else ''}"
+            f" (signed-rank, Holm); it takes {pairs_needed(len(tests), tests[0].alpha)} seeds or more."
         )
     shown = [t.b for t in tests if t.claim == "better"]
     open_ = [t.b for t in tests if t.claim != "better"]

@@ -197,7 +197,7 @@ def columns(comparison: Comparison, problem: str, found: Sequence[Row]) -> list[
     searched = [r for r in found if r.kind != "dense"]
     table = [
         ("searcher", [r.searcher for r in found]),
-        (f"{info.loss_name} ↓", [interval_text(r.loss) for r in found]),
+        (f"{info.loss_name}\u00a0↓", [interval_text(r.loss) for r in found]),
     ]
     if any(not math.isnan(r.gain.estimate) for r in searched):
         wins = [f"{r.wins}/{r.compared}" if r.compared else "–" for r in found]
@@ -206,7 +206,7 @@ def columns(comparison: Comparison, problem: str, found: Sequence[Row]) -> list[
         gaps = ["–" if math.isnan(r.gap.estimate) else interval_text(r.gap, 3) for r in found]
         table.append(("gap to optimum (uniform = 100)", gaps))
     if any(not math.isnan(r.perplexity.estimate) for r in found):
-        table.append(("perplexity ↓", [interval_text(r.perplexity) for r in found]))
+        table.append(("perplexity\u00a0↓", [interval_text(r.perplexity) for r in found]))
     table.append((info.average_name, [interval_text(r.average) for r in found]))
     if any(r.tokens > 0 for r in searched):
         table.append(("tokens", [count_text(r.tokens) for r in found]))
@@ -219,7 +219,7 @@ def columns(comparison: Comparison, problem: str, found: Sequence[Row]) -> list[
     return table
 
 
-EXPENDABLE = ("trials", "model s", "searcher s", "seeds better", "failed", "tokens", "perplexity ↓")
+EXPENDABLE = ("trials", "model s", "searcher s", "seeds better", "failed", "tokens", "perplexity\u00a0↓")
 """Columns that a narrow terminal does without, first to go first; all are in table.csv."""
 
 
@@ -240,7 +240,9 @@ def problem_table(comparison: Comparison, problem: str, *, compact: bool = False
     best = next((r.searcher for r in found if r.kind != "dense"), None)
     for i, r in enumerate(found):
         style = "bold" if r.searcher == best else {"dense": "dim", "uniform": "italic"}.get(r.kind, "")
-        cells = [_broken(c[i], j < 3) if compact else c[i] for j, (_, c) in enumerate(shown)]
+        cells = [
+            _broken(c[i], j < 3 or h.startswith("perplexity")) if compact else c[i] for j, (h, c) in enumerate(shown)
+        ]
         table.add_row(*(Text(c, style=style) for c in cells))
     return table
 

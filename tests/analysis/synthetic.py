@@ -92,7 +92,10 @@ def write_folder(
     for problem in problems:
         for name, label, settings in searchers:
             for seed in seeds[:1] if name == "uniform" else seeds:
-                key = f"{problem.name}-{label}-s{seed}".replace(":", "-").replace(" ", "")
+                variant = "".join(
+                    f"-{k}{v}" for k, v in settings.items() if k == "offspring" and "tokens" not in settings
+                )
+                key = f"{problem.name}-{label}{variant}-s{seed}".replace(":", "-").replace(" ", "")
                 entry: dict[str, Any] = {"id": key, "problem": problem.name, "searcher": name, "label": label}
                 entry |= {"settings": settings, "seed": seed, "journal": f"journals/{key}.jsonl"}
                 entries.append(entry)

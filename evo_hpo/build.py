@@ -35,7 +35,7 @@ def build(
     inputs: str | None = None,
     include: str = ".",
     exclude: str | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 1024,
     progress: Callable[..., None] | None = None,
     **settings: Any,
 ) -> LevelStore:

@@ -1,7 +1,7 @@
-"""GPTQ and SparseGPT written a second time, as plainly as the papers state them: float64, an explicit inverse, no blocks.
+"""GPTQ and SparseGPT written a second time, as plainly as the papers state them: float64, no blocks.
 
-After each column the inverse Hessian is reduced by one step of Gaussian elimination, and all later columns are corrected at
-once. Nothing is shared with `evo_hpo.compression` but the definition of a grid, which is written out again here.
+After each column the inverse of H is reduced by one step of Gaussian elimination, and all later columns are corrected
+at once. Nothing is shared with `evo_hpo.compression` but the definition of a grid, which is written out again here.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def build_store(
     include: str = ".",
     exclude: str = ROUTERS,
     device: str = "cpu",
-    batch_tokens: int = 4096,
+    batch_tokens: int = 1024,
     text: Mapping[str, Any] | None = None,
     progress: BuildProgress | None = None,
 ) -> Manifest:
@@ -45,7 +45,7 @@ def build_store(
         inputs: "dense" calibrates every block on the outputs of the uncompressed blocks before it; the label of a
             level calibrates sequentially, on the outputs of the blocks before it at that level.
         include, exclude: regular expressions over module names.
-        batch_tokens: tokens that run through a block together.
+        batch_tokens: tokens that run through a block together (1024: activations that fit the cache; more for accelerators).
         text: what the tokens are, for the plan.
     """
     chosen = linear_modules(loaded.model, include, exclude)
@@ -102,19 +102,19 @@ class _Builder:
 
     def with_data(self, batches: tuple[torch.Tensor, ...]) -> None:
         blocks = decoder_blocks(self.model)
+        needed = max(i for i, block in enumerate(blocks) if any(name.startswith(f"{block}.") for name in self.chosen))
         self.progress(0, len(self.chosen), "reading the calibration text")
         calls = capture_calls(self.model, blocks, batches)
-        for index, (block_name, block) in enumerate(blocks.items()):
+        for index, (block_name, block) in enumerate(list(blocks.items())[: needed + 1]):
             modules = {name: module for name, module in self.chosen.items() if name.startswith(f"{block_name}.")}
-            last = index + 1 == len(blocks)
             block.to(self.device)
             try:
-                self._block(block, index, modules, calls, last)
+                self._block(block, index, modules, calls, last=index == needed)
             finally:
                 block.to("cpu")
 
     def _block(
-        self, block: nn.Module, index: int, modules: dict[str, nn.Module], calls: list[BlockCalls], last: bool
+        self, block: nn.Module, index: int, modules: dict[str, nn.Module], calls: list[BlockCalls], *, last: bool
     ) -> None:
         """Compress one block's layers, and move the hidden states on to the next block."""
         missing = {name: module for name, module in modules.items() if not self.writer.done(name)}

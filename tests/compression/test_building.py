@@ -41,7 +41,7 @@ def test_statistics_equal_those_of_the_whole_model(architecture: str, tokens: to
     loaded = mixtral() if architecture == "mixtral" else LoadedModel.from_model(tiny_model(architecture))
     model = loaded.model
     blocks = decoder_blocks(model)
-    calls = capture_calls(model, blocks, tokens.split(7))
+    calls = capture_calls(model, blocks, torch.split(tokens, 7))
     for index, (block_name, block) in enumerate(blocks.items()):
         modules = {n: m for n, m in linear_modules(model).items() if n.startswith(f"{block_name}.")}
         with InputStatistics(modules) as statistics:
@@ -56,7 +56,7 @@ def test_statistics_equal_those_of_the_whole_model(architecture: str, tokens: to
 def test_layers_that_read_the_same_tensor_share_one_sum(llama: LoadedModel, tokens: torch.Tensor) -> None:
     blocks = decoder_blocks(llama.model)
     modules = {n: m for n, m in linear_modules(llama.model).items() if n.startswith("model.layers.0.")}
-    calls = capture_calls(llama.model, blocks, tokens.split(7))
+    calls = capture_calls(llama.model, blocks, torch.split(tokens, 7))
     with InputStatistics(modules, stop_early=True) as statistics:
         run_block(next(iter(blocks.values())), 0, calls, CPU, keep=False)
     assert len({statistics.leader(name) for name in modules}) == 4  # q k v, o, gate up, down
@@ -78,7 +78,8 @@ def test_layers_are_calibrated_on_what_they_will_read(
                 assert weight is not None
                 reference.model.get_submodule(unit.name).weight.data = weight
     read = inputs_of(reference.model, name, tokens)
-    original = reference.model.get_submodule(name).weight.data
+    original = reference.model.get_submodule(name).weight
+    assert isinstance(original, torch.Tensor)
     expected = gptq(original, factorise(read.T @ read), [4], GPTQSettings(GridSettings(16)))[0].decode()
     found = store.weights([u.name for u in store.units].index(name), 1)[name]
     assert found is not None

@@ -45,6 +45,8 @@ class LanguageModelTask:
         fitness: ``kl``, ``perplexity`` or ``topk_kl``.
         early_stopping: exact; False: every trial reads all its tokens.
         seed: order of the texts.
+        cache: SQLite file of losses that were paid for before; found ones are charged like all, and cost no time. Needs
+            ``early_stopping = false``, or what is in the file would decide which trials are stopped.
         device: ``cpu`` or ``cuda``.
     """
 
@@ -64,12 +66,15 @@ class LanguageModelTask:
     early_stopping: bool = True
     seed: int = 0
     device: str = "cpu"
+    cache: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
         object.__setattr__(self, "build", tuple(sorted(dict(self.build).items())))
         if self.fitness not in ("kl", "perplexity", "topk_kl"):
             raise InvalidSettingError(f"fitness={self.fitness!r} must be one of: kl, perplexity, topk_kl")
+        if self.cache and self.early_stopping:
+            raise InvalidSettingError(f"cache={self.cache!r} needs early_stopping = false, so that it changes no trial")
         for name in ("sequence_length", "calibration_tokens", "held_out_tokens", "tokens"):
             if getattr(self, name) < 1:
                 raise InvalidSettingError(f"{name}={getattr(self, name)} must be at least 1")
@@ -164,6 +169,7 @@ class LanguageModelTask:
             fitness=self.fitness,  # type: ignore[arg-type]
             threads=int(os.environ.get("EVO_HPO_THREADS", "0")) or None,
             early_stopping=self.early_stopping,
+            cache=Path(self.cache).expanduser() if self.cache else None,
         )
         return LanguageModelProblem(
             evaluator, store.space(self.average), held_out, tokens=self.tokens, name=f"{loaded.name} {self.method}"

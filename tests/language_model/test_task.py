@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from evo_hpo.compare import compare
 from evo_hpo.errors import EvoHpoError
+from evo_hpo.journal import read_journals
 from evo_hpo.language_model.export import export_profile
 from evo_hpo.language_model.task import language_model
 from evo_hpo.plan import Plan, make_plan
@@ -118,6 +119,7 @@ def test_from_model_to_winning_profile_to_exported_model(
         ({"held_out_tokens": 100}, "multiples of sequence_length"),
         ({"tokens": 100}, "100"),
         ({"levels": [2, 3, 99]}, "99"),
+        ({"cache": "losses.sqlite"}, "early_stopping = false"),
         ({"method": "gguf"}, "gguf"),
     ],
 )
@@ -137,6 +139,19 @@ def test_a_budget_that_pays_for_no_stage_is_refused(model_folder: Path, tmp_path
     problem = settings(model_folder, tmp_path / "store")
     with pytest.raises(EvoHpoError, match="does not pay"):
         prepare_problem("language_model", problem, plan_of(problem, budget={"tokens": 40}), lambda *_: None)
+
+
+def test_a_warm_cache_changes_no_trial(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    changes: dict[str, Any] = {"method": "rtn", "build": {"group_size": 16}, "cache": str(tmp_path / "losses.sqlite")}
+    changes |= {"early_stopping": False}
+    problem = settings(model_folder, tmp_path / "store", **changes)
+    plan = plan_of(problem)
+    prepare_problem("language_model", problem, plan, lambda *_: None)
+    cold, warm = (read_journals(compare(plan, root=tmp_path / name)) for name in ("cold", "warm"))
+    assert (tmp_path / "losses.sqlite").exists()
+    for a, b in zip(cold, warm, strict=True):
+        assert [(o.trial, o.loss, o.tokens) for o in a.outcomes] == [(o.trial, o.loss, o.tokens) for o in b.outcomes]
 
 
 def test_a_store_of_another_model_is_refused(

@@ -133,7 +133,7 @@ def standing_sheets(summary: Summary) -> tuple[Sheet, ...]:
     return *sheets, budget
 
 
-_AGAINST_BEST = ("best against it: wins / ties / losses", "difference", "p (Holm)", "effect", "so the best is")
+_AGAINST_BEST = ("best’s wins / ties / losses", "difference", "p (Holm)", "effect", "so the best is")
 _TEST_NOTE = (
     "p: two-sided Wilcoxon signed-rank test, Holm-corrected over this table; effect: rank-biserial correlation, from 1"
     " (always better) to -1 (always worse)."
@@ -157,7 +157,7 @@ def _test(test: PairedTest, *, chance: bool = False) -> tuple[str, ...]:
         _p(test.p_holm),
         f"{test.effect:+.2f}",
         *((f"{test.superiority:.0%}",) if chance else ()),
-        test.claim.split(" (")[0],
+        test.claim.split(" for")[0],
     )
 
 
@@ -208,7 +208,7 @@ def lineage_sheet(comparison: Comparison, problem: str, *, most: int = 40) -> Sh
             f"{s.tokens if run.tokens else s.evaluations:,}",
             "; ".join(f"{name} {a} → {b}" for name, a, b in s.changes[:8])
             + (f"; and {len(s.changes) - 8} more" if len(s.changes) > 8 else "")
-            or "first ancestor",
+            or f"first ancestor, {s.distance} units unlike uniform",
         )
         for s in shown
     )

@@ -106,9 +106,10 @@ class _Scale:
         falling = numeric and any(vs[0] > vs[-1] for vs in numbers)  # sparsity: a larger number is smaller
         edges = [(a + b) / 2 for a, b in itertools.pairwise(values)]
         bounds = [values[0] - 0.5, *edges, values[-1] + 0.5]
-        reach = max(abs(values[0] - centre), abs(values[-1] - centre)) or 1.0
+        # Each side of the average has a full range of shades: 2 bits show beside 3 though levels go up to 6.
+        reach = [max(centre - values[0], 1e-9), max(values[-1] - centre, 1e-9)]
         # The middle of PuOr is nearly white: near the average a cell looks empty, and what deviates stands out.
-        shares = [0.5 + 0.42 * (v - centre) / reach * (-1 if falling else 1) for v in values]
+        shares = [0.5 + 0.42 * (v - centre) / reach[v > centre] * (-1 if falling else 1) for v in values]
         return cls(values, [label[v] for v in values], ListedColormap(colormaps["PuOr"](shares)), _norm(bounds))
 
     def colour(self, value: float) -> tuple[float, float, float, float]:
@@ -191,7 +192,7 @@ def _legend(ax: Axes, scale: _Scale) -> None:
     for i in chosen:
         ax.scatter([], [], marker="s", s=60, color=scale.colours(i), edgecolors=FAINT, label=scale.labels[i])
     ax.legend(
-        loc="center", frameon=False, fontsize=8, ncols=4 if len(chosen) > 4 else len(chosen), title="level",
+        loc="center", frameon=False, fontsize=8, ncols=4 if len(chosen) > 6 else len(chosen), title="level",
         title_fontsize=8.5, handletextpad=0.1, columnspacing=0.8,
     )  # fmt: skip
 

@@ -109,6 +109,8 @@ def _ranks(comparison: Comparison, summary: Summary, suffix: str) -> Iterator[Dr
         rank_figure(summary),
         "1 is best. An orange bar joins searchers whose ranks the Nemenyi test cannot tell apart (5 %).",
     )
+    if suffix:  # of several problems: who beats whom is shown for all of them together
+        return
     yield (
         f"wins{suffix}",
         "Who beats whom",

@@ -85,4 +85,5 @@ def save(drawn: Figure, stem: Path, formats: Sequence[str] = ("png", "svg")) -> 
         with matplotlib.rc_context({"svg.hashsalt": "evo-hpo", "svg.fonttype": "path"}):
             metadata = {"Date": None} if suffix == "svg" else {"Software": None}
             drawn.savefig(path, dpi=DPI, metadata=metadata)
+        drawn.set_layout_engine("none")  # what the first format laid out holds for the others
     return paths

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -220,17 +220,21 @@ def columns(comparison: Comparison, problem: str, found: Sequence[Row]) -> list[
 
 
 EXPENDABLE = ("trials", "model s", "searcher s", "seeds better", "failed", "tokens", "perplexity\u00a0↓")
-"""Columns that a narrow terminal does without, first to go first; all are in table.csv."""
+"""Columns that go into a second table where the terminal is narrow, first to go first."""
 
 
-def problem_table(comparison: Comparison, problem: str, *, compact: bool = False, without: Sequence[str] = ()) -> Table:
-    """The table of one problem for the terminal; ``compact`` breaks its cells, ``without`` leaves columns out."""
+def problem_table(
+    comparison: Comparison, problem: str, *, compact: bool = False, moved: Sequence[str] = (), second: bool = False
+) -> Table:
+    """The table of one problem for the terminal.
+
+    ``compact`` breaks its cells into lines; columns in ``moved`` are left to the ``second`` table, which has only them.
+    """
     found = rows(comparison, problem)
     shown = columns(comparison, problem, found)
-    without = [h for h, _ in shown if h in without]
-    shown = [(h, c) for h, c in shown if h not in without]
-    title = comparison.name if len(comparison.problems) == 1 else f"{comparison.name}: {problem}"
-    caption = interval_note(found) + (f" Left out here, see table.csv: {', '.join(without)}." if without else "")
+    shown = [(h, c) for h, c in shown if (h in moved) == second or h == "searcher"]
+    title = None if second else comparison.name if len(comparison.problems) == 1 else f"{comparison.name}: {problem}"
+    caption = None if second else interval_note(found)
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.caption_justify = "left"
     for i, (header, _) in enumerate(shown):
@@ -241,7 +245,8 @@ def problem_table(comparison: Comparison, problem: str, *, compact: bool = False
     for i, r in enumerate(found):
         style = "bold" if r.searcher == best else {"dense": "dim", "uniform": "italic"}.get(r.kind, "")
         cells = [
-            _broken(c[i], j < 3 or h.startswith("perplexity")) if compact else c[i] for j, (h, c) in enumerate(shown)
+            _broken(c[i], second or j < 3 or h.startswith("perplexity")) if compact else c[i]
+            for j, (h, c) in enumerate(shown)
         ]
         table.add_row(*(Text(c, style=style) for c in cells))
     return table
@@ -261,20 +266,29 @@ class FinalTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         keys = [key for key in self.comparison.problems if self.comparison.of(key)]
         for key in keys:
-            yield self._fitting(key, console, options)
+            yield from self._fitting(key, console, options)
         if not keys:
             yield Text("no search has a result yet")
 
-    def _fitting(self, key: str, console: Console, options: ConsoleOptions) -> Table:
+    def _fitting(self, key: str, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         table = problem_table(self.comparison, key)
-        for dropped in range(len(EXPENDABLE) + 1):
-            table.caption, caption = None, table.caption
-            width = Measurement.get(console, options.update(max_width=10_000), table).maximum
-            table.caption = caption
-            if width <= options.max_width:
+        moved: tuple[str, ...] = ()
+        for count in range(len(EXPENDABLE) + 1):
+            if _width(table, console, options) <= options.max_width:
                 break
-            table = problem_table(self.comparison, key, compact=True, without=EXPENDABLE[:dropped])
-        return table
+            moved = EXPENDABLE[:count]
+            table = problem_table(self.comparison, key, compact=True, moved=moved)
+        yield table
+        if moved:
+            yield problem_table(self.comparison, key, compact=True, moved=moved, second=True)
+
+
+def _width(table: Table, console: Console, options: ConsoleOptions) -> int:
+    """Columns of the terminal that a table wants; its caption may be broken and does not count."""
+    table.caption, caption = None, table.caption
+    width = Measurement.get(console, options.update(max_width=10_000), table).maximum
+    table.caption = caption
+    return width
 
 
 def final_table(comparison: Comparison) -> FinalTable:

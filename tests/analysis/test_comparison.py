@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from evo_hpo.analysis.lineage import lineage
 from evo_hpo.analysis.summary import summarise
 from evo_hpo.analysis.tables import rows, table_frame
 from evo_hpo.errors import PlanError, UnknownNameError
+from evo_hpo.trial import Outcome, Trial
 from tests.analysis.synthetic import StandIn, in_memory, model_space
 
 
@@ -167,3 +169,15 @@ def test_summary_agrees_with_the_table_of_pairs(suite: Path) -> None:
     single = summarise(comparison, ["additive"])
     assert single.standings[0].running_times[0.0] < float("inf")
     assert len(single.frame()) == len(single.standings)
+
+
+def test_a_parent_that_was_scored_again_counts_once() -> None:
+    base = in_memory({"a": [1.0]})
+    space = base.problems["made"].space
+    final = (0, 0, 1, 1)
+    chain = [((1, 1, 0, 0), None), ((1, 1, 0, 0), 0), ((1, 0, 1, 0), 1), ((0, 1, 0, 1), 1), (final, 2)]
+    outcomes = tuple(Outcome(Trial(i, levels, parent=parent), 1.0, 10) for i, (levels, parent) in enumerate(chain))
+    steps = lineage(replace(base.runs[0], outcomes=outcomes), space)
+    assert [s.trial for s in steps] == [0, 2, 4]
+    assert steps[-1].changes == (("u0", "1", "0"), ("u3", "0", "1"))
+    assert [s.tokens for s in steps] == [10, 30, 50]

@@ -61,12 +61,13 @@ def uniform(store: LevelStore, model: nn.Module, sequences: torch.Tensor) -> Ite
 
 
 def dropped(model: nn.Module, sequences: torch.Tensor, most: int = 8) -> Iterator[tuple[str, float]]:
-    """(count, perplexity) after dropping 0..most blocks, from the third last upwards (the last two are kept)."""
+    """(count, perplexity) after dropping 0..most blocks, evenly spaced between the first and the last."""
     prefix = next(iter(decoder_blocks(model))).rpartition(".")[0]
     parent, _, attribute = prefix.rpartition(".")
     blocks = list(decoder_blocks(model).values())
     for count in range(most + 1):
-        kept = blocks[: len(blocks) - 2 - count] + blocks[-2:]
+        gone = {round((i + 1) * (len(blocks) - 1) / (count + 1)) for i in range(count)}
+        kept = [block for number, block in enumerate(blocks) if number not in gone]
         setattr(model.get_submodule(parent), attribute, nn.ModuleList(kept))
         config: Any = model.config
         config.num_hidden_layers = len(kept)

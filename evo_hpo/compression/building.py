@@ -45,7 +45,7 @@ def build_store(
         inputs: "dense" calibrates every block on the outputs of the uncompressed blocks before it; the label of a
             level calibrates sequentially, on the outputs of the blocks before it at that level.
         include, exclude: regular expressions over module names.
-        batch_tokens: tokens that run through a block together (1024: activations that fit the cache; more for accelerators).
+        batch_tokens: tokens that run through a block together (1024 fit a CPU cache; more on accelerators).
         text: what the tokens are, for the plan.
     """
     chosen = linear_modules(loaded.model, include, exclude)

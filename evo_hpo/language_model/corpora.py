@@ -36,7 +36,7 @@ def read_documents(spec: str, split: Split, characters: int | None = None) -> li
     if spec == "pydoc":
         documents: Iterable[str] = _divided(_pydoc(), split)
     elif Path(spec).expanduser().exists():
-        documents = _divided(_in_pieces(_local(Path(spec).expanduser())), split)
+        documents = _divided(dict.fromkeys(_in_pieces(_local(Path(spec).expanduser()))), split)  # no text in both
     else:
         documents = _hub(spec, split)
     chosen = list(_up_to(documents, characters))

@@ -1,0 +1,67 @@
+"""Golden values: one 1536x576 layer with correlated Gaussian inputs, our solvers beside the plain float64 ones.
+
+python -m benchmarks.compression.golden           # the whole layer; the float64 oracle takes minutes
+python -m benchmarks.compression.golden --rows 64 # the first rows only: the same inputs, seconds
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import torch
+
+from benchmarks.compression import oracle
+from evo_hpo.compression.factor import factorise, output_error
+from evo_hpo.compression.gptq import gptq
+from evo_hpo.compression.masks import parse_sparsities
+from evo_hpo.compression.sparsegpt import sparsegpt
+
+BITS = (2, 3, 4, 5, 6)
+SPARSITIES = (0.3, 0.5, 0.7)
+
+
+def layer(rows: int = 1536, columns: int = 576, tokens: int = 8192, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard normal weights, and H = X^T X of Gaussian inputs whose covariance has eigenvalues 1/k."""
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=(1536, columns))[:rows]
+    basis = np.linalg.qr(rng.normal(size=(columns, columns)))[0]
+    inputs = rng.normal(size=(tokens, columns)) * np.arange(1, columns + 1) ** -0.5 @ basis.T
+    return torch.from_numpy(weight).float(), torch.from_numpy(inputs.T @ inputs).float()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1536)
+    parser.add_argument("--no-oracle", action="store_true")
+    arguments = parser.parse_args()
+    weight, hessian = layer(arguments.rows)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        factor = factorise(hessian)
+        levels = gptq(weight, factor, BITS)
+        seconds.append(time.perf_counter() - start)
+    wide, square = weight.double().numpy(), hessian.double().numpy()
+    print(
+        f"{len(BITS)} GPTQ levels of {tuple(weight.shape)}: {min(seconds):.3f} s (best of 5), {torch.get_num_threads()} threads"
+    )
+    print("| level | ours | float64 oracle |\n|---|---|---|")
+    for bits, level in zip(BITS, levels, strict=True):
+        theirs = "-" if arguments.no_oracle else _text(oracle.gptq(wide, square, bits, 64), wide, square)
+        print(f"| {bits} bits | {output_error(weight, level.decode(), hessian):.4g} | {theirs} |")
+    for level, (pruned, _) in zip(
+        parse_sparsities(SPARSITIES), sparsegpt(weight, factor, parse_sparsities(SPARSITIES)), strict=True
+    ):
+        sparsity = float(level.share)
+        theirs = "-" if arguments.no_oracle else _text(oracle.sparsegpt(wide, square, sparsity), wide, square)
+        print(f"| {level.label} sparse | {output_error(weight, pruned, hessian):.4g} | {theirs} |")
+
+
+def _text(compressed: oracle.Matrix, weight: oracle.Matrix, hessian: oracle.Matrix) -> str:
+    return f"{oracle.relative_error(weight, compressed, hessian):.4g}"
+
+
+if __name__ == "__main__":
+    main()

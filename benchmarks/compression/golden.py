@@ -44,19 +44,17 @@ def main() -> None:
         levels = gptq(weight, factor, BITS)
         seconds.append(time.perf_counter() - start)
     wide, square = weight.double().numpy(), hessian.double().numpy()
-    print(
-        f"{len(BITS)} GPTQ levels of {tuple(weight.shape)}: {min(seconds):.3f} s (best of 5), {torch.get_num_threads()} threads"
-    )
+    shape, threads = tuple(weight.shape), torch.get_num_threads()
+    print(f"{len(BITS)} GPTQ levels of {shape}: {min(seconds):.3f} s (best of 5), {threads} threads")
     print("| level | ours | float64 oracle |\n|---|---|---|")
     for bits, level in zip(BITS, levels, strict=True):
         theirs = "-" if arguments.no_oracle else _text(oracle.gptq(wide, square, bits, 64), wide, square)
         print(f"| {bits} bits | {output_error(weight, level.decode(), hessian):.4g} | {theirs} |")
-    for level, (pruned, _) in zip(
-        parse_sparsities(SPARSITIES), sparsegpt(weight, factor, parse_sparsities(SPARSITIES)), strict=True
-    ):
-        sparsity = float(level.share)
-        theirs = "-" if arguments.no_oracle else _text(oracle.sparsegpt(wide, square, sparsity), wide, square)
-        print(f"| {level.label} sparse | {output_error(weight, pruned, hessian):.4g} | {theirs} |")
+    sparsities = parse_sparsities(SPARSITIES)
+    for sparsity, (pruned, _) in zip(sparsities, sparsegpt(weight, factor, sparsities), strict=True):
+        share = float(sparsity.share)
+        theirs = "-" if arguments.no_oracle else _text(oracle.sparsegpt(wide, square, share), wide, square)
+        print(f"| {sparsity.label} sparse | {output_error(weight, pruned, hessian):.4g} | {theirs} |")
 
 
 def _text(compressed: oracle.Matrix, weight: oracle.Matrix, hessian: oracle.Matrix) -> str:

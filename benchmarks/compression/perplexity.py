@@ -53,9 +53,13 @@ def place(model: nn.Module, levels: Levels, level: int) -> None:
                 model.get_submodule(name).weight.data = weight
 
 
-def uniform(store: LevelStore, model: nn.Module, sequences: torch.Tensor) -> Iterator[tuple[str, float]]:
-    """(label, perplexity) of every level, for all units at once."""
+def uniform(
+    store: LevelStore, model: nn.Module, sequences: torch.Tensor, only: list[str] | None = None
+) -> Iterator[tuple[str, float]]:
+    """(label, perplexity) of every level (or of some), for all units at once."""
     for level, label in enumerate(store.units[0].levels):
+        if only and label not in only:
+            continue
         place(model, store, level)
         yield label, perplexity(model, sequences)
 
@@ -80,6 +84,7 @@ def main() -> None:
     parser.add_argument("method", nargs="?", choices=[*LEVELS, "drop"])
     parser.add_argument("--folder", type=Path, default=Path("build/perplexity"))
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--only", nargs="*", help="labels of the levels to measure")
     parser.add_argument("--length", type=int, default=512)
     arguments = parser.parse_args()
     folder: Path = arguments.folder
@@ -97,7 +102,7 @@ def main() -> None:
     if arguments.method == "drop":
         rows = dropped(loaded.model, sequences)
     else:
-        rows = uniform(open_store(folder / arguments.method, memory="packed"), loaded.model, sequences)
+        rows = uniform(open_store(folder / arguments.method, memory="packed"), loaded.model, sequences, arguments.only)
     with (folder / "perplexity.jsonl").open("a") as file:
         for label, value in rows:
             line = json.dumps({"method": arguments.method, "level": label, "perplexity": round(value, 3)})

@@ -34,7 +34,7 @@ def read_documents(spec: str, split: Split, characters: int | None = None) -> li
     if split not in ("calibration", "held_out"):
         raise TextError(f"split is {split!r}: use 'calibration' or 'held_out'")
     if spec == "pydoc":
-        documents: Iterable[str] = _divided(_pydoc(), split)
+        documents: Iterable[str] = _pydoc(split)
     elif Path(spec).expanduser().exists():
         documents = _divided(dict.fromkeys(_in_pieces(_local(Path(spec).expanduser()))), split)  # no text in both
     else:
@@ -45,10 +45,15 @@ def read_documents(spec: str, split: Split, characters: int | None = None) -> li
     return chosen
 
 
-def _pydoc() -> list[str]:
+def _pydoc(split: Split) -> list[str]:
+    """Topics of Python's help. A text that stands under two names is never held out: it may calibrate."""
     from pydoc_data.topics import topics
 
-    return [topics[name] for name in sorted(topics)]
+    named = [topics[name] for name in sorted(topics)]
+    calibration = list(_divided(named, "calibration"))
+    if split == "calibration":
+        return calibration
+    return [text for text in _divided(named, "held_out") if text not in calibration]
 
 
 def _local(path: Path) -> list[str]:

@@ -134,13 +134,19 @@ def test_an_interrupt_keeps_everything_and_says_how_to_resume(tmp_path: Path) ->
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignore"
     )
     journal = tmp_path / "tiny" / "journals" / "evopress-s0.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (journal.exists() and journal.stat().st_size > 20_000):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    shown, _ = process.communicate(timeout=30)
+    try:
+        shown, _ = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
     assert process.returncode == 130
     assert f"evo-hpo compare {plan} --root {tmp_path} --no-track --resume" in shown
     assert "Traceback" not in shown

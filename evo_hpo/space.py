@@ -18,8 +18,6 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from evo_hpo.counting import Counter
 from evo_hpo.errors import InfeasibleError, InvalidSpaceError
 from evo_hpo.repair import repair
@@ -433,8 +431,3 @@ def _first_duplicate(units: Sequence[Unit]) -> str:
             return unit.name
         seen.add(unit.name)
     return ""
-
-
-def level_array(assignments: Sequence[Assignment]) -> np.ndarray[Any, np.dtype[np.int16]]:
-    """Assignments as an array (assignments x units)."""
-    return np.asarray(assignments, dtype=np.int16)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from evo_hpo.space import Assignment, CompressionSpace, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["DropBlocks", "depth_space", "dropped", "ways_to_drop"]
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.tabular.bits import exchanged, random_design
+from benchmarks.tabular.fitting import fit, optimise
 from benchmarks.tabular.rows import Losses
-from benchmarks.tabular.surrogate import Features, Fit, fit, optimise
+from benchmarks.tabular.surrogate import Features, Fit
 from evo_hpo.budget import Budget
 from evo_hpo.problem import FunctionProblem, Minibatch, Problem, Score
 from evo_hpo.search import search

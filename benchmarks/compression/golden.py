@@ -22,12 +22,15 @@ BITS = (2, 3, 4, 5, 6)
 SPARSITIES = (0.3, 0.5, 0.7)
 
 
-def layer(rows: int = 1536, columns: int = 576, tokens: int = 8192, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Standard normal weights, and H = X^T X of Gaussian inputs whose covariance has eigenvalues 1/k."""
+def layer(rows: int = 1536, columns: int = 576, tokens: int = 3072, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard normal weights, and H = X^T X of Gaussian inputs: 128 common factors and noise of a fifth of their size.
+
+    Like the activations of a transformer, such inputs vary mostly in few directions.
+    """
     rng = np.random.default_rng(seed)
     weight = rng.normal(size=(1536, columns))[:rows]
-    basis = np.linalg.qr(rng.normal(size=(columns, columns)))[0]
-    inputs = rng.normal(size=(tokens, columns)) * np.arange(1, columns + 1) ** -0.5 @ basis.T
+    loadings = rng.normal(size=(128, columns)) / 128**0.5
+    inputs = rng.normal(size=(tokens, 128)) @ loadings + 0.2 * rng.normal(size=(tokens, columns))
     return torch.from_numpy(weight).float(), torch.from_numpy(inputs.T @ inputs).float()
 
 

@@ -64,18 +64,44 @@ def uniform(
         yield label, perplexity(model, sequences)
 
 
-def dropped(model: nn.Module, sequences: torch.Tensor, most: int = 8) -> Iterator[tuple[str, float]]:
-    """(count, perplexity) after dropping 0..most blocks, evenly spaced between the first and the last."""
+@torch.inference_mode()
+def block_influence(model: Any, sequences: torch.Tensor) -> list[float]:
+    """1 - mean cosine between what enters and what leaves each block (Men et al., 2024, ShortGPT): low is redundant."""
+    blocks = list(decoder_blocks(model).values())
+    sums = [0.0] * len(blocks)
+
+    def hook(number: int) -> Any:
+        def add(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            leaving = output[0] if isinstance(output, tuple) else output
+            cosine = nn.functional.cosine_similarity(arguments[0].float(), leaving.float(), dim=-1)
+            sums[number] += float((1 - cosine).sum())
+
+        return add
+
+    handles = [block.register_forward_hook(hook(number)) for number, block in enumerate(blocks)]
+    try:
+        for ids in torch.split(sequences, 2):
+            model(input_ids=ids, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [total / sequences.numel() for total in sums]
+
+
+def dropped(
+    model: nn.Module, sequences: torch.Tensor, order: list[int], only: list[str] | None = None
+) -> Iterator[tuple[str, float]]:
+    """(count, perplexity) after dropping the first 0, 1, ... blocks of `order`."""
     prefix = next(iter(decoder_blocks(model))).rpartition(".")[0]
     parent, _, attribute = prefix.rpartition(".")
     blocks = list(decoder_blocks(model).values())
-    for count in range(most + 1):
-        gone = {round((i + 1) * (len(blocks) - 1) / (count + 1)) for i in range(count)}
-        kept = [block for number, block in enumerate(blocks) if number not in gone]
+    for count in range(len(order) + 1):
+        kept = [block for number, block in enumerate(blocks) if number not in order[:count]]
         setattr(model.get_submodule(parent), attribute, nn.ModuleList(kept))
         config: Any = model.config
         config.num_hidden_layers = len(kept)
-        yield str(count), perplexity(model, sequences)
+        if not only or str(count) in only:
+            yield str(count), perplexity(model, sequences)
 
 
 def main() -> None:
@@ -86,6 +112,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--only", nargs="*", help="labels of the levels to measure")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--most", type=int, default=8, help="blocks to drop at most")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +127,10 @@ def main() -> None:
     loaded = load_model(MODEL)
     sequences = load_tokens("pydoc", loaded.tokenizer, arguments.length, arguments.tokens, split="held_out")
     if arguments.method == "drop":
-        rows = dropped(loaded.model, sequences)
+        influence = block_influence(loaded.model, load_tokens("pydoc", loaded.tokenizer, arguments.length, 4096))
+        order = sorted(range(len(influence)), key=influence.__getitem__)[: arguments.most]
+        print("blocks by rising influence:", {number: round(influence[number], 4) for number in order}, flush=True)
+        rows = dropped(loaded.model, sequences, order, arguments.only)
     else:
         rows = uniform(open_store(folder / arguments.method, memory="packed"), loaded.model, sequences, arguments.only)
     with (folder / "perplexity.jsonl").open("a") as file:

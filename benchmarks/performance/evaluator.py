@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--memory-tokens", type=int, default=131_072)
     parser.add_argument("--memory-passes", type=int, default=2048, help="tokens that the memory part really runs")
-    parser.add_argument("--dense-dtype", default="float32", choices=["float32", "float16"])
+    parser.add_argument("--dense-bits", type=int, default=16, choices=[16, 32])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = [sys.executable, "-m", "benchmarks.performance.evaluator", "--parts", "memory"]
         command += ["--memory-tokens", str(options.memory_tokens), "--model", options.model]
         command += ["--memory-passes", str(options.memory_passes)]
-        subprocess.run([*command, "--dense-dtype", options.dense_dtype], check=True)
+        subprocess.run([*command, "--dense-bits", str(options.dense_bits)], check=True)
     return None
 
 
@@ -94,7 +94,7 @@ def exactness(model: nn.Module, tokens: Tensor) -> None:
         "kl": {},
         "kl, no shared prefixes": {"state_bytes": 0},
         "kl, 2 sequences a batch": {"batch_size": 2},
-        "kl, dense vectors in float16": {"dense_dtype": torch.float16},
+        "kl, dense vectors in 32 bits": {"dense_bits": 32},
         "perplexity": {"fitness": "perplexity"},
     }.items():
         evaluator = Evaluator(model, levels, tokens, **settings)  # type: ignore[arg-type]
@@ -177,7 +177,7 @@ def memory(options: argparse.Namespace) -> None:
     pool = text.repeat(-(-options.memory_tokens // text.numel()), 1)[: options.memory_tokens // LENGTH]
     levels = RoundedLevels(loaded.model, (2, 3, 4))
     start = _peak()
-    evaluator = Evaluator(loaded.model, levels, pool, dense_dtype=getattr(torch, options.dense_dtype))
+    evaluator = Evaluator(loaded.model, levels, pool, dense_bits=options.dense_bits)
     minibatch = Minibatch(0, min(options.memory_passes, options.memory_tokens))
     _, candidates = offspring(levels.units, 2, seed=0)
     evaluator.score(candidates[:1], minibatch)
@@ -189,7 +189,7 @@ def memory(options: argparse.Namespace) -> None:
     evaluator.score(candidates[1:], minibatch)
     held = evaluator.report()["dense_bytes"] / (len(pool) * (LENGTH - 1))
     weight = next(loaded.model.parameters())
-    print(f"\nmemory, {options.memory_tokens} calibration tokens, dense vectors in {options.dense_dtype}")
+    print(f"\nmemory, {options.memory_tokens} calibration tokens, dense side in {options.dense_bits} bits")
     print(f"dense side {held:.0f} bytes a token (logits in 16 bits: {2 * weight.shape[0]})")
     print(f"peak resident memory {_peak():.2f} GiB; before the evaluator {start:.2f} GiB (model, making three levels)")
 

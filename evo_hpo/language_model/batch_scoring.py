@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evo_hpo.language_model.divergence import DenseSide, Fitness
+from evo_hpo.language_model.dense import DenseSide, PackedSide, joined
+from evo_hpo.language_model.divergence import Fitness
 from evo_hpo.language_model.pool import WorkerPool
 from evo_hpo.language_model.prefixes import Signature, signature
 from evo_hpo.language_model.racing import race
@@ -46,12 +46,12 @@ class BatchScorer:
     fitness: Fitness
     units_of_blocks: Sequence[Sequence[int]]
     batch_size: int
-    dense_dtype: torch.dtype
+    dense_bits: int
     top_k: int
     state_bytes: int
     early_stopping: bool
     reference: ReferenceStates
-    dense: dict[int, DenseSide] = field(default_factory=dict)
+    dense: dict[int, DenseSide | PackedSide] = field(default_factory=dict)
     known: dict[Assignment, Sums] = field(default_factory=dict)
     known_seed: int | None = None
 
@@ -147,7 +147,7 @@ class BatchScorer:
                 [todo[i] for i in members],
                 [signatures[i] for i in members],
                 self.tokens[list(batch[0])],
-                None if self.fitness == "perplexity" else _stack([self.dense[s] for s in batch[0]]),
+                None if self.fitness == "perplexity" else joined([self.dense[s] for s in batch[0]]),
                 self.state_bytes,
                 self.reference.get(batch[0]),
                 bring_paths,
@@ -161,18 +161,7 @@ class BatchScorer:
         if self.fitness == "perplexity":
             return
 
-        def task(sequence: int) -> Callable[[Worker], tuple[int, DenseSide]]:
-            return lambda worker: (sequence, worker.dense(self.tokens[[sequence]], self.dense_dtype, self.top_k))
+        def task(sequence: int) -> Callable[[Worker], tuple[int, DenseSide | PackedSide]]:
+            return lambda worker: (sequence, worker.dense(self.tokens[[sequence]], self.dense_bits, self.top_k))
 
         self.dense.update(self.pool.map([task(s) for s in sequences if s not in self.dense]))
-
-
-def _stack(sides: Sequence[DenseSide]) -> DenseSide:
-    if len(sides) == 1:
-        return sides[0]
-    entries = [s.entries for s in sides if s.entries is not None]
-    return DenseSide(
-        torch.cat([s.vectors for s in sides]),
-        torch.cat([s.constants for s in sides]),
-        torch.cat(entries) if entries else None,
-    )

@@ -6,60 +6,44 @@ constant: its logits are made once, ever, and a candidate costs one log-normalis
 h_p . e - lse(z_p) with the e that is stored, so that rounding e to 16 bits leaves KL(p || p) = 0 and errs by
 (h_p - h_q) . (rounding) only. Where the architecture caps its logits this algebra does not hold, and where logits are
 rounded to 16 bits their errors would not cancel: hidden states are stored instead, and a chunk of the uncompressed
-model's logits is made once for a group of waiting candidates.
+model's logits is made once for a group of waiting candidates, its normaliser on the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from evo_hpo.language_model.dense import DenseSide, PackedSide, pack
 from evo_hpo.language_model.head import OutputHead
 
-__all__ = ["DenseSide", "Fitness", "dense_side", "divergences", "cross_entropies"]
+__all__ = ["Fitness", "cross_entropies", "dense_side", "divergences"]
 
 Fitness = Literal["kl", "perplexity", "topk_kl"]
 
 
-@dataclass(frozen=True, slots=True)
-class DenseSide:
-    """What is kept of the uncompressed model for some tokens.
+def dense_side(head: OutputHead, hidden: Tensor, fitness: Fitness, bits: int, top_k: int) -> DenseSide | PackedSide:
+    """What has to be kept of the uncompressed model's final hidden states (tokens x hidden).
 
-    Attributes:
-        vectors: expected embedding or final hidden state, tokens x hidden (top-k: log-probabilities, tokens x k).
-        constants: float64, one a token.
-        entries: top-k only: vocabulary entries, int32, tokens x k.
+    Args:
+        bits: of each kept number: 16 or 32. Hidden states of 16-bit models are kept as they are.
     """
-
-    vectors: Tensor
-    constants: Tensor
-    entries: Tensor | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
-        parts = [self.vectors, self.constants, *([] if self.entries is None else [self.entries])]
-        return sum(p.numel() * p.element_size() for p in parts)
-
-
-def dense_side(head: OutputHead, hidden: Tensor, fitness: Fitness, dtype: torch.dtype, top_k: int) -> DenseSide:
-    """What has to be kept of the uncompressed model's final hidden states (tokens x hidden)."""
     hidden = head.scaled(hidden)
-    normaliser = head.log_normaliser(hidden)
     if fitness == "topk_kl":
-        return _dense_top(head, hidden, normaliser, top_k)
+        return _dense_top(head, hidden, head.log_normaliser(hidden), top_k)
     if not head.linear:
-        stored = hidden.to(dtype) if hidden.dtype == torch.float32 else hidden
-        return DenseSide(stored, head.log_normaliser(stored.to(hidden.dtype)).double())
-    size = head.chunk.tokens
+        return pack(hidden) if bits == 16 and hidden.dtype == torch.float32 else DenseSide(hidden)
+    size, normaliser = head.chunk.tokens, head.log_normaliser(hidden)
     parts = zip(torch.split(hidden, size), torch.split(normaliser, size), strict=True)
-    stored = torch.cat([_expected_embedding(head, part, norm).to(dtype) for part, norm in parts])
-    constants = (hidden.double() * stored.double()).sum(-1) - normaliser.double()
-    return DenseSide(stored, constants)
+    expected = torch.cat([_expected_embedding(head, part, norm) for part, norm in parts])
+
+    def constants(stored: Tensor) -> Tensor:
+        return (hidden.double() * stored.double()).sum(-1) - normaliser.double()
+
+    return pack(expected, constants) if bits == 16 else DenseSide(expected, constants(expected))
 
 
 def _expected_embedding(head: OutputHead, hidden: Tensor, normaliser: Tensor) -> Tensor:
@@ -90,45 +74,52 @@ def divergences(head: OutputHead, finals: Sequence[Tensor], dense: DenseSide) ->
     finals = [head.scaled(f) for f in finals]
     if dense.entries is not None:
         return [_top_divergence(head, f, dense, dense.entries) for f in finals]
-    if head.linear:
-        return [
-            head.log_normaliser(f).double() + dense.constants - (f.double() * dense.vectors.double()).sum(-1)
-            for f in finals
-        ]
+    if dense.constants is not None:
+        vectors, constants = dense.vectors.double(), dense.constants
+        return [head.log_normaliser(f).double() + constants - (f.double() * vectors).sum(-1) for f in finals]
+    size = head.chunk.tokens
     parts = [
-        _pairwise(head, [f[i : i + head.chunk.tokens] for f in finals], dense, slice(i, i + head.chunk.tokens))
-        for i in range(0, len(dense.constants), head.chunk.tokens)
+        _pairwise(head, [f[i : i + size] for f in finals], dense.vectors[i : i + size])
+        for i in range(0, len(dense.vectors), size)
     ]
     return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
 
-def _pairwise(head: OutputHead, finals: Sequence[Tensor], dense: DenseSide, tokens: slice) -> list[Tensor]:
-    """For some tokens: each chunk of the uncompressed model's logits is made once for all candidates."""
-    own, normaliser = dense.vectors[tokens].to(finals[0].dtype), dense.constants[tokens].float()
-    entropy = torch.zeros_like(normaliser, dtype=torch.float64)
+def _pairwise(head: OutputHead, finals: Sequence[Tensor], own: Tensor) -> list[Tensor]:
+    """For some tokens: each chunk of the uncompressed model's logits is made once for all candidates.
+
+    Every sum is taken relative to the largest logit so far: of the uncompressed model for sums weighted by p, of the
+    candidate for its normaliser.
+    """
+    own = own.to(finals[0].dtype)
+    shift = own.new_full((len(own),), -1e30, dtype=torch.float32)
+    mass = torch.zeros_like(shift)
+    entropy = torch.zeros_like(shift, dtype=torch.float64)
     crossed = [torch.zeros_like(entropy) for _ in finals]
-    totals = [torch.zeros_like(normaliser) for _ in finals]
-    shifts = [normaliser for _ in finals]  # the largest logit so far, and at least where the dense model's mass is
+    totals, shifts = [mass for _ in finals], [shift for _ in finals]
     for entries in head.entries():
-        log_p = head.logits(own, entries).sub_(normaliser[:, None])
-        p = log_p.exp()
-        entropy += log_p.mul_(p).sum(-1)
+        logits = head.logits(own, entries)
+        largest = torch.maximum(shift, logits.amax(-1))
+        fade, drop, shift = (shift - largest).exp(), (shift - largest) * mass, largest
+        p = logits.sub_(shift[:, None]).exp()
+        entropy = fade * (entropy + drop) + logits.mul_(p).sum(-1)
+        mass = fade * mass + p.sum(-1)
         for i, final in enumerate(finals):
-            logits = head.logits(final, entries).sub_(normaliser[:, None])
-            crossed[i] += torch.linalg.vecdot(p, logits)
-            shift = torch.maximum(shifts[i], logits.amax(-1) + normaliser)
-            totals[i] = totals[i] * (shifts[i] - shift).exp() + logits.sub_((shift - normaliser)[:, None]).exp_().sum(
-                -1
-            )
-            shifts[i] = shift
+            logits = head.logits(final, entries).sub_(shift[:, None])
+            crossed[i] = fade * (crossed[i] + drop) + torch.linalg.vecdot(p, logits)
+            top = torch.maximum(shifts[i], logits.amax(-1) + shift)
+            now = logits.sub_((top - shift)[:, None]).exp_().sum(-1)
+            totals[i], shifts[i] = totals[i] * (shifts[i] - top).exp() + now, top
+    weight = mass.double()
     return [
-        entropy - cross + (shift - normaliser).double() + total.double().log()
-        for cross, total, shift in zip(crossed, totals, shifts, strict=True)
+        (entropy - cross) / weight - weight.log() + (top - shift).double() + total.double().log()
+        for cross, total, top in zip(crossed, totals, shifts, strict=True)
     ]
 
 
 def _top_divergence(head: OutputHead, final: Tensor, dense: DenseSide, entries: Tensor) -> Tensor:
     log_p, tail_p = dense.vectors.double(), dense.constants
+    assert tail_p is not None
     log_q = head.selected(final, entries.long()).double() - head.log_normaliser(final).double()[:, None]
     tail_q = torch.log((1 - log_q.exp().sum(-1)).clamp_min(1e-9))
     return (log_p.exp() * (log_p - log_q)).sum(-1) + tail_p.exp() * (tail_p - tail_q)

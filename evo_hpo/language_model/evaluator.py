@@ -19,7 +19,8 @@ from evo_hpo.compression.levels import Levels
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.language_model.batch_scoring import BatchScorer, Sums
 from evo_hpo.language_model.compiling import compile_blocks
-from evo_hpo.language_model.divergence import DenseSide, Fitness
+from evo_hpo.language_model.dense import DenseSide, PackedSide
+from evo_hpo.language_model.divergence import Fitness
 from evo_hpo.language_model.gates import GatedModel
 from evo_hpo.language_model.head import Chunk, OutputHead
 from evo_hpo.language_model.identity import context_hash, model_hash
@@ -57,8 +58,8 @@ class Evaluator:
         compile: torch.compile each decoder block; eager, with one logged line, where that fails.
         measure: choose batch_size, chunk and threads by a few forward passes where they are not given; the choice is
             kept in the cache file and used again, because it decides the last bits of a loss.
-        dense_dtype: how the uncompressed model's vectors are kept: float32 (hidden x 4 bytes a token), or float16 (half
-            of that; losses then err by up to 1e-4 of themselves).
+        dense_bits: of each number that is kept of the uncompressed model: 16 (hidden x 2 bytes a token in all), or 32,
+            for levels so close to it that a loss of 0.01 nats must be right to five digits.
         top_k: entries of "topk_kl".
         state_bytes: memory a replica may spend on block inputs kept for candidates with a common prefix.
         reference_bytes: memory for block inputs of the best assignment on a minibatch that is used again.
@@ -82,7 +83,7 @@ class Evaluator:
         threads: int | None = None,
         compile: bool = False,
         measure: bool = False,
-        dense_dtype: torch.dtype = torch.float32,
+        dense_bits: int = 16,
         top_k: int = 128,
         state_bytes: int = 1 << 28,
         reference_bytes: int = 1 << 29,
@@ -94,6 +95,8 @@ class Evaluator:
         if calibration_tokens.dim() != 2 or min(calibration_tokens.shape) < 1 or calibration_tokens.shape[1] < 2:
             shape = tuple(calibration_tokens.shape)
             raise InvalidSettingError(f"calibration tokens have shape {shape}: give sequences x length, length >= 2")
+        if dense_bits not in (16, 32):
+            raise InvalidSettingError(f"dense_bits={dense_bits} must be 16 or 32")
         for name, value in (("batch_size", batch_size), ("threads", threads), ("top_k", top_k)):
             if value is not None and value < 1:
                 raise InvalidSettingError(f"{name}={value} must be at least 1")
@@ -115,7 +118,7 @@ class Evaluator:
             fitness,
             blocks_of_units(levels.units, self.blocks),
             batch_size or (1 if on_cpu else max(1, 8192 // self.length)),
-            dense_dtype,
+            dense_bits,
             top_k,
             state_bytes,
             early_stopping,
@@ -127,7 +130,7 @@ class Evaluator:
         if measure:
             self._measure(batch_size, chunk, threads)
         self.compiled = compile and compile_blocks(self.pool, levels, self.tokens[: self._batches.batch_size])
-        self._held_out: dict[str, list[DenseSide]] = {}
+        self._held_out: dict[str, list[DenseSide | PackedSide]] = {}
 
     def _worker(self, model: nn.Module, example: Tensor, lock: threading.Lock) -> Worker:
         gated = GatedModel(model, example)
@@ -242,7 +245,7 @@ class Evaluator:
         key = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
         rows = torch.split(ids, self._batches.batch_size)
         if key not in self._held_out:
-            make = [lambda w, r=row: w.dense(r, self._batches.dense_dtype, self._batches.top_k, "kl") for row in rows]
+            make = [lambda w, r=row: w.dense(r, self._batches.dense_bits, self._batches.top_k, "kl") for row in rows]
             self._held_out[key] = self.pool.map(make)
         sides = self._held_out[key]
         tasks = [lambda w, r=row, d=side: w.both(assignment, r, d) for row, side in zip(rows, sides, strict=True)]
@@ -260,11 +263,11 @@ class Evaluator:
 
     def context(self) -> str:
         """Hash of everything a loss depends on besides assignment and minibatch."""
-        settings = (self.fitness, self._batches.dense_dtype, self._batches.top_k)
+        settings = (self.fitness, self._batches.dense_bits, self._batches.top_k)
         return context_hash(self._model_hash, self.levels.fingerprint, settings, self.tokens)
 
     @property
-    def dense(self) -> dict[int, DenseSide]:
+    def dense(self) -> dict[int, DenseSide | PackedSide]:
         """What is kept of the uncompressed model, by sequence of the pool."""
         return self._batches.dense
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from evo_hpo.language_model.divergence import DenseSide, Fitness, cross_entropies, dense_side, divergences
+from evo_hpo.language_model.dense import DenseSide, PackedSide
+from evo_hpo.language_model.divergence import Fitness, cross_entropies, dense_side, divergences
 from evo_hpo.language_model.gates import GatedModel
 from evo_hpo.language_model.head import OutputHead
 from evo_hpo.language_model.prefixes import Signature, plan_visits, shared_prefix
@@ -52,12 +53,12 @@ class Worker:
     group: int = 16
     timing: Timing = field(default_factory=Timing)
 
-    def dense(self, ids: Tensor, dtype: torch.dtype, top_k: int, fitness: Fitness | None = None) -> DenseSide:
+    def dense(self, ids: Tensor, bits: int, top_k: int, fitness: Fitness | None = None) -> DenseSide | PackedSide:
         """What must be kept of the uncompressed model for these sequences."""
         with torch.inference_mode():
             self.switch.set(None)
             final, _ = self.gated.final_hidden(ids)
-            return dense_side(self.head, _flat(final), fitness or self.fitness, dtype, top_k)
+            return dense_side(self.head, _flat(final), fitness or self.fitness, bits, top_k)
 
     def run(
         self,
@@ -115,12 +116,12 @@ class Worker:
             self._settle(waiting, ids, dense, sums)
         return sums, paths
 
-    def both(self, assignment: Assignment | None, ids: Tensor, dense: DenseSide) -> Tensor:
+    def both(self, assignment: Assignment | None, ids: Tensor, dense: DenseSide | PackedSide) -> Tensor:
         """KL divergence and cross-entropy summed over each sequence's positions, nats, float64, 2 x sequences."""
         with torch.inference_mode():
             self.switch.set(assignment)
             final = _flat(self.gated.final_hidden(ids)[0])
-            divergence = divergences(self.head, [final], dense)[0]
+            divergence = divergences(self.head, [final], dense.open())[0]
             loss = cross_entropies(self.head, final, ids[:, 1:].reshape(-1))
             return torch.stack([x.view(len(ids), -1).sum(-1) for x in (divergence, loss)])
 

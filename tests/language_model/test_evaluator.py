@@ -136,19 +136,6 @@ def test_top_k_divergence_pools_the_tail(llama: tuple[nn.Module, RoundedLevels])
     assert loss == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_sixteen_bit_dense_vectors_take_half_the_memory_and_stay_close(name: str) -> None:
-    model = tiny_model(name)
-    levels = RoundedLevels(model)
-    candidates = random_assignments(3, len(levels.units), 3)
-    exact = Evaluator(model, levels, tiny_tokens(), threads=1)
-    half = Evaluator(model, levels, tiny_tokens(), threads=1, dense_dtype=torch.float16)
-    np.testing.assert_allclose(_losses(half, candidates), _losses(exact, candidates), rtol=2e-3)
-    positions = 7 * (LENGTH - 1)
-    assert exact.report()["dense_bytes"] == positions * (32 * 4 + 8)
-    assert half.report()["dense_bytes"] == positions * (32 * 2 + 8)
-
-
 def test_losses_of_each_sequence_average_to_the_loss(llama: tuple[nn.Module, RoundedLevels]) -> None:
     evaluator = _evaluator(llama)
     candidate = random_assignments(1, len(llama[1].units), 3)[0]
@@ -167,7 +154,7 @@ def test_held_out_figures_equal_the_plain_computation(name: str) -> None:
     divergence, entropy = plain_losses(lambda: tiny_model(name), levels, candidate, held_out)
     assert figures["loss"] == pytest.approx(float(divergence.mean()), rel=1e-5)
     assert figures["perplexity"] == pytest.approx(math.exp(float(entropy.mean())), rel=1e-5)
-    np.testing.assert_allclose(figures["losses"], divergence.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(figures["losses"], divergence.mean(1), rtol=2e-5)  # of 8 tokens in 16 bits each
     np.testing.assert_allclose(figures["cross_entropies"], entropy.mean(1), rtol=1e-5)
     assert abs(evaluator.evaluate_held_out(None, held_out)["loss"]) < 1e-6
 
@@ -191,7 +178,7 @@ def test_a_dropped_module_contributes_nothing(name: str, outputs: tuple[str, str
                 last = modules[f"{unit.name}.{outputs[number >= len(levels.units) // 2]}"]
                 for parameter in last.parameters():
                     nn.init.zeros_(parameter)
-        assert loss == pytest.approx(_divergence(model, plain), rel=1e-5)
+        assert loss == pytest.approx(_divergence(model, plain), rel=1e-5, abs=1e-6)
 
 
 def test_a_dropped_block_passes_its_input_on() -> None:

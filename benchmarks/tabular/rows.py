@@ -13,7 +13,9 @@ from evo_hpo.space import Assignment
 __all__ = ["Losses", "Rows"]
 
 Losses = tuple[float, ...]
-"""KL(dense || compressed) of each sequence, mean over its predicted positions, nats a token; lower is better."""
+"""KL(dense || compressed) of each sequence, mean over its predicted positions, nats a token; lower is better.
+
+In the order of the evaluator's minibatch."""
 
 
 class Rows:

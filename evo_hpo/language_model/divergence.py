@@ -92,28 +92,18 @@ def _pairwise(head: OutputHead, finals: Sequence[Tensor], own: Tensor) -> list[T
     candidate for its normaliser.
     """
     own = own.to(finals[0].dtype)
-    shift = own.new_full((len(own),), -1e30, dtype=torch.float32)
-    mass = torch.zeros_like(shift)
-    entropy = torch.zeros_like(shift, dtype=torch.float64)
-    crossed = [torch.zeros_like(entropy) for _ in finals]
-    totals, shifts = [mass for _ in finals], [shift for _ in finals]
-    for entries in head.entries():
-        logits = head.logits(own, entries)
-        largest = torch.maximum(shift, logits.amax(-1))
-        fade, drop, shift = (shift - largest).exp(), (shift - largest) * mass, largest
-        p = logits.sub_(shift[:, None]).exp()
-        entropy = fade * (entropy + drop) + logits.mul_(p).sum(-1)
-        mass = fade * mass + p.sum(-1)
+    top = own.new_full((len(own),), -1e30, dtype=torch.float32)
+    mass = torch.zeros_like(top)
+    entropy = torch.zeros_like(top, dtype=torch.float64)
+    sums = [(entropy, top, mass) for _ in finals]
+    for part in head.parts():
+        p, top, mass, entropy, fade, drop = head.kernels.dense_sums(own, part, top, mass, entropy)
         for i, final in enumerate(finals):
-            logits = head.logits(final, entries).sub_(shift[:, None])
-            crossed[i] = fade * (crossed[i] + drop) + torch.linalg.vecdot(p, logits)
-            top = torch.maximum(shifts[i], logits.amax(-1) + shift)
-            now = logits.sub_((top - shift)[:, None]).exp_().sum(-1)
-            totals[i], shifts[i] = totals[i] * (shifts[i] - top).exp() + now, top
+            sums[i] = head.kernels.candidate_sums(final, part, p, top, fade, drop, sums[i])
     weight = mass.double()
     return [
-        (entropy - cross) / weight - weight.log() + (top - shift).double() + total.double().log()
-        for cross, total, top in zip(crossed, totals, shifts, strict=True)
+        (entropy - crossed) / weight - weight.log() + (highest - top).double() + total.double().log()
+        for crossed, highest, total in sums
     ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from evo_hpo.errors import ModelError
+from evo_hpo.language_model.kernels import Kernels, Part, logits_of
 
 __all__ = ["Chunk", "OutputHead"]
 
@@ -43,6 +44,7 @@ class OutputHead:
         self.weight = weight.data
         self.bias = None if bias is None else bias.data
         self.chunk = Chunk()
+        self.kernels = Kernels()
         config = getattr(model, "config", None)
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
         self.cap: float | None = getattr(text, "final_logit_softcapping", None) or None
@@ -69,12 +71,20 @@ class OutputHead:
 
     def logits(self, hidden: Tensor, entries: slice) -> Tensor:
         """Logits of some vocabulary entries (tokens x entries), float32. ``hidden`` comes from :meth:`scaled`."""
-        bias = None if self.bias is None else self.bias[entries] * self.scale
-        return self._activate(functional.linear(hidden, self.weight[entries], bias).float())
+        return logits_of(hidden, self.part(entries))
+
+    def part(self, entries: slice) -> Part:
+        """The rows of the head for some vocabulary entries."""
+        return self.weight[entries], None if self.bias is None else self.bias[entries] * self.scale, self.cap
 
     def scaled(self, hidden: Tensor) -> Tensor:
         """Hidden states with the architecture's logit scale multiplied in."""
         return hidden if self.scale == 1.0 else hidden * self.scale
+
+    def parts(self) -> Iterator[Part]:
+        """The head in chunks of the vocabulary."""
+        for entries in self.entries():
+            yield self.part(entries)
 
     def entries(self) -> Iterator[slice]:
         """The vocabulary in chunks."""
@@ -88,24 +98,16 @@ class OutputHead:
         return torch.cat(parts)
 
     def _log_normaliser(self, hidden: Tensor) -> Tensor:
+        total = hidden.new_zeros(len(hidden), dtype=torch.float32)
         if hidden.device.type == "cpu":  # logits rarely need a shift, and finding out costs no wait on a CPU
-            total = hidden.new_zeros(len(hidden), dtype=torch.float32)
-            for entries in self.entries():
-                total += self.logits(hidden, entries).exp_().sum(-1)
+            for part in self.parts():
+                total += self.kernels.exp_sums(hidden, part)
             if bool(torch.isfinite(total).all()) and float(total.min()) > 1e-20:
                 return total.log_()
-        largest: Tensor | None = None
-        for entries in self.entries():
-            logits = self.logits(hidden, entries)
-            top = logits.amax(-1)
-            if largest is None:
-                largest, total = top, logits.sub_(top[:, None]).exp_().sum(-1)
-            else:
-                new = torch.maximum(largest, top)
-                total = total * (largest - new).exp() + logits.sub_(new[:, None]).exp_().sum(-1)
-                largest = new
-        assert largest is not None
-        return largest + total.log()
+        top, total = torch.full_like(total, -1e30), torch.zeros_like(total)
+        for part in self.parts():
+            top, total = self.kernels.running_sums(hidden, part, top, total)
+        return top + total.log()
 
     def selected(self, hidden: Tensor, entries: Tensor) -> Tensor:
         """Logits of chosen entries (tokens x k) for entry numbers (tokens x k)."""

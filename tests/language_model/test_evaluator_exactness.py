@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from evo_hpo.language_model import head, kernels
 from evo_hpo.language_model.evaluator import Evaluator
-from evo_hpo.language_model.head import Chunk, OutputHead
+from evo_hpo.language_model.head import Chunk
+from evo_hpo.language_model.kernels import Part, logits_of
 from evo_hpo.language_model.sampling import sequences_of
 from evo_hpo.problem import Minibatch
 from tests.language_model.tiny import (
@@ -65,14 +67,14 @@ def test_no_logits_of_a_whole_sequence_are_ever_made(name: str, monkeypatch: pyt
     levels = RoundedLevels(model)
     evaluator = Evaluator(model, levels, tiny_tokens(), threads=1, chunk=Chunk(tokens=4, vocabulary=16))
     sizes: list[int] = []
-    logits = OutputHead.logits
 
-    def watched(self: OutputHead, hidden: torch.Tensor, entries: slice) -> torch.Tensor:
-        result = logits(self, hidden, entries)
+    def watched(hidden: torch.Tensor, part: Part) -> torch.Tensor:
+        result = logits_of(hidden, part)
         sizes.append(result.numel())
         return result
 
-    monkeypatch.setattr(OutputHead, "logits", watched)
+    for module in (kernels, head):
+        monkeypatch.setattr(module, "logits_of", watched)
     candidate = random_assignments(1, len(levels.units), 3)[0]
     loss = evaluator.score([candidate], MINIBATCH)[0].loss
     assert loss == pytest.approx(_expected(name, levels, candidate, "kl"), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Which of Nevergrad's optimizers cannot work here, and why. Found by ``benchmarks.encodings.nevergrad_sweep``."""
+"""Which of Nevergrad's optimizers cannot work here, and why. Found by ``benchmarks.searchers.nevergrad_sweep``."""
 
 from __future__ import annotations
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from benchmarks.searchers import measure as measurement
 from benchmarks.searchers.generations import generations
+from benchmarks.searchers.lineup import LINEUP, SUITES
+from benchmarks.searchers.measure import measure
 from benchmarks.searchers.overhead import overhead
 from benchmarks.searchers.table import gaps, table
 
 
-@pytest.mark.parametrize("label", [label for label in measurement.LINEUP if not label.startswith(("optuna", "never"))])
+@pytest.mark.parametrize("label", [label for label in LINEUP if not label.startswith(("optuna", "never"))])
 def test_every_entry_of_the_line_up_runs(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(measurement.SUITES, "hits", (measurement.HITS, 30, 1))
-    row = measurement.measure("8008, 0.1", label, 0, "hits")
+    monkeypatch.setitem(SUITES, "hits", replace(SUITES["hits"], evaluations=30))
+    row = measure("8008, 0.1", label, 0, "hits")
     assert row["evaluations"] <= 30
     assert row["optimum"] - 1e-9 <= row["loss"]
 

@@ -1,6 +1,6 @@
 """Which of Nevergrad's registered optimizers work on a compression space: run each, twice, with failures mixed in.
 
-    python -m benchmarks.encodings.nevergrad_sweep sweep.jsonl
+    python -m benchmarks.searchers.nevergrad_sweep sweep.jsonl
 
 Each optimizer searches 12 units of 4 levels for 60 trials, of which every ninth fails, in a forked process of its own
 with a time limit. A line a result; names already in the file are skipped.

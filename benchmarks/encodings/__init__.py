@@ -1,1 +1,0 @@
-"""Measured: which encodings suit which optimizer, and which of Nevergrad's optimizers work here at all."""

@@ -1,0 +1,125 @@
+"""What is measured: searchers and encodings by label, and suites of synthetic problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ENCODED", "EQUAL", "HITS", "LINEUP", "SUITES", "Named", "Suite"]
+
+Named = dict[str, tuple[str, dict[str, Any]]]
+"""Label -> name and settings."""
+
+LINEUP: Named = {
+    "uniform": ("uniform", {}),
+    "random": ("random", {}),
+    "best_of_random": ("best_of_random", {}),
+    "local_search": ("local_search", {}),
+    "simulated_annealing": ("simulated_annealing", {}),
+    "genetic": ("genetic", {}),
+    "greedy": ("greedy", {}),
+    "dynamic_programming": ("dynamic_programming", {}),
+    "dynamic_programming, one solution": ("dynamic_programming", {"refine": False}),
+    "integer_programming": ("integer_programming", {}),
+    "trust_region": ("trust_region", {}),
+    "evopress": ("evopress", {}),
+    "evopress, within groups": ("evopress", {"cross_group": 0.0}),
+    "evopress, lambda 1": ("evopress", {"offspring": 1}),
+    "evopress, lambda 4": ("evopress", {"offspring": 4}),
+    "evopress, restarts": ("evopress", {"widen_after": 5, "restart_after": 20}),
+    "evopress, population 4": ("evopress", {"survivors": (4,)}),
+    "evopress from dynamic_programming": ("evopress", {"init": "dynamic_programming"}),
+    "evopress from trust_region": ("evopress", {"init": "trust_region"}),
+    "multi_step:random": ("multi_step:random", {}),
+    "optuna:cmaes": ("optuna:cmaes", {}),
+    "optuna:nsga2": ("optuna:nsga2", {}),
+    "optuna:qmc": ("optuna:qmc", {}),
+    "nevergrad:DiscreteOnePlusOne": ("nevergrad:DiscreteOnePlusOne", {}),
+    "nevergrad:DiscreteLenglerOnePlusOne": ("nevergrad:DiscreteLenglerOnePlusOne", {}),
+    "nevergrad:CMA": ("nevergrad:CMA", {}),
+    "nevergrad:NGOpt": ("nevergrad:NGOpt", {}),
+    "optuna:tpe": ("optuna:tpe", {}),
+}
+"""Searchers; those of other libraries with their default encodings."""
+
+_BOTH = ("repaired", "projection", "native", "keys", "penalty")
+ENCODED: Named = {
+    f"{searcher} / {encoding}": (searcher, {"encoding": encoding})
+    for searcher, encodings in {
+        "nevergrad:DiscreteOnePlusOne": _BOTH,
+        "nevergrad:DiscreteLenglerOnePlusOne": _BOTH,
+        "nevergrad:CMA": _BOTH,
+        "nevergrad:NGOpt": _BOTH,
+        "nevergrad:TwoPointsDE": _BOTH,
+        "optuna:cmaes": (*_BOTH, "set_constraint"),
+        "optuna:nsga2": (*_BOTH, "set_constraint"),
+        "optuna:tpe": (*_BOTH, "set_constraint", "sequential"),
+    }.items()
+    for encoding in encodings
+} | {"evopress": ("evopress", {}), "random": ("random", {})}
+"""Optimizers of other libraries under every encoding, and two of ours to compare."""
+
+_DROP = {"levels": 2, "exact": True}
+HITS: Named = {
+    "8008, 0.1": ("interacting", {"units": 16, "tightness": 0.375, "interaction": 0.1, **_DROP}),
+    "8008, 0.35": ("interacting", {"units": 16, "tightness": 0.375, "interaction": 0.35, **_DROP}),
+    "125970, 0.1": ("interacting", {"units": 20, "tightness": 0.4, "interaction": 0.1, **_DROP}),
+    "125970, 0.35": ("interacting", {"units": 20, "tightness": 0.4, "interaction": 0.35, **_DROP}),
+}
+"""Dropping 6 of 16 and 8 of 20 modules: number of assignments, standard deviation of the pairwise terms."""
+
+_BUDGETS = {"tight": 0.8, "loose": 0.4}  # share of the range of costs that the budget does not pay
+EQUAL: Named = {
+    f"{kind} {units} {budget}": (kind, {"units": units, "tightness": tightness})
+    for kind in ("additive", "interacting", "non_monotone")
+    for units in (30, 60, 210)
+    for budget, tightness in _BUDGETS.items()
+} | {
+    "unequal 60 tight": ("interacting", {"units": 60, "unequal": True, "tightness": 0.8}),
+    "unequal 60 loose": ("interacting", {"units": 60, "unequal": True, "tightness": 0.4}),
+    "unequal 210 loose": ("interacting", {"units": 210, "unequal": True, "tightness": 0.4, "interaction": 0.05}),
+    "noisy 60": ("noisy", {"units": 60, "noise": 0.3}),
+}
+"""Five levels; pairwise terms of standard deviation 0.1 (interacting) and 0.05 (non-monotone) unless said otherwise."""
+
+_ENCODING_PROBLEMS = (
+    "interacting 30 tight",
+    "interacting 30 loose",
+    "additive 30 tight",
+    "non_monotone 30 loose",
+    "interacting 60 tight",
+    "interacting 60 loose",
+    "unequal 60 loose",
+    "interacting 210 loose",
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Searchers x problems x seeds on equal evaluations.
+
+    Args:
+        problems: label -> problem and settings.
+        searchers: label -> searcher and settings.
+        evaluations: of each run.
+        seeds: runs of each searcher on each problem; every seed is another instance.
+        few: seeds of searchers that take over 20 ms a trial, by the start of their name.
+    """
+
+    problems: Named
+    searchers: Named
+    evaluations: int
+    seeds: int
+    few: tuple[tuple[str, int], ...] = (("optuna:tpe", 3),)
+
+    def seeds_of(self, label: str) -> int:
+        """How many seeds this searcher gets."""
+        return min([self.seeds, *(n for start, n in self.few if label.startswith(start))])
+
+
+SUITES: dict[str, Suite] = {
+    "hits": Suite(HITS, LINEUP, 800, 20),
+    "equal": Suite(EQUAL, LINEUP, 200, 10),
+    "encodings": Suite({name: EQUAL[name] for name in _ENCODING_PROBLEMS}, ENCODED, 200, 10),
+}
+"""200 evaluations are what a live search on a language model affords; 800 are the bar of the small spaces."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from evo_hpo.compression.compressor import Compressor, Inputs
 from evo_hpo.compression.hessian import BlockCalls, InputStatistics, capture_calls, run_block
 from evo_hpo.compression.manifest import Manifest, Plan
 from evo_hpo.compression.writing import StoreWriter
+from evo_hpo.errors import ModelError
+from evo_hpo.language_model.experts import fused_leftovers
 from evo_hpo.language_model.loading import LoadedModel
 from evo_hpo.language_model.structure import ROUTERS, decoder_blocks, is_transposed, linear_modules
 
@@ -49,6 +52,7 @@ def build_store(
         text: what the tokens are, for the plan.
     """
     chosen = linear_modules(loaded.model, include, exclude)
+    _refuse_leftovers(loaded.model, include, exclude)
     plan = Plan(
         model=loaded.name,
         model_fingerprint=loaded.fingerprint,
@@ -68,6 +72,24 @@ def build_store(
         assert tokens is not None
         builder.with_data(torch.split(tokens, max(1, batch_tokens // tokens.shape[1])))
     return builder.writer.finish()
+
+
+def _refuse_leftovers(model: nn.Module, include: str, exclude: str) -> None:
+    """Weights that cannot be taken apart into matrices are never left out in silence.
+
+    Raises:
+        ModelError: naming them and the expression that leaves them out knowingly.
+    """
+    for name, size in fused_leftovers(model).items():
+        if re.search(include, name) and not (exclude and re.search(exclude, name)):
+            raise ModelError(
+                f"{name!r} ({size} weights) holds its matrices in a layout that is not supported: leave them"
+                f" uncompressed with exclude={_either(exclude, name.rpartition('.')[2])!r}"
+            )
+
+
+def _either(*expressions: str) -> str:
+    return "|".join(expression for expression in expressions if expression)
 
 
 def _calibration(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from evo_hpo.errors import ModelError, PlanError
+from evo_hpo.language_model.experts import fuse_experts
 from evo_hpo.language_model.loading import load_model, load_tokenizer
 from evo_hpo.language_model.task import Factory
 from evo_hpo.profiles import read_profile
@@ -48,6 +49,7 @@ def export_profile(profile: Path, output: Path) -> dict[str, Any]:
     for unit, level in enumerate(levels):
         for name, weight in store.weights(unit, level).items():
             _set(modules[name], weight)
+    fuse_experts(loaded.model)
     loaded.model.save_pretrained(output)  # type: ignore[operator]
     load_tokenizer(task.model).save_pretrained(output)
     (output / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")

@@ -19,11 +19,12 @@ def depth_space(blocks: int, size: int, drop: int, prefix: str = "model.layers")
 
     Args:
         blocks: decoder blocks of the model, a multiple of ``size``.
+        size: 1, or 2 for pairs of consecutive blocks.
         drop: units that are dropped, no more and no fewer.
     """
     units = [
         Unit(
-            f"{prefix}.{first}" if size == 1 else f"{prefix}.{first}-{first + size - 1}",
+            f"{prefix}.{first}" if size == 1 else f"pairs.{first // size}",
             costs=(0, 1),
             group="block",
             levels=("dropped", "kept"),

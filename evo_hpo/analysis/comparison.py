@@ -209,6 +209,11 @@ class Comparison:
         top = uniform.loss if uniform is not None else max(seen, default=1.0)
         return best, (top - best) if top > best else 1.0
 
+    def slack(self, problem: str) -> float:
+        """How far above a target a loss may lie and still have reached it: the last digit."""
+        best, width = self.scale(problem)
+        return 1e-12 * max(abs(best), width)
+
     # ------------------------------------------------------------------ figures
 
     def anytime(self, problem: str | None = None, axis: str | None = None) -> Figure:

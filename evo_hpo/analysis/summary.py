@@ -154,7 +154,7 @@ def _area(comparison: Comparison, problem: str, label: str, axis: str) -> Interv
 def _running_times(comparison: Comparison, problem: str, label: str, axis: str) -> dict[float, float]:
     best, width = comparison.scale(problem)
     curves = [curve(r, axis) for r in comparison.of(problem, label) if r.finished]
-    slack = 1e-12 * max(abs(best), width)  # a loss that equals the optimum but for its last digit has reached it
+    slack = comparison.slack(problem)
     return {goal: expected_running_time(curves, best + width * goal / 100 + slack) for goal in GOALS}
 
 

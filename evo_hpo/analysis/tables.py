@@ -33,6 +33,7 @@ class Row:
         loss, perplexity, average: held-out loss, perplexity, and cost a weight of the result.
         gain: percent below uniform's loss, positive is better; ``wins`` of ``compared`` seeds are below uniform.
         gap: percent of the way from the known optimum (0) to uniform (100); NaN without a known optimum.
+        reached: of the seeds, how many ended at the known optimum; 0 without one.
         tokens, trials, failed: charged tokens, scored trials, failed trials; medians.
         model_seconds, searcher_seconds: scoring, and the searcher's own time; medians.
     """
@@ -49,6 +50,7 @@ class Row:
     average: Interval
     gain: Interval
     gap: Interval
+    reached: int
     wins: int
     compared: int
     tokens: float
@@ -78,7 +80,7 @@ def _dense_row(comparison: Comparison, problem: str) -> Row | None:
         return spread([reference[key]]) if key in reference else NOTHING
 
     return Row(
-        problem, "dense", "dense", 0, 0, 0, 1.0, known("loss"), known("perplexity"), NOTHING, NOTHING, NOTHING, 0, 0,
+        problem, "dense", "dense", 0, 0, 0, 1.0, known("loss"), known("perplexity"), NOTHING, NOTHING, NOTHING, 0, 0, 0,
         *[math.nan] * 5,
     )  # fmt: skip
 
@@ -92,9 +94,11 @@ def _search_row(comparison: Comparison, problem: str, label: str) -> Row:
     compare = uniform is not None and runs and runs[0].searcher != "uniform"
     gains = [100 * (1 - x / uniform.loss) for x in losses] if uniform and compare and uniform.loss > 0 else []
     gaps: list[float] = []
+    reached = 0
     if info.optimum is not None:
         best, width = comparison.scale(problem)
         gaps = [100 * (x - best) / width for x in losses]
+        reached = sum(x <= best + comparison.slack(problem) for x in losses)
     return Row(
         problem=problem,
         searcher=label,
@@ -108,6 +112,7 @@ def _search_row(comparison: Comparison, problem: str, label: str) -> Row:
         average=spread([info.space.average(r.final.levels) for r in runs if r.final]),
         gain=spread(gains),
         gap=spread(gaps),
+        reached=reached,
         wins=sum(x < uniform.loss for x in losses) if uniform and compare else 0,
         compared=len(losses) if compare else 0,
         tokens=_median(r.tokens for r in all_runs),
@@ -205,6 +210,7 @@ def columns(comparison: Comparison, problem: str, found: Sequence[Row]) -> list[
     if info.optimum is not None:
         gaps = ["–" if math.isnan(r.gap.estimate) else interval_text(r.gap, 3) for r in found]
         table.append(("gap to optimum (uniform = 100)", gaps))
+        table.append(("optimum reached", [f"{r.reached}/{r.seeds}" if r.kind != "dense" else "–" for r in found]))
     if any(not math.isnan(r.perplexity.estimate) for r in found):
         table.append(("perplexity\u00a0↓", [interval_text(r.perplexity) for r in found]))
     table.append((info.average_name, [interval_text(r.average) for r in found]))

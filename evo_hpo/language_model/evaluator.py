@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from evo_hpo.compression.levels import Levels
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.language_model.allocator import keep_freed_memory
 from evo_hpo.language_model.batch_scoring import BatchScorer, Sums
-from evo_hpo.language_model.compiling import compile_blocks
+from evo_hpo.language_model.compiling import Compiled, compile_parts
 from evo_hpo.language_model.dense import DenseSide, PackedSide
 from evo_hpo.language_model.divergence import Fitness
 from evo_hpo.language_model.gates import GatedModel
@@ -55,7 +56,8 @@ class Evaluator:
             slower there), 8192 tokens on a GPU.
         chunk: logits that exist at one time; default: measured ones.
         threads: replicas that work side by side, one core each; default: the cores available. On a GPU: 1.
-        compile: torch.compile each decoder block; eager, with one logged line, where that fails.
+        compile: torch.compile the decoder blocks and the steps on a chunk of logits, each kept where measured faster;
+            eager, with one logged line, where that fails. Takes half a minute, so it is for long searches.
         measure: choose batch_size, chunk and threads by a few forward passes where they are not given; the choice is
             kept in the cache file and used again, because it decides the last bits of a loss.
         dense_bits: of each number that is kept of the uncompressed model: 16 (hidden x 2 bytes a token in all), or 32,
@@ -102,6 +104,7 @@ class Evaluator:
                 raise InvalidSettingError(f"{name}={value} must be at least 1")
         self.device = next(model.parameters()).device
         on_cpu = self.device.type == "cpu"
+        self.keeps_memory = on_cpu and keep_freed_memory()
         self.levels, self.fitness = levels, fitness
         self.tokens = calibration_tokens.to(self.device, torch.int64)
         self.length = int(self.tokens.shape[1])
@@ -129,7 +132,7 @@ class Evaluator:
         self.measured: Measured | None = None
         if measure:
             self._measure(batch_size, chunk, threads)
-        self.compiled = compile and compile_blocks(self.pool, levels, self.tokens[: self._batches.batch_size])
+        self.compiled = self._compile() if compile else Compiled()
         self._held_out: dict[str, list[DenseSide | PackedSide]] = {}
 
     def _worker(self, model: nn.Module, example: Tensor, lock: threading.Lock) -> Worker:
@@ -142,9 +145,9 @@ class Evaluator:
 
     def _measure(self, batch_size: int | None, chunk: Chunk | None, threads: int | None) -> None:
         kept = self.cache.settings()
-        if kept is None:
+        if "batch_size" not in kept:
             self.measured = found = measure_settings(self.pool, self.tokens)
-            kept = {"batch_size": found.batch_size, "threads": found.threads}
+            kept |= {"batch_size": found.batch_size, "threads": found.threads}
             kept |= {"chunk_tokens": found.chunk.tokens, "chunk_vocabulary": found.chunk.vocabulary}
             self.cache.keep_settings(kept)
         self._batches.batch_size = batch_size or kept["batch_size"]
@@ -152,6 +155,13 @@ class Evaluator:
         self.pool.shrink(threads or kept["threads"])
         for worker in self.pool.workers:
             worker.head.chunk = self.chunk
+
+    def _compile(self) -> Compiled:
+        kept = self.cache.settings()
+        found = compile_parts(self.pool, self.levels, self.tokens[: self._batches.batch_size], kept)
+        decided = {f"compiled_{part}": int(part in found.parts) for part in ("blocks", "chunk")}
+        self.cache.keep_settings(decided | kept)
+        return found
 
     # ------------------------------------------------------------------ scoring
 
@@ -284,8 +294,9 @@ class Evaluator:
             "threads": len(self.pool),
             "batch_size": self._batches.batch_size,
             "chunk": (self.chunk.tokens, self.chunk.vocabulary),
-            "compiled": self.compiled,
-            "measured": () if self.measured is None else self.measured.rows,
+            "compiled": self.compiled.parts,
+            "keeps_memory": self.keeps_memory,
+            "measured": (() if self.measured is None else self.measured.rows) + self.compiled.rows,
             "dense_bytes": sum(d.bytes for d in self.dense.values()),
             "seconds": self.seconds,
             **vars(self.pool.timing()),

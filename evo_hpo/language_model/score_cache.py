@@ -61,11 +61,11 @@ class ScoreCache:
         with self._lock, self._connection:
             self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?)", rows)
 
-    def settings(self) -> dict[str, int] | None:
+    def settings(self) -> dict[str, int]:
         """Measured settings of this context: kept, so that a resumed search computes bit for bit the same."""
         with self._lock:
             row = self._connection.execute("SELECT json FROM settings WHERE context=?", (self.context,)).fetchone()
-        return None if row is None else dict(json.loads(row[0]))
+        return {} if row is None else dict(json.loads(row[0]))
 
     def keep_settings(self, settings: dict[str, int]) -> None:
         """Keeps measured settings."""

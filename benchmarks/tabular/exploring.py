@@ -44,7 +44,9 @@ class Exploration:
     seen: dict[Assignment, float] = field(default_factory=dict)
     origin: dict[Assignment, str] = field(default_factory=dict)
 
-    def run(self, design: int, searches: int, evaluations: int, rounds: int, each: int) -> None:
+    def run(
+        self, design: int = 340, searches: int = 2, evaluations: int = 60, rounds: int = 14, each: int = 32
+    ) -> None:
         """Everything.
 
         Args:

@@ -24,7 +24,7 @@ from evo_hpo.space import Assignment
 
 __all__ = ["main"]
 
-BLOCKS, TOKENS = 30, 256
+BLOCKS, LENGTH = 30, 64
 DATA = Path(__file__).parents[1] / "data"
 
 
@@ -65,7 +65,7 @@ def pack_depth(path: Path, landscape: str) -> dict[str, Any]:
     missing = [a for a in wanted if a not in index]
     if missing:
         raise JournalError(f"{str(path)!r} lacks {len(missing)} of {len(wanted)} assignments: record them first")
-    about = {**_about(context), "rows": len(wanted), "blocks": BLOCKS}
+    about = {**_about(context, losses.shape[1]), "rows": len(wanted), "blocks": BLOCKS}
     return {
         "kept": np.array(wanted, dtype=np.int8),
         "losses": losses[[index[a] for a in wanted]],
@@ -73,18 +73,22 @@ def pack_depth(path: Path, landscape: str) -> dict[str, Any]:
     }
 
 
-def pack_bits(path: Path, scale: float = 1.0) -> dict[str, Any]:
+def pack_bits(path: Path) -> dict[str, Any]:
     """Every measured row, and the surrogate as a quadratic form with its error on rows it has not seen."""
     assignments, losses, context = read_rows(path)
     means = losses.astype(np.float64).mean(axis=1)
     levels = np.array(assignments, dtype=np.int8)
-    origin = _origins(assignments, means, scale)
+    origin = _origins(assignments, means)
     features = Features.of(bits_space())
     settings = optimise(features, levels, means, steps=60)
     found = fit(features, levels, means, settings)
     full = found.quadratic + found.quadratic.T
     np.fill_diagonal(full, np.diag(found.quadratic))
-    about = {**_about(context), "rows": len(assignments), "error": _error(features, levels, means, settings, origin)}
+    about = {
+        **_about(context, losses.shape[1]),
+        "rows": len(assignments),
+        "error": _error(features, levels, means, settings, origin),
+    }
     return {
         "levels": levels,
         "losses": losses,
@@ -117,19 +121,19 @@ def _error(
     }
 
 
-def _origins(assignments: Sequence[Assignment], means: Array, scale: float) -> NDArray[np.int8]:
+def _origins(assignments: Sequence[Assignment], means: Array) -> NDArray[np.int8]:
     """What each was measured for: 0 the design, 1 searches on the model, 2 what searches on fits found."""
     known = {a: (float(mean),) for a, mean in zip(assignments, means, strict=True)}
     replay = Exploration(bits_space(), lambda wanted: [known[a] for a in wanted])
-    replay.run(round(450 * scale), 2, round(80 * scale), 0, 0)
+    replay.run(rounds=0)
     return np.array([("design", "search", "fit").index(replay.origin.get(a, "fit")) for a in assignments], np.int8)
 
 
-def _about(context: str) -> dict[str, Any]:
+def _about(context: str, sequences: int) -> dict[str, Any]:
     return {
         "model": "SmolLM2-135M-Instruct",
-        "text": "pydoc, held-out documents, 4 sequences of 64 tokens",
-        "tokens": TOKENS,
+        "text": f"pydoc, held-out documents, {sequences} sequences of {LENGTH} tokens",
+        "tokens": sequences * LENGTH,
         "loss": "KL(dense || compressed), nats a token, mean of each sequence",
         "context": context,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

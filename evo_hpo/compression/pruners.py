@@ -61,7 +61,13 @@ class _Pruner(Compressor):
 
 
 class SparseGPT(_Pruner):
-    """SparseGPT at several sparsities from one factorisation."""
+    """SparseGPT at several sparsities from one factorisation.
+
+    Args:
+        damping: added to H's diagonal, as a fraction of its mean.
+        block: columns whose removed weights are chosen together.
+        activation_order: walk columns by falling diagonal of H; not with n:m patterns, which need their own order.
+    """
 
     name = "sparsegpt"
     needs = "hessian"
@@ -75,10 +81,18 @@ class SparseGPT(_Pruner):
         values: str = "float16",
         damping: float = 0.01,
         block: int = 128,
+        activation_order: bool = False,
     ) -> None:
         super().__init__(sparsities, step=step, steps=steps, values=values)
+        if damping <= 0 or block < 1:
+            raise InvalidSettingError(f"damping={damping} must be positive, and block={block} at least 1")
+        if activation_order and any(level.pattern for level in self.levels):
+            raise InvalidSettingError(
+                f"activation_order=True cannot hold the patterns among {list(self.labels)}: build them without it"
+            )
         self.damping = damping
         self.block = block
+        self.activation_order = activation_order
 
     def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
         weight, hessian = weight.float(), inputs.factor.hessian
@@ -92,7 +106,8 @@ class SparseGPT(_Pruner):
         return found
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "damping": self.damping, "block": self.block}
+        found = {**super().settings(), "damping": self.damping, "block": self.block}
+        return {**found, "activation_order": True} if self.activation_order else found  # older stores have no such key
 
 
 class Magnitude(_Pruner):

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from evo_hpo.compression.level_set import Choice, LevelSet
 from evo_hpo.compression.manifest import LevelRecord, UnitRecord, checksum
 from evo_hpo.compression.store import LevelStore
 from evo_hpo.errors import InvalidSettingError, StoreError
+from evo_hpo.language_model.structure import is_linear
 
 __all__ = ["ReferenceFolder", "open_reference", "read_profile", "write_profile", "write_reference"]
 
@@ -34,26 +36,30 @@ class ReferenceFolder:
         return {unit: self._weights[unit, label]}
 
 
-def open_reference(folder: str | Path, resource: str, dtype: torch.dtype = torch.float32) -> LevelSet:
+def open_reference(folder: str | Path, resource: str, model: nn.Module, dtype: torch.dtype = torch.float32) -> LevelSet:
     """Open a folder in the published layout.
 
     Args:
         resource: "bits" (levels are named by their bits) or "weights" (the cost of a level is its non-zero weights).
+        model: whose layers they are; units come in the order of its modules, since folders have none.
 
     Raises:
-        StoreError: nothing is found, or a file cannot be read; the message names it.
+        StoreError: nothing is found, a file cannot be read or does not fit the model; the message names it.
     """
     if resource not in ("bits", "weights"):
         raise InvalidSettingError(f"resource={resource!r} must be 'bits' or 'weights'")
     root = Path(folder).expanduser()
     source = ReferenceFolder(root, dtype)
-    layers = sorted({path.parent for path in root.glob("*/*.pth")}, key=_natural)
-    if not layers:
+    found = {path.parent.name for path in root.glob("*/*.pth")}
+    if not found:
         raise StoreError(f"no <layer>/<level>.pth in {str(root)!r}: name the folder that holds one folder a layer")
+    shapes = {name: tuple(module.weight.shape) for name, module in model.named_modules() if is_linear(module)}
+    if unknown := sorted(found - set(shapes)):
+        raise StoreError(f"{str(root / unknown[0])!r} is no linear layer of the model: name the model it was made from")
     rows = []
-    for layer in layers:
-        levels = [_level(path, resource) for path in layer.glob("*.pth")]
-        shape = tuple(_load(next(layer.glob("*.pth"))).shape)
+    for layer in (root / name for name in shapes if name in found):
+        shape = shapes[layer.name]
+        levels = [_level(path, resource, shape) for path in layer.glob("*.pth")]
         digest = 0
         for path in sorted(layer.glob("*.pth")):
             digest ^= checksum(path)
@@ -108,8 +114,10 @@ def read_profile(path: str | Path, levels: LevelSet | LevelStore) -> tuple[int, 
     return tuple(assignment)
 
 
-def _level(path: Path, resource: str) -> LevelRecord:
+def _level(path: Path, resource: str, shape: tuple[int, ...]) -> LevelRecord:
     weight = _load(path)
+    if tuple(weight.shape) != shape:
+        raise StoreError(f"{str(path)!r} holds a tensor of shape {tuple(weight.shape)}, the model's layer has {shape}")
     kept = int(weight.count_nonzero()) if resource == "weights" else weight.numel()
     bits = int(path.stem) * weight.numel() if resource == "bits" else 16 * kept
     stored = 8 * weight.numel() * weight.element_size()
@@ -130,7 +138,3 @@ def _integer_names(labels: Sequence[str]) -> list[str]:
     if all(label.lstrip("+-").isdigit() for label in labels):
         return [str(int(label)) for label in labels]
     return [str(number) for number in range(len(labels))]
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.name.split(".")]

@@ -20,12 +20,12 @@ def test_quantized_levels_round_trip(llama: LoadedModel, tmp_path: Path) -> None
     build_store(llama, tmp_path / "store", RTN([2, 3], group_size=16))
     store = open_store(tmp_path / "store")
     write_reference(store, tmp_path / "dense", torch.float32)
-    again = open_reference(tmp_path / "dense", "bits")
-    assert {u.name: u for u in again.units} == {u.name: u for u in store.units}  # folders have no running order
-    place = {u.name: number for number, u in enumerate(again.units)}
+    again = open_reference(tmp_path / "dense", "bits", llama.model)
+    assert list(again.units) == list(store.units)  # in the order of the model, which is not that of the folders
+    assert [u.name for u in again.units] != sorted(u.name for u in again.units)
     for number, unit in enumerate(store.units):
         for level in range(2):
-            ours, theirs = store.weights(number, level)[unit.name], again.weights(place[unit.name], level)[unit.name]
+            ours, theirs = store.weights(number, level)[unit.name], again.weights(number, level)[unit.name]
             assert torch.equal(ours, theirs)  # type: ignore[arg-type]
             plain = torch.load(tmp_path / "dense" / unit.name / f"{level + 2}.pth", weights_only=True)
             assert torch.equal(plain, theirs)  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ def test_sparse_levels_cost_their_weights(llama: LoadedModel, tmp_path: Path) ->
     build_store(llama, tmp_path / "store", Magnitude([0.25, 0.5], values="float32"))
     store = open_store(tmp_path / "store")
     write_reference(store, tmp_path / "dense", torch.float32)
-    again = open_reference(tmp_path / "dense", "weights")
+    again = open_reference(tmp_path / "dense", "weights", llama.model)
     assert {u.name: u.costs for u in again.units} == {u.name: u.costs for u in store.units}
     assert again.units[0].levels == ("0", "1")
 
@@ -58,10 +58,17 @@ def test_profiles_round_trip_and_are_checked(llama: LoadedModel, tmp_path: Path)
         read_profile(path, store)
 
 
-def test_what_is_no_tensor_is_refused_by_name(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_by_name(llama: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no <layer>"):
-        open_reference(tmp_path, "bits")
-    (tmp_path / "layer").mkdir()
-    (tmp_path / "layer" / "3.pth").write_bytes(b"nonsense")
-    with pytest.raises(StoreError, match=r"3\.pth"):
-        open_reference(tmp_path, "bits")
+        open_reference(tmp_path, "bits", llama.model)
+    layer = tmp_path / "model.layers.0.mlp.up_proj"
+    layer.mkdir()
+    (layer / "3.pth").write_bytes(b"nonsense")
+    with pytest.raises(StoreError, match=r"cannot read .*3\.pth"):
+        open_reference(tmp_path, "bits", llama.model)
+    torch.save(torch.zeros(3, 4), layer / "3.pth")
+    with pytest.raises(StoreError, match=r"3\.pth.*\(48, 32\)"):
+        open_reference(tmp_path, "bits", llama.model)
+    layer.rename(tmp_path / "model.layers.7.mlp.up_proj")
+    with pytest.raises(StoreError, match=r"layers\.7.*no linear layer"):
+        open_reference(tmp_path, "bits", llama.model)

@@ -129,6 +129,25 @@ def test_sparsegpt_matches_the_plain_float64_algorithm(sparsity: float) -> None:
     assert ours == pytest.approx(theirs, rel=0.01)
 
 
+def test_sparsegpt_walks_columns_by_activation() -> None:
+    weight, hessian = layer()
+    order = torch.argsort(hessian.diagonal(), descending=True)
+    ordered = hessian[order][:, order].double().numpy()
+    expected = np.empty(weight.shape)
+    expected[:, order] = oracle.sparsegpt(weight[:, order].double().numpy(), ordered, 0.5, block=32)
+    compressor = SparseGPT([0.5], values="float32", block=32, activation_order=True)
+    inputs = Inputs(hessian, 80, activation_order=compressor.activation_order)
+    found = compressor.compress(weight, inputs)[0].encoded.decode()
+    assert ((found != 0).numpy() == (expected != 0)).mean() > 0.99
+    ours = output_error(weight, found, hessian)
+    assert ours == pytest.approx(
+        oracle.relative_error(weight.double().numpy(), expected, hessian.double().numpy()), 0.01
+    )
+    assert compressor.settings() != SparseGPT([0.5], values="float32", block=32).settings()
+    with pytest.raises(InvalidSettingError, match="2:4"):
+        SparseGPT(["2:4"], activation_order=True)
+
+
 def test_sparsities_are_exact_and_the_ends_are_exact() -> None:
     weight, hessian = layer(rows=31, columns=45)
     levels = parse_sparsities([0, 0.1, 1 / 3, 0.77, 1])

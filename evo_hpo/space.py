@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from evo_hpo.counting import Counter
 from evo_hpo.errors import InfeasibleError, InvalidSpaceError
 from evo_hpo.repair import repair
+from evo_hpo.uniform import uniform
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -337,34 +338,8 @@ class CompressionSpace:
     # ------------------------------------------------------------------ special assignments
 
     def uniform(self) -> Assignment:
-        """Uniform compression: the highest cost a weight that all units can share within the budget.
-
-        What is left of a fractional budget raises units by one step each, spread evenly over the depth.
-        """
-        ratios = sorted({Fraction(c, u.size) for u, costs in zip(self.units, self._costs, strict=True) for c in costs})
-        low, high = 0, len(ratios) - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.cost(self._up_to(ratios[middle])) <= self.budget else (low, middle - 1)
-        levels = list(self._up_to(ratios[low]))
-        levels = list(repair(self, levels))
-        free = self.slack(levels)
-        for i in sorted(range(len(levels)), key=_spread):
-            if levels[i] < self.highest[i]:
-                step = self._costs[i][levels[i] + 1] - self._costs[i][levels[i]]
-                levels[i] += 1
-                if step <= free and self.feasible(levels):
-                    free -= step
-                else:
-                    levels[i] -= 1
-        return tuple(levels)
-
-    def _up_to(self, ratio: Fraction) -> Assignment:
-        """The dearest level of each unit whose cost a weight is at most ``ratio``."""
-        return tuple(
-            max([k for k in range(low, high + 1) if costs[k] <= ratio * unit.size], default=low)
-            for unit, costs, low, high in zip(self.units, self._costs, self.lowest, self.highest, strict=True)
-        )
+        """Uniform compression; see :func:`evo_hpo.uniform.uniform`."""
+        return uniform(self)
 
     def repair(self, levels: Sequence[float], rng: Generator | None = None, *, fill: bool = False) -> Assignment:
         """The feasible assignment near ``levels``; see :func:`evo_hpo.repair.repair`."""
@@ -412,16 +387,6 @@ def _size_key(unit: Unit) -> str:
     first = [c[0] if isinstance(c, tuple) else c for c in unit.costs]
     step = math.gcd(*(b - a for a, b in itertools.pairwise(first)))
     return f"{unit.size} weights, step {step}"
-
-
-def _spread(index: int) -> float:
-    """Van der Corput sequence in base 2: positions that stay evenly spread however many are taken."""
-    value, scale = 0.0, 0.5
-    while index:
-        value += scale * (index & 1)
-        index >>= 1
-        scale /= 2
-    return value
 
 
 def _first_duplicate(units: Sequence[Unit]) -> str:

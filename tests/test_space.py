@@ -91,6 +91,16 @@ def test_uniform_shares_one_level_and_spreads_the_rest_of_a_fractional_budget() 
     assert raised == [0, 4, 8, 12]  # evenly over the depth
 
 
+@pytest.mark.parametrize("resources", [1, 2])
+def test_uniform_drops_every_kind_of_module_in_equal_shares_over_the_depth(resources: int) -> None:
+    kept = {"attn": (1, 0)[:resources], "mlp": ((1,), (0, 1))[resources - 1]}
+    dropped = (0,) * resources
+    units = [Unit(f"{i}.{kind}", (dropped, kept[kind]), size=5 + len(kind)) for i in range(16) for kind in kept]
+    levels = CompressionSpace(units, (24,) if resources == 1 else (12, 12)).uniform()
+    for kind in (0, 1):
+        assert [i for i, level in enumerate(levels[kind::2]) if not level] == [3, 7, 11, 15]
+
+
 def test_uniform_of_uneven_levels_is_the_highest_shared_cost_a_weight() -> None:
     units = [Unit("a", (4, 8)), Unit("b", (2, 3, 4, 6)), Unit("c", (20, 40, 60), size=10)]
     space = CompressionSpace(units, 48)

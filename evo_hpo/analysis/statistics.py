@@ -182,10 +182,20 @@ def wilcoxon(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> float:
         return 1.0
     if np.isinf(d).any():  # the test needs ranks only
         d = np.sign(d) * stats.rankdata(np.abs(d))
-    # Ties among small samples are tested by exact permutation: the normal approximation is off there.
-    if len(d) <= 12 and len(np.unique(np.abs(d))) < len(d):
-        return float(stats.wilcoxon(d, method=stats.PermutationMethod(n_resamples=1 << 13)).pvalue)
+    # scipy is exact up to 50 pairs unless some are level; its normal approximation is off for small samples.
+    if len(d) <= 50 and len(np.unique(np.abs(d))) < len(d):
+        return _exact_signed_rank(d)
     return float(stats.wilcoxon(d, method="auto").pvalue)
+
+
+def _exact_signed_rank(d: Floats) -> float:
+    """Two-sided p from the distribution of the rank sum over all 2^n signs, with mean ranks where values are level."""
+    doubled = np.rint(2 * stats.rankdata(np.abs(d))).astype(int)
+    chances = np.ones(1)
+    for rank in doubled:
+        chances = (np.pad(chances, (0, rank)) + np.pad(chances, (rank, 0))) / 2
+    found = int(doubled[d > 0].sum())
+    return float(min(1.0, 2 * min(chances[: found + 1].sum(), chances[found:].sum())))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -113,6 +113,14 @@ def test_wilcoxon_agrees_with_counting_all_signs() -> None:
     assert wilcoxon(a, b) == pytest.approx(extreme.mean())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_wilcoxon_with_ties_agrees_with_scipy_s_exact_permutation(seed: int) -> None:
+    d = np.random.default_rng(seed).integers(-2, 4, size=9).astype(float)
+    nonzero = d[d != 0]
+    exact = stats.wilcoxon(nonzero, method=stats.PermutationMethod(n_resamples=1 << 13)).pvalue
+    assert wilcoxon(d, 0 * d) == pytest.approx(exact)
+
+
 def test_wilcoxon_with_ties_is_the_exact_permutation() -> None:
     d = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     assert wilcoxon(d, 0 * d) == pytest.approx(2 / 64)

@@ -91,5 +91,5 @@ def lineage_figure(run: SearchRun, space: CompressionSpace) -> Figure:
     ax.set_title(
         f"{run.label}, seed {run.seed}: {count} accepted step{'s' if count != 1 else ''}", loc="left", fontsize=10
     )
-    ax.legend(frameon=False, fontsize=9, loc="upper left")
+    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return drawn

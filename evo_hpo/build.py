@@ -64,7 +64,7 @@ def build(
 
     loaded = load_model(model, compute_dtype(dtype))
     if method == "drop":
-        build_drop_store(loaded, Path(folder).expanduser(), _kinds(levels, settings))
+        build_drop_store(loaded, Path(folder).expanduser(), **_dropped(levels, settings))
         return open_store(folder, model_fingerprint=loaded.fingerprint)
     compressor = make_compressor(method, levels, settings)
     tokens = None
@@ -186,11 +186,11 @@ def _inputs(inputs: str | None, compressor: Compressor) -> str:
     return min(compressor.labels, key=lambda label: (abs(float(label) - 3), float(label)))
 
 
-def _kinds(levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> tuple[str, ...]:
+def _dropped(levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> dict[str, Any]:
     """What is dropped, from `kinds=` or from levels that are names; numbers among the levels mean nothing here."""
-    unknown = sorted(set(settings) - {"kinds"})
+    unknown = sorted(set(settings) - {"kinds", "may_drop"})
     if unknown:
-        raise InvalidSettingError(f"drop has no setting {unknown[0]!r}: it has kinds")
+        raise InvalidSettingError(f"drop has no setting {unknown[0]!r}: it has kinds and may_drop")
     named = [str(v) for v in levels or () if not str(v).replace(".", "").isdigit()]
     kinds = settings.get("kinds") or named or ("attention", "mlp")
-    return (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    return {"kinds": (kinds,) if isinstance(kinds, str) else tuple(kinds), "may_drop": settings.get("may_drop", ".")}

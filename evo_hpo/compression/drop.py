@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,25 +16,38 @@ from evo_hpo.language_model.structure import droppable_modules
 
 __all__ = ["KINDS", "build_drop_store"]
 
-KINDS = ("attention", "mlp", "block")
+KINDS = ("attention", "mlp", "block", "pair")
 
 
-def build_drop_store(loaded: LoadedModel, folder: Path, kinds: Sequence[str] = ("attention", "mlp")) -> Manifest:
-    """Write a store whose units are attention and MLP modules, or whole blocks, with levels "dropped" and "kept".
+def build_drop_store(
+    loaded: LoadedModel, folder: Path, kinds: Sequence[str] = ("attention", "mlp"), may_drop: str = "."
+) -> Manifest:
+    """Write a store whose units have the levels "dropped" and "kept".
+
+    Args:
+        loaded: the model.
+        folder: of the store.
+        kinds: attention and MLP modules, or whole blocks, or pairs of consecutive blocks.
+        may_drop: regular expression; modules whose name does not contain it are always kept, and are no units.
 
     Raises:
-        InvalidSettingError: no kind, an unknown one, or blocks together with their own parts.
+        InvalidSettingError: no kind, an unknown one, blocks together with their own parts, nothing left to drop.
     """
-    if not kinds or set(kinds) - set(KINDS) or ("block" in kinds and len(set(kinds)) > 1):
-        raise InvalidSettingError(f"kinds={list(kinds)} must be 'attention' and/or 'mlp', or 'block' alone")
+    if not kinds or set(kinds) - set(KINDS) or (set(kinds) & {"block", "pair"} and len(set(kinds)) > 1):
+        raise InvalidSettingError(f"kinds={list(kinds)} must be 'attention' and/or 'mlp', or 'block' or 'pair' alone")
     found = [droppable_modules(loaded.model, kind) for kind in kinds]
-    pairs = [pair for units in zip(*(each.items() for each in found), strict=True) for pair in units]  # running order
-    records = tuple(_record(loaded.model, name, members) for name, members in pairs)
+    units = [unit for same in zip(*(each.items() for each in found), strict=True) for unit in same]  # running order
+    chosen = [(name, members) for name, members in units if re.search(may_drop, name)]
+    if not chosen:
+        raise InvalidSettingError(
+            f"may_drop={may_drop!r} matches none of {len(units)} modules, such as {units[0][0]!r}"
+        )
+    records = tuple(_record(loaded.model, name, members) for name, members in chosen)
     plan = Plan(
         model=loaded.name,
         model_fingerprint=loaded.fingerprint,
         method="drop",
-        settings={"kinds": list(kinds)},
+        settings={"kinds": list(kinds), "may_drop": may_drop},
         calibration={},
         units=tuple(record.name for record in records),
         resource="modules",

@@ -131,7 +131,7 @@ class LevelSet:
         *,
         budget: int | None = None,
         sparsity: float | str | None = None,
-        drop: int | None = None,
+        drop: int | Mapping[str, int] | None = None,
         floor: int = 0,
     ) -> CompressionSpace:
         """The search space; give exactly one of the following.
@@ -141,8 +141,12 @@ class LevelSet:
                 dropped of a store of dropped modules.
             budget: total cost, in the set's resource.
             sparsity: share of all weights that is removed.
-            drop: number of units that are dropped.
+            drop: number of units that are dropped at least; or that of each group, as {"attention": 6, "mlp": 6}: one
+                resource a group, so that no search can shift what is dropped from one group to another.
             floor: least total cost.
+
+        Raises:
+            InvalidSettingError: none or several of them given, or another resource than theirs, or unknown groups.
         """
         given = {"average": average, "budget": budget, "sparsity": sparsity, "drop": drop}
         if sum(value is not None for value in given.values()) != 1:
@@ -157,10 +161,28 @@ class LevelSet:
         if sparsity is not None:
             self._only("weights", "sparsity")
             budget = math.floor((1 - Fraction(str(sparsity))) * total)
+        elif isinstance(drop, Mapping):
+            self._only("modules", "drop")
+            return self._dropping(drop)
         elif drop is not None:
             self._only("modules", "drop")
             budget = len(self.units) - drop
         return CompressionSpace(self.units, int(budget or 0), floor=floor, resources=(self.resource,))
+
+    def _dropping(self, counts: Mapping[str, int]) -> CompressionSpace:
+        """One resource a group: the modules of it that are kept."""
+        groups = list(dict.fromkeys(str(unit.group) for unit in self.units))
+        if sorted(counts) != sorted(groups):
+            raise InvalidSettingError(f"drop={dict(counts)} must give a number for each of: {', '.join(groups)}")
+        units, kept = [], dict.fromkeys(groups, 0)
+        for unit in self.units:
+            rows = [tuple(int(cost) if g == unit.group else 0 for g in groups) for cost in unit.costs]  # type: ignore[arg-type]
+            units.append(replace(unit, costs=tuple(rows)))
+            kept[str(unit.group)] += 1
+        for group, count in counts.items():
+            if not 0 <= count <= kept[group]:
+                raise InvalidSettingError(f"drop={dict(counts)}: {group} has {kept[group]} modules to drop")
+        return CompressionSpace(units, [kept[g] - counts[g] for g in groups], resources=groups)
 
     def _only(self, resource: str, what: str) -> None:
         if self.resource != resource:

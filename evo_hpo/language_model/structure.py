@@ -60,11 +60,15 @@ def droppable_modules(model: nn.Module, kind: str) -> dict[str, tuple[str, ...]]
     """Unit name -> modules that must contribute nothing for the unit to be dropped, in running order.
 
     Args:
-        kind: "attention", "mlp" or "block". Where a block has no feed-forward module of its own (OPT), its last
+        kind: "attention", "mlp", "block", or "pair" of consecutive blocks (the last alone where their number is odd).
+            Where a block has no feed-forward module of its own (OPT), its last
             linear layer outside the attention stands for it: without its output nothing reaches the residual stream.
     """
-    if kind not in ("attention", "mlp", "block"):
-        raise ModelError(f"kind is {kind!r}: use 'attention', 'mlp' or 'block'")
+    if kind not in ("attention", "mlp", "block", "pair"):
+        raise ModelError(f"kind is {kind!r}: use 'attention', 'mlp', 'block' or 'pair'")
+    if kind == "pair":
+        names = list(decoder_blocks(model))
+        return {names[i]: tuple(names[i : i + 2]) for i in range(0, len(names), 2)}
     found: dict[str, tuple[str, ...]] = {}
     for name, block in decoder_blocks(model).items():
         if kind == "block":

@@ -35,6 +35,7 @@ class LanguageModelTask:
         method: how the levels are made: gptq, sparsegpt, rtn, magnitude, wanda, drop.
         levels: bits, sparsities, or nothing for drop.
         average: budget: bits a weight, share of weights removed (sparsity), or number of modules dropped (drop).
+        drop: modules dropped of each group instead, as {"attention": 6, "mlp": 6}.
         store: folder of the level store; default: under the cache, named after what it holds. Built where missing.
         build: further settings of the build.
         calibration, held_out: text (``pydoc``, a hub data set, files, ``self``); always disjoint.
@@ -54,6 +55,7 @@ class LanguageModelTask:
     method: str = "gptq"
     levels: tuple[float, ...] = (2, 3, 4, 5, 6)
     average: float = 3.0
+    drop: tuple[tuple[str, int], ...] | dict[str, int] = ()
     store: str = ""
     build: tuple[tuple[str, Any], ...] | dict[str, Any] = ()
     calibration: str = "pydoc"
@@ -71,6 +73,9 @@ class LanguageModelTask:
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
         object.__setattr__(self, "build", tuple(sorted(dict(self.build).items())))
+        object.__setattr__(self, "drop", tuple(sorted(dict(self.drop).items())))
+        if self.drop and self.method != "drop":
+            raise InvalidSettingError(f"drop={dict(self.drop)} needs method = 'drop', not {self.method!r}")
         if self.fitness not in ("kl", "perplexity", "topk_kl"):
             raise InvalidSettingError(f"fitness={self.fitness!r} must be one of: kl, perplexity, topk_kl")
         if self.cache and self.early_stopping:
@@ -171,9 +176,8 @@ class LanguageModelTask:
             early_stopping=self.early_stopping,
             cache=Path(self.cache).expanduser() if self.cache else None,
         )
-        return LanguageModelProblem(
-            evaluator, store.space(self.average), held_out, tokens=self.tokens, name=f"{loaded.name} {self.method}"
-        )
+        space = store.space(drop=dict(self.drop)) if self.drop else store.space(self.average)
+        return LanguageModelProblem(evaluator, space, held_out, tokens=self.tokens, name=f"{loaded.name} {self.method}")
 
     def _text(self, spec: str, split: str, tokens: int, model: torch.nn.Module) -> torch.Tensor:
         tokenizer = load_tokenizer(self.model)

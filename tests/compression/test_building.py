@@ -17,7 +17,7 @@ from evo_hpo.compression.hessian import InputStatistics, capture_calls, run_bloc
 from evo_hpo.compression.pruners import SparseGPT, Wanda
 from evo_hpo.compression.quantizers import GPTQ, RTN
 from evo_hpo.compression.store import open_store
-from evo_hpo.errors import StoreError
+from evo_hpo.errors import InvalidSettingError, StoreError
 from evo_hpo.language_model.loading import LoadedModel
 from evo_hpo.language_model.structure import decoder_blocks, is_transposed, linear_modules
 from tests.compression.conftest import mixtral
@@ -163,3 +163,31 @@ def test_dropped_modules_are_found_everywhere(architecture: str, tmp_path: Path)
     assert store.space(drop=2).budget == 2 * layers - 2
     build_drop_store(loaded, tmp_path / "blocks", kinds=("block",))
     assert [u.name for u in open_store(tmp_path / "blocks").units] == list(decoder_blocks(loaded.model))
+
+
+def test_pairs_of_blocks_and_masks(tmp_path: Path) -> None:
+    loaded = LoadedModel.from_model(tiny_model("llama"))
+    names = list(decoder_blocks(loaded.model))
+    build_drop_store(loaded, tmp_path / "pairs", kinds=("pair",))
+    assert [u.members for u in open_store(tmp_path / "pairs").units] == [
+        tuple(names[:2]),
+        *([(names[2],)] * (len(names) == 3)),
+    ]
+    build_drop_store(loaded, tmp_path / "inner", kinds=("block",), may_drop=r"layers\.1$")
+    assert [u.name for u in open_store(tmp_path / "inner").units] == [names[1]]
+    with pytest.raises(InvalidSettingError, match="may_drop='nothing' matches none"):
+        build_drop_store(loaded, tmp_path / "none", may_drop="nothing")
+
+
+def test_attention_and_mlp_modules_are_dropped_in_numbers_of_their_own(tmp_path: Path) -> None:
+    loaded = LoadedModel.from_model(tiny_model("llama"))
+    layers = len(decoder_blocks(loaded.model))
+    build_drop_store(loaded, tmp_path / "parts")
+    space = open_store(tmp_path / "parts").space(drop={"attention": 1, "mlp": 0})
+    assert (space.resources, space.budgets) == (("attention", "mlp"), (layers - 1, layers))
+    best = [a for a in space.enumerate() if space.costs(a) == space.budgets]
+    assert len(best) == layers  # which attention module goes
+    with pytest.raises(InvalidSettingError, match="must give a number for each of: attention, mlp"):
+        open_store(tmp_path / "parts").space(drop={"attention": 1})
+    with pytest.raises(InvalidSettingError, match=f"mlp has {layers} modules"):
+        open_store(tmp_path / "parts").space(drop={"attention": 1, "mlp": layers + 1})

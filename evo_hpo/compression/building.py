@@ -171,8 +171,9 @@ class _Builder:
             self._count(name)
 
     def _inputs(self, sums: torch.Tensor | None, module: nn.Module) -> Inputs:
-        columns = _rows_by_columns(module).shape[1]
-        return Inputs(sums, columns, self.compressor.damping, self.compressor.activation_order)
+        weight = _rows_by_columns(module)
+        settings = (self.compressor.damping, self.compressor.activation_order)
+        return Inputs(sums, weight.shape[1], *settings, device=weight.device)
 
     def _compress(self, name: str, module: nn.Module, inputs: Inputs | None) -> None:
         weight = _rows_by_columns(module)

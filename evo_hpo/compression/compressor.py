@@ -37,11 +37,24 @@ class CompressedLevel:
 
 
 class Inputs:
-    """Statistics of one layer's inputs; the factorisation is made on first use, shared by layers with equal inputs."""
+    """Statistics of one layer's inputs; the factorisation is made on first use, shared by layers with equal inputs.
 
-    def __init__(self, sums: torch.Tensor | None, columns: int, damping: float = 0.01, activation_order: bool = False):
+    Args:
+        sums: H, or its diagonal; None where nothing is known.
+        device: of what stands in for unknown sums.
+    """
+
+    def __init__(
+        self,
+        sums: torch.Tensor | None,
+        columns: int,
+        damping: float = 0.01,
+        activation_order: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         self._sums = sums
         self._columns = columns
+        self._device = device
         self._damping = damping
         self._activation_order = activation_order
         self._factor: Factor | None = None
@@ -50,14 +63,14 @@ class Inputs:
     def diagonal(self) -> torch.Tensor:
         """Sum of x^2 for each input; ones where nothing is known."""
         if self._sums is None:
-            return torch.ones(self._columns)
+            return torch.ones(self._columns, device=self._device)
         return self._sums if self._sums.dim() == 1 else self._sums.diagonal()
 
     @property
     def factor(self) -> Factor:
         """Factor of H; of the identity where nothing is known (then every correction vanishes)."""
         if self._factor is None:
-            hessian = torch.eye(self._columns) if self._sums is None else self._sums
+            hessian = torch.eye(self._columns, device=self._device) if self._sums is None else self._sums
             self._factor = factorise(hessian, self._damping, self._activation_order)
         return self._factor
 

@@ -46,7 +46,7 @@ class Quantized:
             codes=pack_bits(self.codes.reshape(-1), self.bits),
             scale=scale.cpu(),
             zero=None if fixed else self.zero.to(torch.uint8).cpu(),
-            group_of=None if self.group_of is None else self.group_of.cpu(),
+            group_of=None if self.group_of is None else self.group_of.to("cpu", copy=True),  # no two levels share it
         )
 
 
@@ -132,7 +132,7 @@ class PackedSparse(Encoded):
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         rows, columns = self.shape
         mask = unpack_bits(self.mask, 1, rows * columns).bool()
-        dense = torch.zeros(rows * columns, dtype=dtype)
+        dense = torch.zeros(rows * columns, dtype=dtype, device=self.values.device)
         return dense.masked_scatter_(mask, self.values.to(dtype)).view(rows, columns)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -181,10 +181,10 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     padded = -(-count // 8) * 8
     if packed.numel() * 8 != padded * bits:
         raise StoreError(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits: the store is damaged")
-    codes, shift, begin = torch.zeros(0, dtype=torch.uint8), 0, 0
+    codes, shift, begin = packed[:0], 0, 0
     for width in _planes(bits):
         plane = packed[begin : begin + padded * width // 8]
-        part = torch.empty(8 // width, plane.numel(), dtype=torch.uint8)
+        part = torch.empty(8 // width, plane.numel(), dtype=torch.uint8, device=packed.device)
         for slot in range(len(part)):
             torch.bitwise_right_shift(plane, slot * width, out=part[slot])
         if width < 8:

@@ -128,7 +128,7 @@ class Wanda(_Pruner):
     needs = "diagonal"
 
     def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
-        weight, squares = weight.float(), inputs.diagonal.to(weight.device)
+        weight, squares = weight.float(), inputs.diagonal
         return _by_score(self, weight, weight.abs() * squares.sqrt(), squares, True)
 
 

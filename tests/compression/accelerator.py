@@ -39,7 +39,7 @@ class StandIn(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         named, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.device.__get__:
             return ACCELERATOR if on_accelerator(args[0]) else torch.device("cpu")
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             _place(args[0], on_accelerator(args[1]))

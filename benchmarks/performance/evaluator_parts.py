@@ -69,16 +69,22 @@ class Straightforward:
     def __init__(self, model: nn.Module, units: Sequence[Unit], folder: Path, tokens: Tensor) -> None:
         self.model, self.folder, self.tokens = model, folder, tokens
         self._parameters = [model.get_submodule(unit.members[0]).get_parameter("weight") for unit in units]
-        self._dense = [parameter.data for parameter in self._parameters]
         self._current: list[int | None] = [None] * len(units)
         with torch.inference_mode():
             self._targets = [model(input_ids=row[None], use_cache=False).logits for row in tokens]
+        self._chosen: Sequence[int] = range(len(tokens))
+
+    def choose(self, sequences: Sequence[int]) -> None:
+        """The sequences that losses are of from now on."""
+        self._chosen = sequences
 
     def load(self, assignment: Assignment) -> None:
         """Reads the weights of the units whose level changes."""
         for unit, level in enumerate(assignment):
             if self._current[unit] != level:
-                self._parameters[unit].data = torch.load(self.folder / f"{unit}.{level}.pt", weights_only=True)
+                weight = torch.load(self.folder / f"{unit}.{level}.pt", weights_only=True)
+                parameter = self._parameters[unit]
+                parameter.data = weight.to(parameter.device, parameter.dtype)
                 self._current[unit] = level
 
     def loss(self, assignment: Assignment) -> float:
@@ -86,18 +92,12 @@ class Straightforward:
         self.load(assignment)
         total = 0.0
         with torch.inference_mode():
-            for row, target in zip(self.tokens, self._targets, strict=True):
-                logits = self.model(input_ids=row[None], use_cache=False).logits
-                log_q = functional.log_softmax(logits[:, :-1].flatten(0, 1), dim=-1)
-                log_p = functional.log_softmax(target[:, :-1].flatten(0, 1), dim=-1)
-                total += float(functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean"))
-        return total / len(self.tokens)
-
-    def restore(self) -> None:
-        """Gives the model its own weights back."""
-        for parameter, weight in zip(self._parameters, self._dense, strict=True):
-            parameter.data = weight
-        self._current = [None] * len(self._current)
+            for sequence in self._chosen:
+                logits = self.model(input_ids=self.tokens[sequence][None], use_cache=False).logits
+                log_p = functional.log_softmax(self._targets[sequence][0, :-1].float(), dim=-1)
+                log_q = functional.log_softmax(logits[0, :-1].float(), dim=-1)
+                total += float(functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
+        return total / (len(self._chosen) * (self.tokens.shape[1] - 1))
 
 
 def bare(model: nn.Module, tokens: Tensor, batch_size: int) -> None:

@@ -79,7 +79,7 @@ class BatchScorer:
         """
         size = self.batch_size
         batches = [(tuple(sequences[i : i + size]), slice(i, i + size)) for i in range(0, len(sequences), size)]
-        self._make_dense(sequences)
+        self.make_dense(sequences)
         sums = np.full((len(todo), len(sequences)), np.nan)
         for row, assignment in zip(sums, todo, strict=True):  # a nested minibatch begins with sequences that were read
             earlier = self.known.get(assignment, row[:0])[: len(row)]
@@ -156,7 +156,7 @@ class BatchScorer:
 
         return task
 
-    def _make_dense(self, sequences: Sequence[int]) -> None:
+    def make_dense(self, sequences: Sequence[int]) -> None:
         """Adds what is missing of the uncompressed model; one sequence at a time, so that no batch changes its bits."""
         if self.fitness == "perplexity":
             return

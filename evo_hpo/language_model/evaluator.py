@@ -192,6 +192,10 @@ class Evaluator:
         self.seconds += time.perf_counter() - start
         return [self._score(found[tuple(map(int, a))]) for a in assignments]
 
+    def prepare(self) -> None:
+        """Makes what is kept of the uncompressed model for the whole pool now, not sequence by sequence as needed."""
+        self._with_less_memory(lambda: self._batches.make_dense(range(len(self.tokens))))
+
     def per_sequence(self, assignment: Assignment, minibatch: Minibatch) -> Sums:
         """Mean loss of each sequence of a minibatch (nats a token), for intervals and paired comparisons."""
         self.score([assignment], minibatch)

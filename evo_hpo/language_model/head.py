@@ -19,8 +19,8 @@ __all__ = ["Chunk", "OutputHead"]
 class Chunk:
     """Logits that exist at one time: tokens x vocabulary entries."""
 
-    tokens: int = 256
-    vocabulary: int = 2048
+    tokens: int = 512
+    vocabulary: int = 1024
 
 
 class OutputHead:

@@ -18,7 +18,7 @@ __all__ = ["Measured", "compute_dtype", "measure_settings"]
 GAIN = 1.05
 """A larger setting must be this much faster than the smaller one."""
 
-CHUNKS = (Chunk(256, 2048), Chunk(128, 2048), Chunk(512, 2048), Chunk(256, 8192), Chunk(2048, 16384))
+CHUNKS = (Chunk(512, 1024), Chunk(256, 2048), Chunk(512, 4096), Chunk(2048, 16384))
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,16 @@ def _hub(spec: str, split: Split) -> Iterator[str]:
     texts = itertools.chain([first], texts)
     if name == "Salesforce/wikitext":
         texts = _joined(texts)
-    return texts if held_out else _divided(texts, split)
+    return texts if held_out else _divided(_unique(texts), split)
+
+
+def _unique(texts: Iterable[str]) -> Iterator[str]:
+    """Each text once, so that no text is in both splits."""
+    seen: set[int] = set()
+    for text in texts:
+        if (key := hash(text)) not in seen:
+            seen.add(key)
+            yield text
 
 
 def _hub_entry(spec: str) -> tuple[str, str | None, str, str, str | None]:

@@ -26,7 +26,7 @@ LINEUP: Named = {
     "evopress, within groups": ("evopress", {"cross_group": 0.0}),
     "evopress, lambda 1": ("evopress", {"offspring": 1}),
     "evopress, lambda 4": ("evopress", {"offspring": 4}),
-    "evopress, restarts": ("evopress", {"widen_after": 5, "restart_after": 20}),
+    "evopress, restarts": ("evopress", {"widen_after": 3, "restart_after": 8}),
     "evopress, population 4": ("evopress", {"survivors": (4,)}),
     "evopress from dynamic_programming": ("evopress", {"init": "dynamic_programming"}),
     "evopress from trust_region": ("evopress", {"init": "trust_region"}),
@@ -103,14 +103,14 @@ class Suite:
         searchers: label -> searcher and settings.
         evaluations: of each run.
         seeds: runs of each searcher on each problem; every seed is another instance.
-        few: seeds of searchers that take over 20 ms a trial, by the start of their name.
+        few: seeds of searchers that are slow, or far behind, by the start of their name.
     """
 
     problems: Named
     searchers: Named
     evaluations: int
     seeds: int
-    few: tuple[tuple[str, int], ...] = (("optuna:tpe", 3),)
+    few: tuple[tuple[str, int], ...] = (("optuna:tpe", 3), ("optuna:nsga2", 5), ("nevergrad:TwoPointsDE", 3))
 
     def seeds_of(self, label: str) -> int:
         """How many seeds this searcher gets."""

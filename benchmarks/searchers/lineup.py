@@ -94,6 +94,21 @@ _ENCODING_PROBLEMS = (
 )
 
 
+_BEST_ENCODED: Named = {
+    label: settings
+    for label, settings in (LINEUP | ENCODED).items()
+    if label.startswith(("evopress", "trust_region", "uniform"))
+    or label
+    in (
+        "nevergrad:DiscreteOnePlusOne / keys",
+        "nevergrad:DiscreteLenglerOnePlusOne / native",
+        "nevergrad:CMA / repaired",
+        "nevergrad:NGOpt / native",
+        "optuna:cmaes / keys",
+    )
+}
+
+
 @dataclass(frozen=True)
 class Suite:
     """Searchers x problems x seeds on equal evaluations.
@@ -120,6 +135,7 @@ class Suite:
 SUITES: dict[str, Suite] = {
     "hits": Suite(HITS, LINEUP, 800, 20),
     "equal": Suite(EQUAL, LINEUP, 200, 10),
+    "unequal": Suite({name: EQUAL[name] for name in EQUAL if name.startswith("unequal")}, _BEST_ENCODED, 1000, 10),
     "encodings": Suite({name: EQUAL[name] for name in _ENCODING_PROBLEMS}, ENCODED, 200, 10),
 }
-"""200 evaluations are what a live search on a language model affords; 800 are the bar of the small spaces."""
+"""Equal: 200 evaluations are what a live search on a language model affords; 800 are the bar of the small spaces."""

@@ -52,7 +52,8 @@ def build_drop_store(
         units=tuple(record.name for record in records),
         resource="modules",
     )
-    return StoreWriter(folder, plan).finish(records)
+    writer = StoreWriter(folder, plan)
+    return Manifest.read(folder) if (folder / "manifest.json").is_file() else writer.finish(records)
 
 
 def _record(model: nn.Module, name: str, members: tuple[str, ...]) -> UnitRecord:

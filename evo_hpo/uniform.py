@@ -18,13 +18,17 @@ def uniform(space: CompressionSpace) -> Assignment:
 
     What is left of a fractional budget raises units by one step each: every kind of unit in the same share, each kind
     spread evenly over the depth. With several resources, units are raised from their cheapest levels in that order,
-    round by round, for as long as every budget holds.
+    round by round, as far as every budget allows.
     """
     if space.dimensions > 1:
         levels = list(space.lowest)
         while _raise_once(space, levels):
             pass
-        return tuple(levels) if space.feasible(levels) else repair(space, levels, fill=True)
+        if not space.feasible(levels):
+            levels = list(repair(space, levels))
+            while _raise_once(space, levels):
+                pass
+        return tuple(levels)
     sizes = _sizes(space)
     ratios = sorted({Fraction(v[0], size) for size, unit in zip(sizes, space.vectors, strict=True) for v in unit})
     low, high = 0, len(ratios) - 1
@@ -32,9 +36,11 @@ def uniform(space: CompressionSpace) -> Assignment:
         middle = (low + high + 1) // 2
         affordable = space.cost(_up_to(space, sizes, ratios[middle])) <= space.budget
         low, high = (middle, high) if affordable else (low, middle - 1)
-    levels = list(repair(space, _up_to(space, sizes, ratios[low])))
-    _raise_once(space, levels)
-    return tuple(levels)
+    levels = list(_up_to(space, sizes, ratios[low]))
+    if space.cost(levels) > space.budget:
+        levels = list(repair(space, levels))
+    _raise_once(space, levels)  # also where a floor is not met yet: repair would not spread what it raises
+    return tuple(levels) if space.feasible(levels) else repair(space, levels)
 
 
 def _sizes(space: CompressionSpace) -> list[int]:
@@ -52,13 +58,17 @@ def _up_to(space: CompressionSpace, sizes: list[int], ratio: Fraction) -> Assign
 
 
 def _raise_once(space: CompressionSpace, levels: list[int]) -> bool:
-    """Raises each unit by at most one step, in spread order, as far as all budgets allow; False: none was raised."""
+    """Raises each unit by at most one step, in spread order, as far as all budgets allow; False: none was raised.
+
+    A resource that the step does not need more of is no obstacle, even if it is over its budget: keeping a module costs
+    bits, but none of the modules that may be dropped.
+    """
     spent, raised = list(space.costs(levels)), False
     for i in _order(space):
         if levels[i] < space.highest[i]:
             now, then = space.vectors[i][levels[i]], space.vectors[i][levels[i] + 1]
             after = [s + b - a for s, a, b in zip(spent, now, then, strict=True)]
-            if all(cost <= budget for cost, budget in zip(after, space.budgets, strict=True)):
+            if all(a <= max(b, s) for a, b, s in zip(after, space.budgets, spent, strict=True)):
                 levels[i], spent, raised = levels[i] + 1, after, True
     return raised
 

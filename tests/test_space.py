@@ -192,3 +192,11 @@ def test_describe_names_units_groups_and_budget() -> None:
     assert "group 1x10: 1 units" in text
     assert "fixed: 1 units" in text
     assert "at most 30" in text
+
+
+def test_uniform_spreads_what_an_exact_budget_drops() -> None:
+    units = [Unit(f"layers.{i}", (0, 1), levels=("dropped", "kept")) for i in range(15)]
+    dropped = [i for i, level in enumerate(CompressionSpace(units, 10, floor=10).uniform()) if level == 0]
+    assert dropped == [i for i, level in enumerate(CompressionSpace(units, 10).uniform()) if level == 0]
+    assert len(dropped) == 5
+    assert max(b - a for a, b in itertools.pairwise(dropped)) <= 4

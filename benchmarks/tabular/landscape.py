@@ -31,7 +31,7 @@ from evo_hpo.space import Assignment, CompressionSpace
 
 __all__ = ["LANDSCAPES", "RecordedProblem", "read", "tabular"]
 
-LANDSCAPES = ("pairs-3", "pairs-4", "pairs-5", "blocks-3", "smollm2-3bit")
+LANDSCAPES = ("pairs-3", "pairs-4", "pairs-5")
 LOSS = "Loss: KL(dense || compressed) on {tokens} tokens of Python's documentation, nats a token"
 
 

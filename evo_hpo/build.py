@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "build", "build_from_cli", "default_folder"]
 
+_DEFAULTS = {"device": "cpu", "dtype": "float32"}  # of the command line; they are no part of a folder's name
 METHODS = ("gptq", "sparsegpt", "rtn", "magnitude", "wanda", "drop")
 
 
@@ -138,8 +139,8 @@ def build_from_cli(
     from evo_hpo.progress import BuildProgress
 
     values = [v.strip() for v in levels.split(",")] if levels else None
-    chosen = settings or {}
-    folder = output or default_folder(model, method, values, chosen)
+    chosen = {k: v for k, v in (settings or {}).items() if _DEFAULTS.get(k) != v}
+    folder = output or default_folder(model, method, values, {k: v for k, v in chosen.items() if k != "device"})
     with BuildProgress("build", console) as progress:
         store = build(model, folder, method=method, levels=values, progress=progress, **chosen)
     table = Table(title=f"{folder}: {len(store.units)} units, fingerprint {store.fingerprint}")

@@ -231,6 +231,8 @@ def build(
     method: Annotated[str, typer.Option(help="gptq, sparsegpt, rtn, magnitude, wanda or drop.")] = "gptq",
     output: Annotated[Path | None, typer.Option(help="Folder of the store; default: under the cache.")] = None,
     levels: Annotated[str | None, typer.Option(help="Bits, or sparsities, separated by commas.")] = None,
+    device: Annotated[str, typer.Option(help="Where layers are solved, one block at a time: cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
     settings: SetOption = None,
 ) -> None:
     """Build a level store: every unit of a model at every level. A build that was killed goes on where it stopped.
@@ -239,7 +241,8 @@ def build(
     """
     from evo_hpo.build import build_from_cli
 
-    build_from_cli(console, model=model, method=method, output=output, levels=levels, settings=parse_settings(settings))
+    chosen = {"device": device, "dtype": dtype, **parse_settings(settings)}
+    build_from_cli(console, model=model, method=method, output=output, levels=levels, settings=chosen)
 
 
 @app.command()

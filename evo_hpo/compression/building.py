@@ -14,7 +14,7 @@ from evo_hpo.compression.compressor import Compressor, Inputs
 from evo_hpo.compression.hessian import BlockCalls, InputStatistics, capture_calls, run_block
 from evo_hpo.compression.manifest import Manifest, Plan
 from evo_hpo.compression.writing import StoreWriter
-from evo_hpo.errors import ModelError
+from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.language_model.experts import fused_leftovers
 from evo_hpo.language_model.loading import LoadedModel
 from evo_hpo.language_model.structure import ROUTERS, decoder_blocks, is_transposed, linear_modules
@@ -62,7 +62,7 @@ def build_store(
         units=tuple(chosen),
         resource=compressor.resource,
     )
-    builder = _Builder(loaded.model, StoreWriter(folder, plan), compressor, chosen, inputs, torch.device(device))
+    builder = _Builder(loaded.model, StoreWriter(folder, plan), compressor, chosen, inputs, usable_device(device))
     builder.progress = progress or (lambda done, total, what: None)
     if (folder / "manifest.json").is_file():
         return Manifest.read(folder)
@@ -72,6 +72,21 @@ def build_store(
         assert tokens is not None
         builder.with_data(torch.split(tokens, max(1, batch_tokens // tokens.shape[1])))
     return builder.writer.finish()
+
+
+def usable_device(name: str) -> torch.device:
+    """The device called `cpu`, `cuda`, `cuda:1`, ...
+
+    Raises:
+        InvalidSettingError: there is no such device here.
+    """
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        found = "cpu and cuda" if torch.cuda.is_available() else "only cpu"
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidSettingError(f"device={name!r} cannot be used, this machine has {found} ({reason})") from error
 
 
 def _refuse_leftovers(model: nn.Module, include: str, exclude: str) -> None:

@@ -102,6 +102,7 @@ def test_steps_cost_the_same_in_units_of_any_size(model: str, tmp_path: Path) ->
         ({"levels": [2.5]}, "whole number"),
         ({"levels": [3], "inputs": "4"}, "'dense' or one of 3"),
         ({"method": "drop", "kinds": "head"}, "attention"),
+        ({"levels": [3], "device": "abacus"}, "abacus.*cpu"),
     ],
 )
 def test_what_cannot_be_built_is_refused(model: str, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -118,3 +119,12 @@ def test_the_command_line_says_what_a_store_holds(model: str, tmp_path: Path) ->
     assert "4.000" in shown
     assert "5.500" in shown  # 4 bits, and a half-precision scale and an 8-bit zero point for each 16 weights
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_place_of_the_work_is_no_part_of_a_stores_name(model: str, tmp_path: Path) -> None:
+    console = Console(record=True, width=400)
+    for settings in ({}, {"device": "cpu:0", "dtype": "float32"}):
+        build_from_cli(console, model=model, method="rtn", levels="3", settings=settings)
+    assert len(list((tmp_path / "cache" / "stores").iterdir())) == 1
+    build_from_cli(console, model=model, method="rtn", levels="3", settings={"dtype": "bfloat16"})
+    assert len(list((tmp_path / "cache" / "stores").iterdir())) == 2

@@ -49,6 +49,8 @@ def repair(
         _walk(space, current, wish, ties, fill)
     if not space.feasible(current):
         current = _nearest(space, wish, ties)
+    if fill and space.dimensions > 1:
+        _fill(space, current, wish, ties)
     return tuple(current)
 
 
@@ -88,6 +90,27 @@ def _walk(space: CompressionSpace, current: list[int], wish: list[float], ties: 
             current[i] += 1
             if allowed(i, +1):
                 heapq.heappush(heap, step(i, +1))
+
+
+def _fill(space: CompressionSpace, current: list[int], wish: list[float], ties: Sequence[float]) -> None:
+    """Several resources: steps up while all of them stay within their limits, those nearest to the proposal first."""
+    spent = space.costs(current)
+
+    def step(i: int) -> tuple[float, float, int]:
+        moved = space.vectors[i][current[i] + 1][0] - space.vectors[i][current[i]][0] or 1
+        return (abs(current[i] + 1 - wish[i]) - abs(current[i] - wish[i])) / moved, ties[i], i
+
+    heap = [step(i) for i in range(len(current)) if current[i] < space.highest[i]]
+    heapq.heapify(heap)
+    while heap:
+        i = heapq.heappop(heap)[2]
+        levels = space.vectors[i]
+        after = tuple(s + b - a for s, a, b in zip(spent, levels[current[i]], levels[current[i] + 1], strict=True))
+        if all(f <= a <= b for f, a, b in zip(space.floors, after, space.budgets, strict=True)):
+            spent = after
+            current[i] += 1
+            if current[i] < space.highest[i]:
+                heapq.heappush(heap, step(i))
 
 
 def _nearest(space: CompressionSpace, wish: list[float], ties: Sequence[float]) -> list[int]:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 from numpy.random import Generator
 
 from evo_hpo.errors import InvalidSettingError
@@ -64,6 +65,8 @@ class Encoding(ABC):
     name: ClassVar[str]
     continuous: ClassVar[bool] = False
     """True: coordinates are keys in [0, 1]; False: integer levels."""
+    one_to_one: ClassVar[bool] = False
+    """True: the same point always gives the same assignment."""
 
     def __init__(self, space: CompressionSpace, rng: Generator, *, fill: bool = True) -> None:
         self.space = space
@@ -74,6 +77,7 @@ class Encoding(ABC):
         self.low = tuple(space.lowest[i] for i in self.free)
         self.high = tuple(space.highest[i] for i in self.free)
         self._costs = [[level[0] for level in unit] for unit in space.vectors]
+        self._seed = int(rng.spawn(1)[0].integers(2**31))
 
     @abstractmethod
     def decode(self, point: Sequence[float]) -> Decoded:
@@ -101,7 +105,11 @@ class Encoding(ABC):
 
     def _settle(self, levels: list[int]) -> Assignment:
         """The levels, or where several resources or a floor still object, the nearest assignment that they allow."""
-        return tuple(levels) if self.space.feasible(levels) else self.space.repair(levels, self.rng)
+        several = self.space.dimensions > 1
+        if self.space.feasible(levels) and not (several and self.fill):
+            return tuple(levels)
+        ties = np.random.default_rng(self._seed) if self.one_to_one else self.rng
+        return self.space.repair(levels, ties, fill=several and self.fill)
 
 
 class Repaired(Encoding):
@@ -197,6 +205,7 @@ class Native(Projection):
     """As ``projection``, but the optimizer is told its own point, and equal proposals give equal assignments."""
 
     name = "native"
+    one_to_one = True
 
     def __init__(self, space: CompressionSpace, rng: Generator, *, fill: bool = True) -> None:
         super().__init__(space, rng, fill=fill)
@@ -229,24 +238,43 @@ class Keys(Encoding):
 
     name = "keys"
     continuous = True
+    one_to_one = True
 
     def decode(self, point: Sequence[float]) -> Decoded:
         """Pours from the cheapest assignment; told its own point."""
         levels = list(self.space.lowest)
-        costs, slack = self._costs, self.space.slack(levels)
-        steps = [
+        steps = sorted(
             (k - x * (high - low), position, low + k)
             for position, (x, low, high) in enumerate(zip(map(float, point), self.low, self.high, strict=True))
             for k in range(high - low)
-        ]
-        for _, position, level in sorted(steps):
+        )
+        if self.space.dimensions == 1:
+            self._pour(levels, steps)
+        else:
+            self._pour_several(levels, steps)
+        return Decoded(self._settle(levels), tuple(map(float, point)))
+
+    def _pour(self, levels: list[int], steps: Sequence[tuple[float, int, int]]) -> None:
+        costs, slack = self._costs, self.space.slack(levels)
+        for _, position, level in steps:
             i = self.free[position]
             if levels[i] == level:
                 after = slack + costs[i][level] - costs[i][level + 1]
                 if after >= 0:
                     slack = after
                     levels[i] = level + 1
-        return Decoded(self._settle(levels), tuple(map(float, point)))
+
+    def _pour_several(self, levels: list[int], steps: Sequence[tuple[float, int, int]]) -> None:
+        """With several resources: a step is taken where it needs no more of any than there is, or than before."""
+        spent = self.space.costs(levels)
+        for _, position, level in steps:
+            i = self.free[position]
+            now, then = self.space.vectors[i][level : level + 2]
+            after = tuple(s + b - a for s, a, b in zip(spent, now, then, strict=True))
+            if levels[i] == level and all(
+                a <= max(b, s) for a, b, s in zip(after, self.space.budgets, spent, strict=True)
+            ):
+                levels[i], spent = level + 1, after
 
     def encode(self, levels: Assignment) -> Point:
         """Keys that wish for exactly these levels."""
@@ -261,7 +289,7 @@ class Sequential(Encoding):
     name = "sequential"
 
     def decode(self, point: Sequence[float]) -> Decoded:
-        """The point itself; settled only where several resources make the ranges too generous."""
+        """The point itself; settled only where several resources, or a floor between gaps, make the ranges too wide."""
         settled = self._settle(self._levels(point))
         return Decoded(settled, self.encode(settled))
 

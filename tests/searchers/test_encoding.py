@@ -51,11 +51,8 @@ def test_every_proposal_becomes_a_feasible_assignment(
     assert len(decoded.told) == len(encoding.free)
 
 
-@pytest.mark.parametrize(
-    ("name", "space"),
-    # Water-filling looks at the first resource and leaves the others to repair, which may end elsewhere.
-    [(n, s) for n, s in itertools.product(ENCODINGS, SPACES) if (n, s) != ("keys", "two resources")],
-)
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("name", ENCODINGS)
 def test_every_assignment_that_spends_the_budget_can_be_expressed(name: str, space: str) -> None:
     encoding = make(name, SPACES[space])
     for levels in maximal(SPACES[space]):
@@ -114,6 +111,26 @@ def test_native_is_one_fixed_map_and_tells_the_proposal() -> None:
     assert encoding.decode(point).told == tuple(point)
     fresh = make("projection", SPACES["equal"])
     assert len({fresh.decode(point).levels for _ in range(20)}) > 1
+
+
+@pytest.mark.parametrize("space", ["exact", "gaps", "two resources"])
+@pytest.mark.parametrize("name", ["native", "keys", "penalty"])
+def test_one_point_is_one_assignment_also_under_floors_and_two_resources(name: str, space: str) -> None:
+    encoding = make(name, SPACES[space])
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        point = rng.uniform(0, 1 if encoding.continuous else 2, len(encoding.free)).tolist()
+        assert len({encoding.decode(point).levels for _ in range(5)}) == 1
+
+
+@pytest.mark.parametrize("name", ["repaired", "projection", "native", "keys"])
+def test_two_resources_are_filled_as_one_is(name: str) -> None:
+    encoding = make(name, SPACES["two resources"])
+    best = set(maximal(SPACES["two resources"]))
+    rng = np.random.default_rng(6)
+    for _ in range(50):
+        point = rng.uniform(0, 1 if encoding.continuous else 2, len(encoding.free)).tolist()
+        assert encoding.decode(point).levels in best
 
 
 def test_the_excess_is_relative_to_the_budget() -> None:

@@ -229,6 +229,7 @@ class Journal:
             "best_loss": encode_number(result.best_loss),
             "seconds": round(result.seconds, 6),
             "searcher_seconds": round(result.searcher_seconds, 6),
+            "scoring": result.scoring,
             "time": round(time.time(), 3),
         }
         self._write([_dump(end)])

@@ -78,6 +78,10 @@ class Problem(ABC):
     def check(self, tokens: int) -> None:  # noqa: B027 - most problems can draw any minibatch
         """Raises an EvoHpoError when a minibatch of this many tokens cannot be drawn; called before any work."""
 
+    def report(self) -> dict[str, Any]:
+        """How trials were scored: measured settings, counted failures; JSON for people, compared with nothing."""
+        return {}
+
     def fingerprint(self) -> dict[str, Any]:
         """Everything that must be equal for two searches to be comparable: space, data, model, store."""
         space = json.dumps(self.space.to_json(), sort_keys=True)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class SearchResult:
         ledger: what was spent.
         seconds: wall-clock of the whole loop; ``searcher_seconds``: of it, inside ask and tell.
         stop_reason: why the search ended.
+        scoring: what the problem says about how it scored, see :meth:`evo_hpo.problem.Problem.report`.
     """
 
     best: Assignment | None = None
@@ -61,6 +62,7 @@ class SearchResult:
     seconds: float = 0.0
     searcher_seconds: float = 0.0
     stop_reason: str = ""
+    scoring: dict[str, Any] = field(default_factory=dict)
 
 
 class Observer(Protocol):
@@ -194,6 +196,7 @@ def search(
     result.best = searcher.recommend()
     result.best_loss = losses.get(result.best, math.inf) if result.best is not None else math.inf
     result.seconds = time.perf_counter() - start
+    result.scoring = problem.report()
     if journal:
         journal.finish(result)
     return result

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = [sys.executable, "-m", "benchmarks.performance.evaluator", "--parts", "memory"]
         command += ["--memory-tokens", str(options.memory_tokens), "--model", options.model]
         command += ["--dense-bits", str(options.dense_bits), "--threads", str(options.threads)]
+        command += ["--memory-passes", str(options.memory_passes)] if options.memory_passes else []
         subprocess.run([*command, "--device", options.device, "--dtype", options.dtype], check=True)
     return None
 
@@ -89,6 +92,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--clock", default="wall", choices=["wall", "cpu"], help="cpu: on a busy machine, with 1 thread"
     )
     parser.add_argument("--memory-tokens", type=int, default=131_072)
+    parser.add_argument("--memory-passes", type=int, help="tokens that are really run; default: all")
     parser.add_argument("--dense-bits", type=int, default=16, choices=[16, 32])
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -99,7 +103,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def exactness(model: nn.Module, tokens: Tensor) -> None:
     """Relative differences from plain full-logits losses, in float32 and in float64."""
     levels = RoundedLevels(model)
-    candidates = [*offspring(levels.units, 1, seed=0)[1], (2,) * len(levels.units)]
+    candidates = [*offspring(levels.units, 1, seed=0)[1], *((level,) * len(levels.units) for level in (1, 2))]
     minibatch = Minibatch(0, tokens.numel())
     rows = []
     for candidate in candidates:
@@ -113,33 +117,43 @@ def exactness(model: nn.Module, tokens: Tensor) -> None:
         f"\nexactness on {minibatch.tokens} tokens: relative difference from the plain computation\n"
         f"{'setting':44}{'in float32':>12}{'in float64':>12}"
     )
-    for name, settings in {
+    ways: dict[str, dict[str, Any]] = {
         "kl": {},
         "kl, no shared prefixes": {"state_bytes": 0},
         "kl, 2 sequences a batch": {"batch_size": 2},
-        "kl, dense vectors in 32 bits": {"dense_bits": 32},
+        "kl, dense side in 32 bits": {"dense_bits": 32},
+        "kl, stopping early": {"keep": 1},
         "perplexity": {"fitness": "perplexity"},
-    }.items():
-        evaluator = Evaluator(model, levels, tokens, **settings)  # type: ignore[arg-type]
-        losses = [s.loss for s in evaluator.score(candidates, minibatch)]
-        kind = int(name == "perplexity")
-        values = torch.tensor(losses, dtype=torch.float64)
-        values = values.exp() if kind else values
-        worst = [max(abs(v / row[d][kind] - 1) for v, row in zip(values.tolist(), rows, strict=True)) for d in (0, 1)]
+    }
+    for name, settings in ways.items():
+        keep, kind = settings.pop("keep", None), int(name == "perplexity")
+        scores = Evaluator(model, levels, tokens, **settings).score(candidates, minibatch, keep=keep)
+        known = [
+            (math.exp(s.loss) if kind else s.loss, row) for s, row in zip(scores, rows, strict=True) if not s.stopped
+        ]
+        worst = [max(abs(value / row[d][kind] - 1) for value, row in known) for d in (0, 1)]
         print(f"{name:44}{worst[0]:12.1e}{worst[1]:12.1e}")
     own = max(abs(row[0][0] / row[1][0] - 1) for row in rows)
     print(f"{'the plain float32 computation itself':44}{'':12}{own:12.1e}")
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Peak resident memory of scoring a large pool once: every sequence's dense side is made, none is a copy."""
+    """Peak resident memory of searching over a large pool whose dense side is complete.
+
+    With ``--memory-passes``, only that many tokens are really run; the rest are copies, which take as much memory.
+    """
     loaded = load_model(options.model, getattr(torch, options.dtype), options.device)
     text = load_tokens("pydoc", loaded.tokenizer, LENGTH, 32_768)
     pool = text.repeat(-(-options.memory_tokens // text.numel()), 1)[: options.memory_tokens // LENGTH]
     levels = RoundedLevels(loaded.model, (2, 3, 4))
     start = _peak()
     evaluator = Evaluator(loaded.model, levels, pool, dense_bits=options.dense_bits, threads=options.threads)
-    evaluator.prepare()
+    evaluator.prepare(None if options.memory_passes is None else options.memory_passes // LENGTH)
+    dense = evaluator.dense
+    pattern = next(iter(dense.values()))
+    for sequence in range(len(pool)):
+        if sequence not in dense:
+            dense[sequence] = copy.deepcopy(pattern)
     made = _peak()
     _, candidates = offspring(levels.units, 4, seed=0)
     for number in range(2):  # two generations: a first stage, and a last stage with kept block inputs

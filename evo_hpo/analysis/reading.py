@@ -56,6 +56,7 @@ def _run(entry: Mapping[str, Any], label: str, record: SearchRecord, determinist
         stop_reason=str(end.get("stop_reason", "")),
         deterministic=deterministic,
         budget=dict(record.header.get("budget") or {}),
+        scoring=dict(end.get("scoring") or {}),
     )
 
 

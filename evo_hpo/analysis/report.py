@@ -26,6 +26,7 @@ from evo_hpo.analysis.plots import anytime_figure, cost_figure, ecdf_figure, sho
 from evo_hpo.analysis.profiles import profiles_figure, winner_figure
 from evo_hpo.analysis.rank_plots import rank_figure, wins_figure
 from evo_hpo.analysis.runs import AXES
+from evo_hpo.analysis.scoring import scoring_sheet
 from evo_hpo.analysis.style import save
 from evo_hpo.analysis.summary import Summary, summarise
 from evo_hpo.analysis.tables import write_tables
@@ -83,7 +84,7 @@ def _overall(comparison: Comparison, summaries: dict[str, Summary], summary: Sum
 def _section(comparison: Comparison, key: str, summary: Summary, target: Path, *, single: bool) -> Section:
     info = comparison.problems[key]
     suffix = "" if single else "-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", key)
-    steps = lineage_sheet(comparison, key)
+    more = (lineage_sheet(comparison, key), scoring_sheet(comparison, key))
     return Section(
         anchor="p-" + re.sub(r"[^A-Za-z0-9]+", "-", key),
         title=key,
@@ -91,7 +92,7 @@ def _section(comparison: Comparison, key: str, summary: Summary, target: Path, *
         verdict="" if single else summary.verdict,
         sheets=(*problem_sheets(comparison, key), *standing_sheets(summary)),
         pictures=_saved(_drawings(comparison, key, summary, suffix), target),
-        more=(steps,) if steps else (),
+        more=tuple(sheet for sheet in more if sheet),
     )
 
 

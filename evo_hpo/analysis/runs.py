@@ -95,6 +95,7 @@ class SearchRun:
         stop_reason: why.
         deterministic: the searcher ignores its seed, so this run stands for every seed.
         budget: kind and amount, where recorded, for example ``{"tokens": 65536}``.
+        scoring: what the problem said about how it scored.
     """
 
     id: str
@@ -111,6 +112,7 @@ class SearchRun:
     stop_reason: str = ""
     deterministic: bool = False
     budget: Mapping[str, float] = field(default_factory=dict)
+    scoring: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_result(cls, result: SearchResult, **identity: Any) -> SearchRun:
@@ -123,6 +125,7 @@ class SearchRun:
             searcher_seconds=result.searcher_seconds,
             stop_reason=result.stop_reason,
             budget=budget,
+            scoring=result.scoring,
             **identity,
         )
 

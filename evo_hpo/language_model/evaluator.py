@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import threading
@@ -38,6 +39,8 @@ from evo_hpo.space import Assignment
 __all__ = ["Evaluator"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -192,9 +195,10 @@ class Evaluator:
         self.seconds += time.perf_counter() - start
         return [self._score(found[tuple(map(int, a))]) for a in assignments]
 
-    def prepare(self) -> None:
-        """Makes what is kept of the uncompressed model for the whole pool now, not sequence by sequence as needed."""
-        self._with_less_memory(lambda: self._batches.make_dense(range(len(self.tokens))))
+    def prepare(self, sequences: int | None = None) -> None:
+        """Makes what is kept of the uncompressed model now, not when needed: for the pool's first sequences, or all."""
+        count = len(self.tokens) if sequences is None else sequences
+        self._with_less_memory(lambda: self._batches.make_dense(range(count)))
 
     def per_sequence(self, assignment: Assignment, minibatch: Minibatch) -> Sums:
         """Mean loss of each sequence of a minibatch (nats a token), for intervals and paired comparisons."""
@@ -242,6 +246,7 @@ class Evaluator:
                     batches.reference.clear()
                 else:
                     raise MemoryError(str(error)) from error
+                _log.warning("out of memory: going on with %d sequences a batch", batches.batch_size)
 
     # ------------------------------------------------------------------ held-out data
 
@@ -294,7 +299,7 @@ class Evaluator:
         """Settings in force, what was counted, and where the time of all replicas went (seconds)."""
         return {
             "device": str(self.device),
-            "dtype": str(self.pool.workers[0].head.weight.dtype),
+            "dtype": str(self.pool.workers[0].head.weight.dtype).removeprefix("torch."),
             "threads": len(self.pool),
             "batch_size": self._batches.batch_size,
             "chunk": (self.chunk.tokens, self.chunk.vocabulary),

@@ -15,6 +15,21 @@ from evo_hpo.space import Assignment, CompressionSpace
 
 __all__ = ["LanguageModelProblem"]
 
+REPORTED = (
+    "device",
+    "dtype",
+    "threads",
+    "batch_size",
+    "chunk",
+    "compiled",
+    "candidates",
+    "cached",
+    "stopped",
+    "tokens",
+    "non_finite",
+    "out_of_memory",
+)
+
 
 class LanguageModelProblem(Problem):
     """Assignments scored by an :class:`Evaluator`, validated on held-out text.
@@ -59,6 +74,13 @@ class LanguageModelProblem(Problem):
     def check(self, tokens: int) -> None:
         """Raises InvalidSettingError when no minibatch of this many tokens can be drawn."""
         check_tokens(tokens, len(self.evaluator.tokens), self.evaluator.length)
+
+    def report(self) -> dict[str, Any]:
+        """Device, dtype, threads, batch; candidates, tokens, losses that were not finite, times that memory ran out."""
+        told = self.evaluator.report()
+        return {name: told[name] for name in REPORTED} | {
+            "measured": [[what, round(rate, 1)] for what, rate in told["measured"]]
+        }
 
     def fingerprint(self) -> dict[str, Any]:
         """Space, model, levels, fitness, calibration pool and held-out text."""

@@ -13,7 +13,7 @@ from evo_hpo.language_model.head import Chunk
 from evo_hpo.language_model.pool import WorkerPool
 from evo_hpo.language_model.worker import Worker
 
-__all__ = ["Measured", "compute_dtype", "measure_settings"]
+__all__ = ["Measured", "fastest_dtype", "measure_settings"]
 
 GAIN = 1.05
 """A larger setting must be this much faster than the smaller one."""
@@ -110,7 +110,7 @@ def _wait(like: Tensor) -> None:
         torch.cuda.synchronize(like.device)
 
 
-def compute_dtype(device: str = "cpu", size: int = 512) -> torch.dtype:
+def fastest_dtype(device: str = "cpu", size: int = 512) -> torch.dtype:
     """bfloat16 where a short matrix product in it is at least 1.5 times as fast as in float32, else float32.
 
     A CPU without native bfloat16 arithmetic emulates it, several times slower: measured, never assumed.

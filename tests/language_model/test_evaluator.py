@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from evo_hpo.errors import InvalidSettingError, ModelError, StoreError
+from evo_hpo.language_model import compiling
 from evo_hpo.language_model.evaluator import Evaluator
 from evo_hpo.language_model.gates import GatedModel
 from evo_hpo.language_model.problem import LanguageModelProblem
 from evo_hpo.language_model.sampling import sequences_of
-from evo_hpo.language_model.tuning import compute_dtype
+from evo_hpo.language_model.tuning import fastest_dtype
 from evo_hpo.language_model.worker import Worker
 from evo_hpo.problem import Minibatch
 from evo_hpo.space import Assignment, CompressionSpace, Unit
@@ -231,7 +232,7 @@ def test_measured_settings_are_kept_so_that_bits_stay(llama: tuple[nn.Module, Ro
 
 
 def test_the_compute_dtype_is_one_that_this_machine_multiplies_fast() -> None:
-    assert compute_dtype() in (torch.float32, torch.bfloat16)
+    assert fastest_dtype() in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -250,6 +251,33 @@ def test_without_a_compiler_the_blocks_stay_eager(
     ]
     candidates = random_assignments(2, len(llama[1].units), 3)
     assert _losses(evaluator, candidates) == _losses(_evaluator(llama), candidates)
+
+
+class _Clock:
+    """Says that what is compiled takes ``factor`` times as long; the runs before it are the eager ones."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+        self.factor, self.runs = factor, dict[Any, int]()
+        monkeypatch.setattr(torch, "compile", lambda code, **_: code)
+        monkeypatch.setattr(compiling, "_seconds", self.seconds)
+
+    def seconds(self, _: Worker, work: Any, __: Tensor) -> float:
+        self.runs[work] = self.runs.get(work, 0) + 1
+        return 1.0 if self.runs[work] <= compiling.REPEATS else self.factor
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(0.5, ("blocks", "chunk")), (0.99, ())])
+def test_what_is_compiled_is_kept_where_it_is_faster_and_the_decision_stays(
+    llama: tuple[nn.Module, RoundedLevels],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    factor: float,
+    kept: tuple[str, ...],
+) -> None:
+    for time in (factor, 1 / factor):  # the second time, the clock says the opposite
+        _Clock(monkeypatch, time)
+        evaluator = _evaluator(llama, compile=True, cache=tmp_path / "scores.db")
+        assert evaluator.report()["compiled"] == kept
 
 
 # ---------------------------------------------------------------------- failures
@@ -276,7 +304,7 @@ def test_a_loss_that_is_not_finite_is_the_worst_and_counted(llama: tuple[nn.Modu
 
 
 def test_running_out_of_memory_halves_the_batch(
-    llama: tuple[nn.Module, RoundedLevels], monkeypatch: pytest.MonkeyPatch
+    llama: tuple[nn.Module, RoundedLevels], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     candidates = random_assignments(3, len(llama[1].units), 3)
     evaluator, run = _evaluator(llama, batch_size=4), Worker.run
@@ -290,6 +318,7 @@ def test_running_out_of_memory_halves_the_batch(
     assert _losses(evaluator, candidates) == _losses(_evaluator(llama, batch_size=1), candidates)
     assert evaluator.report()["batch_size"] == 1
     assert evaluator.report()["out_of_memory"] == 2
+    assert caplog.messages == [f"out of memory: going on with {size} sequences a batch" for size in (2, 1)]
 
 
 def test_memory_that_never_suffices_is_an_error(

@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from evo_hpo.analysis import Comparison
+from evo_hpo.analysis.scoring import scoring_sheet
 from evo_hpo.compare import compare
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.journal import read_journals
@@ -95,6 +97,13 @@ def test_from_model_to_winning_profile_to_exported_model(
     folder = compare(plan, root=tmp_path / "runs")
     record = json.loads((folder / "comparison.json").read_text())
     assert record["problems"]["tiny"]["reference"]["loss"] == pytest.approx(0.0, abs=1e-6)
+    comparison = Comparison.load(folder)
+    sheet = scoring_sheet(comparison, "tiny")
+    assert sheet is not None
+    assert len(sheet.rows) == len(comparison.runs)
+    assert all("float32" in row[1] or "bfloat16" in row[1] for row in sheet.rows)
+    assert "not finite, in all: 0;" in sheet.note
+    assert "memory ran out: 0;" in sheet.note
     winner = folder / "profiles" / "winner.json"
     data = json.loads(winner.read_text())
     assert data["average"] <= 3.0
@@ -119,6 +128,7 @@ def test_from_model_to_winning_profile_to_exported_model(
         ({"held_out_tokens": 100}, "multiples of sequence_length"),
         ({"tokens": 100}, "100"),
         ({"levels": [2, 3, 99]}, "99"),
+        ({"dtype": "int4"}, "float32"),
         ({"cache": "losses.sqlite"}, "early_stopping = false"),
         ({"method": "gguf"}, "gguf"),
     ],

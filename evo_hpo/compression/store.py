@@ -92,8 +92,7 @@ class LevelStore:
 
     def weights(self, unit: int, level: int) -> Mapping[str, torch.Tensor | None]:
         """Weights of one level of one unit; see `Levels`."""
-        record = self.manifest.units[unit]
-        return self.unit_weights(record.name, record.levels[level].label)
+        return self.levels.weights(unit, level)
 
     def space(self, average: float | str | None = None, **settings: Any) -> CompressionSpace:
         """The search space of the store; see `LevelSet.space`."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from evo_hpo.compression.reference_layout import write_profile
 from evo_hpo.errors import ModelError, PlanError
 from evo_hpo.language_model.experts import fuse_experts
 from evo_hpo.language_model.loading import load_model, load_tokenizer
@@ -19,7 +20,8 @@ __all__ = ["export_profile"]
 
 
 def export_profile(profile: Path, output: Path) -> dict[str, Any]:
-    """Writes the model that a profile describes, decoded to dense weights, with its tokenizer and the profile itself.
+    """Writes the model that a profile describes, decoded to dense weights, with its tokenizer and the profile itself (as
+    ``profile.json``, and as ``profile.txt`` with one ``layer: level`` line each).
 
     A dropped module keeps its place and gets zero weights, so that it contributes nothing and any library can load it.
 
@@ -52,6 +54,7 @@ def export_profile(profile: Path, output: Path) -> dict[str, Any]:
     fuse_experts(loaded.model)
     loaded.model.save_pretrained(output)  # type: ignore[operator]
     load_tokenizer(task.model).save_pretrained(output)
+    write_profile(output / "profile.txt", store, levels)
     (output / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
     return data
 

@@ -168,3 +168,17 @@ def test_a_budget_in_the_wrong_resource_is_refused(folder: Path) -> None:
         open_store(folder / "rtn").space(sparsity=0.5)
     with pytest.raises(InvalidSettingError, match="exactly one"):
         open_store(folder / "rtn").space()
+
+
+def test_levels_of_equal_cost_are_the_ones_they_are_labelled(tmp_path: Path) -> None:
+    llama = LoadedModel.from_model(tiny_model("llama"))
+    build_store(llama, tmp_path, Magnitude(["2:4", 0.5, "1:2"]))
+    store = open_store(tmp_path)
+    for number, unit in enumerate(store.units):
+        assert len(set(unit.costs)) == 1
+        for level, label in enumerate(unit.levels):
+            weight = store.weights(number, level)[unit.name]
+            assert weight is not None
+            kept = [int(n) for n in (weight != 0).view(len(weight), -1, 2).sum(2).unique()]
+            assert (kept == [1]) == (label == "1:2")
+        assert list(store.errors[number]) == sorted(store.errors[number], reverse=True)

@@ -20,7 +20,7 @@ __all__ = ["export_profile"]
 
 
 def export_profile(profile: Path, output: Path) -> dict[str, Any]:
-    """Writes the model that a profile describes, decoded to dense weights, with its tokenizer and the profile itself (as
+    """Writes the model that a profile describes, decoded to dense weights, with its tokenizer and the profile (as
     ``profile.json``, and as ``profile.txt`` with one ``layer: level`` line each).
 
     A dropped module keeps its place and gets zero weights, so that it contributes nothing and any library can load it.

@@ -80,7 +80,7 @@ def pack_bits(path: Path) -> dict[str, Any]:
     levels = np.array(assignments, dtype=np.int8)
     origin = _origins(assignments, means)
     features = Features.of(bits_space())
-    settings = optimise(features, levels, means, steps=60)
+    settings = optimise(features, levels, means, steps=30)
     found = fit(features, levels, means, settings)
     full = found.quadratic + found.quadratic.T
     np.fill_diagonal(full, np.diag(found.quadratic))
@@ -106,7 +106,7 @@ def _error(
 ) -> dict[str, dict[str, float]]:
     uniform = np.array(bits_space().uniform())
     told = cross_validated(features, levels, losses, settings)
-    additive = optimise(features, levels, losses, steps=60, interactions=False)
+    additive = optimise(features, levels, losses, steps=15, interactions=False)
     plain = cross_validated(features, levels, losses, additive, interactions=False)
     fitted = np.flatnonzero(origin == 2)
     later = ahead(features, levels, losses, settings, int(fitted[len(fitted) // 2]), 80)

@@ -53,7 +53,7 @@ def _predicted(
     out: NDArray[np.bool_],
     interactions: bool = True,
 ) -> Array:
-    refined = optimise(features, levels[~out], losses[~out], settings, steps=4, interactions=interactions)
+    refined = optimise(features, levels[~out], losses[~out], settings, steps=2, interactions=interactions)
     return np.exp(fit(features, levels[~out], losses[~out], refined).many(levels[out]))
 
 

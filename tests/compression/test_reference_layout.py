@@ -13,6 +13,7 @@ from evo_hpo.compression.quantizers import RTN
 from evo_hpo.compression.reference_layout import open_reference, read_profile, write_profile, write_reference
 from evo_hpo.compression.store import open_store
 from evo_hpo.errors import StoreError
+from evo_hpo.language_model.evaluator import Evaluator
 from evo_hpo.language_model.loading import LoadedModel
 
 
@@ -72,3 +73,20 @@ def test_what_does_not_fit_is_refused_by_name(llama: LoadedModel, tmp_path: Path
     layer.rename(tmp_path / "model.layers.7.mlp.up_proj")
     with pytest.raises(StoreError, match=r"layers\.7.*no linear layer"):
         open_reference(tmp_path, "bits", llama.model)
+
+
+def test_a_published_folder_and_profile_are_scored_like_our_own(
+    llama: LoadedModel, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    build_store(llama, tmp_path / "store", RTN([2, 3], group_size=16))
+    store = open_store(tmp_path / "store")
+    write_reference(store, tmp_path / "dense", torch.float32)
+    write_profile(tmp_path / "profile.txt", store, tuple(i % 3 % 2 for i in range(len(store.units))))
+    published = open_reference(tmp_path / "dense", "bits", llama.model)
+    losses = []
+    for levels in (store, published):
+        evaluator = Evaluator(llama.model, levels, tokens)
+        figures = evaluator.evaluate_held_out(read_profile(tmp_path / "profile.txt", levels), tokens)
+        evaluator.close()
+        losses.append(figures["loss"])
+    assert losses[0] == losses[1] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,10 @@ class Budget:
         ((kind, amount),) = given.items()
         if isinstance(amount, bool) or not amount > 0:
             raise BudgetError(f"budget of {amount!r} {kind} must be positive")
+        if kind != "seconds":
+            if not math.isfinite(amount) or amount != int(amount):
+                raise BudgetError(f"budget of {amount!r} {kind} must be a whole number")
+            object.__setattr__(self, kind, int(amount))
 
     @property
     def kind(self) -> str:

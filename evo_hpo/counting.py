@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import product
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,13 +123,19 @@ class Counter:
         ways = np.zeros(shape)
         ways[tuple(slice(f, None) for f in floors)] = 1.0
         tables = [ways]
-        for unit in reversed(options):
+        dearest = [np.max(unit, axis=0) for unit in options]
+        reaches = list(accumulate(dearest, initial=np.zeros(len(shape), dtype=int)))
+        for unit, reach in zip(reversed(options), reversed(reaches[:-1]), strict=True):
             following = np.zeros(shape)
             for level in unit:
                 if all(c < s for c, s in zip(level, shape, strict=True)):
                     source = tuple(slice(c, None) for c in level)
                     target = tuple(slice(None, s - c) for c, s in zip(level, shape, strict=True))
                     following[target] += ways[source]
+            for axis, limit in enumerate(
+                reach.tolist()
+            ):  # what the units before cannot spend would dwarf what they can
+                following[(slice(None),) * axis + (slice(limit + 1, None),)] = 0.0
             ways = following / max(following.max(), 1e-300)
             tables.append(ways)
         return options, tables[::-1], exact

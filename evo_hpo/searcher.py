@@ -121,7 +121,11 @@ def positive(name: str, value: int, least: int = 1) -> int:
 
 
 def draw(name: str, value: str) -> Draw:
-    """``value`` as the name of a minibatch rule."""
-    if value not in ("fresh", "same", "fixed"):
-        raise InvalidSettingError(f"{name}={value!r} must be one of: fresh, same, fixed")
+    """``value`` as the minibatch rule of a searcher whose trials all have one fidelity: ``fixed`` or ``fresh``.
+
+    Raises:
+        InvalidSettingError: another rule.
+    """
+    if value not in ("fixed", "fresh"):
+        raise InvalidSettingError(f"{name}={value!r} must be fixed or fresh")
     return cast(Draw, value)

@@ -20,7 +20,7 @@ __all__ = ["solve", "solve_by_dynamic_programming", "solve_by_integer_programmin
 Effects = Sequence[Sequence[float]]
 """Loss of each unit's levels; ``inf`` forbids a level."""
 
-MOST_CELLS = 40_000_000  # of the table of choices, a byte each
+MOST_CELLS = 40_000_000  # of the table of choices, a byte each (two above 256 levels)
 
 
 def solve(
@@ -89,7 +89,8 @@ def _tabulate(
     costs = np.arange(low, high + 1) * divisor + spent
     best = np.full((len(batch), layers, width), np.inf)
     best[:, :, (costs <= space.budget) & (costs >= space.floor)] = 0.0
-    choices = np.zeros((len(space), len(batch), layers, width), dtype=np.int8)
+    kind = np.min_scalar_type(max(map(len, steps)) - 1)
+    choices = np.zeros((len(space), len(batch), layers, width), dtype=kind)
     losses = [
         np.array([[effects[u][space.lowest[u] + k] for k in range(len(steps[u]))] for effects in batch])
         for u in range(len(space))
@@ -109,7 +110,7 @@ def _tabulate(
             chosen = (choices[u][:, 1:] if changed else choices[u])[:, :, here]
             better = candidate < target
             np.copyto(target, candidate, where=better)
-            np.copyto(chosen, np.int8(k), where=better)
+            np.copyto(chosen, kind.type(k), where=better)
         best = following
     return [_trace(space, choices[:, b], steps, best[b], start, changes, low) for b in range(len(batch))]
 

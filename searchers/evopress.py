@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from evo_hpo.budget import Allowance
@@ -25,6 +25,7 @@ __all__ = ["PRESETS", "EvoPress"]
 PRESETS: dict[str, dict[str, Any]] = {
     "plain": {"offspring": 16, "survivors": (1,), "tokens": None, "cross_group": 0.5},
     "depth_pruning": {
+        "generations": "k(n-k)/1.5",
         "offspring": 32,
         "survivors": (2, 1),
         "tokens": (2048, 32768),
@@ -54,6 +55,19 @@ class _Candidate:
     number: int | None = None
 
 
+def _generations(space: CompressionSpace, given: int | str | None) -> float:
+    """The most generations; the rule of depth pruning drops k of n units in the group where that takes longest."""
+    if not isinstance(given, str):
+        return math.inf if given is None else positive("generations", given)
+    if any(high - low != 1 for low, high in zip(space.lowest, space.highest, strict=True) if low != high):
+        return math.inf  # a rule for units that are dropped or kept
+    start, most = space.uniform(), 1
+    for members in space.groups().values():
+        dropped = sum(start[i] == space.lowest[i] for i in members)
+        most = max(most, math.ceil(dropped * (len(members) - dropped) / 1.5))
+    return most
+
+
 class EvoPress(Searcher):
     """(mu + lambda) evolution: distinct mutants of the parents, selected in stages of growing fidelity.
 
@@ -64,7 +78,7 @@ class EvoPress(Searcher):
         offspring: lambda, distinct mutants of a generation.
         survivors: how many each stage keeps; the last entry is the population (mu).
         tokens: calibration tokens of each stage; None in a preset: the problem's default.
-        generations: stop after so many; None: until the budget is spent.
+        generations: stop after so many; None: as the preset says, ``plain`` goes on until the budget is spent.
         switch_rule: switches an offspring takes: ``min_of_two`` draws from 1..max_switches, or ``fixed``.
         max_switches: see ``switch_rule``.
         group: a switch stays within units of equal ``size``, of equal ``name`` (role), or ``none`` (anywhere).
@@ -119,7 +133,7 @@ class EvoPress(Searcher):
         chosen |= {key: value for key, value in given.items() if value is not None}
         self.offspring = positive("offspring", chosen["offspring"])
         self.selection = Selection.of(chosen["survivors"], chosen["tokens"], elitism)
-        self.generations = math.inf if chosen["generations"] is None else positive("generations", chosen["generations"])
+        self.generations = _generations(space, chosen["generations"])
         self.switches = switch_counts(switch_rule, positive("max_switches", max_switches))
         self.mutate = mutation(space, group, float(chosen["cross_group"]))
         self.group = group
@@ -163,7 +177,7 @@ class EvoPress(Searcher):
             if trials:
                 return trials
             self._asked = self.warm.asked
-            self.parents = [_Candidate(self.warm.best())]
+            self.parents = [_Candidate(self.warm.best(), number=self.warm.best_number)]
             self.warm = None
         if self.start is not None:
             points = self.start.ask(allowance)
@@ -172,7 +186,7 @@ class EvoPress(Searcher):
                 return tuple(
                     self.trial(p, tokens=self.start.tokens, minibatch="fixed", note=self.start.note) for p in points
                 )
-            self._begin(self.start.best())
+            self._begin(allowance.default_tokens)
         if not self._candidates:
             if self.generation >= self.generations:
                 self.stop_reason = f"all {self.generation} generations are done"
@@ -185,7 +199,7 @@ class EvoPress(Searcher):
                 return ()
             self._candidates = self._breed(count)
             if not self._candidates:
-                self.stop_reason = "no feasible mutant of the parent exists"
+                self.stop_reason = "no feasible mutant of the parent exists: cross_group or another group may give some"
                 return ()
             self.generation += 1
             self._stage = 0
@@ -196,8 +210,15 @@ class EvoPress(Searcher):
     def _ask_stage(self) -> tuple[Trial, ...]:
         stage = self.selection.stages[self._stage]
         elders = [e for e in self._elders() if not self._remembered(e)] if self.selection.joins(self._stage) else []
+        start = self._asked
+        if elders and elders[0].number is None:  # a starting point that this batch scores for the first time
+            elders[0] = self.parents[0] = replace(elders[0], number=start)
+            self._candidates = [replace(c, parent=start) if c.parent is None else c for c in self._candidates]
         candidates = [*elders, *self._candidates]
         self._pending = candidates
+        # A trial that is stopped early has only a lower bound: no use where the worst are wanted; and a champion must
+        # not take the place of the offspring that would be the next parent.
+        keep = None if self.sign < 0 else stage.survivors + int(self.champion in elders)
         rule: Draw = "fixed" if self.minibatch == "fixed" else "fresh"
         if self.minibatch == "nested" and self._stage:
             rule = "same"
@@ -207,9 +228,9 @@ class EvoPress(Searcher):
                 tokens=stage.tokens,
                 generation=self.generation,
                 stage=self._stage,
-                parent=c.parent if c.number is None else c.number,
+                parent=c.parent if c.number in (None, start) else c.number,
                 minibatch=rule,
-                keep=stage.survivors,
+                keep=keep,
                 note="parent" if i < len(elders) else "",
             )
             for i, c in enumerate(candidates)
@@ -252,7 +273,7 @@ class EvoPress(Searcher):
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Selects the survivors of the stage that was asked."""
         if self.warm is not None:
-            self.warm.tell(outcomes)
+            self.warm.tell(outcomes, self.sign)
             return
         if self.start is not None:
             self.start.tell(outcomes, self.sign)
@@ -305,10 +326,13 @@ class EvoPress(Searcher):
 
     # ------------------------------------------------------------------ starts
 
-    def _begin(self, levels: Assignment) -> None:
+    def _begin(self, default_tokens: int) -> None:
+        """The best starting point becomes the parent; its loss counts where it is of the last stage's fidelity."""
         assert self.start is not None
-        if self.start.best_number is not None and self._noiseless and self.start.best_loss is not None:
-            self._known[levels] = self.start.best_loss
+        levels, loss = self.start.best(), self.start.best_loss
+        fidelities = {default_tokens if t is None else t for t in (self.start.tokens, self.selection.stages[-1].tokens)}
+        if self._noiseless and loss is not None and (len(fidelities) == 1 or not default_tokens):
+            self._known[levels] = loss
         self.parents = [_Candidate(levels, number=self.start.best_number)]
         self.start = None
 

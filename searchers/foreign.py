@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from evo_hpo.budget import Allowance
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.searcher import Searcher, draw, positive
-from evo_hpo.space import CompressionSpace
+from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Outcome, Trial
 from searchers.encoding import Decoded, Encoding, make_encoding
 
@@ -25,7 +25,8 @@ class ForeignSearcher(Searcher):
         encoding: how proposals become feasible (see :mod:`searchers.encoding`); None: the optimizer's measured default.
         batch: trials a batch; None: what fits the optimizer.
         tokens: calibration tokens a trial; None: the problem's default.
-        minibatch: ``fixed`` (all trials comparable) or ``fresh`` for each batch.
+        minibatch: ``fixed`` (all trials comparable), or ``fresh`` for each batch (the incumbent is scored again in it,
+            which the optimizer is not told).
         start: ``uniform`` scores the uniform assignment first and tells the optimizer; ``none`` leaves it alone.
         fill: spend what a proposal leaves of the budget (encodings repaired, projection, native and its kin).
         penalty: encoding ``penalty``: loss added for an excess as large as the budget, as a multiple of the loss.
@@ -67,20 +68,26 @@ class ForeignSearcher(Searcher):
             allowed=self.encodings,
         )
         self._library_seed = int(streams[1].generate_state(1)[0] >> 1)
+        self._incumbent: Assignment | None = None
+        self._again: tuple[Assignment, ...] = ()
 
     def _count(self, allowance: Allowance) -> int:
-        """Trials of the next batch; the first holds only the start, for all others to learn from."""
+        """Proposals of the next batch; the first is only the start, for all others to learn from."""
         if self.start == "uniform" and not self._asked:
             return 1
-        return max(1, allowance.affords(self.batch, self.tokens))
+        self._again = () if self.minibatch == "fixed" or self._incumbent is None else (self._incumbent,)
+        again = len(self._again)
+        return max(1, allowance.affords(self.batch + again, self.tokens)) - again
 
     def _only(self) -> tuple[Trial, ...]:
         """Where no unit may change: the one assignment, then the end."""
         self.stop_reason = "the space has one assignment"
-        return () if self._asked else (self._as_trial(self._start()),)
+        return () if self._asked else self._trials([self._start()])
 
-    def _as_trial(self, decoded: Decoded) -> Trial:
-        return self.trial(decoded.levels, tokens=self.tokens, minibatch=self.minibatch)
+    def _trials(self, proposals: Iterable[Decoded]) -> tuple[Trial, ...]:
+        """The batch: the proposals, behind the incumbent where the minibatch is fresh."""
+        levels = (*self._again, *(decoded.levels for decoded in proposals))
+        return tuple(self.trial(a, tokens=self.tokens, minibatch=self.minibatch) for a in levels)
 
     def _start(self) -> Decoded:
         """The uniform assignment and its point."""
@@ -94,5 +101,16 @@ class ForeignSearcher(Searcher):
         return outcome.loss
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Remembers the best; the optimizer's own share is the subclass's."""
+        """Remembers the best; the optimizer's own share, :meth:`_proposed`, is the subclass's."""
         self.remember(outcomes)
+        usable = [o for o in outcomes if o.usable]
+        if usable:
+            self._incumbent = min(usable, key=lambda o: o.loss).trial.levels
+
+    def _proposed(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+        """The outcomes of the optimizer's own proposals."""
+        return outcomes[len(self._again) :]
+
+    def recommend(self) -> Assignment | None:
+        """The best on the fixed minibatch; on fresh ones, where losses do not compare, the last batch's best."""
+        return super().recommend() if self.minibatch == "fixed" else self._incumbent

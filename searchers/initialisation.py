@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,8 @@ __all__ = ["WARM_STARTS", "Initialisation", "WarmStart", "initialisation", "roun
 
 WARM_STARTS = ("dynamic_programming", "trust_region")
 """Searchers whose recommendation may be the start."""
+
+UNMEASURED = 4  # trials a unit of such a searcher where the budget, in seconds, gives no share of trials
 
 
 class Initialisation:
@@ -63,7 +66,7 @@ class WarmStart:
     Args:
         name: of the searcher.
         tokens: calibration tokens of its trials.
-        share: of what is left when it is first asked.
+        share: of what is left when it is first asked; under a budget of seconds, 4 trials a unit instead.
     """
 
     def __init__(self, name: str, space: CompressionSpace, *, tokens: int | None, share: float, seed: int) -> None:
@@ -71,6 +74,7 @@ class WarmStart:
         self.space = space
         self.share = share
         self.asked = 0
+        self._numbers: dict[Assignment, int] = {}
         self._reserve: Allowance | None = None
 
     def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
@@ -86,6 +90,8 @@ class WarmStart:
             None if allowance.evaluations is None else allowance.evaluations - (self._reserve.evaluations or 0),
             allowance.default_tokens,
         )
+        if left.tokens is None and left.evaluations is None:
+            left = Allowance(None, UNMEASURED * len(self.space) - self.asked, allowance.default_tokens)
         if (left.tokens is not None and left.tokens <= 0) or (left.evaluations is not None and left.evaluations <= 0):
             return ()
         trials = self.searcher.ask(left)
@@ -93,13 +99,20 @@ class WarmStart:
         self.asked += len(trials)
         return trials
 
-    def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Passes on what was scored."""
-        self.searcher.tell(outcomes)
+    def tell(self, outcomes: Sequence[Outcome], sign: float) -> None:
+        """Passes on what was scored, losses times ``sign``."""
+        for outcome in outcomes:
+            self._numbers.setdefault(outcome.trial.levels, outcome.trial.number)
+        self.searcher.tell([o if sign > 0 or not o.usable else replace(o, loss=sign * o.loss) for o in outcomes])
 
     def best(self) -> Assignment:
         """What the searcher recommends; uniform compression before it recommends anything."""
         return self.searcher.recommend() or self.space.uniform()
+
+    @property
+    def best_number(self) -> int | None:
+        """Number of the first trial of the best; None: it was not scored."""
+        return self._numbers.get(self.best())
 
 
 def initialisation(rule: str, space: CompressionSpace, *, count: int, tokens: int | None, seed: int) -> Initialisation:

@@ -55,6 +55,8 @@ class LocalSearch(Procedure):
         kick = self.kick
         while True:
             start = self.moves.walk(self.incumbent, kick, self.rng)
+            if start == self.incumbent:  # exchanges took each other back, or chance found none
+                start = next(self.moves.neighbours(self.incumbent, self.rng), self.incumbent)
             if start == self.incumbent:
                 self.stop_reason = "no exchange keeps the budget"
                 return

@@ -148,9 +148,10 @@ class NevergradSearcher(ForeignSearcher):
             if self.optimizer is None:
                 self.optimizer = self._make(allowance)
             self._running = self._first() if not self._asked and self.start == "uniform" else []
-            while len(self._running) < self._count(allowance):
+            count = self._count(allowance)
+            while len(self._running) < count:
                 self._running.append(self._waiting.pop() if self._waiting else self._candidate())
-        return tuple(self._as_trial(decoded) for _, decoded in self._running)
+        return self._trials(decoded for _, decoded in self._running)
 
     def _candidate(self) -> tuple[Any, Decoded]:
         candidate = self.optimizer.ask()
@@ -185,7 +186,7 @@ class NevergradSearcher(ForeignSearcher):
             return
         unsupported = load().errors.TellNotAskedNotSupportedError
         with self._lent("being told"):
-            for (candidate, decoded), outcome in zip(self._running, outcomes, strict=False):
+            for (candidate, decoded), outcome in zip(self._running, self._proposed(outcomes), strict=False):
                 loss = self._loss(outcome, decoded) if outcome.usable else math.inf
                 try:
                     self.optimizer.tell(self._told(candidate, decoded), loss)

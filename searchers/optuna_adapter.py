@@ -160,7 +160,7 @@ class OptunaSearcher(ForeignSearcher):
             return self._only()
         with quiet():
             self._running = [self._ask() for _ in range(self._count(allowance))]
-        return tuple(self._as_trial(decoded) for _, decoded in self._running)
+        return self._trials(decoded for _, decoded in self._running)
 
     def _ask(self) -> tuple[OptunaTrial, Decoded]:
         if self.start == "uniform" and not self.study.get_trials(deepcopy=False):
@@ -181,15 +181,16 @@ class OptunaSearcher(ForeignSearcher):
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Every paid trial is completed or failed; those that the budget did not pay for are failed."""
         super().tell(outcomes)
+        proposed = self._proposed(outcomes)
         with quiet():
-            for (trial, decoded), outcome in zip(self._running, outcomes, strict=False):
+            for (trial, decoded), outcome in zip(self._running, proposed, strict=False):
                 if self.encoding.name == "set_constraint":
                     trial.set_constraint("budget", decoded.excess)
                 if outcome.usable:
                     self.study.tell(trial, self._loss(outcome, decoded))
                 else:
                     self.study.tell(trial, state=TrialState.FAIL)
-            for trial, _ in self._running[len(outcomes) :]:
+            for trial, _ in self._running[len(proposed) :]:
                 self.study.tell(trial, state=TrialState.FAIL)
         self.sampler.decoded.clear()
         self._running = []

@@ -12,7 +12,6 @@ from collections.abc import Generator, Sequence
 from typing import TypeVar
 
 from evo_hpo.budget import Allowance
-from evo_hpo.errors import InvalidSettingError
 from evo_hpo.searcher import Searcher, draw, positive
 from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Outcome, Trial
@@ -58,8 +57,6 @@ class Procedure(Searcher):
         self.batch = positive("batch", batch)
         self.tokens = tokens if tokens is None else positive("tokens", tokens)
         self.minibatch = draw("minibatch", minibatch)
-        if self.minibatch == "same":
-            raise InvalidSettingError("minibatch='same' must be fixed or fresh here: all trials have one fidelity")
         self.allowance = Allowance()
         self.incumbent: Assignment | None = None
         self._known: dict[Assignment, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -22,7 +23,7 @@ class SimulatedAnnealing(Procedure):
 
     The first temperature is ``heat`` times the median loss difference of ``probes`` random exchanges from uniform, so
     it needs no scale; cooling ends at a thousandth of it when the budget ends. Under a budget of seconds it cools over
-    ``steps`` proposals and starts over from the best.
+    ``cooling_steps`` proposals and starts over from the best.
 
     Args:
         heat: first temperature, in median loss differences.
@@ -60,6 +61,7 @@ class SimulatedAnnealing(Procedure):
         self.incumbent = self.space.uniform()
         starts = [self.moves.random(self.incumbent, self.rng) for _ in range(self.probes)]
         candidates = [a for a in dict.fromkeys(starts) if a is not None]
+        candidates = candidates or list(itertools.islice(self.moves.neighbours(self.incumbent, self.rng), self.probes))
         if not candidates:
             self.stop_reason = "no exchange keeps the budget"
             return

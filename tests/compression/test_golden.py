@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -38,5 +40,5 @@ def test_sparsegpt_is_as_good_as_published_solvers() -> None:
 def test_the_whole_layer_repeats_figures_measured_elsewhere() -> None:
     errors = gptq_errors(*layer())
     assert errors == pytest.approx(ELSEWHERE, rel=0.03)
-    ratios, theirs = ([a / b for a, b in zip(found, found[1:], strict=False)] for found in (errors, ELSEWHERE))
+    ratios, theirs = ([a / b for a, b in itertools.pairwise(found)] for found in (errors, ELSEWHERE))
     assert ratios == pytest.approx(theirs, rel=0.02)

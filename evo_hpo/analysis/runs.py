@@ -76,7 +76,9 @@ class ProblemInfo:
     def average_name(self) -> str:
         """What the first resource's average over weights is called."""
         resource = self.space.resources[0]
-        return "bits a weight" if resource == "bits" else f"{resource} a weight"
+        if resource == "modules" and all(unit.size == 1 for unit in self.space.units):
+            return "modules kept, share"
+        return f"{resource} a weight"
 
 
 @dataclass(frozen=True)

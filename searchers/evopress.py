@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from evo_hpo.budget import Allowance
 from evo_hpo.errors import InvalidSettingError
@@ -18,34 +17,10 @@ from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Draw, Outcome, Trial
 from searchers.initialisation import WARM_STARTS, Initialisation, WarmStart, initialisation
 from searchers.mutation import Uniforms, mutation, switch_counts
+from searchers.presets import PRESETS, most_generations, resolved
 from searchers.selection import Selection, ranked
 
 __all__ = ["PRESETS", "EvoPress"]
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "plain": {"offspring": 16, "survivors": (1,), "tokens": None, "cross_group": 0.5},
-    "depth_pruning": {
-        "generations": "k(n-k)/1.5",
-        "offspring": 32,
-        "survivors": (2, 1),
-        "tokens": (2048, 32768),
-        "init": "random",
-        "initial": 64,
-        "initial_tokens": 2048,
-    },
-    "sparsity": {"offspring": 64, "survivors": (8, 2, 1), "tokens": (2048, 16384, 65536), "generations": 400},
-    "quantization": {"offspring": 128, "survivors": (16, 4, 1), "tokens": (2048, 16384, 131072), "generations": 150},
-    "super_fast": {"offspring": 16, "survivors": (1, 1), "tokens": (512, 8192), "generations": 400},
-}
-"""Published settings by application; ``plain`` is a single-stage search for problems without fidelity."""
-
-_COMMON: dict[str, Any] = {
-    "init": "uniform",
-    "initial": 1,
-    "initial_tokens": None,
-    "generations": None,
-    "cross_group": 0.0,
-}
 
 
 @dataclass(frozen=True)
@@ -53,19 +28,6 @@ class _Candidate:
     levels: Assignment
     parent: int | None = None
     number: int | None = None
-
-
-def _generations(space: CompressionSpace, given: int | str | None) -> float:
-    """The most generations; the rule of depth pruning drops k of n units in the group where that takes longest."""
-    if not isinstance(given, str):
-        return math.inf if given is None else positive("generations", given)
-    if any(high - low != 1 for low, high in zip(space.lowest, space.highest, strict=True) if low != high):
-        return math.inf  # a rule for units that are dropped or kept
-    start, most = space.uniform(), 1
-    for members in space.groups().values():
-        dropped = sum(start[i] == space.lowest[i] for i in members)
-        most = max(most, math.ceil(dropped * (len(members) - dropped) / 1.5))
-    return most
 
 
 class EvoPress(Searcher):
@@ -120,20 +82,20 @@ class EvoPress(Searcher):
         invert: bool = False,
     ) -> None:
         super().__init__(space, seed=seed)
-        if preset not in PRESETS:
-            raise InvalidSettingError(f"preset={preset!r} must be one of: {', '.join(PRESETS)}")
-        chosen = _COMMON | PRESETS[preset]
-        given: dict[str, Any] = {
-            "offspring": offspring,
-            "survivors": survivors,
-            "tokens": tokens,
-            "generations": generations,
-        }
-        given |= {"cross_group": cross_group, "init": init, "initial": initial, "initial_tokens": initial_tokens}
-        chosen |= {key: value for key, value in given.items() if value is not None}
+        chosen = resolved(
+            preset,
+            offspring=offspring,
+            survivors=survivors,
+            tokens=tokens,
+            generations=generations,
+            cross_group=cross_group,
+            init=init,
+            initial=initial,
+            initial_tokens=initial_tokens,
+        )
         self.offspring = positive("offspring", chosen["offspring"])
         self.selection = Selection.of(chosen["survivors"], chosen["tokens"], elitism)
-        self.generations = _generations(space, chosen["generations"])
+        self.generations = most_generations(space, chosen["generations"])
         self.switches = switch_counts(switch_rule, positive("max_switches", max_switches))
         self.mutate = mutation(space, group, float(chosen["cross_group"]))
         self.group = group
@@ -210,10 +172,8 @@ class EvoPress(Searcher):
     def _ask_stage(self) -> tuple[Trial, ...]:
         stage = self.selection.stages[self._stage]
         elders = [e for e in self._elders() if not self._remembered(e)] if self.selection.joins(self._stage) else []
-        start = self._asked
-        if elders and elders[0].number is None:  # a starting point that this batch scores for the first time
-            elders[0] = self.parents[0] = replace(elders[0], number=start)
-            self._candidates = [replace(c, parent=start) if c.parent is None else c for c in self._candidates]
+        if elders and elders[0].number is None:  # a starting point, first scored by the next trial
+            self._candidates = [replace(c, parent=self._asked) if c.parent is None else c for c in self._candidates]
         candidates = [*elders, *self._candidates]
         self._pending = candidates
         # A trial that is stopped early has only a lower bound: no use where the worst are wanted; and a champion must
@@ -228,7 +188,7 @@ class EvoPress(Searcher):
                 tokens=stage.tokens,
                 generation=self.generation,
                 stage=self._stage,
-                parent=c.parent if c.number in (None, start) else c.number,
+                parent=c.parent if c.number is None else c.number,
                 minibatch=rule,
                 keep=keep,
                 note="parent" if i < len(elders) else "",

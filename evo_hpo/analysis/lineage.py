@@ -48,7 +48,8 @@ def lineage(run: SearchRun, space: CompressionSpace) -> list[Step]:
     for position, outcome in enumerate(run.outcomes, start=1):
         spent += outcome.tokens
         by_number.setdefault(outcome.trial.number, (outcome.trial, spent, position))
-    number = next((o.trial.number for o in run.outcomes if o.trial.levels == run.final.levels), None)
+    found = [o.trial for o in run.outcomes if o.trial.levels == run.final.levels]
+    number = next((t.number for t in [*(t for t in found if t.parent is not None), *found]), None)
     seen: set[int] = set()
     while number is not None and number in by_number and number not in seen:
         seen.add(number)

@@ -91,8 +91,8 @@ def test_after_a_restart_chains_lead_to_where_it_started_anew() -> None:
 @pytest.mark.parametrize("settings", [{}, {"restart_after": 2}, {"invert": True}, {"survivors": (3, 2)}], ids=str)
 def test_stopping_early_changes_no_search(settings: dict[str, Any]) -> None:
     """Neither where a champion of earlier starts is scored beside the offspring, nor where the worst are wanted."""
-    settings = {"offspring": 6, "survivors": (1,)} | settings
-    plain, stopped = (run(Landscape(pruning_space(12, 4), stops=stops), **settings) for stops in (False, True))
+    chosen: dict[str, Any] = {"offspring": 6, "survivors": (1,)} | settings
+    plain, stopped = (run(Landscape(pruning_space(12, 4), stops=stops), **chosen) for stops in (False, True))
     assert [o.trial for o in stopped] == [o.trial for o in plain]
     assert any(o.status == "stopped" for o in stopped) != bool(settings.get("invert"))
 
@@ -100,7 +100,13 @@ def test_stopping_early_changes_no_search(settings: dict[str, Any]) -> None:
 def test_a_start_scored_on_few_tokens_is_scored_again_on_many() -> None:
     """On a fixed minibatch losses are remembered, but one of few tokens is not that of many."""
     problem = Landscape(pruning_space(14, 5), bias=100.0)
-    settings = {"init": "random", "initial": 6, "survivors": (2, 1), "tokens": (64, 1024), "minibatch": "fixed"}
+    settings: dict[str, Any] = {
+        "init": "random",
+        "initial": 6,
+        "survivors": (2, 1),
+        "tokens": (64, 1024),
+        "minibatch": "fixed",
+    }
     outcomes = run(problem, **settings)
     first = next(o for o in outcomes if o.trial.stage == 1)
     assert first.trial.note == "parent"
@@ -146,7 +152,7 @@ def test_the_preset_of_depth_pruning_ends_after_its_published_generations() -> N
     """k (n - k) / 1.5, attention and MLP modules each dropped k times of n."""
     units = [Unit(f"layers.{b}.{kind}", (0, 1), group=kind) for b in range(8) for kind in ("attn", "mlp")]
     problem = Landscape(CompressionSpace(units, 12, floor=12))
-    settings = {"preset": "depth_pruning", "offspring": 4, "initial": 2, "tokens": (64, 1024)}
+    settings: dict[str, Any] = {"preset": "depth_pruning", "offspring": 4, "initial": 2, "tokens": (64, 1024)}
     outcomes = run(problem, 10_000, **settings)
     assert max(o.trial.generation for o in outcomes) == math.ceil(2 * 6 / 1.5)
     longer = run(problem, 10_000, **settings, generations=11)

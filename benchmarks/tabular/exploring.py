@@ -24,7 +24,7 @@ from searchers import make_searcher
 __all__ = ["Exploration"]
 
 Measure = Callable[[Sequence[Assignment]], Sequence[Losses]]
-SEARCHES = (("evopress", 300), ("local_search", 1000), ("evopress", 2000), ("simulated_annealing", 4000))
+SEARCHES = (("evopress", 300), ("local_search", 1000), ("evopress", 1500), ("simulated_annealing", 2500))
 """Searchers that run on each fit, and their evaluations."""
 
 
@@ -45,7 +45,7 @@ class Exploration:
     origin: dict[Assignment, str] = field(default_factory=dict)
 
     def run(
-        self, design: int = 340, searches: int = 2, evaluations: int = 60, rounds: int = 14, each: int = 32
+        self, design: int = 256, searches: int = 1, evaluations: int = 48, rounds: int = 12, each: int = 24
     ) -> None:
         """Everything.
 

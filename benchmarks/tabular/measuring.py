@@ -1,4 +1,4 @@
-"""Losses of a landscape's assignments: the project's own evaluator on a fixed small text, one core."""
+"""Losses of a landscape's assignments: the project's own evaluator on a fixed small text."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Recorder:
         levels: weights of every unit's levels.
         tokens: the fixed text, sequences x length; all of it is read for each assignment.
         path: file of rows.
+        threads: replicas that work side by side, a core each; changes no loss.
         batch: assignments of one call of the evaluator: they share the runs of equal leading blocks.
         say: told about progress.
     """
@@ -37,13 +38,14 @@ class Recorder:
         tokens: Tensor,
         path: Path,
         *,
-        batch: int = 64,
+        threads: int = 1,
+        batch: int = 32,
         say: Callable[[str], None] = print,
     ) -> None:
         self.batch, self.say = batch, say
         self.minibatch = Minibatch(0, tokens.numel())
         self.evaluator = Evaluator(
-            model, levels, tokens, threads=1, batch_size=len(tokens), reference_bytes=0, early_stopping=False
+            model, levels, tokens, threads=threads, batch_size=len(tokens), reference_bytes=0, early_stopping=False
         )
         self.rows = Rows(path, self.evaluator.context())
 

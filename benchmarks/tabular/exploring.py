@@ -45,7 +45,7 @@ class Exploration:
     origin: dict[Assignment, str] = field(default_factory=dict)
 
     def run(
-        self, design: int = 256, searches: int = 1, evaluations: int = 48, rounds: int = 12, each: int = 24
+        self, design: int = 256, searches: int = 1, evaluations: int = 32, rounds: int = 10, each: int = 16
     ) -> None:
         """Everything.
 

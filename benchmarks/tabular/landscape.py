@@ -6,7 +6,7 @@ blocks-3                   3 of the 30 blocks dropped                           
 smollm2-3bit               210 linear layers at 2 to 6 bits, 3 bits a weight; fitted   10^131            not known
 
 Of the first four every loss is a measurement. The last one is not measured but a smooth function that was fitted to
-some 600 measurements. ``benchmarks/tabular/record.py`` recorded them all, ``pack.py`` made the files.
+some 440 measurements. ``benchmarks/tabular/record.py`` recorded them all, ``pack.py`` made the files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Records the landscapes of SmolLM2: `python -m benchmarks.tabular.record pairs --rows FOLDER`.
 
 `pairs` and `blocks` are exhaustive; `bits` is a sample. A recording can be killed: the same command goes on where it
-was. On one core of a 2.5 GHz Xeon they take about 25, 13 and 8 minutes.
+was. On one core of a 2.5 GHz Xeon they take about 25, 13 and 6 minutes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def record_depth(
 
 
 def record_bits(loaded: LoadedModel, folder: Path, threads: int = 1) -> Exploration:
-    """About 600 assignments of 3 bits a weight, from the level store (built where missing).
+    """About 440 assignments of 3 bits a weight, from the level store (built where missing).
 
     Raises:
         StoreError: the store's space is not the landscape's.

@@ -1,16 +1,31 @@
-"""The conformance suite over the searchers of other libraries: one of each kind, and every encoding."""
+"""The conformance suite over the searchers of other libraries: one of each kind, and every encoding in each library.
+
+    EVO_HPO_CONFORMANCE=all pytest tests/searchers/test_foreign_conformance.py
+
+runs it over every optimizer of Nevergrad's registry that can work, and every sampler with every encoding (an hour).
+"""
 
 from __future__ import annotations
 
+import os
 from types import MappingProxyType
 
+from evo_hpo.registry import make_searcher
+from evo_hpo.searcher import Searcher
+from evo_hpo.space import CompressionSpace
 from evo_hpo.testing import SearcherConformance
 from searchers.encoding import ENCODINGS
 from searchers.nevergrad_adapter import NevergradSearcher
+from searchers.nevergrad_adapter import family as nevergrad
+from searchers.optuna_adapter import family as optuna
+
+ALL = os.environ.get("EVO_HPO_CONFORMANCE") == "all"
+KINDS = ("CMA", "DE", "DiscreteOnePlusOne", "NGOpt", "PSO", "Portfolio", "TBPSA")
+SAMPLERS = tuple(s for s in optuna.members() if s != "gp")
 
 
 class TestOptunasSamplers(SearcherConformance):
-    names = ("optuna:cmaes", "optuna:nsga2", "optuna:qmc", "optuna:random", "optuna:tpe", "optuna:tpe_univariate")
+    names = tuple(f"optuna:{s}" for s in SAMPLERS)
     evaluations = 24
     settings = MappingProxyType({"batch": 3})
 
@@ -22,15 +37,7 @@ class TestOptunasGaussianProcess(SearcherConformance):
 
 
 class TestNevergradsOptimizers(SearcherConformance):
-    names = (
-        "nevergrad:CMA",
-        "nevergrad:DE",
-        "nevergrad:DiscreteOnePlusOne",
-        "nevergrad:NGOpt",
-        "nevergrad:PSO",
-        "nevergrad:Portfolio",
-        "nevergrad:TBPSA",
-    )
+    names = tuple(f"nevergrad:{o}" for o in (nevergrad.members() if ALL else KINDS))
 
 
 class TestNevergradInBatches(SearcherConformance):
@@ -38,17 +45,31 @@ class TestNevergradInBatches(SearcherConformance):
     settings = MappingProxyType({"batch": 5, "start": "none", "tokens": 32, "minibatch": "fresh"})
 
 
-def _with_encoding(name: str, encoding: str) -> type[SearcherConformance]:
-    body = {"names": (name,), "settings": MappingProxyType({"encoding": encoding}), "evaluations": 16}
-    return type(f"Test{encoding.title().replace('_', '')}", (SearcherConformance,), body)
+class TestOptunaOnFreshMinibatches(SearcherConformance):
+    names = ("optuna:nsga2",)
+    evaluations = 24
+    settings = MappingProxyType({"batch": 4, "minibatch": "fresh"})
 
 
-for _encoding in ENCODINGS:
-    _library = "nevergrad:OnePlusOne" if _encoding in NevergradSearcher.encodings else "optuna:nsga2"
-    globals()[f"Test{_encoding.title().replace('_', '')}"] = _with_encoding(_library, _encoding)
+class TestEncodings(SearcherConformance):
+    names = tuple(
+        f"{name} {encoding}"
+        for encoding in ENCODINGS
+        for name in (
+            *(f"optuna:{s}" for s in (SAMPLERS if ALL else ("nsga2",))),
+            *(f"nevergrad:{o}" for o in (KINDS if ALL else ("OnePlusOne",))),
+        )
+        if name.startswith("optuna") or encoding in NevergradSearcher.encodings
+    )
+    evaluations = 16
+
+    def searcher(self, name: str, space: CompressionSpace, seed: int) -> Searcher:
+        """The searcher with the encoding that stands behind its name."""
+        optimizer, _, encoding = name.partition(" ")
+        return make_searcher(optimizer, space, seed=seed, encoding=encoding)
 
 
-def test_the_suite_covers_every_encoding() -> None:
-    for encoding in ENCODINGS:
-        suite = globals()[f"Test{encoding.title().replace('_', '')}"]
-        assert suite.settings["encoding"] == encoding
+def test_the_suite_covers_every_sampler_and_every_encoding() -> None:
+    assert {name.partition(" ")[2] for name in TestEncodings.names} == set(ENCODINGS)
+    covered = {*TestOptunasSamplers.names, *TestOptunasGaussianProcess.names}
+    assert covered == {f"optuna:{s}" for s in optuna.members()}

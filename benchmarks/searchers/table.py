@@ -1,6 +1,7 @@
 """Tables of what :mod:`benchmarks.searchers.measure` wrote, as Markdown.
 
-python -m benchmarks.searchers.table equal.jsonl
+    python -m benchmarks.searchers.table equal.jsonl
+    python -m benchmarks.searchers.table encodings.jsonl --encodings
 
 Gap: 0 is the optimum, or the best loss that any searcher of the file found where no optimum is known; 100 is uniform
 compression. Hits: runs that found the optimum. Medians over seeds, with the second lowest and second highest of them
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["gaps", "table"]
+__all__ = ["encodings", "gaps", "table"]
 
 EXACT = 1e-9
 
@@ -79,13 +80,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def encodings(rows: list[dict[str, Any]]) -> str:
+    """Optimizers by encodings: mean over the problems of the median gap over seeds; the best in bold.
+
+    Only problems on which an optimizer was measured under all of its encodings count for it, so that a row compares
+    like with like.
+    """
+    found = gaps(rows)
+    named = [s for s in dict.fromkeys(r["searcher"] for r in rows) if " / " in s]
+    columns = list(dict.fromkeys(s.partition(" / ")[2] for s in named))
+    lines = [f"| optimizer | {' | '.join(columns)} | problems |", "|---" * (len(columns) + 2) + "|"]
+    for optimizer in dict.fromkeys(s.partition(" / ")[0] for s in named):
+        own = [s for s in named if s.partition(" / ")[0] == optimizer]
+        problems = [p for p in dict.fromkeys(r["problem"] for r in rows) if all(found.get((p, s)) for s in own)]
+        if not problems:
+            continue
+        means = {s.partition(" / ")[2]: float(np.mean([np.median(found[p, s]) for p in problems])) for s in own}
+        best = min(means.values())
+        cells = [
+            "" if e not in means else f"**{means[e]:.1f}**" if means[e] == best else f"{means[e]:.1f}" for e in columns
+        ]
+        lines.append(f"| `{optimizer}` | {' | '.join(cells)} | {len(problems)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--encodings", action="store_true", help="optimizers by encodings, over all problems")
     arguments = parser.parse_args()
     rows = [json.loads(line) for file in arguments.files for line in file.read_text().splitlines()]
-    print(table(rows))
+    print(encodings(rows) if arguments.encodings else table(rows))
 
 
 if __name__ == "__main__":

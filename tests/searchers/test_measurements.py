@@ -11,7 +11,7 @@ from benchmarks.searchers.generations import generations
 from benchmarks.searchers.lineup import LINEUP, SUITES
 from benchmarks.searchers.measure import measure
 from benchmarks.searchers.overhead import overhead
-from benchmarks.searchers.table import gaps, table
+from benchmarks.searchers.table import encodings, gaps, table
 
 
 @pytest.mark.parametrize("label", [label for label in LINEUP if not label.startswith(("optuna", "never"))])
@@ -33,6 +33,12 @@ def test_gaps_are_percent_of_the_way_from_the_best_known_to_uniform() -> None:
     unknown = [row("a", 0, 6.0, None), row("b", 0, 8.0, None)]
     assert gaps(unknown) == {("p", "a"): [0.0], ("p", "b"): [50.0]}
     assert "/" not in table(unknown).splitlines()[2]
+
+
+def test_encodings_are_compared_on_the_problems_that_all_of_them_were_measured_on() -> None:
+    rows = [row("a / keys", 0, 6.0, 5.0), row("a / native", 0, 5.5, 5.0)]
+    rows.append(row("a / keys", 0, 5.0, 5.0) | {"problem": "keys alone"})
+    assert encodings(rows).splitlines()[2] == "| `a` | 20.0 | **10.0** | 1 |"
 
 
 def test_overhead_is_timed_for_the_trials_that_were_made() -> None:

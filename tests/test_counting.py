@@ -96,3 +96,11 @@ def test_a_budget_between_two_costs_that_nothing_meets_is_an_error() -> None:
     assert list(space.enumerate()) == []
     with pytest.raises(InfeasibleError, match="floor and budget"):
         space.sample(np.random.default_rng(0))
+
+
+def test_large_spaces_near_their_dearest_assignment_are_sampled() -> None:
+    """3000 units, 300 of 6000 steps unspent: what the budget would allow elsewhere is 10^600 times as much."""
+    space = CompressionSpace([Unit(f"m{i}", (2, 3, 4)) for i in range(3000)], 11_700, floor=11_700)
+    levels = np.array(space.sample(np.random.default_rng(0)))
+    assert space.feasible(levels.tolist())
+    assert 0 < (levels == 0).sum() < (levels == 1).sum() < (levels == 2).sum()

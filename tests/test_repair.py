@@ -88,3 +88,23 @@ def test_proposals_that_make_no_sense_are_refused(wish: list[float]) -> None:
     space = CompressionSpace([Unit(f"m{i}", (1, 2)) for i in range(3)], 4)
     with pytest.raises(InvalidSpaceError, match="3 finite levels"):
         space.repair(wish)
+
+
+steps = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3)), min_size=0, max_size=3)
+
+
+@settings(max_examples=60)
+@given(st.lists(steps, min_size=1, max_size=5), st.data())
+def test_fill_leaves_no_step_that_would_fit_two_resources(
+    rises: list[list[tuple[int, int]]], data: st.DataObject
+) -> None:
+    costs = [tuple((2 + sum(a for a, _ in r[:k]), sum(b for _, b in r[:k])) for k in range(len(r) + 1)) for r in rises]
+    units = [Unit(f"m{i}", c) for i, c in enumerate(costs)]
+    budget = (2 * len(units) + data.draw(st.integers(0, 9)), data.draw(st.integers(0, 6)))
+    space = CompressionSpace(units, budget)
+    wish = data.draw(st.lists(st.floats(0, 3), min_size=len(units), max_size=len(units)))
+    filled = space.repair(wish, fill=True)
+    assert space.feasible(filled)
+    for i, unit in enumerate(units):
+        raised = (*filled[:i], filled[i] + 1, *filled[i + 1 :])
+        assert filled[i] + 1 == len(unit.costs) or not space.feasible(raised)

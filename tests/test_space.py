@@ -101,6 +101,16 @@ def test_uniform_drops_every_kind_of_module_in_equal_shares_over_the_depth(resou
         assert [i for i, level in enumerate(levels[kind::2]) if not level] == [3, 7, 11, 15]
 
 
+def test_uniform_keeps_to_a_budget_of_dropped_modules_and_spends_the_bits() -> None:
+    """The second resource falls as the first rises: the cheapest assignment drops everything, which is not allowed."""
+    units = [Unit(f"{i}.attn", ((0, 1), (2, 0), (3, 0), (4, 0))) for i in range(12)]
+    space = CompressionSpace(units, (30, 3), resources=("bits", "dropped"))
+    assert sorted(space.uniform()) == [1] * 6 + [2] * 6
+    tight = CompressionSpace(units, (19, 3), resources=("bits", "dropped"))
+    assert tight.costs(tight.uniform()) == (19, 3)
+    assert CompressionSpace(units, (24, 0), resources=("bits", "dropped")).uniform() == (1,) * 12
+
+
 def test_uniform_of_uneven_levels_is_the_highest_shared_cost_a_weight() -> None:
     units = [Unit("a", (4, 8)), Unit("b", (2, 3, 4, 6)), Unit("c", (20, 40, 60), size=10)]
     space = CompressionSpace(units, 48)

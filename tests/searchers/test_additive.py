@@ -91,6 +91,16 @@ def test_costs_too_fine_for_a_table_go_to_the_integer_program() -> None:
     assert total(effects, found) == pytest.approx(min(total(effects, a) for a in space.enumerate()))
 
 
+def test_units_of_hundreds_of_levels_are_solved() -> None:
+    space = CompressionSpace([Unit(f"m{i}", tuple(range(300))) for i in range(3)], 500)
+    effects = [
+        [(k - 280.0) ** 2 for k in range(300)],
+        [(k - 200.0) ** 2 for k in range(300)],
+        [float(k) for k in range(300)],
+    ]
+    assert solve_by_dynamic_programming(space, effects) == (280, 200, 0)
+
+
 def test_forbidden_levels_are_not_used() -> None:
     space = CompressionSpace([Unit(f"m{i}", (1, 2, 3)) for i in range(4)], 12)
     effects = [[0.0, math.inf, -1.0], [math.inf, 0.0, math.inf], [0.0, -1.0, -2.0], [0.0, -1.0, -2.0]]

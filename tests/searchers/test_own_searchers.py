@@ -140,6 +140,31 @@ def test_fresh_minibatches_compare_with_the_incumbent_only_on_the_same_data(name
     assert problem.validate(result.best)["loss"] < 0.9 * uniform
 
 
+@pytest.mark.parametrize("name", ["random", "optuna:random", "nevergrad:RandomSearch"])
+def test_independent_draws_name_no_winner_across_minibatches(name: str) -> None:
+    """On fresh minibatches the incumbent is scored again in each batch, and the batch's best is recommended."""
+    problem = noisy(units=20, levels=3, noise=3.0, seed=0)
+    searcher = make_searcher(name, problem.space, seed=0, minibatch="fresh", batch=4)
+    result = search(searcher, problem, budget=Budget(tokens=60 * 1024))
+    batches: dict[int, list[Outcome]] = {}
+    for outcome in result.outcomes:
+        batches.setdefault(outcome.minibatch, []).append(outcome)
+    incumbent = None
+    for batch in batches.values():
+        assert incumbent in (None, batch[0].trial.levels)
+        incumbent = min(batch, key=lambda o: o.loss).trial.levels
+    assert len(batches) > 10
+    assert result.best == incumbent
+
+
+def test_a_kick_that_comes_back_does_not_end_local_search() -> None:
+    """In small spaces two exchanges often take each other back; the budget must be spent, or all be known."""
+    for seed in range(4):
+        problem = interacting(units=7, levels=2, exact=True, tightness=3 / 7, seed=seed)
+        result = run("local_search", problem, 34, seed=seed)
+        assert len(result.outcomes) == 34, result.stop_reason
+
+
 def test_greedy_from_the_cheapest_raises_by_measured_rate() -> None:
     """On an additive loss, the classical greedy: the best gain for its cost first, while it fits."""
     gains = [[0.0, 5.0, 6.0], [0.0, 3.0, 5.5], [0.0, 1.0, 1.2]]

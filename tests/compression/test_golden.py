@@ -25,8 +25,10 @@ def gptq_errors(weight: torch.Tensor, hessian: torch.Tensor) -> list[float]:
     return [output_error(weight, level.decode(), hessian) for level in gptq(weight, factorise(hessian), BITS)]
 
 
-def test_gptq_is_as_good_as_published_solvers() -> None:
+def test_gptq_is_as_good_as_published_solvers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gptq_errors(*layer(64)) == pytest.approx(LLMCOMPRESSOR_GPTQ, rel=0.015)
+    monkeypatch.setattr("evo_hpo.compression.grid.storable_scale", lambda scale, exponent: scale)
+    assert gptq_errors(*layer(64)) == pytest.approx(LLMCOMPRESSOR_GPTQ, rel=0.001)  # they keep single-precision scales
 
 
 def test_sparsegpt_is_as_good_as_published_solvers() -> None:

@@ -17,9 +17,11 @@ from evo_hpo.analysis.scoring import scoring_sheet
 from evo_hpo.compare import compare
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.journal import read_journals
+from evo_hpo.language_model import task
 from evo_hpo.language_model.export import export_profile
 from evo_hpo.language_model.task import language_model
 from evo_hpo.plan import Plan, make_plan
+from evo_hpo.problem import Minibatch
 from evo_hpo.registry import make_problem, prepare_problem
 
 
@@ -162,6 +164,21 @@ def test_a_warm_cache_changes_no_trial(model_folder: Path, tmp_path: Path, monke
     assert (tmp_path / "losses.sqlite").exists()
     for a, b in zip(cold, warm, strict=True):
         assert [(o.trial, o.loss, o.tokens) for o in a.outcomes] == [(o.trial, o.loss, o.tokens) for o in b.outcomes]
+
+
+@pytest.mark.parametrize(("dtype", "used"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_the_dtype_is_the_named_one_or_the_one_measured_fastest(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, used: str
+) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(task, "fastest_dtype", lambda _: torch.bfloat16)
+    problem = settings(model_folder, tmp_path / "store", method="rtn", dtype=dtype, measure=True)
+    prepare_problem("language_model", problem, plan_of(problem), lambda *_: None)
+    made = make_problem("language_model", **problem)
+    assert made.score([made.space.uniform()], Minibatch(0, 64))[0].loss > 0
+    told = made.report()
+    assert told["dtype"] == used
+    assert any(what.startswith("threads") for what, _ in told["measured"])
 
 
 def test_a_store_of_another_model_is_refused(

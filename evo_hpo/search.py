@@ -212,7 +212,7 @@ def _check(trials: Sequence[Trial], problem: Problem) -> None:
 
 
 def _score(problem: Problem, trials: Sequence[Trial], minibatch: Minibatch) -> list[Outcome]:
-    """Scores a batch; an exception fails its trials with the reason, an interrupt passes through."""
+    """Scores a batch; running out of memory fails its trials, any other exception ends the search: it is a fault."""
     start = time.perf_counter()
     try:
         scores = problem.score([t.levels for t in trials], minibatch, keep=trials[0].keep)

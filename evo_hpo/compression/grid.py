@@ -31,7 +31,7 @@ class GridSettings:
 
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size < 1:
-            raise InvalidSettingError(f"group_size={self.group_size} must be at least 1, or None for one scale a row")
+            raise InvalidSettingError(f"group_size={self.group_size} must be at least 1, or 0 for one scale a row")
 
 
 @dataclass

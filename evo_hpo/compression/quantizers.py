@@ -19,7 +19,16 @@ __all__ = ["GPTQ", "RTN"]
 
 
 class GPTQ(Compressor):
-    """GPTQ at several bit-widths from one factorisation."""
+    """GPTQ at several bit-widths from one factorisation.
+
+    Args:
+        bits: bit-widths, each from 1 to 8.
+        group_size: input columns that share a scale in each row; 0 or None: one scale a row.
+        symmetric: zero point in the middle of the grid instead of a fitted one.
+        static_groups: grids are fitted to the original weights; False: to the corrected ones, as the walk reaches them.
+        activation_order: walk columns by falling diagonal of H.
+        damping: added to H's diagonal, as a fraction of its mean.
+    """
 
     name = "gptq"
     needs = "hessian"
@@ -35,7 +44,7 @@ class GPTQ(Compressor):
         damping: float = 0.01,
     ) -> None:
         self.bits = tuple(sorted(check_bits(bits)))
-        self.gptq = GPTQSettings(GridSettings(group_size, symmetric), static_groups)
+        self.gptq = GPTQSettings(GridSettings(group_size or None, symmetric), static_groups)
         self.activation_order = activation_order
         self.damping = damping
 
@@ -66,7 +75,7 @@ class RTN(Compressor):
         self, bits: Sequence[int] = (2, 3, 4, 5, 6), *, group_size: int | None = 64, symmetric: bool = False
     ) -> None:
         self.bits = tuple(sorted(check_bits(bits)))
-        self.grid = GridSettings(group_size, symmetric)
+        self.grid = GridSettings(group_size or None, symmetric)
 
     @property
     def labels(self) -> tuple[str, ...]:

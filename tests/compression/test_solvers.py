@@ -194,6 +194,16 @@ def test_wanda_removes_evenly_in_each_row() -> None:
     assert ((decoded != 0).sum(1) == 40).all()
 
 
+def test_one_scale_a_row_can_be_asked_for_with_a_number() -> None:
+    weight, hessian = layer()
+    inputs = Inputs(hessian, 80)
+    for levels in (GPTQ([3], group_size=0).compress(weight, inputs), RTN([3], group_size=0).compress(weight, inputs)):
+        assert levels[0].encoded.tensors()["scale"].shape == (48, 1)
+    assert GPTQ([3], group_size=0).settings() == GPTQ([3], group_size=None).settings()
+    with pytest.raises(InvalidSettingError, match="-4"):
+        GPTQ([3], group_size=-4)
+
+
 @pytest.mark.parametrize("bits", [[], [0], [9], [3, 3]])
 def test_impossible_bits_are_refused(bits: list[int]) -> None:
     with pytest.raises(InvalidSettingError, match="1 to 8"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from evo_hpo.searcher import positive
 from evo_hpo.space import Assignment, CompressionSpace
@@ -23,9 +24,7 @@ class BestOfRandom(Procedure):
     Args:
         exchanges: the most random exchanges between uniform and a draw (each draw takes 1 to this many, uniformly);
             None: half the number of units.
-        batch: trials a batch.
-        tokens: calibration tokens a trial; None: the problem's default.
-        minibatch: ``fixed`` (all trials comparable) or ``fresh`` (the incumbent is scored again in each batch).
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
     """
 
     def __init__(
@@ -34,11 +33,9 @@ class BestOfRandom(Procedure):
         *,
         seed: int = 0,
         exchanges: int | None = None,
-        batch: int = 8,
-        tokens: int | None = None,
-        minibatch: str = "fixed",
+        **settings: Any,
     ) -> None:
-        super().__init__(space, seed=seed, batch=batch, tokens=tokens, minibatch=minibatch)
+        super().__init__(space, seed=seed, **settings)
         self.exchanges = max(1, len(space) // 2) if exchanges is None else positive("exchanges", exchanges)
 
     def steps(self) -> Steps[None]:

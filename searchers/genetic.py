@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.searcher import positive
 from evo_hpo.space import Assignment, CompressionSpace
@@ -26,8 +28,7 @@ class Genetic(Procedure):
         mutation: the most random exchanges an offspring gets (1 to this many, the smaller of two uniform draws).
         tournament: assignments drawn for each parent, of which the best is taken.
         batch: offspring a generation.
-        tokens: calibration tokens a trial; None: the problem's default.
-        minibatch: ``fixed``, or ``fresh`` for each generation (the population is scored again in it).
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
     """
 
     def __init__(
@@ -39,11 +40,9 @@ class Genetic(Procedure):
         crossover: float = 0.5,
         mutation: int = 3,
         tournament: int = 3,
-        batch: int = 8,
-        tokens: int | None = None,
-        minibatch: str = "fixed",
+        **settings: Any,
     ) -> None:
-        super().__init__(space, seed=seed, batch=batch, tokens=tokens, minibatch=minibatch)
+        super().__init__(space, seed=seed, **settings)
         self.population = positive("population", population, 2)
         if not 0 <= crossover <= 1:
             raise InvalidSettingError(f"crossover={crossover!r} must be in 0..1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.searcher import positive
@@ -25,9 +26,7 @@ class Greedy(Procedure):
             units from the cheapest assignment while the budget allows, then exchanges.
         lazy: units measured again before each step.
         patience: units lowered in vain before all are measured anew.
-        batch: trials a batch.
-        tokens: calibration tokens a trial; None: the problem's default.
-        minibatch: ``fixed``, or ``fresh`` for each batch (the current assignment is scored again in it).
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
     """
 
     def __init__(
@@ -38,11 +37,9 @@ class Greedy(Procedure):
         start: str = "uniform",
         lazy: int = 8,
         patience: int = 4,
-        batch: int = 8,
-        tokens: int | None = None,
-        minibatch: str = "fixed",
+        **settings: Any,
     ) -> None:
-        super().__init__(space, seed=seed, batch=batch, tokens=tokens, minibatch=minibatch)
+        super().__init__(space, seed=seed, **settings)
         if start not in ("uniform", "cheapest"):
             raise InvalidSettingError(f"start={start!r} must be one of: uniform, cheapest")
         self.start = start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.searcher import positive
@@ -25,9 +26,7 @@ class LocalSearch(Procedure):
             first (steepest descent); ``first``: a batch of one.
         groups: between which units a step is exchanged: ``none`` (any two), ``size`` or ``name``.
         kick: exchanges of the first kick after a local optimum.
-        batch: trials a batch.
-        tokens: calibration tokens a trial; None: the problem's default.
-        minibatch: ``fixed``, or ``fresh`` for each batch (the current assignment is scored again in it).
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
     """
 
     def __init__(
@@ -38,11 +37,9 @@ class LocalSearch(Procedure):
         improvement: str = "batch",
         groups: str = "none",
         kick: int = 2,
-        batch: int = 8,
-        tokens: int | None = None,
-        minibatch: str = "fixed",
+        **settings: Any,
     ) -> None:
-        super().__init__(space, seed=seed, batch=batch, tokens=tokens, minibatch=minibatch)
+        super().__init__(space, seed=seed, **settings)
         if improvement not in ("batch", "best", "first"):
             raise InvalidSettingError(f"improvement={improvement!r} must be one of: batch, best, first")
         self.improvement = improvement

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 from evo_hpo.searcher import positive
 from evo_hpo.space import Assignment, CompressionSpace
@@ -29,9 +30,7 @@ class Probing(Procedure):
             as 60 % of the budget pays. A budget that does not even pay for one level probes random units.
         changes: the most units that a solution may change; None: any number (the plain optimum of the model).
         refine: False: one round of probes and one solution, as published methods do (SPDY, arXiv 2201.13096).
-        batch: trials a batch.
-        tokens: calibration tokens a trial; None: the problem's default.
-        minibatch: ``fixed``, or ``fresh`` for each batch (the incumbent is scored again in it).
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
     """
 
     def __init__(
@@ -42,11 +41,9 @@ class Probing(Procedure):
         probe_levels: int | None = None,
         changes: int | None = None,
         refine: bool = True,
-        batch: int = 8,
-        tokens: int | None = None,
-        minibatch: str = "fixed",
+        **settings: Any,
     ) -> None:
-        super().__init__(space, seed=seed, batch=batch, tokens=tokens, minibatch=minibatch)
+        super().__init__(space, seed=seed, **settings)
         self.probe_levels = probe_levels if probe_levels is None else positive("probe_levels", probe_levels)
         self.changes = changes if changes is None else positive("changes", changes)
         self.refine = bool(refine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -31,8 +32,7 @@ class SimulatedAnnealing(Procedure):
         cooling_steps: proposals of one cooling under a budget of seconds.
         groups: between which units a step is exchanged: ``none`` (any two), ``size`` or ``name``.
         batch: trials a batch while probing; proposals are made one at a time.
-        tokens: calibration tokens a trial; None: the problem's default.
-        minibatch: ``fixed``, or ``fresh`` for each proposal (the current assignment is scored again beside it).
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
     """
 
     def __init__(
@@ -44,11 +44,9 @@ class SimulatedAnnealing(Procedure):
         probes: int = 8,
         cooling_steps: int = 1000,
         groups: str = "none",
-        batch: int = 8,
-        tokens: int | None = None,
-        minibatch: str = "fixed",
+        **settings: Any,
     ) -> None:
-        super().__init__(space, seed=seed, batch=batch, tokens=tokens, minibatch=minibatch)
+        super().__init__(space, seed=seed, **settings)
         if not heat > 0:
             raise InvalidSettingError(f"heat={heat!r} must be positive")
         self.heat = float(heat)

@@ -2,11 +2,10 @@
 
 landscape                  what                                                        assignments       optimum
 pairs-3, pairs-4, pairs-5  3, 4, 5 of the 15 pairs of consecutive blocks dropped       455, 1365, 3003   known
-blocks-3                   3 of the 30 blocks dropped                                  4060              known
 smollm2-3bit               210 linear layers at 2 to 6 bits, 3 bits a weight; fitted   10^131            not known
 
-Of the first four every loss is a measurement. The last one is not measured but a smooth function that was fitted to
-some 440 measurements. ``benchmarks/tabular/record.py`` recorded them all, ``pack.py`` made the files.
+Of the first three every loss is a measurement. The last one is not measured but a smooth function that was fitted to
+hundreds of measurements. ``benchmarks/tabular/record.py`` recorded them all, ``pack.py`` made the files.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from evo_hpo.space import Assignment, CompressionSpace
 
 __all__ = ["LANDSCAPES", "RecordedProblem", "read", "tabular"]
 
-LANDSCAPES = ("pairs-3", "pairs-4", "pairs-5")
+LANDSCAPES = ("pairs-3", "pairs-4", "pairs-5", "smollm2-3bit")
 LOSS = "Loss: KL(dense || compressed) on {tokens} tokens of Python's documentation, nats a token"
 
 
@@ -90,7 +89,7 @@ def tabular(landscape: str = "pairs-5") -> RecordedProblem:
     """Losses recorded from SmolLM2-135M: dropped blocks (exhaustive, optimum known) or 3-bit levels (surrogate).
 
     Args:
-        landscape: pairs-3, pairs-4, pairs-5, blocks-3 or smollm2-3bit.
+        landscape: pairs-3, pairs-4, pairs-5 or smollm2-3bit.
 
     Raises:
         InvalidSettingError: no such landscape.

@@ -121,14 +121,15 @@ class CompressionSpace:
         self.units: tuple[Unit, ...] = tuple(units)
         if not self.units:
             raise InvalidSpaceError("a space needs at least one unit")
-        repeated = {u.name for u in self.units} if len({u.name for u in self.units}) != len(self.units) else set()
-        if repeated:
-            raise InvalidSpaceError(f"unit names must be unique, found twice: {_first_duplicate(self.units)!r}")
+        names = [u.name for u in self.units]
+        if len(set(names)) != len(names):
+            twice = next(n for i, n in enumerate(names) if n in names[:i])
+            raise InvalidSpaceError(f"unit names must be unique, found twice: {twice!r}")
         first = self.units[0].costs[0]
         self.dimensions = len(first) if isinstance(first, tuple) else 1
-        names = tuple(resources)
+        given = tuple(resources)
         self.resources: tuple[str, ...] = (
-            names if len(names) == self.dimensions else tuple(f"resource {r}" for r in range(self.dimensions))
+            given if len(given) == self.dimensions else tuple(f"resource {r}" for r in range(self.dimensions))
         )
         self.vectors: tuple[tuple[tuple[int, ...], ...], ...] = tuple(
             tuple(c if isinstance(c, tuple) else (c,) for c in u.costs) for u in self.units
@@ -387,12 +388,3 @@ def _size_key(unit: Unit) -> str:
     first = [c[0] if isinstance(c, tuple) else c for c in unit.costs]
     step = math.gcd(*(b - a for a, b in itertools.pairwise(first)))
     return f"{unit.size} weights, step {step}"
-
-
-def _first_duplicate(units: Sequence[Unit]) -> str:
-    seen: set[str] = set()
-    for unit in units:
-        if unit.name in seen:
-            return unit.name
-        seen.add(unit.name)
-    return ""

@@ -68,6 +68,7 @@ class MultiStep(Searcher):
         self._given = (tuple(survivors), tokens, elitism)
         self.selection = Selection.of(tuple(survivors), tokens, elitism)
         self.incumbent: Assignment | None = None
+        self._fallback: Assignment | None = None  # best of a first batch whose last stage was not reached
         self._stage = 0
         self._batch: list[_Candidate] = []
         self._alive: list[_Candidate] = []
@@ -134,8 +135,6 @@ class MultiStep(Searcher):
             self._stage += 1
         if last or not self._alive:
             self._finish()
-
-    _fallback: Assignment | None = None
 
     def _finish(self) -> None:
         """Tells the inner searcher the first-stage losses in the final order."""

@@ -43,9 +43,8 @@ class SpeedPlan:
 
 def speed(model: nn.Module, setup: Setup, plan: SpeedPlan) -> None:
     """Prints the table of all ways, and where the evaluators' time goes."""
-    levels = RoundedLevels(model)
     if not (setup.folder / "0.0.pt").exists():
-        levels.save(setup.folder)
+        RoundedLevels(model).save(setup.folder)
     rng = np.random.default_rng(0)
     chosen = tuple(sorted(int(i) for i in rng.permutation(setup.candidates)[: plan.offspring]))
     slower = ("straightforward", "bare, batch 1", "bare, batch 4")

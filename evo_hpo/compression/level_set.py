@@ -160,7 +160,7 @@ class LevelSet:
         total = sum(unit.size for unit in self.units)
         if sparsity is not None:
             self._only("weights", "sparsity")
-            budget = math.floor((1 - Fraction(str(sparsity))) * total)
+            budget = max(math.floor((1 - Fraction(str(sparsity))) * total), self._kept_at(Fraction(str(sparsity))))
         elif isinstance(drop, Mapping):
             self._only("modules", "drop")
             return self._dropping(drop)
@@ -168,6 +168,17 @@ class LevelSet:
             self._only("modules", "drop")
             budget = len(self.units) - drop
         return CompressionSpace(self.units, int(budget or 0), floor=floor, resources=(self.resource,))
+
+    def _kept_at(self, sparsity: Fraction) -> int:
+        """Weights that uniform compression keeps where the sparsity is a level of every unit, else 0.
+
+        Each layer rounds its number of kept weights. A few weights over the exact share, or uniform compression itself
+        would be out of reach.
+        """
+        labels = [[_fraction(label) for label in unit.levels] for unit in self.units]
+        if any(sparsity not in found for found in labels):
+            return 0
+        return sum(int(u.costs[f.index(sparsity)]) for u, f in zip(self.units, labels, strict=True))  # type: ignore[arg-type]
 
     def _dropping(self, counts: Mapping[str, int]) -> CompressionSpace:
         """One resource a group: the modules of it that are kept."""
@@ -274,3 +285,10 @@ def _bundle(name: str, patterns: Mapping[str, str]) -> str:
         if found := re.match(pattern, name):
             return f"{found.group(1)}.{bundle}"
     return name
+
+
+def _fraction(label: str) -> Fraction | None:
+    try:
+        return Fraction(label)
+    except ValueError:
+        return None

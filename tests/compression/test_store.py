@@ -182,3 +182,14 @@ def test_levels_of_equal_cost_are_the_ones_they_are_labelled(tmp_path: Path) -> 
             kept = set((weight != 0).view(len(weight), -1, 2).sum(2).flatten().tolist())
             assert (kept == {1}) == (label == "1:2")
         assert list(store.errors[number]) == sorted(store.errors[number], reverse=True)
+
+
+def test_uniform_compression_at_a_stored_sparsity_fits_the_budget_of_that_sparsity(tmp_path: Path) -> None:
+    loaded = LoadedModel.from_model(tiny_model("llama"))
+    build_store(loaded, tmp_path / "sparse", Magnitude([0.3, 0.7]))
+    space = open_store(tmp_path / "sparse").space(sparsity=0.3)
+    exact = 0.7 * space.total_size
+    assert {space.units[i].levels[level] for i, level in enumerate(space.uniform())} == {"0.3"}
+    assert exact < space.budget < exact + len(space.units)  # each layer rounds up what it keeps
+    between = open_store(tmp_path / "sparse").space(sparsity=0.5)
+    assert between.budget == between.total_size // 2

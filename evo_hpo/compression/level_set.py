@@ -175,10 +175,13 @@ class LevelSet:
         Each layer rounds its number of kept weights. A few weights over the exact share, or uniform compression itself
         would be out of reach.
         """
-        labels = [[_fraction(label) for label in unit.levels] for unit in self.units]
-        if any(sparsity not in found for found in labels):
-            return 0
-        return sum(int(u.costs[f.index(sparsity)]) for u, f in zip(self.units, labels, strict=True))  # type: ignore[arg-type]
+        total = 0
+        for _, levels in self._rows:
+            same = [level for level in levels if all(_fraction(c.level.label) == sparsity for c in level)]
+            if not same:
+                return 0
+            total += sum(c.cost(self.resource) for c in same[0])
+        return total
 
     def _dropping(self, counts: Mapping[str, int]) -> CompressionSpace:
         """One resource a group: the modules of it that are kept."""

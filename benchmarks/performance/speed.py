@@ -89,9 +89,7 @@ def _print(
         ratios = "".join(f"{_ratio(values, seconds[own]):>28}" for own in plan.evaluators)
         rate = per_round / min(values)
         print(f"{kind:22}{rate:10.0f}{rate * work / 1e12:9.3f}{ratios}")
-    print(
-        "from the fastest turn of each, which other processes disturbed least; in brackets from all. Seconds a candidate:"
-    )
+    print("from the fastest turn of each, the least disturbed one; in brackets from all turns. Seconds a candidate:")
     for kind, values in seconds.items():
         print(f"  {kind}: {' '.join(f'{value:.3f}' for value in values)}")
 

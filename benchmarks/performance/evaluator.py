@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cpu":
         print("not run on a GPU")
     loaded = load_model(options.model, dtype, options.device)
-    most = max(*options.tokens, 2 * LENGTH)
+    most = max(*options.tokens, options.exactness_tokens)
     tokens = load_tokens("pydoc", loaded.tokenizer, LENGTH, most, model=loaded.model)
     if "exactness" in options.parts:
-        exactness(loaded.model, tokens[:2].to(options.device))
+        exactness(loaded.model, tokens[: options.exactness_tokens // LENGTH].to(options.device))
     if "speed" in options.parts:
         speeds(loaded.model, tokens, options)
     if "memory" in options.parts:
@@ -96,6 +96,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--clock", default="wall", choices=["wall", "cpu"], help="cpu: on a busy machine, with 1 thread"
     )
+    parser.add_argument("--exactness-tokens", type=int, default=2048, help="a multiple of 512")
     parser.add_argument("--memory-tokens", type=int, default=131_072)
     parser.add_argument("--memory-passes", type=int, help="tokens that are really run; default: all")
     parser.add_argument("--dense-bits", type=int, default=16, choices=[16, 32])

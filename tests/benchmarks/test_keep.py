@@ -1,0 +1,28 @@
+"""Keeping a report: what a reader of the repository finds in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.keep import main
+from evo_hpo.analysis import Comparison
+from tests.analysis.conftest import suite
+
+__all__ = ["suite"]
+
+
+def test_a_kept_report_says_what_the_statistics_say(suite: Path, tmp_path: Path) -> None:
+    note = tmp_path / "note.md"
+    note.write_text("- A remark.\n", encoding="utf-8")
+    target = tmp_path / "kept"
+    main([str(suite), str(target), "--command", "evo-hpo compare plan.toml", "--note", str(note)])
+    page = (target / "README.md").read_text(encoding="utf-8")
+    comparison = Comparison.load(suite)
+    assert f"**{comparison.summary().verdict}**" in page
+    assert all(comparison.summary(key).verdict in page for key in comparison.problems)
+    assert all(label in page for label in comparison.labels)
+    assert "evo-hpo compare plan.toml" in page
+    assert "- A remark." in page
+    assert "known optimum" in page
+    assert {"report.html", "table.csv", "ranks.png"} <= {p.name for p in target.iterdir()}
+    assert str(suite) not in page

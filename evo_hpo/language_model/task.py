@@ -36,6 +36,8 @@ class LanguageModelTask:
         method: how the levels are made: gptq, sparsegpt, rtn, magnitude, wanda, drop.
         levels: bits, sparsities, or nothing for drop.
         average: budget: bits a weight, share of weights removed (sparsity), or number of modules dropped (drop).
+        resource: what the budget counts; empty: what the method is about (nominal bits, weights kept, modules kept);
+            ``storage``: bits on disk, scales, zero points and masks included, and ``average`` in storage bits a weight.
         drop: modules dropped of each group instead, as {"attention": 6, "mlp": 6}.
         store: folder of the level store; default: under the cache, named after what it holds. Built where missing.
         build: further settings of the build.
@@ -62,6 +64,7 @@ class LanguageModelTask:
     method: str = "gptq"
     levels: tuple[float, ...] = (2, 3, 4, 5, 6)
     average: float = 3.0
+    resource: str = ""
     drop: tuple[tuple[str, int], ...] | dict[str, int] = ()
     store: str = ""
     build: tuple[tuple[str, Any], ...] | dict[str, Any] = ()
@@ -84,6 +87,8 @@ class LanguageModelTask:
         object.__setattr__(self, "levels", tuple(self.levels))
         object.__setattr__(self, "build", tuple(sorted(dict(self.build).items())))
         object.__setattr__(self, "drop", tuple(sorted(dict(self.drop).items())))
+        if self.resource not in ("", "storage") or (self.resource and self.method == "drop"):
+            raise InvalidSettingError(f"resource={self.resource!r} must be empty or 'storage', and empty for drop")
         if self.drop and self.method != "drop":
             raise InvalidSettingError(f"drop={dict(self.drop)} needs method = 'drop', not {self.method!r}")
         if self.fitness not in ("kl", "perplexity", "topk_kl"):
@@ -109,6 +114,8 @@ class LanguageModelTask:
         Raises:
             InfeasibleError: the average is outside what the levels allow.
         """
+        if self.resource:  # what a level takes on disk is known once it is built
+            return CompressionSpace([Unit(f"layers.{i}.unit", costs=(16, 32), size=16) for i in range(30)], 30 * 24)
         if self.method in ("gptq", "rtn"):
             ordered = sorted(self.levels)
             low, high = ordered[0], ordered[-1]
@@ -178,11 +185,12 @@ class LanguageModelTask:
         dtype = fastest_dtype(self.device) if self.dtype == "auto" else compute_dtype(self.dtype)
         loaded = load_model(self.model, dtype, self.device)
         store = self.open_store(loaded.fingerprint, dtype)
+        levels = store.levels.counted_in(self.resource) if self.resource else store.levels
         pool = self._text(self.calibration, "calibration", self.calibration_tokens, loaded.model)
         held_out = self._text(self.held_out, "held_out", self.held_out_tokens, loaded.model)
         evaluator = Evaluator(
             loaded.model,
-            store,
+            levels if self.resource else store,
             pool,
             fitness=self.fitness,  # type: ignore[arg-type]
             threads=int(os.environ.get("EVO_HPO_THREADS", "0")) or None,
@@ -191,7 +199,7 @@ class LanguageModelTask:
             measure=self.measure,
             cache=Path(self.cache).expanduser() if self.cache else None,
         )
-        space = store.space(drop=dict(self.drop)) if self.drop else store.space(self.average)
+        space = levels.space(drop=dict(self.drop)) if self.drop else levels.space(self.average)
         return LanguageModelProblem(evaluator, space, held_out, tokens=self.tokens, name=f"{loaded.name} {self.method}")
 
     def _text(self, spec: str, split: str, tokens: int, model: torch.nn.Module) -> torch.Tensor:

@@ -202,3 +202,17 @@ def test_a_store_of_another_model_is_refused(
 def test_a_missing_model_setting_is_named() -> None:
     with pytest.raises(EvoHpoError, match="'model' is required"):
         language_model()
+
+
+def test_storage_bits_can_be_the_budget(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    nominal = settings(model_folder, tmp_path / "store", method="rtn")
+    prepare_problem("language_model", nominal, plan_of(nominal), lambda *_: None)
+    stored = make_problem("language_model", **nominal | {"resource": "storage", "average": 5.0})
+    a_group = 16 + 8  # bits of its scale and zero point, beside the codes of its 16 weights
+    for unit in stored.space.units:
+        assert unit.costs == tuple(bits * unit.size + a_group * unit.size // 16 for bits in (2, 3, 4))
+    assert stored.space.budget == 5 * stored.space.total_size
+    assert stored.score([stored.space.uniform()], Minibatch(0, 32))[0].loss > 0
+    with pytest.raises(EvoHpoError, match="resource='weights' must be empty or 'storage'"):
+        make_problem("language_model", **nominal | {"resource": "weights"})

@@ -97,6 +97,8 @@ def test_a_thousand_evaluations_take_less_than_a_second(name: str) -> None:
 
 
 def test_registered_and_checked() -> None:
-    assert make_problem("tabular", landscape="pairs-4").optimum == tabular("pairs-4").optimum
+    made = make_problem("tabular", landscape="pairs-4")
+    assert isinstance(made, FunctionProblem)
+    assert made.optimum == tabular("pairs-4").optimum
     with pytest.raises(InvalidSettingError, match="pairs-5"):
         tabular("pairs-7")

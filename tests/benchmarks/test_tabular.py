@@ -12,6 +12,7 @@ from benchmarks.tabular.landscape import LANDSCAPES, read, tabular
 from benchmarks.tabular.surrogate import Features
 from evo_hpo import Budget, Minibatch, search
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.problem import FunctionProblem
 from evo_hpo.registry import make_problem
 from searchers import make_searcher
 

@@ -111,7 +111,7 @@ def test_what_cannot_be_built_is_refused(model: str, settings: dict[str, Any], m
 
 
 def test_the_command_line_says_what_a_store_holds(model: str, tmp_path: Path) -> None:
-    console = Console(record=True, width=120)
+    console = Console(record=True, width=400)
     settings = {**TEXT, "group_size": 16, "dtype": "bfloat16", "device": "cpu"}
     build_from_cli(console, model=model, output=tmp_path / "s", levels="3,4", settings=settings)
     shown = console.export_text()

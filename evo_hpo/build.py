@@ -143,7 +143,8 @@ def build_from_cli(
     folder = output or default_folder(model, method, values, {k: v for k, v in chosen.items() if k != "device"})
     with BuildProgress("build", console) as progress:
         store = build(model, folder, method=method, levels=values, progress=progress, **chosen)
-    table = Table(title=f"{folder}: {len(store.units)} units, fingerprint {store.fingerprint}")
+    console.print(f"{folder}: {len(store.units)} units, fingerprint {store.fingerprint}", soft_wrap=True)
+    table = Table()
     for column in ("level", "nominal bits a weight", "stored bits a weight", "weights kept", "mean error"):
         table.add_column(column, justify="right")
     for row in summary(store):

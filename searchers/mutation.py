@@ -132,29 +132,31 @@ class UnrestrictedSwitch:
     def __init__(self, space: CompressionSpace) -> None:
         self.space = space
         self.members = tuple(i for m in space.groups("none").values() for i in m)
+        self._slack = _Slack(space)
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
         """An offspring that starts with ``switches`` raises, or None where it was rejected."""
-        space, levels, before = self.space, list(parent), self.space.cost(parent)
+        space, steps, levels = self.space, self._slack.steps, list(parent)
+        before = slack = self._slack.of(parent)
         raised: set[int] = set()
         for _ in range(switches):
             up = _pick(self.members, levels, space.highest, -1, stream)
             if up < 0:
                 return None
+            slack -= steps[up][levels[up]]
             levels[up] += 1
             raised.add(up)
-        added = space.cost(levels) - before
+        added = before - slack
         changes = switches
-        while space.cost(levels) > space.budget:
+        while slack < 0:
             down = _pick(self.members, levels, space.lowest, -1, stream, barred=raised)
             if down < 0 or changes >= MOST_CHANGES:
                 return None
             levels[down] -= 1
+            slack += steps[down][levels[down]]
             changes += 1
-        removed = before + added - space.cost(levels)
-        if added < LEAST_RETURNED * removed or not space.feasible(levels):
-            return None
-        return tuple(levels)
+        removed = added + slack - before
+        return self._slack.offspring(levels, slack) if added >= LEAST_RETURNED * removed else None
 
 
 class Exchange:
@@ -167,14 +169,13 @@ class Exchange:
     def __init__(self, space: CompressionSpace) -> None:
         self.space = space
         self.members = tuple(i for m in space.groups("none").values() for i in m)
-        first = [[level[0] for level in unit] for unit in space.vectors]
-        self.steps = [tuple(b - a for a, b in itertools.pairwise(unit)) for unit in first]
-        self.smallest_step = min((s for i in self.members for s in self.steps[i] if s > 0), default=1)
+        self._slack = _Slack(space)
+        self.smallest_step = min((s for i in self.members for s in self._slack.steps[i] if s > 0), default=1)
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
         """An offspring after ``switches`` exchanges, or None where units ran out."""
-        space, steps, levels = self.space, self.steps, list(parent)
-        slack = space.slack(parent)
+        space, steps, levels = self.space, self._slack.steps, list(parent)
+        slack = self._slack.of(parent)
         raised: set[int] = set()
         lowered: set[int] = set()
         for _ in range(switches):
@@ -198,8 +199,33 @@ class Exchange:
             if up not in lowered and levels[up] < space.highest[up] and steps[up][levels[up]] <= slack:
                 slack -= steps[up][levels[up]]
                 levels[up] += 1
-        offspring = tuple(levels)
-        return offspring if space.feasible(offspring) else None
+        return self._slack.offspring(levels, slack)
+
+
+class _Slack:
+    """What is left of the first resource, followed from a parent to its offspring instead of summed over all units.
+
+    Attributes:
+        steps: what raising each unit from each of its levels costs.
+    """
+
+    def __init__(self, space: CompressionSpace) -> None:
+        self.space = space
+        self.steps = [tuple(b[0] - a[0] for a, b in itertools.pairwise(unit)) for unit in space.vectors]
+        self._most = space.budget - space.floor
+        self._parent: Assignment = ()
+        self._left = 0
+
+    def of(self, parent: Assignment) -> int:
+        """The slack of an assignment; that of the last one asked for is remembered."""
+        if parent is not self._parent:
+            self._parent, self._left = parent, self.space.slack(parent)
+        return self._left
+
+    def offspring(self, levels: list[int], slack: int) -> Assignment | None:
+        """The assignment where it is feasible; ``levels`` lie within their limits and leave ``slack``."""
+        within = 0 <= slack <= self._most if self.space.dimensions == 1 else self.space.feasible(levels)
+        return tuple(levels) if within else None
 
 
 def _pick(

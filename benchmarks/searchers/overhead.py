@@ -18,6 +18,7 @@ from benchmarks.synthetic import interacting
 from evo_hpo import Budget, CompressionSpace, search
 from evo_hpo.registry import make_searcher
 from searchers.exchange import Exchanges
+from searchers.mutation import Exchange, LevelSwitch, Uniforms, UnrestrictedSwitch
 
 SEARCHERS = (
     "random",
@@ -60,6 +61,8 @@ def space_operations() -> dict[str, float]:
     data, start, rng = space.to_json(), space.uniform(), np.random.default_rng(0)
     wishes = [rng.uniform(0, 4, 210).tolist() for _ in range(20)]
     moves = Exchanges(space)
+    switch, exchange, unrestricted = LevelSwitch(space), Exchange(space), UnrestrictedSwitch(space)
+    stream = Uniforms(rng)
     space.sample(rng)
     return {
         "construction": _time(lambda: CompressionSpace(space.units, space.budget), 20),
@@ -67,7 +70,10 @@ def space_operations() -> dict[str, float]:
         "from JSON": _time(lambda: CompressionSpace.from_json(data), 5),
         "feasibility and cost": _time(lambda: (space.feasible(start), space.cost(start)), 2000),
         "uniform sample": _time(lambda: space.sample(rng), 50),
-        "random exchange": _time(lambda: moves.random(start, rng), 500),
+        "level switch within a group": _time(lambda: switch(start, stream, 1), 5000),
+        "switch across groups": _time(lambda: exchange(start, stream, 1), 5000),
+        "switch without groups": _time(lambda: unrestricted(start, stream, 1), 5000),
+        "random exchange (local search)": _time(lambda: moves.random(start, rng), 500),
         "repair": _time(lambda: [space.repair(w, rng, fill=True) for w in wishes], 5) / len(wishes),
     }
 

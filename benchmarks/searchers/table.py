@@ -1,7 +1,9 @@
 """Tables of what :mod:`benchmarks.searchers.measure` wrote, as Markdown.
 
-    python -m benchmarks.searchers.table equal.jsonl
-    python -m benchmarks.searchers.table encodings.jsonl --encodings
+    python -m benchmarks.searchers.table equal.jsonl                    # one column a problem
+    python -m benchmarks.searchers.table equal.jsonl --show overview    # means over kinds and sizes of problems
+    python -m benchmarks.searchers.table hits.jsonl --show hits
+    python -m benchmarks.searchers.table encodings.jsonl --show encodings
 
 Gap: 0 is the optimum, or the best loss that any searcher of the file found where no optimum is known; 100 is uniform
 compression. Hits: runs that found the optimum. Medians over seeds, with the second lowest and second highest of them
@@ -14,12 +16,13 @@ import argparse
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["encodings", "gaps", "table"]
+__all__ = ["encodings", "gaps", "hits", "overview", "table"]
 
 EXACT = 1e-9
 
@@ -80,6 +83,54 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def overview(rows: list[dict[str, Any]]) -> str:
+    """Searchers by mean rank; means of the median gaps over the problems of one number of units, and of one kind.
+
+    A searcher that was not measured on every problem of a column has no figure there, and no rank if it misses any.
+    """
+    found = gaps(rows)
+    problems = list(dict.fromkeys(r["problem"] for r in rows))
+    searchers = list(dict.fromkeys(r["searcher"] for r in rows))
+    medians = {(p, s): float(np.median(found[p, s])) for p in problems for s in searchers if found[p, s]}
+    whole = [s for s in searchers if all((p, s) in medians for p in problems)]
+    ranks = {s: float(np.mean([1 + sum(medians[p, o] < medians[p, s] - EXACT for o in whole) for p in problems]))
+             for s in whole}  # fmt: skip
+    sizes = sorted({part for p in problems for part in p.split() if part.isdigit()}, key=int)
+    columns = {f"{size} units": [p for p in problems if size in p.split()] for size in sizes}
+    columns |= {kind: [p for p in problems if p.split()[0] == kind] for kind in {p.split()[0]: None for p in problems}}
+    lines = [f"| searcher | seeds | mean rank | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
+    for s in sorted(searchers, key=lambda s: ranks.get(s, math.inf)):
+        means = [
+            f"{np.mean([medians[p, s] for p in chosen]):.1f}" if all((p, s) in medians for p in chosen) else ""
+            for chosen in columns.values()
+        ]
+        rank = f"{ranks[s]:.1f}" if s in ranks else ""
+        lines.append(f"| {s} | {_seeds(len(found[p, s]) for p in problems)} | {rank} | {' | '.join(means)} |")
+    return "\n".join(lines)
+
+
+def _seeds(counts: Iterable[int]) -> str:
+    found = sorted({n for n in counts if n})
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def hits(rows: list[dict[str, Any]]) -> str:
+    """How many runs found the optimum, and the mean gap, by problem; only where the optimum is known."""
+    rows = [r for r in rows if r["optimum"] is not None]
+    found = gaps(rows)
+    problems = list(dict.fromkeys(r["problem"] for r in rows))
+    shares = {
+        s: float(np.mean([np.mean([v == 0 for v in found[p, s]]) for p in problems if found[p, s]]))
+        for s in dict.fromkeys(r["searcher"] for r in rows)
+    }
+    lines = [f"| searcher | {' | '.join(problems)} |", "|---" * (len(problems) + 1) + "|"]
+    for s in sorted(shares, key=lambda s: -shares[s]):
+        values = [found[p, s] for p in problems]
+        cells = [f"{sum(x == 0 for x in v)} of {len(v)}, {np.mean(v):.1f}" if v else "" for v in values]
+        lines.append(f"| {s} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def encodings(rows: list[dict[str, Any]]) -> str:
     """Optimizers by encodings: mean over the problems of the median gap over seeds; the best in bold.
 
@@ -108,10 +159,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--encodings", action="store_true", help="optimizers by encodings, over all problems")
+    shown = {"problems": table, "overview": overview, "hits": hits, "encodings": encodings}
+    parser.add_argument("--show", choices=shown, default="problems")
     arguments = parser.parse_args()
     rows = [json.loads(line) for file in arguments.files for line in file.read_text().splitlines()]
-    print(encodings(rows) if arguments.encodings else table(rows))
+    print(shown[arguments.show](rows))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,8 @@ def _rate(pool: WorkerPool, work: Callable[[Worker, Tensor], object], ids: Tenso
 
     def task(worker: Worker) -> float:
         with torch.inference_mode():
-            worker.switch.set(None)
+            for _ in range(2):
+                worker.place(None)
             work(worker, ids)
             return min(_seconds(worker, work, ids) for _ in range(REPEATS))
 

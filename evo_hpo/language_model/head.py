@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from evo_hpo.errors import ModelError
 from evo_hpo.language_model.kernels import Kernels, Part, logits_of
+from evo_hpo.language_model.prepacking import Prepacked
 
 __all__ = ["Chunk", "OutputHead"]
 
@@ -33,18 +34,20 @@ class OutputHead:
         hidden: final hidden states of ``ids`` (the head's input).
         ids: token ids, sequences x length.
         head: module whose weight (vocabulary x hidden) and bias are used.
+        packed_bytes: memory for a packed copy of the weight (see :mod:`evo_hpo.language_model.prepacking`).
 
     Raises:
         ModelError: the logits are neither a multiple of W h + b nor a soft-capped one.
     """
 
-    def __init__(self, model: nn.Module, hidden: Tensor, ids: Tensor, head: nn.Module) -> None:
+    def __init__(self, model: nn.Module, hidden: Tensor, ids: Tensor, head: nn.Module, packed_bytes: int = 0) -> None:
         weight, bias = head.weight, getattr(head, "bias", None)
         assert isinstance(weight, Tensor)
         self.weight = weight.data
         self.bias = None if bias is None else bias.data
         self.chunk = Chunk()
         self.kernels = Kernels()
+        self.packed = Prepacked(packed_bytes)
         config = getattr(model, "config", None)
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
         self.cap: float | None = getattr(text, "final_logit_softcapping", None) or None
@@ -68,6 +71,12 @@ class OutputHead:
     def linear(self) -> bool:
         """Whether logits are linear in the hidden state: no soft cap, and not rounded to 16 bits."""
         return self.cap is None and self.weight.dtype == torch.float32
+
+    def expect(self, positions: int) -> None:
+        """Packs the weight for so many final hidden states at a time (at most a chunk of them)."""
+        if self.packed.expect(min(positions, self.chunk.tokens)):
+            for entries in self.entries():
+                self.packed.keep(str(entries.start), self.weight[entries])
 
     def logits(self, hidden: Tensor, entries: slice) -> Tensor:
         """Logits of some vocabulary entries (tokens x entries), float32. ``hidden`` comes from :meth:`scaled`."""

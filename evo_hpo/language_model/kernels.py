@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from evo_hpo.language_model.prepacking import linear
 
 __all__ = ["Kernels", "Part", "logits_of"]
 
@@ -19,7 +20,7 @@ Part = tuple[Tensor, Tensor | None, float | None]
 def logits_of(hidden: Tensor, part: Part) -> Tensor:
     """Logits of some vocabulary entries (tokens x entries), float32."""
     weight, bias, cap = part
-    logits = functional.linear(hidden, weight, bias).float()
+    logits = linear(hidden, weight, bias).float()
     return logits if cap is None else (logits / cap).tanh_().mul_(cap)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from evo_hpo.compression.levels import Levels
 from evo_hpo.errors import StoreError
 from evo_hpo.language_model.gates import GatedModel
+from evo_hpo.language_model.prepacking import Prepacked, use_prepacked
 from evo_hpo.language_model.structure import is_transposed
 from evo_hpo.space import Assignment, Unit
 
@@ -26,12 +27,15 @@ class LevelSwitch:
         levels: the weights of each unit's levels.
         example: token ids for one pass that notes what each member returns, for members that may be dropped.
         lock: held while the store is read (the store need not be thread-safe).
+        packed_bytes: memory for packed copies of weights (see :mod:`evo_hpo.language_model.prepacking`).
 
     Raises:
         StoreError: a unit's member is not in the model, or a level's weight has another shape.
     """
 
-    def __init__(self, gated: GatedModel, levels: Levels, example: Tensor, lock: threading.Lock) -> None:
+    def __init__(
+        self, gated: GatedModel, levels: Levels, example: Tensor, lock: threading.Lock, packed_bytes: int = 0
+    ) -> None:
         self.levels, self._gated, self._lock = levels, gated, lock
         modules = dict(gated.model.named_modules())
         self._modules: dict[str, nn.Module] = {}
@@ -47,6 +51,14 @@ class LevelSwitch:
         self._outputs: dict[str, tuple[int, int]] = {}
         self._note_outputs(example)
         self._current: list[int] = [-1] * len(levels.units)
+        self.packed = Prepacked(packed_bytes)
+        self._linear = use_prepacked(self._modules.values() if packed_bytes else ())
+        self._new = set(range(len(levels.units)))  # units whose level was not in place for two candidates in a row
+
+    def expect(self, rows: int) -> None:
+        """Says how many positions (sequences x length) the passes to come will have."""
+        if self.packed.expect(rows):
+            self._new = set(range(len(self._current)))
 
     def set(self, assignment: Assignment | None) -> None:
         """Switches every unit whose level differs from the one in place; None: the uncompressed model."""
@@ -55,6 +67,10 @@ class LevelSwitch:
             if level != self._current[unit]:
                 self._switch(unit, level)
                 self._current[unit] = level
+                self._new.add(unit)
+            elif unit in self._new:
+                self._pack(unit)
+                self._new.discard(unit)
 
     def _switch(self, unit: int, level: int) -> None:
         weights: Mapping[str, Tensor | None] = {}
@@ -67,6 +83,17 @@ class LevelSwitch:
                 self._drop(name)
             else:
                 self._place(name, weight)
+
+    def _pack(self, unit: int) -> None:
+        """Packs weights that are used again; a level that one candidate alone has is not worth it.
+
+        What is packed stays so while another level is tried, for the candidates after that one.
+        """
+        for name in self.levels.units[unit].members:
+            module = self._modules[name]
+            if module in self._linear:
+                assert isinstance(module.weight, Tensor)
+                self.packed.keep(name, module.weight.data)
 
     def _place(self, name: str, weight: Tensor | None) -> None:
         module = self._modules[name]

@@ -44,6 +44,7 @@ class Worker:
     Attributes:
         fitness: what :meth:`run` sums up over a sequence's predicted positions (all but the last token).
         group: candidates whose final hidden states wait for one pass over the uncompressed model's logits.
+        batch: sequences x length of the passes that weights are packed for; (0, 0): of none.
     """
 
     gated: GatedModel
@@ -52,11 +53,19 @@ class Worker:
     fitness: Fitness
     group: int = 16
     timing: Timing = field(default_factory=Timing)
+    batch: tuple[int, int] = (0, 0)
+
+    def place(self, assignment: Assignment | None) -> None:
+        """Sets the levels; None: the uncompressed model. Weights that stay in place from call to call get packed."""
+        sequences, length = self.batch
+        self.switch.expect(sequences * length)
+        self.head.expect(sequences * (length - 1))
+        self.switch.set(assignment)
 
     def dense(self, ids: Tensor, bits: int, top_k: int, fitness: Fitness | None = None) -> DenseSide | PackedSide:
         """What must be kept of the uncompressed model for these sequences."""
         with torch.inference_mode():
-            self.switch.set(None)
+            self.place(None)
             final, _ = self.gated.final_hidden(ids)
             return dense_side(self.head, _flat(final), fitness or self.fitness, bits, top_k)
 
@@ -94,7 +103,7 @@ class Worker:
         with torch.inference_mode():
             for visit in plan_visits(signatures, state_bytes // one_state):
                 begin = time.perf_counter()
-                self.switch.set(assignments[visit.index])
+                self.place(assignments[visit.index])
                 switched = time.perf_counter()
                 own = signatures[visit.index]
                 start = visit.start
@@ -119,11 +128,17 @@ class Worker:
     def both(self, assignment: Assignment | None, ids: Tensor, dense: DenseSide | PackedSide) -> Tensor:
         """KL divergence and cross-entropy summed over each sequence's positions, nats, float64, 2 x sequences."""
         with torch.inference_mode():
-            self.switch.set(assignment)
+            self.place(assignment)
             final = _flat(self.gated.final_hidden(ids)[0])
             divergence = divergences(self.head, [final], dense.open())[0]
             loss = cross_entropies(self.head, final, ids[:, 1:].reshape(-1))
             return torch.stack([x.view(len(ids), -1).sum(-1) for x in (divergence, loss)])
+
+    def forget_packed(self) -> None:
+        """Gives the memory of packed weights back, for good."""
+        for packed in (self.switch.packed, self.head.packed):
+            packed.limit = 0
+            packed.clear()
 
     def _settle(self, waiting: list[tuple[int, Tensor]], ids: Tensor, dense: DenseSide | None, sums: Tensor) -> None:
         if not waiting:

@@ -21,29 +21,18 @@ from benchmarks.tabular.rows import Losses, Rows
 from evo_hpo.errors import JournalError
 from evo_hpo.language_model.sampling import sequences_of
 from evo_hpo.space import Assignment, CompressionSpace, Unit
-from tests.language_model.tiny import VOCABULARY, tiny_tokens
+from tests.language_model.tiny import VOCABULARY, random_model, tiny_tokens
 
 BLOCKS = 6
 
 
 def six_blocks() -> nn.Module:
     """A random Llama whose blocks matter."""
-    state = torch.random.get_rng_state()
-    torch.manual_seed(3)
-    try:
-        config = transformers.LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=BLOCKS, num_attention_heads=4,
-            num_key_value_heads=2, intermediate_size=48,
-        )  # fmt: skip
-        auto: Any = transformers.AutoModelForCausalLM
-        model: nn.Module = auto.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(0, 0.25)
-    finally:
-        torch.random.set_rng_state(state)
-    return model.eval()
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=BLOCKS, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48,
+    )  # fmt: skip
+    return random_model(config, seed=3, spread=0.25)
 
 
 def plain_losses(tokens: torch.Tensor, kept: Sequence[int]) -> list[float]:

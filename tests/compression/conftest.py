@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
 from evo_hpo.language_model.loading import LoadedModel
-from tests.language_model.tiny import tiny_model, tiny_tokens
+from tests.language_model.tiny import tiny_mixtral, tiny_model, tiny_tokens
 
 
 @pytest.fixture
@@ -21,19 +20,4 @@ def tokens() -> torch.Tensor:
 
 
 def mixtral() -> LoadedModel:
-    """A mixture of experts whose experts transformers stores as one parameter."""
-    config = transformers.MixtralConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=3,
-    )
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    try:
-        return LoadedModel.from_model(transformers.MixtralForCausalLM(config), name="tiny mixtral")
-    finally:
-        torch.random.set_rng_state(state)
+    return LoadedModel.from_model(tiny_mixtral(), name="tiny mixtral")

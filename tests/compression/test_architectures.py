@@ -16,6 +16,7 @@ from evo_hpo.compression.quantizers import GPTQ
 from evo_hpo.compression.store import open_store
 from evo_hpo.language_model.loading import LoadedModel
 from evo_hpo.language_model.structure import decoder_blocks, linear_modules
+from tests.language_model.tiny import random_model
 
 _SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GATED: dict[str, Any] = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -41,14 +42,7 @@ FURTHER: dict[str, tuple[Callable[[], transformers.PretrainedConfig], int]] = {
 
 @pytest.fixture(params=FURTHER)
 def loaded(request: pytest.FixtureRequest) -> LoadedModel:
-    auto: Any = transformers.AutoModelForCausalLM
-    with torch.random.fork_rng():
-        torch.random.manual_seed(0)
-        model = auto.from_config(FURTHER[request.param][0]())
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(0, 0.2)
+    model = random_model(FURTHER[request.param][0](), spread=0.2)
     assert len(linear_modules(model)) == 2 * FURTHER[request.param][1]
     return LoadedModel.from_model(model, name=request.param)
 

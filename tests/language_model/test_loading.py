@@ -7,36 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from torch import nn
 
 from evo_hpo.errors import ModelError
 from evo_hpo.language_model.experts import LinearExperts, unfuse_experts
 from evo_hpo.language_model.loading import LoadedModel, file_fingerprint, resolve_folder, tensor_fingerprint
 from evo_hpo.language_model.structure import decoder_blocks, droppable_modules, linear_modules
-from tests.language_model.tiny import ARCHITECTURES, tiny_model, tiny_tokens
+from tests.language_model.tiny import ARCHITECTURES, tiny_mixtral, tiny_model, tiny_tokens
 
 LINEAR_LAYERS_A_BLOCK = {"llama": 7, "qwen2": 7, "qwen3": 7, "gemma2": 7, "gpt2": 4, "opt": 6, "gpt_neox": 4}
-
-
-def mixtral() -> nn.Module:
-    state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    try:
-        model: nn.Module = transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(
-                vocab_size=97,
-                hidden_size=32,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                num_local_experts=3,
-            )
-        )
-    finally:
-        torch.random.set_rng_state(state)
-    return model.eval()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -67,7 +45,7 @@ def test_attention_and_mlp_modules_are_found() -> None:
 
 
 def test_experts_taken_apart_compute_the_same() -> None:
-    model: Any = mixtral()
+    model: Any = tiny_mixtral()
     ids = tiny_tokens(4, 12)
     with torch.inference_mode():
         expected = model(input_ids=ids).logits

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from evo_hpo.analysis import Comparison
 from evo_hpo.analysis.scoring import scoring_sheet
@@ -23,6 +23,7 @@ from evo_hpo.language_model.task import language_model
 from evo_hpo.plan import Plan, make_plan
 from evo_hpo.problem import Minibatch
 from evo_hpo.registry import make_problem, prepare_problem
+from tests.language_model.tiny import random_model
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +41,16 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train_from_iterator(["the cat sat on the mat"] * 10, trainer)
     fast: Any = PreTrainedTokenizerFast
     fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.random.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=280,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=64,
-            )
-        )
+    config = LlamaConfig(
+        vocab_size=280,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    model: Any = random_model(config)
     model.save_pretrained(folder)
     return folder
 

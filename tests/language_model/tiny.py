@@ -39,20 +39,28 @@ ARCHITECTURES: dict[str, Callable[[], transformers.PretrainedConfig]] = {
 }
 
 
-def tiny_model(name: str, seed: int = 0) -> nn.Module:
-    """A model of the architecture with weights large enough that its predictions are far from uniform."""
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        auto: Any = transformers.AutoModelForCausalLM
-        model: nn.Module = auto.from_config(ARCHITECTURES[name]())
+def random_model(config: transformers.PretrainedConfig, seed: int = 0, spread: float | None = None) -> nn.Module:
+    """The same weights for the same seed; with ``spread``, matrices are normal with that standard deviation."""
+    auto: Any = transformers.AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.random.manual_seed(seed)
+        model: nn.Module = auto.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(0, 0.25)
-    finally:
-        torch.random.set_rng_state(state)
+                if spread is not None and parameter.dim() == 2:
+                    parameter.normal_(0, spread)
     return model.eval()
+
+
+def tiny_model(name: str, seed: int = 0) -> nn.Module:
+    """A model of the architecture with weights large enough that its predictions are far from uniform."""
+    return random_model(ARCHITECTURES[name](), seed, spread=0.25)
+
+
+def tiny_mixtral() -> nn.Module:
+    """A mixture of three experts a block, which transformers stores as one parameter."""
+    llama = _LLAMA | {"num_hidden_layers": 2, "intermediate_size": 24}
+    return random_model(transformers.MixtralConfig(**llama, num_local_experts=3))
 
 
 def tiny_tokens(sequences: int = 8, length: int = 12, seed: int = 0) -> Tensor:

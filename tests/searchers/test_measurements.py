@@ -11,7 +11,7 @@ from benchmarks.searchers.generations import generations
 from benchmarks.searchers.lineup import LINEUP, SUITES
 from benchmarks.searchers.measure import measure
 from benchmarks.searchers.overhead import overhead
-from benchmarks.searchers.table import encodings, gaps, table
+from benchmarks.searchers.table import encodings, gaps, hits, overview, table
 
 
 @pytest.mark.parametrize("label", [label for label in LINEUP if not label.startswith(("optuna", "never"))])
@@ -33,6 +33,31 @@ def test_gaps_are_percent_of_the_way_from_the_best_known_to_uniform() -> None:
     unknown = [row("a", 0, 6.0, None), row("b", 0, 8.0, None)]
     assert gaps(unknown) == {("p", "a"): [0.0], ("p", "b"): [50.0]}
     assert "/" not in table(unknown).splitlines()[2]
+
+
+def test_hits_are_counted_and_gaps_averaged() -> None:
+    found = [row("a", 0, 5.0, 5.0), row("a", 1, 7.0, 5.0), row("b", 0, 10.0, 5.0), row("b", 1, 10.0, None)]
+    assert hits(found).splitlines()[2:] == ["| a | 1 of 2, 20.0 |", "| b | 0 of 1, 100.0 |"]
+
+
+def test_an_overview_ranks_what_was_measured_everywhere() -> None:
+    def at(problem: str, searcher: str, loss: float) -> dict[str, Any]:
+        return row(searcher, 0, loss, 5.0) | {"problem": problem}
+
+    rows = [at("additive 30", "a", 6.0), at("additive 60", "a", 8.0), at("noisy 30", "a", 5.0)]
+    rows += [
+        at("additive 30", "b", 5.5),
+        at("additive 60", "b", 9.0),
+        at("noisy 30", "b", 6.0),
+        at("noisy 30", "c", 5.0),
+    ]
+    assert overview(rows).splitlines() == [
+        "| searcher | seeds | mean rank | 30 units | 60 units | additive | noisy |",
+        "|---|---|---|---|---|---|---|",
+        "| a | 1 | 1.3 | 10.0 | 60.0 | 40.0 | 0.0 |",
+        "| b | 1 | 1.7 | 15.0 | 80.0 | 45.0 | 20.0 |",
+        "| c | 1 |  |  |  |  | 0.0 |",
+    ]
 
 
 def test_encodings_are_compared_on_the_problems_that_all_of_them_were_measured_on() -> None:

@@ -208,7 +208,7 @@ def winner_figure(comparison: Comparison, problem: str, label: str | None = None
         return drawn
     title = (
         f"{best.label}, seed {best.seed}: {info.loss_name} {best.loss:.4g},"
-        f" {info.space.average(best.final.levels):.4g} {info.average_name}"
+        f" {info.average_name} {info.space.average(best.final.levels):.4g}"
     )
     return profile_figure(info.space, best.final.levels, title)
 

@@ -78,7 +78,7 @@ class ProblemInfo:
         resource = self.space.resources[0]
         if resource == "modules" and all(unit.size == 1 for unit in self.space.units):
             return "modules kept, share"
-        return f"{resource} a weight"
+        return "weights kept, share" if resource == "weights" else f"{resource} a weight"
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,12 @@ def problem_table(
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.caption_justify = "left"
     for i, (header, _) in enumerate(shown):
-        text = header.replace(" (", "\n(").replace(" a weight", "\na weight").replace("r s", "r\ns")
+        text = (
+            header.replace(" (", "\n(")
+            .replace(" a weight", "\na weight")
+            .replace(", share", ",\nshare")
+            .replace("r s", "r\ns")
+        )
         text = text.replace("l s", "l\ns").replace("w u", "w\nu").replace("s b", "s\nb") if compact else header
         table.add_column(text, justify="right" if i else "left", no_wrap=True)
     best = next((r.searcher for r in found if r.kind != "dense"), None)

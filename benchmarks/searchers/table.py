@@ -90,7 +90,7 @@ def overview(rows: list[dict[str, Any]]) -> str:
     """
     found = gaps(rows)
     problems = list(dict.fromkeys(r["problem"] for r in rows))
-    searchers = list(dict.fromkeys(r["searcher"] for r in rows))
+    searchers = list(dict.fromkeys(r["searcher"] for r in rows if r["loss"] is not None))
     medians = {(p, s): float(np.median(found[p, s])) for p in problems for s in searchers if found[p, s]}
     whole = [s for s in searchers if all((p, s) in medians for p in problems)]
     ranks = {s: float(np.mean([1 + sum(medians[p, o] < medians[p, s] - EXACT for o in whole) for p in problems]))
@@ -116,7 +116,7 @@ def _seeds(counts: Iterable[int]) -> str:
 
 def hits(rows: list[dict[str, Any]]) -> str:
     """How many runs found the optimum, and the mean gap, by problem; only where the optimum is known."""
-    rows = [r for r in rows if r["optimum"] is not None]
+    rows = [r for r in rows if r["loss"] is not None and r["optimum"] is not None]
     found = gaps(rows)
     problems = list(dict.fromkeys(r["problem"] for r in rows))
     shares = {

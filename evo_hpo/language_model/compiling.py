@@ -106,7 +106,7 @@ def _rate(pool: WorkerPool, work: Callable[[Worker, Tensor], object], ids: Tenso
     def task(worker: Worker) -> float:
         with torch.inference_mode():
             for _ in range(2):
-                worker.place(None)
+                worker.place(None, ids)
             work(worker, ids)
             return min(_seconds(worker, work, ids) for _ in range(REPEATS))
 

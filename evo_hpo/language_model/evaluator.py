@@ -68,8 +68,8 @@ class Evaluator:
         top_k: entries of "topk_kl".
         state_bytes: memory a replica may spend on block inputs kept for candidates with a common prefix.
         reference_bytes: memory for block inputs of the best assignment on a minibatch that is used again.
-        packed_bytes: memory for weights in the layout that a CPU multiplies fastest (float32 and MKL only); mostly
-            shared between replicas. 0: none, and the same bits a few per cent slower.
+        packed_bytes: memory for weights in the layout that a CPU multiplies fastest (float32 and MKL only), each for
+            the searched layers and the head; mostly shared between replicas. 0: the same bits a few per cent slower.
         early_stopping: with ``keep``, stop candidates that are provably not among the best; exact.
         cache: SQLite file of paid losses; None: in memory.
 
@@ -120,6 +120,7 @@ class Evaluator:
         example, lock = self.tokens[:1, : min(self.length, 16)], threading.Lock()
         count = (threads or len(os.sched_getaffinity(0))) if on_cpu else 1
         packed = packed_bytes if on_cpu else 0
+        self._packs = packed > 0
         self.pool = WorkerPool([self._worker(model, example, lock, packed) for _ in range(count)], on_cpu)
         self.blocks = tuple(self.pool.workers[0].gated.blocks)
         self._batches = BatchScorer(
@@ -251,9 +252,10 @@ class Evaluator:
                 if batches.batch_size > 1:
                     batches.batch_size //= 2
                     self._expect_batches()
-                elif batches.state_bytes or batches.reference.limit:
+                elif batches.state_bytes or batches.reference.limit or self._packs:
                     batches.state_bytes = batches.reference.limit = 0
                     batches.reference.clear()
+                    self._packs = False
                     for worker in self.pool.workers:
                         worker.forget_packed()
                 else:

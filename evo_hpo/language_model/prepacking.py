@@ -1,7 +1,8 @@
 """Weight matrices kept in the layout in which a CPU's library multiplies them, not rearranged for every product.
 
 A product of 512 tokens with a layer of some million weights spends about a tenth of its time on rearranging them, again
-for every sequence and candidate. MKL can keep them rearranged ("packed"); the product's bits stay the same. It is an
+for every sequence and candidate. MKL can keep them rearranged ("packed"). For some shapes it then adds up in another
+order; those are recognised by trying, and left alone, so that no loss depends on what was packed. The product is an
 operator of its own, ``evo_hpo::linear``, which finds the packed matrix by the address of the weight: so compiled code
 has the weight itself as its input, and switching levels does not compile again.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from functools import cache
 from weakref import WeakValueDictionary
 
 import torch
@@ -29,10 +31,33 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # ty
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // x.shape[-1]
     packed = _packed.get((weight.data_ptr(), weight.shape, rows))
-    if packed is None:
+    if packed is None or not weight.is_contiguous() or x.shape[-1] != weight.shape[1]:
         return functional.linear(x, weight, bias)
+    return _multiply(x, packed, weight, bias, rows)
+
+
+def _multiply(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     product: Tensor = torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
     return product
+
+
+def _pack(weight: Tensor, rows: int) -> Tensor:
+    packed: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+    return packed
+
+
+@cache
+def _same_bits(outputs: int, inputs: int, rows: int) -> bool:
+    """Whether packing leaves every bit of a product of this shape as it is, on one core; tried on three products."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        shapes = ((rows, inputs), (outputs, inputs), (outputs,))
+        x, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+        packed = _pack(weight, rows)
+        for b in (None, bias):
+            if not torch.equal(functional.linear(x, weight, b), _multiply(x, packed, weight, b, rows)):
+                return False
+    return True
 
 
 def _shape(x: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
@@ -75,7 +100,8 @@ class Prepacked:
     """Packed weights of one replica, one a name; replicas that keep the same weight share its packed copy.
 
     Args:
-        limit: bytes that may be kept; a weight that does not fit is multiplied as it is.
+        limit: bytes of packed weights that may be kept; a weight that does not fit is multiplied as it is. The weights
+            themselves are held too.
 
     Attributes:
         rows: sequences x positions of the products to come; 0: nothing is packed.
@@ -98,7 +124,10 @@ class Prepacked:
         return changed
 
     def keep(self, name: str, weight: Tensor) -> None:
-        """Packs a weight (outputs x inputs) in place of the name's last one; it must not be written to any more."""
+        """Packs a weight (outputs x inputs) in place of the name's last one; it must not be written to any more.
+
+        Nothing happens where the product's bits would change. Call it while operations run on one core.
+        """
         if not self.rows or not _packable(weight):
             return
         kept = self._kept.get(name)
@@ -108,10 +137,12 @@ class Prepacked:
         if self._bytes + more > self.limit:
             return
         with _lock:
+            if not _same_bits(*weight.shape, self.rows):
+                return
             key = (weight.data_ptr(), weight.shape, self.rows)
             packed = _packed.get(key)
             if packed is None:
-                packed = _packed[key] = torch.ops.mkl._mkl_reorder_linear_weight(weight, self.rows)
+                packed = _packed[key] = _pack(weight, self.rows)
         self._kept[name] = (weight, packed)
         self._bytes += more
 

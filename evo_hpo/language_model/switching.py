@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evo_hpo.compression.levels import Levels
 from evo_hpo.errors import StoreError
+from evo_hpo.language_model.experts import LinearExperts
 from evo_hpo.language_model.gates import GatedModel
 from evo_hpo.language_model.prepacking import Prepacked, use_prepacked
 from evo_hpo.language_model.structure import is_transposed
@@ -52,7 +53,7 @@ class LevelSwitch:
         self._note_outputs(example)
         self._current: list[int] = [-1] * len(levels.units)
         self.packed = Prepacked(packed_bytes)
-        self._linear = use_prepacked(self._modules.values() if packed_bytes else ())
+        self._linear = use_prepacked(_seeing_every_token(gated.model, self._modules) if packed_bytes else ())
         self._new = set(range(len(levels.units)))  # units whose level was not in place for two candidates in a row
 
     def expect(self, rows: int) -> None:
@@ -60,15 +61,19 @@ class LevelSwitch:
         if self.packed.expect(rows):
             self._new = set(range(len(self._current)))
 
-    def set(self, assignment: Assignment | None) -> None:
-        """Switches every unit whose level differs from the one in place; None: the uncompressed model."""
+    def set(self, assignment: Assignment | None, pack: bool = False) -> None:
+        """Switches every unit whose level differs from the one in place; None: the uncompressed model.
+
+        Args:
+            pack: the pass to come has the expected number of positions: pack the weights that are used again.
+        """
         wanted = [-1] * len(self._current) if assignment is None else assignment
         for unit, level in enumerate(wanted):
             if level != self._current[unit]:
                 self._switch(unit, level)
                 self._current[unit] = level
                 self._new.add(unit)
-            elif unit in self._new:
+            elif pack and unit in self._new:
                 self._pack(unit)
                 self._new.discard(unit)
 
@@ -91,7 +96,7 @@ class LevelSwitch:
         """
         for name in self.levels.units[unit].members:
             module = self._modules[name]
-            if module in self._linear:
+            if module in self._linear and "forward" not in module.__dict__:  # not a dropped one
                 assert isinstance(module.weight, Tensor)
                 self.packed.keep(name, module.weight.data)
 
@@ -147,6 +152,12 @@ class LevelSwitch:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _seeing_every_token(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """Members that are no experts: the number of tokens that an expert is given is another one each time."""
+    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LinearExperts))
+    return (module for name, module in modules.items() if not (experts and name.startswith(experts)))
 
 
 def _width(module: nn.Module) -> int:

@@ -55,17 +55,22 @@ class Worker:
     timing: Timing = field(default_factory=Timing)
     batch: tuple[int, int] = (0, 0)
 
-    def place(self, assignment: Assignment | None) -> None:
-        """Sets the levels; None: the uncompressed model. Weights that stay in place from call to call get packed."""
+    def place(self, assignment: Assignment | None, ids: Tensor) -> None:
+        """Sets the levels for a pass over these sequences; None: the uncompressed model.
+
+        Weights that stay in place from call to call get packed, if the sequences are as many as was said.
+        """
         sequences, length = self.batch
-        self.switch.expect(sequences * length)
-        self.head.expect(sequences * (length - 1))
-        self.switch.set(assignment)
+        expected = ids.shape == self.batch
+        if expected:
+            self.switch.expect(sequences * length)
+            self.head.expect(sequences * (length - 1))
+        self.switch.set(assignment, pack=expected)
 
     def dense(self, ids: Tensor, bits: int, top_k: int, fitness: Fitness | None = None) -> DenseSide | PackedSide:
         """What must be kept of the uncompressed model for these sequences."""
         with torch.inference_mode():
-            self.place(None)
+            self.place(None, ids)
             final, _ = self.gated.final_hidden(ids)
             return dense_side(self.head, _flat(final), fitness or self.fitness, bits, top_k)
 
@@ -103,7 +108,7 @@ class Worker:
         with torch.inference_mode():
             for visit in plan_visits(signatures, state_bytes // one_state):
                 begin = time.perf_counter()
-                self.place(assignments[visit.index])
+                self.place(assignments[visit.index], ids)
                 switched = time.perf_counter()
                 own = signatures[visit.index]
                 start = visit.start
@@ -128,7 +133,7 @@ class Worker:
     def both(self, assignment: Assignment | None, ids: Tensor, dense: DenseSide | PackedSide) -> Tensor:
         """KL divergence and cross-entropy summed over each sequence's positions, nats, float64, 2 x sequences."""
         with torch.inference_mode():
-            self.place(assignment)
+            self.place(assignment, ids)
             final = _flat(self.gated.final_hidden(ids)[0])
             divergence = divergences(self.head, [final], dense.open())[0]
             loss = cross_entropies(self.head, final, ids[:, 1:].reshape(-1))

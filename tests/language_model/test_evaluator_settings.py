@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from evo_hpo.language_model import compiling
+from evo_hpo.language_model.evaluator import Evaluator
 from evo_hpo.language_model.tuning import fastest_dtype
 from evo_hpo.language_model.worker import Worker
 from evo_hpo.problem import Minibatch
-from tests.language_model.evaluators import LARGE, LENGTH, SMALL, Parts, losses_of, make_evaluator
-from tests.language_model.tiny import random_assignments
+from tests.language_model.evaluators import LARGE, LENGTH, Parts, losses_of, make_evaluator
+from tests.language_model.tiny import VOCABULARY, RoundedLevels, random_assignments, random_model, tiny_tokens
 
 
 def test_nothing_is_paid_for_twice(llama: Parts, tmp_path: Path) -> None:
@@ -94,22 +96,31 @@ def test_what_is_compiled_is_kept_where_it_is_faster_and_the_decision_stays(
 # ---------------------------------------------------------------------- packed weights
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="weights are packed by MKL")  # type: ignore[no-untyped-call]
+@pytest.fixture(scope="module")
+def wide() -> Parts:
+    """A Llama with matrices of 64 inputs, which packing leaves alone to the bit, and of 896, which it may not."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=896, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = random_model(config, spread=0.25)
+    return model, RoundedLevels(model)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_packed_weights_give_the_losses_of_plain_ones(llama: Parts, batch_size: int) -> None:
-    candidates = random_assignments(8, len(llama[1].units), 3)
-    plain, packed = (make_evaluator(llama, batch_size=batch_size, packed_bytes=b) for b in (0, 1 << 20))
-    for minibatch in (LARGE, SMALL, Minibatch(6, LARGE.tokens)):
-        expected = losses_of(plain, candidates, minibatch)
-        np.testing.assert_allclose(losses_of(packed, candidates, minibatch), expected, rtol=1e-6)
-    kept = packed.pool.workers[0].switch.packed
-    assert kept.rows == batch_size * LENGTH
-    assert len(kept) == len(llama[1].units)
-    assert not len(plain.pool.workers[0].switch.packed)
+def test_no_loss_depends_on_what_was_packed(wide: Parts, batch_size: int) -> None:
+    candidates, minibatch = random_assignments(6, len(wide[1].units), 3), Minibatch(5, 4 * 33)
 
+    def made(packed_bytes: int) -> Evaluator:
+        return Evaluator(*wide, tiny_tokens(length=33), threads=1, batch_size=batch_size, packed_bytes=packed_bytes)
 
-def test_weights_that_do_not_fit_stay_as_they_are(llama: Parts) -> None:
-    candidates = random_assignments(4, len(llama[1].units), 3)
-    few = make_evaluator(llama, packed_bytes=10_000)  # a layer of 32 x 32 numbers takes 4096 bytes
-    np.testing.assert_allclose(losses_of(few, candidates), losses_of(make_evaluator(llama), candidates), rtol=1e-6)
-    assert 0 < len(few.pool.workers[0].switch.packed) <= 4
+    expected = losses_of(made(0), candidates, minibatch)
+    for packed_bytes in (40_000, 1 << 30):  # a weight of 64 x 64 takes 16 384 bytes
+        evaluator = made(packed_bytes)
+        for order in (candidates, candidates[::-1], candidates[:1]):
+            evaluator.score(order, Minibatch(6, 4 * 33))
+            evaluator.evaluate_held_out(order[0], tiny_tokens(2, 9))
+        assert losses_of(evaluator, candidates, minibatch) == expected
+        assert losses_of(made(packed_bytes), candidates[:1], minibatch) == expected[:1]
+    packs = evaluator.pool.workers[0].switch.packed
+    assert packs.rows == batch_size * 33
+    assert not torch.backends.mkl.is_available() or len(packs) >= 8  # type: ignore[no-untyped-call]

@@ -8,9 +8,13 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
+import signal
 import sys
+import threading
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -49,17 +53,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would tear ours
     try:
         words = list(sys.argv[1:] if arguments is None else arguments)
-        code = app(args=words, standalone_mode=False, obj=words)
+        with _ended_like_interrupted():
+            code = app(args=words, standalone_mode=False, obj=words)
     except EvoHpoError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except UsageError as error:
+        if not _usage(error):  # no command: the help was printed
+            sys.exit(2)
         errors.print(f"error: {_usage(error)}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted", style="bold")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _ended_like_interrupted() -> Iterator[None]:
+    """Makes SIGTERM end a command as Ctrl-C does: workers stopped, trackers told, the command that resumes shown."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _usage(error: Exception) -> str:
@@ -89,6 +114,19 @@ def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     return settings
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"evo-hpo {version('evo-hpo')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Its version.")] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def compare(
     context: typer.Context,
@@ -108,7 +146,7 @@ def compare(
 
     changes = {} if workers is None else {"workers": workers}
     text = plan.read_text(encoding="utf-8") if plan.is_file() else None
-    loaded = load_plan(plan, **changes)
+    loaded = load_plan(plan, **changes).with_uniform()
     run(
         loaded,
         console,
@@ -145,35 +183,34 @@ def search(
     [bold]Example:[/bold] evo-hpo search evopress --problem additive --evaluations 800 --set offspring=32
     """
     from evo_hpo.plan import SAFE_NAME, make_plan
+    from evo_hpo.plan_text import search_text
     from evo_hpo.session import run
 
     budget = {"tokens": tokens, "evaluations": evaluations, "seconds": seconds}
     given = {k: v for k, v in budget.items() if v is not None}
-    plan = make_plan(
-        {
-            "name": name or SAFE_NAME.sub("-", f"{problem}-{searcher}-s{seed}"),
-            "seeds": [seed],
-            "budget": given,
-            "problems": [{"name": problem, "settings": parse_settings(problem_settings)}],
-            "searchers": [{"name": searcher, "settings": parse_settings(settings)}],
-        },
-        "search",
-    )
+    data = {
+        "name": name or SAFE_NAME.sub("-", f"{problem}-{searcher}-s{seed}"),
+        "seeds": [seed],
+        "budget": given,
+        "problems": [{"name": problem, "settings": parse_settings(problem_settings)}],
+        "searchers": [{"name": searcher, "settings": parse_settings(settings)}],
+    }
     run(
-        plan,
+        make_plan(data, "search"),
         console,
         root=root,
         resume=resume,
         track=track,
         tracking_uri=tracking_uri,
         command=resume_command(context.obj),
+        text=search_text(data),
     )
 
 
 @app.command()
 def ablate(
     context: typer.Context,
-    plan: Annotated[Path, typer.Argument(help="TOML plan; its [ablation] table, or --vary, says what varies.")],
+    plan: Annotated[Path, typer.Argument(help="TOML plan; its \\[ablation] table, or --vary, says what varies.")],
     vary: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V1,V2,...", help="A setting and its values; repeatable.")
     ] = None,
@@ -185,27 +222,30 @@ def ablate(
     track: TrackOption = True,
     tracking_uri: UriOption = None,
 ) -> None:
-    """Vary settings of one searcher, everything else equal.
+    """Vary settings of one searcher, everything else equal; the plan's other searchers run beside its variants.
+
+    With --vary the comparison is called NAME-ablation.
 
     [bold]Example:[/bold] evo-hpo ablate benchmarks/plans/suite.toml --searcher evopress --vary offspring=4,16,64
     """
     from evo_hpo.plan import load_plan
+    from evo_hpo.plan_text import varied_text
     from evo_hpo.session import run
 
     changes: dict[str, Any] = {} if workers is None else {"workers": workers}
     loaded = load_plan(plan)
+    text = plan.read_text(encoding="utf-8")
     if vary:
         values = {k: list(_values(v)) for k, v in (pair.partition("=")[::2] for pair in vary)}
         changes["ablation"] = {"searcher": searcher or loaded.searchers[0].key, "vary": values, "grid": grid}
         changes["name"] = f"{loaded.name}-ablation"
-    elif "[ablation" not in plan.read_text(encoding="utf-8"):
+        text = varied_text(text, changes["name"], changes["ablation"])
+    elif "[ablation" not in text:
         raise PlanError(
             f"{plan} has no [ablation] table: add one, or give --vary, for example --vary offspring=4,16,64"
         )
-    loaded = load_plan(plan, **changes)
-    text = plan.read_text(encoding="utf-8")
     run(
-        loaded,
+        load_plan(plan, **changes).with_uniform(),
         console,
         root=root,
         resume=resume,
@@ -348,8 +388,8 @@ def list_names(
 def _summary(describe: Callable[[str], Any], name: str) -> str:
     try:
         return str(describe(name).summary)
-    except ImportError as error:
-        return f"cannot be loaded: {error}"
+    except EvoHpoError as error:
+        return str(error)
 
 
 if __name__ == "__main__":

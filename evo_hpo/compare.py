@@ -38,23 +38,30 @@ class ComparisonFailed(EvoHpoError):
 
 
 def comparison_folder(plan: Plan, root: Path, *, resume: bool) -> Path:
-    """The folder of the newest comparison of this name (``resume``), or the next free one: name, name-2, name-3, ...
+    """The newest comparison of this name and plan (``resume``), or the next free folder: name, name-2, name-3, ...
 
     Raises:
         PlanError: nothing to resume.
         JournalError: the plan to resume differs from the one that was started; the message names the keys.
     """
-    number, newest = 1, None
+    number, found = 1, list[Path]()
     while (candidate := root / (plan.name if number == 1 else f"{plan.name}-{number}")).exists():
-        newest, number = candidate, number + 1
+        found, number = [candidate, *found], number + 1
     if not resume:
         return candidate
-    if newest is None:
+    if not found:
         raise PlanError(f"nothing to resume: there is no comparison {plan.name!r} in {root}; start without --resume")
-    record = newest / "comparison.json"
-    if record.exists():
-        _refuse_changed_plan(json.loads(record.read_text(encoding="utf-8"))["plan"], _plain(plan), newest)
-    return newest
+    refused: JournalError | None = None
+    for folder in found:
+        record = folder / "comparison.json"
+        try:
+            if record.exists():
+                _refuse_changed_plan(json.loads(record.read_text(encoding="utf-8"))["plan"], _plain(plan), folder)
+            return folder
+        except JournalError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def _plain(plan: Plan) -> dict[str, Any]:

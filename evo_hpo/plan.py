@@ -154,6 +154,12 @@ class Plan(_Strict):
                     raise ValueError(f"two {what}s are called {key!r}: give each a label of its own")
         return self
 
+    def with_uniform(self) -> Plan:
+        """The plan with uniform compression among its searchers: what everything is measured against."""
+        if any(entry.name == "uniform" for entry in self.searchers):
+            return self
+        return self.model_copy(update={"searchers": (*self.searchers, SearcherEntry(name="uniform"))})
+
     def tasks(self) -> Iterator[SearchTask]:
         """Every search, seeds outermost so that partial results already compare all searchers.
 

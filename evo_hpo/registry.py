@@ -71,9 +71,11 @@ def _entries(group: str) -> dict[str, EntryPoint]:
 
 def _unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownNameError:
     near = difflib.get_close_matches(name, known, n=3)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    shown = ", ".join(k for k in known if ":" not in k) if len(known) > 40 else ", ".join(known)
-    return UnknownNameError(f"unknown {kind} {name!r}{hint} known: {shown} (see `evo-hpo list`)")
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    shown = [k for k in known if ":" not in k] if len(known) > 40 else known
+    prefix = name.partition(":")[0]
+    where = f"known: {', '.join(shown)} (see `evo-hpo list`)" if shown else f"`evo-hpo list {prefix}` shows all"
+    return UnknownNameError(f"unknown {kind} {name!r}; {hint}{where}")
 
 
 def available_searchers() -> tuple[str, ...]:
@@ -89,6 +91,13 @@ def available_searchers() -> tuple[str, ...]:
     return tuple(names)
 
 
+def _load(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except ImportError as error:
+        raise InvalidSettingError(f"{entry.name!r} ({entry.value}) cannot be loaded: {error}") from error
+
+
 def searcher_class(name: str) -> type[Searcher]:
     """The class behind a searcher's name.
 
@@ -99,7 +108,7 @@ def searcher_class(name: str) -> type[Searcher]:
     entry = _entries("evo_hpo.searchers").get(prefix)
     if entry is None:
         raise _unknown("searcher", name, tuple(_entries("evo_hpo.searchers")))
-    target = entry.load()
+    target = _load(entry)
     if isinstance(target, type) and issubclass(target, Searcher):
         if member:
             raise _unknown("searcher", name, available_searchers())
@@ -132,7 +141,7 @@ def describe_searcher(name: str) -> Description:
 
 
 def _summary(target: object) -> str:
-    return (inspect.getdoc(target) or "").split("\n\n")[0].replace("\n", " ")
+    return (inspect.getdoc(target) or "").split("\n\n")[0].replace("\n", " ").replace("``", "`")
 
 
 def available_problems() -> tuple[str, ...]:
@@ -149,7 +158,7 @@ def problem_factory(name: str) -> Callable[..., Problem]:
     entry = _entries("evo_hpo.problems").get(name)
     if entry is None:
         raise _unknown("problem", name, available_problems())
-    factory: Callable[..., Problem] = entry.load()
+    factory: Callable[..., Problem] = _load(entry)
     return factory
 
 

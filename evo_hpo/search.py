@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -11,13 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from evo_hpo.budget import Budget, Ledger
-from evo_hpo.errors import BudgetError, InfeasibleError
+from evo_hpo.errors import BudgetError, InfeasibleError, InvalidSettingError
 from evo_hpo.problem import Minibatch, Problem, Score
 from evo_hpo.searcher import Searcher
 from evo_hpo.space import Assignment
 from evo_hpo.trial import Outcome, Trial
 
 __all__ = ["Checkpoint", "Observer", "Recorder", "SearchResult", "search"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class SearchResult:
 
     best: Assignment | None = None
     best_loss: float = math.inf
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list, repr=False)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     ledger: Ledger | None = None
     seconds: float = 0.0
@@ -125,6 +128,8 @@ def search(
         InfeasibleError: the searcher asked for an assignment outside the space.
         JournalError: the journal belongs to another search.
     """
+    if not isinstance(budget, Budget):
+        raise BudgetError(f"budget={budget!r} must be a Budget, for example Budget(evaluations=300)")
     ledger = Ledger(budget, problem.tokens)
     draws = np.random.default_rng([seed, 0x6D62])
     fixed = last = int(draws.integers(2**31))
@@ -158,6 +163,9 @@ def search(
         if not trials:
             result.stop_reason = searcher.stop_reason or "the searcher has nothing more to ask"
             break
+        for trial in trials:
+            if not isinstance(trial, Trial):
+                raise InvalidSettingError(f"ask returned {trial!r}: return trials, made by self.trial(levels)")
         affordable = allowance.affords(len(trials), trials[0].tokens)
         if not affordable:
             if not result.outcomes:
@@ -181,6 +189,9 @@ def search(
             if journal:
                 journal.record(fresh)
             outcomes = [*outcomes, *fresh]
+        failed = next((o for o in outcomes if o.status == "failed"), None)
+        if failed is not None and not any(o.status == "failed" for o in result.outcomes):
+            _log.warning("trial %d failed (later failures are only counted): %s", failed.trial.number, failed.reason)
         result.outcomes.extend(outcomes)
         for outcome in outcomes:
             if outcome.usable:
@@ -193,7 +204,7 @@ def search(
         take_checkpoints(min(ledger.spent / budget.amount, 0.999999))
     take_checkpoints(1.0)
     result.stop_reason = result.stop_reason or "the budget is spent"
-    result.best = searcher.recommend()
+    result.best = searcher.recommend() if losses else None
     result.best_loss = losses.get(result.best, math.inf) if result.best is not None else math.inf
     result.seconds = time.perf_counter() - start
     result.scoring = problem.report()

@@ -7,6 +7,7 @@ that is what makes a search resumable by replaying its journal.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -104,8 +105,10 @@ def check_settings(name: str, cls: type, settings: dict[str, Any]) -> None:
     known = settings_of(cls)
     for key in settings:
         if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise UnknownNameError(
-                f"searcher {name!r} has no setting {key!r}; it has: {', '.join(sorted(known)) or 'none'}"
+                f"searcher {name!r} has no setting {key!r}{hint}; it has: {', '.join(sorted(known)) or 'none'}"
             )
 
 

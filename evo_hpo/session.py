@@ -48,7 +48,10 @@ def run(
                 made = make_problem(problem.name, **problem.settings)
                 rehearse(plan, made.space, made.tokens, made.check)
     folder = comparison_folder(plan, root, resume=resume)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"cannot make the folder {folder}: {error.strerror}; choose another --root") from None
     console.print(f"comparison: {folder}", markup=False, highlight=False)
     try:
         with _tracking(folder, tracking_uri, track), ComparisonProgress(plan, console) as progress_of_all:
@@ -56,7 +59,7 @@ def run(
     except KeyboardInterrupt:
         console.print(
             f"\ninterrupted: everything scored so far is in {folder}/journals"
-            + ("; MLflow has it too, but for lines named above" if track else "")
+            + ("; MLflow has it too, except for what a message above names" if track else "")
             + f"\nresume with: {command}",
             markup=False,
             highlight=False,

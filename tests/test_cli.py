@@ -14,6 +14,7 @@ import pytest
 
 from evo_hpo.cli import app, main, parse_settings
 from evo_hpo.errors import PlanError
+from evo_hpo.plan import load_plan
 
 PLAN = """
 name = "tiny"
@@ -125,7 +126,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "Traceback" not in shown.out + shown.err
 
 
-def test_an_interrupt_keeps_everything_and_says_how_to_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_everything_and_says_how_to_resume(tmp_path: Path, number: signal.Signals) -> None:
     plan = write_plan(tmp_path, evaluations=200_000, problem="interacting", units=40)
     arguments = ["compare", str(plan), "--root", str(tmp_path), "--no-track"]
     process = subprocess.Popen(
@@ -140,7 +142,10 @@ def test_an_interrupt_keeps_everything_and_says_how_to_resume(tmp_path: Path) ->
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (journal.exists() and journal.stat().st_size > 20_000):
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
+    if number == signal.SIGINT:  # Ctrl-C reaches every process of the terminal, SIGTERM the one that is named
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     try:
         shown, _ = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
@@ -153,6 +158,25 @@ def test_an_interrupt_keeps_everything_and_says_how_to_resume(tmp_path: Path) ->
     assert journal.read_text().count('"kind":"outcome"') > 10
 
 
+def test_what_the_command_line_changed_is_in_the_plan_that_is_kept(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path)
+    plan.write_text(plan.read_text().replace('[[searchers]]\nname = "uniform"\n', ""))
+    options = ("--root", tmp_path, "--no-track", "--workers", "1")
+    assert run("ablate", plan, "--vary", "offspring=2,8", *options) == 0
+    assert run("search", "evopress", "--problem", "additive", "--problem-set", "units=8", "--evaluations", "20",
+               "--set", "offspring=2", "--name", "one", *options[:3]) == 0  # fmt: skip
+    for name in ("tiny-ablation", "one"):
+        kept = load_plan(tmp_path / name / "plan.toml")
+        started = json.loads((tmp_path / name / "comparison.json").read_text())["plan"]
+        assert kept.name == name
+        expected = [s for s in started["searchers"] if s["name"] != "uniform"]
+        assert [(s.key, s.settings) for s in kept.searchers] == [
+            (s.get("label") or s["name"], s["settings"]) for s in expected
+        ]
+    searches = json.loads((tmp_path / "tiny-ablation" / "comparison.json").read_text())["searches"]
+    assert "uniform" in {s["searcher"] for s in searches}  # always in the table
+
+
 def test_list_shows_searchers_problems_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("list") == 0
     shown = capsys.readouterr().out
@@ -160,3 +184,33 @@ def test_list_shows_searchers_problems_and_settings(capsys: pytest.CaptureFixtur
         assert name in shown
     assert run("list", "evopress") == 0
     assert "offspring" in capsys.readouterr().out
+
+
+def test_what_cannot_work_is_said_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = write_plan(tmp_path)
+    for arguments, words in (
+        (("compare", plan, "--no-track", "--root", plan), "cannot make the folder"),
+        (("track", plan), "no journals"),
+        (("list", "nevergrad:DiscreteOnePlusTwo"), "or 'nevergrad:DiscreteOnePlusOne'"),
+        (("search", "evopress", "--problem", "additive", "--evaluations", "9", "--set", "offsprings=2"), "'offspring'"),
+    ):
+        assert run(*arguments) == 2
+        shown = capsys.readouterr().err
+        assert words in " ".join(shown.split())
+        assert "Traceback" not in shown
+    assert {p.name for p in tmp_path.iterdir()} == {plan.name}
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("evo-hpo ")
+
+
+def test_resume_finds_the_comparison_of_this_plan_among_those_of_its_name(tmp_path: Path) -> None:
+    options = ("--root", tmp_path, "--no-track", "--workers", "1")
+    plan = write_plan(tmp_path)
+    assert run("compare", plan, *options) == 0
+    write_plan(tmp_path, evaluations=50)
+    assert run("compare", plan, *options) == 0
+    before = (tmp_path / "tiny" / "journals" / "evopress-s0.jsonl").read_text()
+    write_plan(tmp_path)
+    assert run("compare", plan, "--resume", *options) == 0
+    assert (tmp_path / "tiny" / "journals" / "evopress-s0.jsonl").read_text() == before
+    assert not (tmp_path / "tiny-3").exists()

@@ -142,7 +142,7 @@ class Replayer:
 
 def replay(folder: Path, uri: str, *, follow: bool = False) -> int:
     """See :func:`evo_hpo.tracking.track`."""
-    if not journal_paths(folder):
+    if not journal_paths(folder) or (folder.is_file() and folder.suffix != ".jsonl"):
         raise JournalError(f"{folder}: no journals (*.jsonl) here: name a comparison's folder or a journal")
     replayer = Replayer(folder, lambda: _mlflow(folder, uri))
     with file_lock(_lock_path(folder, uri), wait=False) as free:

@@ -133,7 +133,16 @@ def additive(
     structure: float = 0.0,
     seed: int = 0,
 ) -> FunctionProblem:
-    """Sum of independent unit losses; the optimum is exact, by dynamic programming."""
+    """Sum of independent unit losses; the optimum is exact, by dynamic programming.
+
+    Args:
+        units, levels: of the space; levels cost 1, 2, ... a weight.
+        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+        unequal: units have the sizes of a decoder block's seven layers in turn.
+        exact: the whole budget must be spent.
+        structure: how much sensitivities follow a unit's role and block (standard deviation of their log).
+        seed: of the instance.
+    """
     space = synthetic_space(units, levels, tightness, unequal, exact)
     rng = np.random.default_rng([seed, 1])
     return _problem(space, Landscape(_errors(space), _sensitivities(space, rng, structure), None), "additive")
@@ -153,6 +162,15 @@ def interacting(
     """Additive losses and normal pairwise terms of standard deviation ``interaction``; optimum by brute force if small.
 
     Two levels, 16 units, ``exact`` and tightness 0.375 is dropping 6 of 16 modules: 8008 assignments.
+
+    Args:
+        units, levels: of the space; levels cost 1, 2, ... a weight.
+        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+        unequal: units have the sizes of a decoder block's seven layers in turn.
+        exact: the whole budget must be spent.
+        structure: how much sensitivities follow a unit's role and block (standard deviation of their log).
+        interaction: standard deviation of the pairwise terms.
+        seed: of the instance.
     """
     space = synthetic_space(units, levels, tightness, unequal, exact)
     rng = np.random.default_rng([seed, 2])
@@ -175,6 +193,15 @@ def non_monotone(
     """Some units are better compressed more: a share of them has one of its levels' errors swapped with the next.
 
     The EvoPress paper's premise (arXiv 2410.14649, section 3): dropping a superset of modules can lower the loss.
+
+    Args:
+        units, levels: of the space; levels cost 1, 2, ... a weight.
+        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+        unequal: units have the sizes of a decoder block's seven layers in turn.
+        exact: the whole budget must be spent.
+        share: of the units that are not monotone, 0 to 1.
+        interaction: standard deviation of the pairwise terms.
+        seed: of the instance.
     """
     if not 0 <= share <= 1:
         raise InvalidSettingError(f"share={share} must be in 0..1")
@@ -191,7 +218,14 @@ def non_monotone(
 
 @lru_cache(maxsize=64)
 def needle(units: int = 12, levels: int = 3, tightness: float = 0.5, radius: int = 4, seed: int = 0) -> FunctionProblem:
-    """A plateau of loss 1 with one funnel: the number of level steps to a secret assignment, within ``radius``."""
+    """A plateau of loss 1 with one funnel: the number of level steps to a secret assignment, within ``radius``.
+
+    Args:
+        units, levels: of the space; levels cost 1, 2, ... a weight.
+        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+        radius: level steps from which the funnel is felt.
+        seed: of the instance.
+    """
     space = synthetic_space(units, levels, tightness)
     secret = np.array(space.sample(np.random.default_rng([seed, 4])))
 
@@ -265,7 +299,18 @@ def noisy(
     tokens: int = 1024,
     seed: int = 0,
 ) -> NoisyProblem:
-    """The interacting problem with minibatches: a loss depends on the data, less so with more tokens."""
+    """The interacting problem with minibatches: a loss depends on the data, less so with more tokens.
+
+    Args:
+        units, levels: of the space; levels cost 1, 2, ... a weight.
+        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+        unequal: units have the sizes of a decoder block's seven layers in turn.
+        structure: how much sensitivities follow a unit's role and block (standard deviation of their log).
+        interaction: standard deviation of the pairwise terms.
+        noise: standard deviation of a unit's factor on 1024 tokens.
+        tokens: of a trial that names none.
+        seed: of the instance.
+    """
     base = interacting(units, levels, tightness, unequal, structure=structure, interaction=interaction, seed=seed)
     assert isinstance(base.function, Landscape)
     return NoisyProblem(base.space, base.function, noise=noise, tokens=tokens, optimum=base.optimum)

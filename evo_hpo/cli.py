@@ -20,6 +20,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from evo_hpo.errors import EvoHpoError, PlanError
@@ -361,10 +362,11 @@ def list_names(
     if name is not None:
         known_problem = name in registry.available_problems()
         described = registry.describe_problem(name) if known_problem else registry.describe_searcher(name)
-        console.print(f"[bold]{described.name}[/bold]: {described.summary}")
-        table = Table("setting", "default")
+        console.print(f"[bold]{described.name}[/bold]: {escape(described.summary)}")
+        table = Table("setting", "default", "what it does")
         for key, value in described.settings.items():
-            table.add_row(key, "required" if value is inspect.Parameter.empty else repr(value))
+            default = "required" if value is inspect.Parameter.empty else repr(value)
+            table.add_row(key, escape(default), escape(described.meanings.get(key, "")))
         console.print(table)
         return
     for title, names, describe in (

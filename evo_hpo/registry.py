@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -37,12 +38,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Description:
-    """What a name stands for: a one-line summary, its settings with defaults, and whether seeds matter."""
+    """What a name stands for: a one-line summary, its settings with defaults and meanings, and whether seeds matter."""
 
     name: str
     summary: str
     settings: dict[str, Any]
     random: bool = True
+    meanings: dict[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -137,11 +139,21 @@ def make_searcher(name: str, space: CompressionSpace, *, seed: int = 0, **settin
 def describe_searcher(name: str) -> Description:
     """Summary and settings of a searcher."""
     cls = searcher_class(name)
-    return Description(name, _summary(cls), settings_of(cls), cls.random)
+    meanings = {k: v for base in reversed(cls.__mro__) for k, v in _meanings(base).items()}
+    return Description(name, _summary(cls), settings_of(cls), cls.random, meanings)
 
 
 def _summary(target: object) -> str:
     return (inspect.getdoc(target) or "").split("\n\n")[0].replace("\n", " ").replace("``", "`")
+
+
+def _meanings(target: object) -> dict[str, str]:
+    """What the docstring says about each argument, in its section ``Args:`` or ``Attributes:``."""
+    section = re.search(
+        r"(?ms)^(?:Args|Attributes):\n(.*?)(?=^\S|\Z)", inspect.cleandoc(getattr(target, "__doc__", None) or "")
+    )
+    entries = re.findall(r"(?ms)^    ([\w, ]+): (.*?)(?=^    \w|\Z)", section[1]) if section else []
+    return {name: " ".join(text.split()).replace("``", "`") for names, text in entries for name in names.split(", ")}
 
 
 def available_problems() -> tuple[str, ...]:
@@ -194,7 +206,8 @@ def prepare_problem(name: str, settings: dict[str, Any], plan: Any, progress: Ca
 def describe_problem(name: str) -> Description:
     """Summary and settings of a problem."""
     factory = problem_factory(name)
-    return Description(name, _summary(factory), _parameters(factory))
+    meanings = _meanings(getattr(factory, "documented_by", factory))
+    return Description(name, _summary(factory), _parameters(factory), meanings=meanings)
 
 
 def _parameters(factory: Callable[..., Problem]) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class EvoPress(Searcher):
     Settings left at None come from the preset.
 
     Args:
-        preset: ``plain``, ``depth_pruning``, ``sparsity``, ``quantization`` or ``super_fast``.
+        preset: ``plain`` (16 offspring, one stage, the best survives, half of the offspring exchange across groups),
+            ``depth_pruning``, ``sparsity``, ``quantization`` or ``super_fast``.
         offspring: lambda, distinct mutants of a generation.
         survivors: how many each stage keeps; the last entry is the population (mu).
         tokens: calibration tokens of each stage; None in a preset: the problem's default.

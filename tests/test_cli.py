@@ -15,6 +15,7 @@ import pytest
 from evo_hpo.cli import app, main, parse_settings
 from evo_hpo.errors import PlanError
 from evo_hpo.plan import load_plan
+from evo_hpo.registry import available_problems, describe_problem, describe_searcher
 
 PLAN = """
 name = "tiny"
@@ -214,3 +215,9 @@ def test_resume_finds_the_comparison_of_this_plan_among_those_of_its_name(tmp_pa
     assert run("compare", plan, "--resume", *options) == 0
     assert (tmp_path / "tiny" / "journals" / "evopress-s0.jsonl").read_text() == before
     assert not (tmp_path / "tiny-3").exists()
+
+
+@pytest.mark.parametrize("name", ["evopress", "optuna:tpe", "interacting", "noisy", "smollm2", "tabular"])
+def test_every_setting_is_explained(name: str) -> None:
+    described = describe_problem(name) if name in available_problems() else describe_searcher(name)
+    assert [key for key in described.settings if not described.meanings.get(key)] == []

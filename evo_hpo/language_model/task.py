@@ -212,6 +212,7 @@ class Factory:
 
     def __init__(self, summary: str, **defaults: Any) -> None:
         self.__doc__ = summary
+        self.documented_by = LanguageModelTask
         self.defaults = defaults
         self.__signature__ = inspect.Signature(
             [

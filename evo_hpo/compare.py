@@ -73,8 +73,16 @@ def _refuse_changed_plan(old: dict[str, Any], new: dict[str, Any], folder: Path)
     free = {"workers", "description"}  # they change no result
     changed = [k for k in {**old, **new} if k not in free and old.get(k) != new.get(k)]
     if changed:
-        shown = "; ".join(f"{k}: was {_short(old.get(k))}, is {_short(new.get(k))}" for k in changed)
+        shown = "; ".join(f"{k}: {_difference(old.get(k), new.get(k))}" for k in changed)
         raise JournalError(f"{folder} was started with another plan ({shown}): restore it, or start anew")
+
+
+def _difference(old: object, new: object) -> str:
+    if isinstance(old, list) and isinstance(new, list):
+        gone, added = [x for x in old if x not in new], [x for x in new if x not in old]
+        parts = [f"{verb} {_short(entries)}" for verb, entries in (("had", gone), ("now has", added)) if entries]
+        return ", ".join(parts) or "has another order"
+    return f"was {_short(old)}, is {_short(new)}"
 
 
 def _short(value: object) -> str:

@@ -133,7 +133,10 @@ def _drawings(comparison: Comparison, key: str, summary: Summary, suffix: str) -
     winner = comparison.winner(key)
     if winner is None:
         return
-    caption = "Level of every unit; orange is compressed more than the average, purple less."
+    caption = (
+        "Of the single best search by held-out loss (the verdict compares medians over seeds). Level of every unit;"
+        " orange is compressed more than the average, purple less."
+    )
     yield f"profile{suffix}", "The winning profile", winner_figure(comparison, key), caption
     labels = shown_labels(comparison, key, 12)
     if len(labels) > 1:
@@ -141,7 +144,7 @@ def _drawings(comparison: Comparison, key: str, summary: Summary, suffix: str) -
         yield f"profiles{suffix}", "Profiles by searcher", profiles_figure(comparison, key, labels), caption
     space = comparison.problems[key].space
     if len(lineage(winner, space)) > 1:
-        caption = "How the winner came about: its ancestors, from the start to the end."
+        caption = "How that assignment came about: its ancestors, from the start to the end."
         yield f"lineage{suffix}", "Lineage of the winner", lineage_figure(winner, space), caption
     caption = "What each search spent, by selection stage, and where its time went (means over seeds)."
     yield f"cost{suffix}", "Cost", cost_figure(comparison, key), caption

@@ -19,7 +19,7 @@ from evo_hpo.analysis.tables import columns, figure_text, interval_note, interva
 
 __all__ = ["keep", "main"]
 
-LARGEST = 2_500_000
+LARGEST = 4_000_000
 """Bytes of a page that is still kept."""
 
 

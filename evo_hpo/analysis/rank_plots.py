@@ -20,7 +20,9 @@ def rank_figure(summary: Summary) -> Figure:
     """Critical-difference diagram: average ranks (1 is best), bars join what the Nemenyi test cannot tell apart."""
     ranked = sorted((s for s in summary.standings if not math.isnan(s.rank)), key=lambda s: s.rank)
     count = len(ranked)
-    drawn, ax = figure(9.0, max(1.6, 1.1 + 0.3 * math.ceil(count / 2) + 0.16 * len(summary.cliques)))
+    axis = max(4.9, 0.3 * count)  # inches, and beside it room for the longest label
+    side = max(2.05, 0.5 + 0.08 * max((len(s.label) + 7 for s in ranked), default=0))
+    drawn, ax = figure(axis + 2 * side, max(1.6, 1.1 + 0.3 * math.ceil(count / 2) + 0.16 * len(summary.cliques)))
     ax.axis("off")
     if count < 2:
         ax.text(0.5, 0.5, "ranks need two searchers with a common finished seed", ha="center", color=FAINT)
@@ -29,10 +31,11 @@ def rank_figure(summary: Summary) -> Figure:
     half = math.ceil(count / 2)
     bars = 0.55 * len(summary.cliques)
     bottom = -(bars + 1.0 + half)
-    ax.set_xlim(1 - 0.42 * width - 0.3, count + 0.42 * width + 0.3)
+    margin = width * side / axis
+    ax.set_xlim(1 - margin, count + margin)
     ax.set_ylim(bottom, 2.6)
     ax.plot([1, count], [0, 0], color=INK, linewidth=1.2)
-    for tick in range(1, count + 1):
+    for tick in range(1, count + 1) if count <= 15 else sorted({1, *range(5, count - 1, 5), count}):
         ax.plot([tick, tick], [0, 0.25], color=INK, linewidth=1.2)
         ax.text(tick, 0.4, str(tick), ha="center", va="bottom", fontsize=9, color=INK)
     _ruler(ax, summary.critical_difference, width)

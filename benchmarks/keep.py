@@ -20,7 +20,7 @@ from evo_hpo.analysis.tables import columns, figure_text, interval_note, interva
 __all__ = ["keep", "main"]
 
 LARGEST = 4_000_000
-"""Bytes of a page that is still kept."""
+"""Characters of a page that is still kept."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,8 +41,11 @@ def keep(folder: Path, target: Path, command: str, note: str = "") -> None:
     report = folder / "report"
     found = sorted([*report.glob("*.png"), *report.glob("*.csv"), folder / "plan.toml"])
     page = report / "report.html"
-    for path in [*found, *([page] if page.stat().st_size <= LARGEST else [])]:
+    for path in found:
         shutil.copy(path, target / path.name)
+    text = page.read_text(encoding="utf-8").replace(str(folder), f"mlruns/comparisons/{folder.name}")
+    if len(text) <= LARGEST:
+        (target / page.name).write_text(text, encoding="utf-8")
     comparison = Comparison.load(folder)
     lines = [*_head(comparison, command), *([note.strip(), ""] if note else []), *_tables(comparison)]
     (target / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

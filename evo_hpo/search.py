@@ -47,7 +47,7 @@ class SearchResult:
     """Everything a search found.
 
     Attributes:
-        best: the searcher's recommendation, feasible; None when no trial succeeded.
+        best: the searcher's recommendation, feasible; None when every trial failed.
         best_loss: least calibration loss that ``best`` got (lower is better); compare searches by held-out data.
         outcomes: every trial, in order.
         checkpoints: held-out figures along the budget.
@@ -204,7 +204,7 @@ def search(
         take_checkpoints(min(ledger.spent / budget.amount, 0.999999))
     take_checkpoints(1.0)
     result.stop_reason = result.stop_reason or "the budget is spent"
-    result.best = searcher.recommend() if losses else None
+    result.best = searcher.recommend() if losses or not result.outcomes else None
     result.best_loss = losses.get(result.best, math.inf) if result.best is not None else math.inf
     result.seconds = time.perf_counter() - start
     result.scoring = problem.report()

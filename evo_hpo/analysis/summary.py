@@ -29,6 +29,9 @@ __all__ = ["Standing", "Summary", "summarise"]
 GOALS = (50.0, 25.0, 10.0, 0.0)
 """Targets of expected running times: percent of the way from the best known loss (0) to uniform's (100)."""
 
+MOST_NAMED = 8
+"""Searchers that a verdict names one by one where it is the same for all."""
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -205,7 +208,8 @@ def _claims(others: Sequence[Standing]) -> str:
     open_ = [t.b for t in tests if t.claim != "better"]
     parts = []
     if shown:
-        parts.append(f"Better than {_listed(shown)} (Wilcoxon signed-rank, Holm-corrected p < 0.05)")
+        named = _listed(shown) if open_ or len(shown) <= MOST_NAMED else f"each of the other {len(shown)}"
+        parts.append(f"Better than {named} (Wilcoxon signed-rank, Holm-corrected p < 0.05)")
     if open_:
         parts.append(f"no difference shown to {_listed(open_)}")
     text = "; ".join(parts)

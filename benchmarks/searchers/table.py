@@ -57,19 +57,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     searchers = list(dict.fromkeys(r["searcher"] for r in rows))
     known = {p: all(r["optimum"] is not None for r in rows if r["problem"] == p) for p in problems}
     medians = {(p, s): float(np.median(found[p, s])) for p in problems for s in searchers if found[p, s]}
-    ranks = {
-        s: float(
-            np.mean(
-                [
-                    sorted(medians[p, o] for o in searchers if (p, o) in medians).index(medians[p, s]) + 1
-                    for p in problems
-                    if (p, s) in medians
-                ]
-            )
-        )
-        for s in searchers
-        if any((p, s) in medians for p in problems)
-    }
+    ranks = {s: _mean_rank(medians, s) for s in searchers if any((p, s) in medians for p in problems)}
     lines = ["| searcher | mean rank | " + " | ".join(problems) + " |", "|---|---|" + "---|" * len(problems)]
     for s in sorted(ranks, key=ranks.__getitem__):
         cells = []
@@ -83,6 +71,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _mean_rank(medians: dict[tuple[str, str], float], searcher: str) -> float:
+    """Mean over the problems that it was measured on; 1 is best, searchers that are level share a rank."""
+    own = {problem: value for (problem, name), value in medians.items() if name == searcher}
+    better = [sum(p == q and m < value - EXACT for (q, _), m in medians.items()) for p, value in own.items()]
+    return 1 + float(np.mean(better))
+
+
 def overview(rows: list[dict[str, Any]]) -> str:
     """Searchers by mean rank; means of the median gaps over the problems of one number of units, and of one kind.
 
@@ -93,8 +88,8 @@ def overview(rows: list[dict[str, Any]]) -> str:
     searchers = list(dict.fromkeys(r["searcher"] for r in rows if r["loss"] is not None))
     medians = {(p, s): float(np.median(found[p, s])) for p in problems for s in searchers if found[p, s]}
     whole = [s for s in searchers if all((p, s) in medians for p in problems)]
-    ranks = {s: float(np.mean([1 + sum(medians[p, o] < medians[p, s] - EXACT for o in whole) for p in problems]))
-             for s in whole}  # fmt: skip
+    compared = {(p, s): medians[p, s] for p in problems for s in whole}
+    ranks = {s: _mean_rank(compared, s) for s in whole}
     sizes = sorted({part for p in problems for part in p.split() if part.isdigit()}, key=int)
     columns = {f"{size} units": [p for p in problems if size in p.split()] for size in sizes}
     columns |= {kind: [p for p in problems if p.split()[0] == kind] for kind in {p.split()[0]: None for p in problems}}

@@ -160,10 +160,12 @@ class UnrestrictedSwitch:
 
 
 class Exchange:
-    """Moves budget between groups: raises a unit anywhere, lowers others until the budget holds, then spends the rest.
+    """Moves budget between groups, so that no group's share is frozen.
 
-    What is left after lowering is spent by raising units that were not lowered, in random order, while they fit; so the
-    offspring stays as close to the budget as the steps allow and no group's share is frozen.
+    An exchange raises a unit anywhere and lowers others until the budget holds. What is then left raises one more unit
+    that it pays for; more stays as slack, for the offspring's own offspring. Units of unequal size make an exchange
+    change more units than a switch does, so an offspring takes half as many, rounded up: the more units change at once,
+    the more seldom all of it is good.
     """
 
     def __init__(self, space: CompressionSpace) -> None:
@@ -173,12 +175,12 @@ class Exchange:
         self.smallest_step = min((s for i in self.members for s in self._slack.steps[i] if s > 0), default=1)
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
-        """An offspring after ``switches`` exchanges, or None where units ran out."""
+        """An offspring after half of ``switches`` exchanges, rounded up, or None where units ran out."""
         space, steps, levels = self.space, self._slack.steps, list(parent)
         slack = self._slack.of(parent)
         raised: set[int] = set()
         lowered: set[int] = set()
-        for _ in range(switches):
+        for _ in range((switches + 1) // 2):
             up = _pick(self.members, levels, space.highest, -1, stream, barred=lowered)
             if up < 0:
                 return None
@@ -199,6 +201,7 @@ class Exchange:
             if up not in lowered and levels[up] < space.highest[up] and steps[up][levels[up]] <= slack:
                 slack -= steps[up][levels[up]]
                 levels[up] += 1
+                break
         return self._slack.offspring(levels, slack)
 
 

@@ -56,8 +56,8 @@ ENCODED: Named = {
         "optuna:tpe": (*_BOTH, "set_constraint", "sequential"),
     }.items()
     for encoding in encodings
-} | {"evopress": ("evopress", {}), "random": ("random", {})}
-"""Optimizers of other libraries under every encoding, and two of ours to compare."""
+}
+"""Optimizers of other libraries under every encoding."""
 
 _DROP = {"levels": 2, "exact": True}
 HITS: Named = {
@@ -82,18 +82,6 @@ EQUAL: Named = {
 }
 """Five levels; pairwise terms of standard deviation 0.1 (interacting) and 0.05 (non-monotone) unless said otherwise."""
 
-_ENCODING_PROBLEMS = (
-    "interacting 30 tight",
-    "interacting 30 loose",
-    "additive 30 tight",
-    "non_monotone 30 loose",
-    "interacting 60 tight",
-    "interacting 60 loose",
-    "unequal 60 loose",
-    "interacting 210 loose",
-)
-
-
 _BEST_ENCODED: Named = {
     label: settings
     for label, settings in (LINEUP | ENCODED).items()
@@ -109,6 +97,10 @@ _BEST_ENCODED: Named = {
 }
 
 
+_OTHERS = ("optuna:", "nevergrad:")
+_OURS: Named = {label: named for label, named in LINEUP.items() if not label.startswith(_OTHERS)}
+
+
 @dataclass(frozen=True)
 class Suite:
     """Searchers x problems x seeds on equal evaluations.
@@ -118,24 +110,35 @@ class Suite:
         searchers: label -> searcher and settings.
         evaluations: of each run.
         seeds: runs of each searcher on each problem; every seed is another instance.
-        few: fewer seeds for searchers that are slow, by the start of their label.
+        few: fewer seeds for searchers that are slow: start of the label, number of units ("" for any), seeds. The first
+            that fits holds.
     """
 
     problems: Named
     searchers: Named
     evaluations: int
     seeds: int
-    few: tuple[tuple[str, int], ...] = (("optuna:tpe /", 3),)
+    few: tuple[tuple[str, str, int], ...] = ()
 
-    def seeds_of(self, label: str) -> int:
-        """How many seeds this searcher gets."""
-        return min([self.seeds, *(n for start, n in self.few if label.startswith(start))])
+    def seeds_of(self, label: str, problem: str) -> int:
+        """How many seeds this searcher gets on this problem."""
+        fits = (n for start, units, n in self.few if label.startswith(start) and units in ("", *problem.split()))
+        return min(self.seeds, next(fits, self.seeds))
 
 
 SUITES: dict[str, Suite] = {
-    "hits": Suite(HITS, LINEUP, 800, 20, (("optuna", 10), ("nevergrad", 10), ("optuna:tpe", 3))),
-    "equal": Suite(EQUAL, LINEUP, 200, 10),
+    "hits": Suite(HITS, LINEUP, 800, 20, (("optuna:tpe", "", 3), ("optuna", "", 10), ("nevergrad", "", 10))),
+    "equal": Suite(
+        EQUAL,
+        _OURS | {"optuna:qmc": ("optuna:qmc", {})} | ENCODED,
+        200,
+        10,
+        (
+            ("optuna:tpe / projection", "", 10),
+            ("optuna:tpe /", "60", 3),
+            ("optuna:tpe /", "210", 0),
+        ),
+    ),
     "unequal": Suite({name: EQUAL[name] for name in EQUAL if name.startswith("unequal")}, _BEST_ENCODED, 1000, 10),
-    "encodings": Suite({name: EQUAL[name] for name in _ENCODING_PROBLEMS}, ENCODED, 200, 10),
 }
 """Equal: 200 evaluations are what a live search on a language model affords; 800 are the bar of the small spaces."""

@@ -2,7 +2,7 @@
 
     python -m benchmarks.searchers.measure hits.jsonl --suite hits
     python -m benchmarks.searchers.measure equal.jsonl --suite equal --stop-after 200
-    python -m benchmarks.searchers.measure encodings.jsonl --suite encodings --searchers nevergrad: optuna:cmaes
+    python -m benchmarks.searchers.measure equal.jsonl --suite equal --searchers nevergrad: --problems "additive 30"
     python -m benchmarks.searchers.table hits.jsonl
 
 A line a run; runs that the file holds already are skipped, so a measurement that was stopped goes on where it was.
@@ -71,7 +71,7 @@ def main() -> None:
     problems = [p for p in suite.problems if p.startswith(tuple(arguments.problems))]
     searchers = [s for s in suite.searchers if s.startswith(tuple(arguments.searchers))]
     for seed, problem, label in itertools.product(range(suite.seeds), problems, searchers):
-        if (problem, label, seed) in done or seed >= suite.seeds_of(label):
+        if (problem, label, seed) in done or seed >= suite.seeds_of(label, problem):
             continue
         if time.perf_counter() - start > arguments.stop_after:
             print("stopped; run again to go on")

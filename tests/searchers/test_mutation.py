@@ -71,31 +71,37 @@ def unrestricted_distribution(space: CompressionSpace, parent: Assignment, raise
     return dict(found)
 
 
-def exchange_distribution(space: CompressionSpace, parent: Assignment) -> dict[Assignment, float]:
-    """One exchange across groups: a raise, others lowered to the budget, the rest spent on units not lowered."""
+def exchange_distribution(space: CompressionSpace, parent: Assignment, exchanges: int = 1) -> dict[Assignment, float]:
+    """Exchanges across groups: a raise, others lowered to the budget, and so on; at last one more raise that fits."""
     found: defaultdict[Assignment, float] = defaultdict(float)
+    none: frozenset[int] = frozenset()
 
     def moved(levels: Assignment, i: int, by: int) -> Assignment:
         return (*levels[:i], levels[i] + by, *levels[i + 1 :])
 
-    def lower(levels: Assignment, raised: int, lowered: frozenset[int], chance: float) -> None:
-        if space.slack(levels) >= 0:
-            spend(levels, lowered, chance)
-            return
-        able = [i for i, k in enumerate(levels) if k > 0 and i != raised]
+    def exchange(levels: Assignment, left: int, raised: frozenset[int], lowered: frozenset[int], chance: float) -> None:
+        able = [i for i, k in enumerate(levels) if k < 2 and i not in lowered]
         for i in able:
-            lower(moved(levels, i, -1), raised, lowered | {i}, chance / len(able))
+            lower(moved(levels, i, 1), left - 1, raised | {i}, lowered, chance / len(able))
+
+    def lower(levels: Assignment, left: int, raised: frozenset[int], lowered: frozenset[int], chance: float) -> None:
+        if space.slack(levels) < 0:
+            able = [i for i, k in enumerate(levels) if k > 0 and i not in raised]
+            for i in able:
+                lower(moved(levels, i, -1), left, raised, lowered | {i}, chance / len(able))
+        elif left:
+            exchange(levels, left, raised, lowered, chance)
+        else:
+            spend(levels, lowered, chance)
 
     def spend(levels: Assignment, lowered: frozenset[int], chance: float) -> None:
         able = [i for i, k in enumerate(levels) if k < 2 and i not in lowered and SIZES[i] <= space.slack(levels)]
         for i in able:
-            spend(moved(levels, i, 1), lowered, chance / len(able))
+            found[moved(levels, i, 1)] += chance / len(able)
         if not able:
             found[levels] += chance
 
-    able = [i for i, k in enumerate(parent) if k < 2]
-    for i in able:
-        lower(moved(parent, i, 1), i, frozenset(), 1 / len(able))
+    exchange(parent, exchanges, none, none, 1.0)
     return dict(found)
 
 
@@ -122,11 +128,12 @@ def test_without_groups_offspring_are_distributed_as_published(raises: int) -> N
     assert_drawn_as(expected, drawn)
 
 
-def test_exchanges_across_groups_are_distributed_as_described() -> None:
+@pytest.mark.parametrize(("switches", "exchanges"), [(1, 1), (2, 1), (3, 2)])
+def test_exchanges_across_groups_are_distributed_as_described(switches: int, exchanges: int) -> None:
     space, parent = mixed_space(39), (1, 1, 2, 0, 1, 1, 1)
-    expected = exchange_distribution(space, parent)
+    expected = exchange_distribution(space, parent, exchanges)
     mutate, stream = Exchange(space), Uniforms(np.random.default_rng(8))
-    drawn = Counter(mutate(parent, stream, 1) for _ in range(DRAWS))
+    drawn = Counter(mutate(parent, stream, switches) for _ in range(DRAWS))
     assert sum(drawn[k] for k in expected) > 0.999 * DRAWS  # spending gives up after 64 picks in vain
     assert len({sum(levels[:4]) for levels in expected}) > 2  # budget moves between the groups
     assert_drawn_as(expected, drawn)

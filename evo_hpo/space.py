@@ -147,9 +147,19 @@ class CompressionSpace:
 
     @classmethod
     def from_average(cls, units: Sequence[Unit], average: float | str, **settings: Any) -> CompressionSpace:
-        """The space whose budget is ``average`` cost a weight, rounded down to a whole cost."""
-        total = sum(u.size for u in units)
-        return cls(units, math.floor(Fraction(str(average)) * total), **settings)
+        """The space whose budget is ``average`` cost a weight, rounded down to a whole cost.
+
+        Raises:
+            InfeasibleError: the average is below the cheapest assignment, or above the dearest.
+        """
+        space = cls(units, math.floor(Fraction(str(average)) * sum(u.size for u in units)), **settings)
+        least, most = space.cost(space.lowest), space.cost(space.highest)
+        if space.budget > most:
+            raise InfeasibleError(
+                f"an average of {average} {space.resources[0]} a weight is above the dearest assignment: give one from"
+                f" {least / space.total_size:.4g} to {most / space.total_size:.4g}"
+            )
+        return space
 
     def _limits(self, value: int | Sequence[int], what: str) -> tuple[int, ...]:
         limits = tuple(map(_integer, value)) if isinstance(value, Sequence) else (_integer(value),)

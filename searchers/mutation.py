@@ -162,10 +162,10 @@ class UnrestrictedSwitch:
 class Exchange:
     """Moves budget between groups, so that no group's share is frozen.
 
-    An exchange raises a unit anywhere and lowers others until the budget holds. What is then left raises one more unit
-    that it pays for; more stays as slack, for the offspring's own offspring. Units of unequal size make an exchange
-    change more units than a switch does, so an offspring takes half as many, rounded up: the more units change at once,
-    the more seldom all of it is good.
+    An exchange raises a unit anywhere and lowers others until the budget holds. What is left in the end is spent by
+    raising units that were not lowered, in random order, while they fit, so the offspring stays close to the budget.
+    Units of unequal size make an exchange change more units than a switch does, so an offspring takes half as many,
+    rounded up: the more units change at once, the more seldom all of it is good.
     """
 
     def __init__(self, space: CompressionSpace) -> None:
@@ -201,7 +201,6 @@ class Exchange:
             if up not in lowered and levels[up] < space.highest[up] and steps[up][levels[up]] <= slack:
                 slack -= steps[up][levels[up]]
                 levels[up] += 1
-                break
         return self._slack.offspring(levels, slack)
 
 

@@ -117,6 +117,13 @@ def test_uniform_of_uneven_levels_is_the_highest_shared_cost_a_weight() -> None:
     assert space.uniform() == (0, 2, 1)
 
 
+def test_an_average_above_the_dearest_level_is_refused() -> None:
+    units = [Unit(f"u{i}", costs=(20, 30, 40), size=10) for i in range(3)]
+    assert CompressionSpace.from_average(units, 4).uniform() == (2, 2, 2)
+    with pytest.raises(InfeasibleError, match="from 2 to 4"):
+        CompressionSpace.from_average(units, 4.5)
+
+
 def test_from_average_counts_exactly_and_rounds_down() -> None:
     units = [Unit(f"m{i}", (20, 30, 40), size=10) for i in range(3)]
     assert CompressionSpace.from_average(units, 3).budget == 90

@@ -72,7 +72,7 @@ def unrestricted_distribution(space: CompressionSpace, parent: Assignment, raise
 
 
 def exchange_distribution(space: CompressionSpace, parent: Assignment, exchanges: int = 1) -> dict[Assignment, float]:
-    """Exchanges across groups: a raise, others lowered to the budget, and so on; at last one more raise that fits."""
+    """Exchanges across groups: a raise, others lowered to the budget, the rest spent on units not lowered."""
     found: defaultdict[Assignment, float] = defaultdict(float)
     none: frozenset[int] = frozenset()
 
@@ -97,7 +97,7 @@ def exchange_distribution(space: CompressionSpace, parent: Assignment, exchanges
     def spend(levels: Assignment, lowered: frozenset[int], chance: float) -> None:
         able = [i for i, k in enumerate(levels) if k < 2 and i not in lowered and SIZES[i] <= space.slack(levels)]
         for i in able:
-            found[moved(levels, i, 1)] += chance / len(able)
+            spend(moved(levels, i, 1), lowered, chance / len(able))
         if not able:
             found[levels] += chance
 

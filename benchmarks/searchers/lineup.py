@@ -59,6 +59,24 @@ ENCODED: Named = {
 }
 """Optimizers of other libraries under every encoding."""
 
+_KINDS = (
+    "DE",
+    "DiagonalCMA",
+    "DoubleFastGADiscreteOnePlusOne",
+    "LognormalDiscreteOnePlusOne",
+    "OnePlusOne",
+    "Portfolio",
+    "PortfolioDiscreteOnePlusOne",
+    "PSO",
+    "TBPSA",
+)
+FAMILIES: Named = {
+    f"nevergrad:{optimizer} / {encoding}": (f"nevergrad:{optimizer}", {"encoding": encoding})
+    for optimizer in _KINDS
+    for encoding in _BOTH
+}
+"""One of each further kind of Nevergrad's optimizers, for their default encodings."""
+
 _DROP = {"levels": 2, "exact": True}
 HITS: Named = {
     "8008, 0.1": ("interacting", {"units": 16, "tightness": 0.375, "interaction": 0.1, **_DROP}),
@@ -82,20 +100,15 @@ EQUAL: Named = {
 }
 """Five levels; pairwise terms of standard deviation 0.1 (interacting) and 0.05 (non-monotone) unless said otherwise."""
 
-_BEST_ENCODED: Named = {
+_FEW_PROBLEMS = ("interacting 30 loose", "non_monotone 60 loose", "interacting 60 tight")
+
+_STRONGEST: Named = {
     label: settings
     for label, settings in (LINEUP | ENCODED).items()
-    if label.startswith(("evopress", "trust_region", "uniform"))
-    or label
-    in (
-        "nevergrad:DiscreteOnePlusOne / keys",
-        "nevergrad:DiscreteLenglerOnePlusOne / native",
-        "nevergrad:CMA / repaired",
-        "nevergrad:NGOpt / native",
-        "optuna:cmaes / keys",
-    )
+    if label.startswith(("evopress", "trust_region", "uniform", "optuna:cmaes / "))
+    or label.startswith(("nevergrad:Discrete", "nevergrad:CMA / ", "nevergrad:NGOpt / "))
+    and " / " in label
 }
-
 
 _OTHERS = ("optuna:", "nevergrad:")
 _OURS: Named = {label: named for label, named in LINEUP.items() if not label.startswith(_OTHERS)}
@@ -139,6 +152,7 @@ SUITES: dict[str, Suite] = {
             ("optuna:tpe /", "210", 0),
         ),
     ),
-    "unequal": Suite({name: EQUAL[name] for name in EQUAL if name.startswith("unequal")}, _BEST_ENCODED, 1000, 10),
+    "families": Suite({name: EQUAL[name] for name in _FEW_PROBLEMS}, FAMILIES, 200, 10),
+    "unequal": Suite({name: EQUAL[name] for name in EQUAL if name.startswith("unequal")}, _STRONGEST, 1000, 10),
 }
 """Equal: 200 evaluations are what a live search on a language model affords; 800 are the bar of the small spaces."""

@@ -28,8 +28,9 @@ from evo_hpo.problem import FunctionProblem
 from evo_hpo.registry import make_problem, make_searcher
 
 
-def measure(problem: str, label: str, seed: int, suite: str) -> dict[str, Any]:
+def measure(problem: str, label: str, seed: int, suite: str, evaluations: int | None = None) -> dict[str, Any]:
     """One run: its noise-free loss, uniform's, the optimum where known, seconds inside ask and tell."""
+    evaluations = evaluations or SUITES[suite].evaluations
     name, settings = SUITES[suite].problems[problem]
     made = make_problem(name, seed=seed, **settings)
     assert isinstance(made, (FunctionProblem, NoisyProblem))
@@ -38,7 +39,7 @@ def measure(problem: str, label: str, seed: int, suite: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         searcher = make_searcher(searcher_name, made.space, seed=seed, **searcher_settings)
-        result = search(searcher, made, budget=Budget(evaluations=SUITES[suite].evaluations), seed=seed)
+        result = search(searcher, made, budget=Budget(evaluations=evaluations), seed=seed)
     except EvoHpoError as error:
         return row | {"loss": None, "reason": f"{type(error).__name__}: {error}"}
     loss = math.nan if result.best is None else made.validate(result.best)["loss"]
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=SUITES, default="hits")
     parser.add_argument("--searchers", nargs="*", default=[""], metavar="START", help="labels that start so")
     parser.add_argument("--problems", nargs="*", default=[""], metavar="START", help="labels that start so")
+    parser.add_argument("--evaluations", type=int, help="of each run, instead of the suite's (into a file of its own)")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds")
     arguments = parser.parse_args()
     suite = SUITES[arguments.suite]
@@ -76,7 +78,7 @@ def main() -> None:
         if time.perf_counter() - start > arguments.stop_after:
             print("stopped; run again to go on")
             return
-        row = measure(problem, label, seed, arguments.suite)
+        row = measure(problem, label, seed, arguments.suite, arguments.evaluations)
         with arguments.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

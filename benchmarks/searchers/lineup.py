@@ -103,11 +103,12 @@ EQUAL: Named = {
 _FEW_PROBLEMS = ("interacting 30 loose", "non_monotone 60 loose", "interacting 60 tight")
 
 _STRONGEST: Named = {
-    label: settings
-    for label, settings in (LINEUP | ENCODED).items()
-    if label.startswith(("evopress", "trust_region", "uniform", "optuna:cmaes / "))
-    or label.startswith(("nevergrad:Discrete", "nevergrad:CMA / ", "nevergrad:NGOpt / "))
-    and " / " in label
+    label: named
+    for label, named in (LINEUP | ENCODED).items()
+    if label.startswith(
+        ("evopress", "trust_region", "uniform", "optuna:cmaes /", "nevergrad:CMA /", "nevergrad:NGOpt /")
+    )
+    or label.startswith(("nevergrad:DiscreteOnePlusOne /", "nevergrad:DiscreteLenglerOnePlusOne /"))
 }
 
 _OTHERS = ("optuna:", "nevergrad:")

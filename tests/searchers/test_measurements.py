@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.searchers.generations import generations
-from benchmarks.searchers.lineup import LINEUP, SUITES
+from benchmarks.searchers.lineup import LINEUP, SUITES, Suite
 from benchmarks.searchers.measure import measure
 from benchmarks.searchers.overhead import overhead
 from benchmarks.searchers.table import encodings, gaps, hits, overview, table
@@ -64,6 +64,15 @@ def test_encodings_are_compared_on_the_problems_that_all_of_them_were_measured_o
     rows = [row("a / keys", 0, 6.0, 5.0), row("a / native", 0, 5.5, 5.0)]
     rows.append(row("a / keys", 0, 5.0, 5.0) | {"problem": "keys alone"})
     assert encodings(rows).splitlines()[2] == "| `a` | 20.0 | **10.0** | 1 |"
+
+
+def test_slow_searchers_get_fewer_seeds_where_a_suite_says_so() -> None:
+    suite = Suite({}, {}, 200, 10, (("slow / best", "", 10), ("slow", "60", 3), ("slow", "210", 0)))
+    assert suite.seeds_of("quick", "additive 60 tight") == 10
+    assert suite.seeds_of("slow / best", "additive 210 tight") == 10
+    assert suite.seeds_of("slow / other", "additive 60 tight") == 3
+    assert suite.seeds_of("slow / other", "additive 210 tight") == 0
+    assert suite.seeds_of("slow / other", "additive 30 tight") == 10
 
 
 def test_overhead_is_timed_for_the_trials_that_were_made() -> None:

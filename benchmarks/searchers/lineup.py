@@ -102,13 +102,11 @@ EQUAL: Named = {
 
 _FEW_PROBLEMS = ("interacting 30 loose", "non_monotone 60 loose", "interacting 60 tight")
 
+_WEAK = ("nevergrad:TwoPointsDE", "optuna:nsga2", "optuna:tpe")
 _STRONGEST: Named = {
     label: named
     for label, named in (LINEUP | ENCODED).items()
-    if label.startswith(
-        ("evopress", "trust_region", "uniform", "optuna:cmaes /", "nevergrad:CMA /", "nevergrad:NGOpt /")
-    )
-    or label.startswith(("nevergrad:DiscreteOnePlusOne /", "nevergrad:DiscreteLenglerOnePlusOne /"))
+    if label.startswith(("evopress", "trust_region", "uniform")) or (" / " in label and not label.startswith(_WEAK))
 }
 
 _OTHERS = ("optuna:", "nevergrad:")

@@ -2,8 +2,9 @@
 
     python -m benchmarks.searchers.table equal.jsonl                    # one column a problem
     python -m benchmarks.searchers.table equal.jsonl --show overview    # means over kinds and sizes of problems
+    python -m benchmarks.searchers.table equal.jsonl --show encodings   # optimizers of other libraries by encodings
+    python -m benchmarks.searchers.table equal.jsonl --problems additive --searchers trust_region evopress
     python -m benchmarks.searchers.table hits.jsonl --show hits
-    python -m benchmarks.searchers.table encodings.jsonl --show encodings
 
 Gap: 0 is the optimum, or the best loss that any searcher of the file found where no optimum is known; 100 is uniform
 compression. Hits: runs that found the optimum. Medians over seeds, with the second lowest and second highest of them
@@ -25,9 +26,13 @@ import numpy as np
 __all__ = ["encodings", "gaps", "hits", "overview", "table"]
 
 EXACT = 1e-9
+EVERY = ("",)
+"""Starts of the labels that are shown: all."""
+
+Rows = list[dict[str, Any]]
 
 
-def gaps(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[float]]:
+def gaps(rows: Rows) -> dict[tuple[str, str], list[float]]:
     """Gaps by problem and searcher, in percent, only of instances that a reference is known for."""
     best: dict[tuple[str, int], float] = defaultdict(lambda: math.inf)
     for row in rows:
@@ -50,9 +55,16 @@ def _interval(values: list[float]) -> str:
     return f"{np.median(ordered):.1f} ({low:.1f}–{high:.1f})"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Searchers by mean rank, one column a problem; hit rates where the optimum is known for all of its instances."""
-    found = gaps(rows)
+def _of(rows: Rows, starts: tuple[str, ...]) -> Rows:
+    return [r for r in rows if r["searcher"].startswith(starts)]
+
+
+def table(rows: Rows, starts: tuple[str, ...] = EVERY) -> str:
+    """Searchers by mean rank, one column a problem; hit rates where the optimum is known for all of its instances.
+
+    Of searchers whose labels start so; the best known losses are those of all rows.
+    """
+    found, rows = gaps(rows), _of(rows, starts)
     problems = list(dict.fromkeys(r["problem"] for r in rows))
     searchers = list(dict.fromkeys(r["searcher"] for r in rows))
     known = {p: all(r["optimum"] is not None for r in rows if r["problem"] == p) for p in problems}
@@ -78,12 +90,12 @@ def _mean_rank(medians: dict[tuple[str, str], float], searcher: str) -> float:
     return 1 + float(np.mean(better))
 
 
-def overview(rows: list[dict[str, Any]]) -> str:
+def overview(rows: Rows, starts: tuple[str, ...] = EVERY) -> str:
     """Searchers by mean rank; means of the median gaps over the problems of one number of units, and of one kind.
 
     A searcher that was not measured on every problem of a column has no figure there, and no rank if it misses any.
     """
-    found = gaps(rows)
+    found, rows = gaps(rows), _of(rows, starts)
     problems = list(dict.fromkeys(r["problem"] for r in rows))
     searchers = list(dict.fromkeys(r["searcher"] for r in rows if r["loss"] is not None))
     medians = {(p, s): float(np.median(found[p, s])) for p in problems for s in searchers if found[p, s]}
@@ -109,10 +121,10 @@ def _seeds(counts: Iterable[int]) -> str:
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-def hits(rows: list[dict[str, Any]]) -> str:
+def hits(rows: Rows, starts: tuple[str, ...] = EVERY) -> str:
     """How many runs found the optimum, and the mean gap, by problem; only where the optimum is known."""
     rows = [r for r in rows if r["loss"] is not None and r["optimum"] is not None]
-    found = gaps(rows)
+    found, rows = gaps(rows), _of(rows, starts)
     problems = list(dict.fromkeys(r["problem"] for r in rows))
     shares = {
         s: float(np.mean([np.mean([v == 0 for v in found[p, s]]) for p in problems if found[p, s]]))
@@ -126,13 +138,13 @@ def hits(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def encodings(rows: list[dict[str, Any]]) -> str:
+def encodings(rows: Rows, starts: tuple[str, ...] = EVERY) -> str:
     """Optimizers by encodings: mean over the problems of the median gap over seeds; the best in bold.
 
     Only problems on which an optimizer was measured under all of its encodings count for it, so that a row compares
     like with like.
     """
-    found = gaps(rows)
+    found, rows = gaps(rows), _of(rows, starts)
     named = [s for s in dict.fromkeys(r["searcher"] for r in rows) if " / " in s]
     columns = list(dict.fromkeys(s.partition(" / ")[2] for s in named))
     lines = [f"| optimizer | {' | '.join(columns)} | problems |", "|---" * (len(columns) + 2) + "|"]
@@ -156,9 +168,12 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+")
     shown = {"problems": table, "overview": overview, "hits": hits, "encodings": encodings}
     parser.add_argument("--show", choices=shown, default="problems")
+    parser.add_argument("--searchers", nargs="*", default=[""], metavar="START", help="labels that start so")
+    parser.add_argument("--problems", nargs="*", default=[""], metavar="START", help="labels that start so")
     arguments = parser.parse_args()
     rows = [json.loads(line) for file in arguments.files for line in file.read_text().splitlines()]
-    print(shown[arguments.show](rows))
+    rows = [r for r in rows if r["problem"].startswith(tuple(arguments.problems))]
+    print(shown[arguments.show](rows, tuple(arguments.searchers)))
 
 
 if __name__ == "__main__":

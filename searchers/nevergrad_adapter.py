@@ -197,13 +197,13 @@ class NevergradSearcher(ForeignSearcher):
 
 
 _ENCODINGS: Sequence[tuple[str, str]] = (
-    ("Lengler", "native"),
+    ("Lengler", "projection"),
+    ("Portfolio", "projection"),
     ("Discrete", "keys"),
     ("FastGA", "keys"),
+    ("DE", "keys"),
     ("CMA", "repaired"),
-    ("TBPSA", "repaired"),
-    ("OnePlusOne", "repaired"),
-    ("", "native"),
+    ("", "projection"),
 )
 """Measured default encoding by what an optimizer's name contains, first match; see ``docs/encodings.md``."""
 

@@ -32,10 +32,19 @@ SEARCHERS = (
     "trust_region",
     "evopress",
     "multi_step:random",
-    "optuna:tpe",
+    "optuna:random",
+    "optuna:qmc",
+    "optuna:nsga2",
     "optuna:cmaes",
+    "optuna:tpe",
+    "optuna:tpe_univariate",
+    "optuna:gp",
+    "nevergrad:DiscreteOnePlusOne",
     "nevergrad:DiscreteLenglerOnePlusOne",
+    "nevergrad:CMA",
     "nevergrad:NGOpt",
+    "nevergrad:TwoPointsDE",
+    "nevergrad:PSO",
 )
 SLOW = 60.0  # seconds of one search, above which the next longer one is left out
 

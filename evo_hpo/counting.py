@@ -114,8 +114,7 @@ class Counter:
         options, budgets, floors = self.options, self.budgets, self.floors
         exact = (len(options) + 1) * math.prod(b + 1 for b in budgets) <= MOST_CELLS
         if not exact:
-            limit = max(2, int((MOST_CELLS / (len(options) + 1)) ** (1 / len(budgets))))
-            grids = [max(1, -(-b // min(GRID, limit))) for b in budgets]
+            grids = _grids(budgets, MOST_CELLS / (len(options) + 1))
             options = [[tuple(-(-c // g) for c, g in zip(v, grids, strict=True)) for v in unit] for unit in options]
             budgets = [b // g for b, g in zip(budgets, grids, strict=True)]
             floors = [f // g for f, g in zip(floors, grids, strict=True)]
@@ -200,3 +199,14 @@ def _sum_fields(packed: int, field: int, fields: int) -> int:
         packed = (packed & ((1 << (half * field)) - 1)) + (packed >> (half * field))
         fields = half
     return packed
+
+
+def _grids(budgets: Sequence[int], cells: float) -> list[int]:
+    """Cost of a step of each resource's grid, so that about ``cells`` hold all; small budgets stay exact."""
+    grids = [1] * len(budgets)
+    order = sorted(range(len(budgets)), key=budgets.__getitem__)
+    for n, r in enumerate(order):
+        steps = max(2, min(GRID, int(cells ** (1 / (len(order) - n)))))
+        grids[r] = max(1, -(-budgets[r] // steps))
+        cells /= budgets[r] // grids[r] + 1
+    return grids

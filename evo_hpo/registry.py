@@ -16,7 +16,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
 
-from evo_hpo.errors import InvalidSettingError, UnknownNameError
+from evo_hpo.errors import EvoHpoError, InvalidSettingError, UnknownNameError
 from evo_hpo.problem import Problem
 from evo_hpo.searcher import Searcher, check_settings, settings_of
 from evo_hpo.space import CompressionSpace
@@ -133,7 +133,12 @@ def make_searcher(name: str, space: CompressionSpace, *, seed: int = 0, **settin
     """
     cls = searcher_class(name)
     check_settings(name, cls, settings)
-    return cls(space, seed=seed, **settings)
+    try:
+        return cls(space, seed=seed, **settings)
+    except EvoHpoError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InvalidSettingError(f"a setting of {name} has the wrong type or value: {error}") from error
 
 
 def describe_searcher(name: str) -> Description:

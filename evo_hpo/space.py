@@ -72,8 +72,13 @@ class Unit:
             raise InvalidSpaceError(f"unit {self.name!r}: costs {first} must be >= 0 and ascending (sort the levels)")
         if len(self.levels) != len(costs):
             raise InvalidSpaceError(f"unit {self.name!r}: {len(self.levels)} level labels for {len(costs)} costs")
+        if len(set(self.levels)) != len(costs):
+            raise InvalidSpaceError(f"unit {self.name!r}: level labels {list(self.levels)} must differ from each other")
+        object.__setattr__(self, "size", _integer(self.size, "size"))
         if self.size < 1:
             raise InvalidSpaceError(f"unit {self.name!r}: size {self.size} must be >= 1")
+        if self.fixed is not None:
+            object.__setattr__(self, "fixed", _integer(self.fixed, "level"))
         if self.fixed is not None and not 0 <= self.fixed < len(costs):
             raise InvalidSpaceError(f"unit {self.name!r}: fixed={self.fixed} must be in 0..{len(costs) - 1}")
 
@@ -89,11 +94,12 @@ class Unit:
         return int(found.group(1)) if found else None
 
 
-def _integer(value: object) -> int:
+def _integer(value: object, what: str = "cost") -> int:
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise InvalidSpaceError(f"cost {value!r} is not an integer: count bits or weights, never fractions") from None
+        hint = ": count bits or weights, never fractions" if what == "cost" else ""
+        raise InvalidSpaceError(f"{what} {value!r} is not an integer{hint}") from None
 
 
 class CompressionSpace:
@@ -150,9 +156,16 @@ class CompressionSpace:
         """The space whose budget is ``average`` cost a weight, rounded down to a whole cost.
 
         Raises:
+            InvalidSpaceError: the average is not a number.
             InfeasibleError: the average is below the cheapest assignment, or above the dearest.
         """
-        space = cls(units, math.floor(Fraction(str(average)) * sum(u.size for u in units)), **settings)
+        try:
+            exact = Fraction(str(average))
+        except ValueError:
+            raise InvalidSpaceError(
+                f"average {average!r} is not a number: give cost a weight, as 3 or '3.25'"
+            ) from None
+        space = cls(units, math.floor(exact * sum(u.size for u in units)), **settings)
         least, most = space.cost(space.lowest), space.cost(space.highest)
         if space.budget > most:
             raise InfeasibleError(
@@ -254,9 +267,10 @@ class CompressionSpace:
         """The assignment as a tuple.
 
         Raises:
+            InvalidSpaceError: a level that is not an integer.
             InfeasibleError: with the reason, when the assignment is not feasible.
         """
-        levels = tuple(map(int, levels))
+        levels = tuple(_integer(level, "level") for level in levels)
         if self.feasible(levels):
             return levels
         if len(levels) != len(self.units):
@@ -322,6 +336,10 @@ class CompressionSpace:
 
     # ------------------------------------------------------------------ counting, sampling, enumerating
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the tables of the sampler, which are hundreds of megabytes and made anew where needed."""
+        return {name: value for name, value in self.__dict__.items() if name != "_counter"}
+
     @cached_property
     def _counter(self) -> Counter:
         return Counter(self.vectors, self.lowest, self.highest, self.budgets, self.floors)
@@ -337,8 +355,9 @@ class CompressionSpace:
     def sample(self, rng: Generator) -> Assignment:
         """A feasible assignment, uniform over all of them (to floating-point precision of the counts, 1e-12).
 
-        Where costs are too fine for the table, they are rounded up to a grid of 2^20 steps and the draw is uniform over
-        the assignments that fit the rounded budget.
+        Where costs are too fine for the table (60 million cells), they are rounded up to a grid of at most 2^20 steps a
+        resource, fewer where several are fine, and the draw is uniform over the assignments that fit the rounded
+        budget: some of those nearest to the budget are left out.
         """
         return self._counter.sample(rng)
 

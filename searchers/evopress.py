@@ -15,7 +15,7 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.searcher import Searcher, positive
 from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Draw, Outcome, Trial
-from searchers.initialisation import WARM_STARTS, Initialisation, WarmStart, initialisation
+from searchers.initialisation import WARM_STARTS, Initialisation, WarmStart, initialisation, random_and_spent
 from searchers.mutation import Uniforms, mutation, switch_counts
 from searchers.presets import PRESETS, most_generations, resolved
 from searchers.selection import Selection, ranked
@@ -113,7 +113,9 @@ class EvoPress(Searcher):
             raise InvalidSettingError(
                 f"initial_share={initial_share!r} must be a share of the budget, above 0, below 1"
             )
-        start_tokens = chosen["initial_tokens"] or self.selection.stages[0].tokens
+        start_tokens = self.selection.stages[0].tokens
+        if chosen["initial_tokens"] is not None:
+            start_tokens = positive("initial_tokens", chosen["initial_tokens"])
         self.warm: WarmStart | None = None
         self.start: Initialisation | None = None
         if chosen["init"] in WARM_STARTS:
@@ -211,7 +213,9 @@ class EvoPress(Searcher):
         """Up to ``count`` distinct mutants, none equal to a parent; fewer where fewer exist."""
         seen = {p.levels for p in self.parents}
         found: list[_Candidate] = []
-        wider = max(0, self.stagnant - self.widen_after + 1) if self.widen_after is not None else 0
+        wider = 0
+        if self.widen_after is not None:
+            wider = min(max(0, self.stagnant - self.widen_after + 1), len(self.space))
         failures = 0
         while len(found) < count and failures < 50 + 10 * count:
             parent = self.parents[self.stream.below(len(self.parents)) if len(self.parents) > 1 else 0]
@@ -221,13 +225,18 @@ class EvoPress(Searcher):
                 continue
             seen.add(levels)
             found.append(_Candidate(levels, parent.number))
-        if not found:  # chance may have missed a lone neighbour
-            for parent in self.parents:
-                for levels in self.space.switches(parent.levels, self.group):
-                    if levels not in seen and len(found) < count:
-                        seen.add(levels)
-                        found.append(_Candidate(levels, parent.number))
-        return found
+        return found or self._neighbours(seen, count)
+
+    def _neighbours(self, seen: set[Assignment], count: int) -> list[_Candidate]:
+        """Up to ``count`` of the parents' unseen neighbours, at random: chance may have missed a lone one."""
+        left = {
+            levels: _Candidate(levels, parent.number)
+            for parent in self.parents
+            for levels in self.space.switches(parent.levels, self.group)
+            if levels not in seen
+        }
+        able = list(left.values())
+        return [able.pop(self.stream.below(len(able))) for _ in range(min(count, len(able)))]
 
     # ------------------------------------------------------------------ tell
 
@@ -298,10 +307,10 @@ class EvoPress(Searcher):
         self.start = None
 
     def _restart(self) -> None:
-        """Keeps the parent as champion and goes on from a random assignment."""
+        """Keeps the parent as champion and goes on from a random assignment that spends the budget."""
         if self.champion is None:
             self.champion = self.parents[0]
-        self.parents = [_Candidate(self.space.sample(self.rng))]
+        self.parents = [_Candidate(random_and_spent(self.space, self.rng))]
         self.stagnant = 0
 
     def recommend(self) -> Assignment:

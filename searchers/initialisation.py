@@ -127,8 +127,22 @@ def initialisation(rule: str, space: CompressionSpace, *, count: int, tokens: in
     if rule == "decremented":
         return Initialisation(space, lambda: rounded_up_and_decremented(space, rng), count, tokens)
     if rule == "random":
-        return Initialisation(space, lambda: space.sample(rng), count, tokens)
+        return Initialisation(space, lambda: random_and_spent(space, rng), count, tokens)
     raise InvalidSettingError(f"init={rule!r} must be one of: uniform, decremented, random, {', '.join(WARM_STARTS)}")
+
+
+def random_and_spent(space: CompressionSpace, rng: Generator) -> Assignment:
+    """A uniform draw, then random steps up while the budget pays for any: switches never spend what a start leaves."""
+    levels = list(space.sample(rng))
+
+    def raised(i: int) -> list[int]:
+        return [*levels[:i], levels[i] + 1, *levels[i + 1 :]]
+
+    while able := [i for i in range(len(levels)) if levels[i] < space.highest[i] and space.feasible(raised(i))]:
+        for i in rng.permutation(able).tolist():
+            if space.feasible(raised(i)):
+                levels[i] += 1
+    return tuple(levels)
 
 
 def rounded_up_and_decremented(space: CompressionSpace, rng: Generator) -> Assignment:

@@ -74,6 +74,7 @@ class MultiStep(Searcher):
         self._alive: list[_Candidate] = []
         self._asking: list[_Candidate] = []
         self._generation = -1
+        self._last: list[_Candidate] = []  # the batch before, whose size is that of the next one too
 
     def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
         """The next stage of the batch, or the first stage of the inner searcher's next batch."""
@@ -103,17 +104,32 @@ class MultiStep(Searcher):
             self.selection = Selection.of(survivors, tokens, elitism)
 
     def _next_batch(self, allowance: Allowance) -> bool:
-        first = self.selection.stages[0].tokens
-        each = allowance.default_tokens if first is None else first
-        trials = self.searcher.ask(Allowance(allowance.tokens, allowance.evaluations, each))
+        trials = self.searcher.ask(self._inner(allowance))
         self.stop_reason = self.searcher.stop_reason
         self._generation += 1
-        self._batch = [_Candidate(t) for t in trials]
+        self._batch = self._last = [_Candidate(t) for t in trials]
         self._alive = list({c.trial.levels: c for c in reversed(self._batch)}.values())[::-1]
         self._stage = 0
         while self._batch and not self.selection.needed(len(self._alive), self._stage):
             self._stage += 1
         return bool(trials)
+
+    def _inner(self, allowance: Allowance) -> Allowance:
+        """What the inner searcher may spend: its trials at first-stage price, as many as all stages pay for."""
+        count = len(self._last) or int(getattr(self.searcher, "batch", 1))
+        alive, scored, tokens = count, 0, 0
+        first = self.selection.stages[0].tokens or allowance.default_tokens
+        for j, stage in enumerate(self.selection.stages):
+            if self.selection.needed(alive, j):
+                here = alive + int(self.selection.joins(j) and self._generation >= 0)
+                scored, tokens = scored + here, tokens + here * (stage.tokens or allowance.default_tokens)
+                alive = min(alive, stage.survivors)
+        share = count * first / tokens if tokens else 1.0
+        return Allowance(
+            None if allowance.tokens is None else max(int(allowance.tokens * share), min(first, allowance.tokens)),
+            None if allowance.evaluations is None else max(allowance.evaluations * count // scored, 1),
+            first,
+        )
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Ranks the stage; after the last one, moves to the winner and tells the inner searcher."""

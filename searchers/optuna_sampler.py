@@ -135,6 +135,7 @@ class EvoPressSampler(BaseSampler):
         self._intersection: IntersectionSearchSpace = optuna.search_space.IntersectionSearchSpace()
         self._last_start: tuple[int, Assignment] = (-1, ())
         self._breeders: dict[tuple[tuple[str, int], ...], Breeder] = {}
+        self._bred: set[int] = set()  # running trials whose common parameters have the budget but for a reserve
 
     # ------------------------------------------------------------------ Optuna's interface
 
@@ -153,6 +154,7 @@ class EvoPressSampler(BaseSampler):
         if not search_space:
             return {}
         axes = {name: _Axis(d) for name, d in search_space.items()}
+        self._bred.add(trial.number)
         breeder = self._breeder(axes)
         stream = self._stream(trial)
         generation, members, parent = self._generation(study, axes, breeder)
@@ -168,7 +170,10 @@ class EvoPressSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """A parameter that is not in the common space: the budget's start, or a uniform draw where it has no cost."""
+        """A parameter that is not in the common space: the budget's start, or a uniform draw where it has no cost.
+
+        Beside parameters that were bred it is its level in uniform compression, which was kept in reserve for it.
+        """
         self._raise_error_if_multi_objective(study)
         axis = _Axis(param_distribution)
         if self._space is not None:
@@ -180,13 +185,15 @@ class EvoPressSampler(BaseSampler):
                         f"parameter {param_name!r} has {axis.size} values, "
                         f"costs are given for {len(self._space.units[index].costs)}"
                     )
-                return axis.value(self._start(trial)[index])
+                start = self._space.uniform() if trial.number in self._bred else self._start(trial)
+                return axis.value(start[index])
         label = int.from_bytes(param_name.encode()[:64], "little")
         rng = np.random.default_rng([self._seed, trial.number, 1, label])
         return axis.value(int(rng.integers(axis.size)))
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        """Nothing to do: the study keeps all that is needed."""
+        """Forgets the trial: the study keeps all that is needed."""
+        self._bred.discard(trial.number)
 
     # ------------------------------------------------------------------ the search
 
@@ -254,6 +261,8 @@ class EvoPressSampler(BaseSampler):
 
 
 def _without(space: CompressionSpace, missing: set[str]) -> CompressionSpace | None:
-    """The budget over the parameters that the study has; None where it has none of them."""
+    """The budget over the parameters that the study has, less what uniform compression pays for the others, or None."""
     units = [u for u in space.units if u.name not in missing]
-    return CompressionSpace(units, space.budgets, floor=0) if units else None
+    pairs = zip(space.units, space.vectors, space.uniform(), strict=True)
+    reserve = sum(costs[level][0] for unit, costs, level in pairs if unit.name in missing)
+    return CompressionSpace(units, space.budget - reserve) if units else None

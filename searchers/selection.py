@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from evo_hpo.budget import Allowance
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.searcher import positive
 from evo_hpo.trial import Outcome
 
 __all__ = ["Selection", "Stage", "ranked"]
@@ -38,13 +39,16 @@ class Selection:
         Raises:
             InvalidSettingError: lists of different length, survivors that grow, or tokens that shrink.
         """
-        if not survivors or any(s < 1 for s in survivors) or list(survivors) != sorted(survivors, reverse=True):
-            raise InvalidSettingError(f"survivors={list(survivors)} must be a falling list of integers of at least 1")
+        if not isinstance(survivors, Sequence) or not survivors:
+            raise InvalidSettingError(f"survivors={survivors!r} must be a list with one entry a stage, as [4, 1]")
+        survivors = [positive("survivors", s) for s in survivors]
+        if survivors != sorted(survivors, reverse=True):
+            raise InvalidSettingError(f"survivors={survivors} must be a falling list of integers of at least 1")
         each: Sequence[int | None] = tokens if isinstance(tokens, Sequence) else [tokens] * len(survivors)
         if len(each) != len(survivors):
             raise InvalidSettingError(f"tokens={each} must have one entry for each of the {len(survivors)} survivors")
-        given = [t for t in each if t is not None]
-        if any(t < 1 for t in given) or given != sorted(given) or len(given) not in (0, len(each)):
+        given = [positive("tokens", t) for t in each if t is not None]
+        if given != sorted(given) or len(given) not in (0, len(each)):
             raise InvalidSettingError(f"tokens={each} must be a rising list of positive integers")
         if elitism not in ("index", "count", "none"):
             raise InvalidSettingError(f"elitism={elitism!r} must be one of: index, count, none")

@@ -17,6 +17,7 @@ from searchers.procedure import Procedure, Steps
 __all__ = ["SimulatedAnnealing"]
 
 COOLEST = 1e-3  # last temperature, as a share of the first
+FROZEN = 400  # proposals in a row that were scored before, after which the next cooling begins
 
 
 class SimulatedAnnealing(Procedure):
@@ -75,13 +76,18 @@ class SimulatedAnnealing(Procedure):
         length = max(1, self.horizon(self.cooling_steps * paid_each) // paid_each)
         current = self.incumbent
         assert current is not None
+        idle = 0
         behind = 0.0  # loss of the current assignment above the incumbent, summed over accepted moves
         for step in range(length):
             proposal = self.moves.random(current, self.rng)
             threshold = float(self.rng.random())
             if proposal is None:
                 continue
+            known = len(self._known)
             (loss,), reference = yield from self.measure([proposal], current)
+            idle = 0 if len(self._known) > known else idle + 1
+            if idle > FROZEN and self.minibatch == "fixed":
+                break
             temperature = hottest * COOLEST ** (step / length)
             rise = loss - reference if math.isfinite(reference) else (-math.inf if math.isfinite(loss) else math.inf)
             if rise <= 0 or threshold < math.exp(-min(rise / temperature, 700.0)):

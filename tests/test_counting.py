@@ -104,3 +104,15 @@ def test_large_spaces_near_their_dearest_assignment_are_sampled() -> None:
     levels = np.array(space.sample(np.random.default_rng(0)))
     assert space.feasible(levels.tolist())
     assert 0 < (levels == 0).sum() < (levels == 1).sum() < (levels == 2).sum()
+
+
+def test_a_small_resource_beside_a_fine_one_stays_exact() -> None:
+    rng = np.random.default_rng(0)
+    fine = [tuple(sorted(rng.integers(0, 40_000, 3).tolist())) for _ in range(100)]
+    one = CompressionSpace([Unit(f"u{i}", c) for i, c in enumerate(fine)], 1_500_000)
+    two = CompressionSpace(
+        [Unit(f"u{i}", tuple((c, int(k > 0)) for k, c in enumerate(costs))) for i, costs in enumerate(fine)],
+        (1_500_000, 100),
+    )
+    slack = [np.mean([space.slack(space.sample(rng)) for _ in range(200)]) for space in (one, two)]
+    assert slack[1] < slack[0] + 100 * 1_500_000 / (60_000_000 / 101 / 101)

@@ -217,3 +217,25 @@ def test_uniform_spreads_what_an_exact_budget_drops() -> None:
     assert dropped == [i for i, level in enumerate(CompressionSpace(units, 10).uniform()) if level == 0]
     assert len(dropped) == 5
     assert max(b - a for a, b in itertools.pairwise(dropped)) <= 4
+
+
+def test_inputs_of_the_wrong_kind_are_refused_with_the_reason() -> None:
+    unit = Unit("a", (0, 4), size=np.int64(4))  # type: ignore[arg-type]
+    assert CompressionSpace([unit], 4).to_json()["units"][0]["size"] == 4
+    with pytest.raises(InvalidSpaceError, match=r"size 2\.5 is not an integer"):
+        Unit("a", (0, 1), size=2.5)  # type: ignore[arg-type]
+    with pytest.raises(InvalidSpaceError, match="must differ"):
+        Unit("a", (0, 1), levels=("x", "x"))
+    space = CompressionSpace([Unit("a", (0, 1)), Unit("b", (0, 1))], 1)
+    with pytest.raises(InvalidSpaceError, match=r"level 0\.9 is not an integer"):
+        space.check((0.9, 0.9))  # type: ignore[arg-type]
+    for wrong in ("abc", float("nan")):
+        with pytest.raises(InvalidSpaceError, match="not a number"):
+            CompressionSpace.from_average(space.units, wrong)
+
+
+def test_a_space_is_pickled_without_the_sampling_table() -> None:
+    space = CompressionSpace([Unit(f"u{i}", (0, 100, 201, 303)) for i in range(100)], 12_345)
+    before = len(pickle.dumps(space))
+    space.sample(np.random.default_rng(0))
+    assert len(pickle.dumps(space)) == before

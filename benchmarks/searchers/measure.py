@@ -68,7 +68,7 @@ def main() -> None:
     done = set()
     if arguments.file.exists():
         rows = map(json.loads, arguments.file.read_text().splitlines())
-        done = {(r["problem"], r["searcher"], r["seed"]) for r in rows}
+        done = {(r["problem"], r["searcher"], r["seed"]) for r in rows if r["suite"] == arguments.suite}
     start = time.perf_counter()
     problems = [p for p in suite.problems if p.startswith(tuple(arguments.problems))]
     searchers = [s for s in suite.searchers if s.startswith(tuple(arguments.searchers))]

@@ -33,19 +33,23 @@ Rows = list[dict[str, Any]]
 
 
 def gaps(rows: Rows) -> dict[tuple[str, str], list[float]]:
-    """Gaps by problem and searcher, in percent, only of instances that a reference is known for."""
+    """Gaps by problem and searcher, in percent."""
+    return defaultdict(list, {key: list(found.values()) for key, found in _by_seed(rows).items()})
+
+
+def _by_seed(rows: Rows) -> dict[tuple[str, str], dict[int, float]]:
     best: dict[tuple[str, int], float] = defaultdict(lambda: math.inf)
     for row in rows:
         if row["loss"] is not None:
             key = (row["problem"], row["seed"])
             known = row["optimum"] if row["optimum"] is not None else row["loss"]
             best[key] = min(best[key], known)
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for row in rows:
         if row["loss"] is not None:
             reference = best[row["problem"], row["seed"]]
-            gap = 100 * (row["loss"] - reference) / (row["uniform"] - reference)
-            found[row["problem"], row["searcher"]].append(0.0 if gap < EXACT else gap)
+            gap = 100 * (row["loss"] - reference) / ((row["uniform"] - reference) or 1.0)
+            found[row["problem"], row["searcher"]][row["seed"]] = 0.0 if gap < EXACT else gap
     return found
 
 
@@ -141,24 +145,29 @@ def hits(rows: Rows, starts: tuple[str, ...] = EVERY) -> str:
 def encodings(rows: Rows, starts: tuple[str, ...] = EVERY) -> str:
     """Optimizers by encodings: mean over the problems of the median gap over seeds; the best in bold.
 
-    Only problems on which an optimizer was measured under all of its encodings count for it, so that a row compares
+    Only instances on which an optimizer was measured under all of its encodings count for it, so that a row compares
     like with like.
     """
-    found, rows = gaps(rows), _of(rows, starts)
+    found, rows = _by_seed(rows), _of(rows, starts)
     named = [s for s in dict.fromkeys(r["searcher"] for r in rows) if " / " in s]
     columns = list(dict.fromkeys(s.partition(" / ")[2] for s in named))
     lines = [f"| optimizer | {' | '.join(columns)} | problems |", "|---" * (len(columns) + 2) + "|"]
     for optimizer in dict.fromkeys(s.partition(" / ")[0] for s in named):
         own = [s for s in named if s.partition(" / ")[0] == optimizer]
-        problems = [p for p in dict.fromkeys(r["problem"] for r in rows) if all(found.get((p, s)) for s in own)]
-        if not problems:
+        shared = {
+            p: seeds
+            for p in dict.fromkeys(r["problem"] for r in rows)
+            if (seeds := set.intersection(*({*found.get((p, s), ())} for s in own)))
+        }
+        if not shared:
             continue
-        means = {s.partition(" / ")[2]: float(np.mean([np.median(found[p, s]) for p in problems])) for s in own}
+        medians = {s: [np.median([found[p, s][n] for n in seeds]) for p, seeds in shared.items()] for s in own}
+        means = {s.partition(" / ")[2]: float(np.mean(medians[s])) for s in own}
         best = min(means.values())
         cells = [
             "" if e not in means else f"**{means[e]:.1f}**" if means[e] == best else f"{means[e]:.1f}" for e in columns
         ]
-        lines.append(f"| `{optimizer}` | {' | '.join(cells)} | {len(problems)} |")
+        lines.append(f"| `{optimizer}` | {' | '.join(cells)} | {len(shared)} |")
     return "\n".join(lines)
 
 

@@ -163,6 +163,8 @@ class LevelSet:
             budget = max(math.floor((1 - Fraction(str(sparsity))) * total), self._kept_at(Fraction(str(sparsity))))
         elif isinstance(drop, Mapping):
             self._only("modules", "drop")
+            if floor:
+                raise InvalidSettingError(f"floor={floor} is one number, drop={dict(drop)} counts each group by itself")
             return self._dropping(drop)
         elif drop is not None:
             self._only("modules", "drop")

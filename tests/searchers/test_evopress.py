@@ -13,7 +13,7 @@ from evo_hpo import Allowance, Assignment, Budget, CompressionSpace, FunctionPro
 from evo_hpo.errors import InvalidSettingError
 from searchers import make_searcher
 from searchers.evopress import PRESETS
-from searchers.initialisation import rounded_up_and_decremented
+from searchers.initialisation import random_and_spent, rounded_up_and_decremented
 from tests.searchers.landscapes import interacting, mixed_space, pruning_space
 
 
@@ -186,6 +186,12 @@ def test_all_offspring_failing_keeps_the_parent() -> None:
         ({"switch_rule": "max"}, "min_of_two"),
         ({"elitism": "maybe"}, "index, count, none"),
         ({"minibatch": "stale"}, "fresh, nested, fixed"),
+        ({"initial_tokens": -5}, "at least 1"),
+        ({"survivors": [2.5]}, "integer"),
+        ({"tokens": [2.5]}, "integer"),
+        ({"survivors": 4}, "one entry a stage"),
+        ({"cross_group": "half"}, "cross_group|type or value"),
+        ({"initial_share": "a"}, "initial_share|type or value"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_allowed_range(settings: dict[str, Any], message: str) -> None:
@@ -203,3 +209,34 @@ def test_siblings_are_distinct_over_a_long_search() -> None:
     for _, batch in itertools.groupby(result.outcomes, key=lambda o: o.trial.generation):
         levels = [o.trial.levels for o in batch]
         assert len(set(levels)) == len(levels)
+
+
+@pytest.mark.parametrize("settings", [{"init": "random"}, {"preset": "depth_pruning"}, {"restart_after": 2}])
+def test_random_starts_spend_the_whole_budget(settings: dict[str, Any]) -> None:
+    """Switches keep what an assignment costs: budget that a start leaves would be lost for the whole search."""
+    space = CompressionSpace([Unit(f"layers.{i}.unit", costs=(0, 1)) for i in range(24)], 16)
+    asked: list[int] = []
+
+    def loss(levels: Assignment) -> float:
+        asked.append(sum(levels))
+        return float(sum((i + 1) * (1 - k) for i, k in enumerate(levels)))
+
+    searcher = make_searcher("evopress", space, seed=3, tokens=None, **settings)
+    search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=400))
+    assert set(asked) == {16}
+
+
+def test_two_resources_are_both_spent_by_a_random_start() -> None:
+    units = [Unit(f"layers.{i}.{'am'[i % 2]}", costs=((0, 0), ((1, 0), (0, 1))[i % 2])) for i in range(20)]
+    space = CompressionSpace(units, (6, 7), resources=("attention", "mlp"))
+    for seed in range(5):
+        assert space.costs(random_and_spent(space, np.random.default_rng(seed))) == (6, 7)
+
+
+def test_where_mutation_finds_nothing_neighbours_are_drawn_at_random() -> None:
+    """Eleven raises are always rejected; what is tried instead must not be the same few neighbours each time."""
+    space = CompressionSpace([Unit(f"layers.{i}.unit", costs=(1, 2, 3)) for i in range(20)], 40)
+    searcher = make_searcher("evopress", space, seed=0, group="none", switch_rule="fixed", max_switches=11, offspring=4)
+    problem = FunctionProblem(space, lambda levels: float(sum(k != 1 for k in levels)))  # the start is best
+    result = search(searcher, problem, budget=Budget(evaluations=200))
+    assert len({o.trial.levels for o in result.outcomes}) > 100

@@ -85,3 +85,12 @@ def test_overhead_is_timed_for_the_trials_that_were_made() -> None:
 def test_evopress_needs_about_k_times_the_rest_over_lambda_generations_on_linear_losses(offspring: int) -> None:
     mean = sum(generations(30, 10, offspring, seed) for seed in range(6)) / 6
     assert 0.5 < mean / (10 * 20 / offspring) < 6
+
+
+def test_a_searcher_no_better_than_uniform_has_a_gap_of_nothing_where_nothing_better_is_known() -> None:
+    assert gaps([row("uniform", 0, 10.0, None)])["p", "uniform"] == [0.0]
+
+
+def test_encodings_are_compared_on_the_seeds_that_all_of_them_have() -> None:
+    rows = [row("a / keys", 0, 6.0, 5.0), row("a / native", 0, 5.5, 5.0), row("a / native", 1, 9.0, 5.0)]
+    assert encodings(rows).splitlines()[2] == "| `a` | 20.0 | **10.0** | 1 |"

@@ -7,7 +7,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from benchmarks.synthetic import noisy
-from evo_hpo import Budget, Outcome, search
+from evo_hpo import Allowance, Budget, Outcome, Trial, search
 from evo_hpo.registry import make_searcher
 from searchers.multi_step import MultiStep
 
@@ -68,3 +68,21 @@ def test_any_registered_searcher_can_be_wrapped() -> None:
     for name in ("evopress", "trust_region", "optuna:tpe"):
         searcher = make_searcher(f"multi_step:{name}", problem.space, seed=0, tokens=(64, 1024))
         assert search(searcher, problem, budget=Budget(tokens=40 * 1024)).best is not None
+
+
+def test_the_inner_searcher_is_told_how_many_of_its_trials_all_stages_pay_for() -> None:
+    """Eight trials are screened on 128 tokens, four go on to 1024: 5120 tokens for eight trials, later 6144."""
+    problem = noisy(units=12, levels=3, tokens=1024)
+    searcher = make(problem, batch=8, survivors=(4, 1), tokens=(128, 1024))
+    affords: list[int] = []
+    ask = searcher.searcher.ask
+
+    def spy(allowance: Allowance) -> tuple[Trial, ...]:
+        affords.append(allowance.affords(10**9))
+        return ask(allowance)
+
+    searcher.searcher.ask = spy  # type: ignore[method-assign]
+    result = search(searcher, problem, budget=Budget(tokens=5120 + 4 * 6144))
+    assert sum(o.trial.stage == 0 for o in result.outcomes) == 40
+    assert affords[0] == 8 * (5120 + 4 * 6144) // 5120
+    assert affords[1:5] == [32, 24, 16, 8]

@@ -204,3 +204,15 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     study = optuna.create_study(sampler=sampler())
     with pytest.raises(InvalidSpaceError, match="layer0"):
         study.ask({"layer0": optuna.distributions.IntDistribution(0, 9)})
+
+
+def test_a_parameter_that_only_some_trials_have_keeps_the_budget_too() -> None:
+    costs = {f"layer{i}": (0, 1, 2) for i in range(4)}
+
+    def objective(trial: Trial) -> float:
+        names = list(costs) if trial.number % 2 else list(costs)[:3]
+        return -sum(trial.suggest_int(name, 0, 2) for name in names)
+
+    study = optuna.create_study(sampler=EvoPressSampler(costs=costs, budget=4, seed=0))
+    study.optimize(objective, n_trials=60)
+    assert max(sum(t.params.values()) for t in study.trials) == 4

@@ -199,3 +199,10 @@ def test_settings_are_described_and_checked() -> None:
         make_searcher("trust_region", space, explore=2)
     with pytest.raises(UnknownNameError, match="multi_step"):
         make_searcher("multi_step:multi_step:random", space)
+
+
+def test_annealing_cools_again_where_a_cooling_found_nothing_new() -> None:
+    problem = interacting(units=14, levels=2, exact=True, tightness=0.5, seed=0)
+    searcher = make_searcher("simulated_annealing", problem.space, seed=0)
+    result = search(searcher, problem, budget=Budget(evaluations=3000))
+    assert len(result.outcomes) > 1500  # of 3432 assignments; one cooling freezes after a few hundred

@@ -113,7 +113,8 @@ class NevergradSearcher(ForeignSearcher):
         horizon = self.horizon or allowance.affords(10**9, self.tokens)
         if horizon >= 10**9:
             horizon = 1000
-        return ng.optimizers.registry[self.optimizer_name](array, budget=horizon, num_workers=self.batch)
+        # Some cannot be made for a single trial.
+        return ng.optimizers.registry[self.optimizer_name](array, budget=max(horizon, 2), num_workers=self.batch)
 
     @contextmanager
     def _lent(self, doing: str) -> Iterator[None]:
@@ -144,6 +145,9 @@ class NevergradSearcher(ForeignSearcher):
         """A batch of the optimizer's candidates; the first batch is the uniform assignment where it starts there."""
         if not self.encoding.free:
             return self._only()
+        if self._asked and not allowance.affords(1, self.tokens):  # designs of a fixed size refuse to be asked for more
+            self.stop_reason = "the budget does not pay for another trial"
+            return ()
         with self._lent("being asked"):
             if self.optimizer is None:
                 self.optimizer = self._make(allowance)

@@ -39,18 +39,26 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
 _CLOCK = ("Carola8", "Carola9", "Carola10", "Carola13", "CmaFmin2", "MetaModelFmin2")
 """Their solver seeds itself from the clock, whatever seed it is given."""
 
+_IMPORT = ("PolyLN",)
+"""Their settings are drawn from numpy's unseeded generator when the library is imported."""
+
 _SURROGATES = (
     "ImageMetaModel",
     "ImageMetaModelD",
     "ImageMetaModelDiagonalCMA",
     "ImageMetaModelLogNormal",
     "MetaModelPSO",
+    "MetaNGOpt10",
     "Neural1MetaModel",
     "Neural1MetaModelD",
     "Neural1MetaModelLogNormal",
     "Neural1MetaModelOnePlusOne",
     "Quad1MetaModel",
+    "Quad1MetaModelD",
     "Quad1MetaModelOnePlusOne",
+    "RF1MetaModel",
+    "RF1MetaModelD",
+    "RF1MetaModelOnePlusOne",
     "SVM1MetaModel",
     "SVM1MetaModelD",
     "SVM1MetaModelLogNormal",
@@ -68,6 +76,8 @@ def why_not(name: str) -> str:
         return f"it needs the package {package}, which is not installed"
     if name in _CLOCK:
         return "its solver seeds itself from the clock, so no search could be repeated or resumed"
+    if name in _IMPORT:
+        return "its settings are drawn anew in every process, so no search could be repeated or resumed"
     if name in _SURROGATES and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         return f"its surrogate model fails on numpy {np.__version__} (it needs numpy before 2.4)"
     return ""

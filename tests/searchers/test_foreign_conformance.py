@@ -21,13 +21,14 @@ from searchers.optuna_adapter import family as optuna
 
 ALL = os.environ.get("EVO_HPO_CONFORMANCE") == "all"
 KINDS = ("CMA", "DE", "DiscreteOnePlusOne", "NGOpt", "PSO", "Portfolio", "TBPSA")
-STILL = frozenset(
-    """
-    BFGS CMAsmall CMAstd CMAtuning ChainMetaModelDSSQP DS3p DSbase DSproba DSsubspace ImageMetaModelE LocalBFGS
-    MetaModelDSproba MicroCMA MicroSPSA MicroSQP MilliCMA MultiDS NelderMead Neural1MetaModelE Quad1MetaModelE
-    RF1MetaModelE SDiagonalCMA SPSA SQP SVM1MetaModelE TinyCMA TinyLhsDE TinyQODE TinySPSA TinySQP Zero
-    """.split()
-)
+# fmt: off
+STILL = frozenset((
+    "BFGS", "CMAsmall", "CMAstd", "CMAtuning", "ChainMetaModelDSSQP", "DS3p", "DSbase", "DSproba", "DSsubspace",
+    "ImageMetaModelE", "LocalBFGS", "MetaModelDSproba", "MicroCMA", "MicroSPSA", "MicroSQP", "MilliCMA",
+    "MultiDS", "NelderMead", "Neural1MetaModelE", "Quad1MetaModelE", "RF1MetaModelE", "SDiagonalCMA", "SPSA",
+    "SQP", "SVM1MetaModelE", "TinyCMA", "TinyLhsDE", "TinyQODE", "TinySPSA", "TinySQP", "Zero",
+))
+# fmt: on
 """They are deterministic, or do not leave their start within so few trials, so that seeds make no difference."""
 SAMPLERS = tuple(s for s in optuna.members() if s != "gp")
 
@@ -80,6 +81,11 @@ class TestEncodings(SearcherConformance):
         """The searcher with the encoding that stands behind its name."""
         optimizer, _, encoding = name.partition(" ")
         return make_searcher(optimizer, space, seed=seed, encoding=encoding)
+
+    def test_different_seeds_differ(self, name: str) -> None:
+        """Where seeds can make a difference so early."""
+        if name != "nevergrad:NGOpt keys":
+            super().test_different_seeds_differ(name)
 
 
 def test_the_suite_covers_every_sampler_and_every_encoding() -> None:

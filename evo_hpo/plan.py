@@ -219,8 +219,6 @@ class _at:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, EvoHpoError):
             raise PlanError(f"{self.place}: {error}") from error
-        if isinstance(error, TypeError):
-            raise PlanError(f"{self.place}: a setting has the wrong type: {error}") from error
 
 
 def _near(key: str, known: dict[str, Any]) -> str:

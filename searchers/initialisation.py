@@ -18,7 +18,14 @@ from evo_hpo.trial import Outcome, Trial
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = ["WARM_STARTS", "Initialisation", "WarmStart", "initialisation", "rounded_up_and_decremented"]
+__all__ = [
+    "WARM_STARTS",
+    "Initialisation",
+    "WarmStart",
+    "initialisation",
+    "random_and_spent",
+    "rounded_up_and_decremented",
+]
 
 WARM_STARTS = ("dynamic_programming", "trust_region")
 """Searchers whose recommendation may be the start."""

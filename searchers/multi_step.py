@@ -74,7 +74,7 @@ class MultiStep(Searcher):
         self._alive: list[_Candidate] = []
         self._asking: list[_Candidate] = []
         self._generation = -1
-        self._last: list[_Candidate] = []  # the batch before, whose size is that of the next one too
+        self._size = 0  # of the last batch: the next one is expected to be as large
 
     def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
         """The next stage of the batch, or the first stage of the inner searcher's next batch."""
@@ -107,7 +107,8 @@ class MultiStep(Searcher):
         trials = self.searcher.ask(self._inner(allowance))
         self.stop_reason = self.searcher.stop_reason
         self._generation += 1
-        self._batch = self._last = [_Candidate(t) for t in trials]
+        self._batch = [_Candidate(t) for t in trials]
+        self._size = len(trials)
         self._alive = list({c.trial.levels: c for c in reversed(self._batch)}.values())[::-1]
         self._stage = 0
         while self._batch and not self.selection.needed(len(self._alive), self._stage):
@@ -116,18 +117,13 @@ class MultiStep(Searcher):
 
     def _inner(self, allowance: Allowance) -> Allowance:
         """What the inner searcher may spend: its trials at first-stage price, as many as all stages pay for."""
-        count = len(self._last) or int(getattr(self.searcher, "batch", 1))
-        alive, scored, tokens = count, 0, 0
+        count = self._size or int(getattr(self.searcher, "batch", 1))
+        trials, tokens = self.selection.price(count, int(self._generation >= 0), allowance.default_tokens)
         first = self.selection.stages[0].tokens or allowance.default_tokens
-        for j, stage in enumerate(self.selection.stages):
-            if self.selection.needed(alive, j):
-                here = alive + int(self.selection.joins(j) and self._generation >= 0)
-                scored, tokens = scored + here, tokens + here * (stage.tokens or allowance.default_tokens)
-                alive = min(alive, stage.survivors)
         share = count * first / tokens if tokens else 1.0
         return Allowance(
             None if allowance.tokens is None else max(int(allowance.tokens * share), min(first, allowance.tokens)),
-            None if allowance.evaluations is None else max(allowance.evaluations * count // scored, 1),
+            None if allowance.evaluations is None else max(allowance.evaluations * count // trials, 1),
             first,
         )
 

@@ -135,6 +135,7 @@ class EvoPressSampler(BaseSampler):
         self._intersection: IntersectionSearchSpace = optuna.search_space.IntersectionSearchSpace()
         self._last_start: tuple[int, Assignment] = (-1, ())
         self._breeders: dict[tuple[tuple[str, int], ...], Breeder] = {}
+        self._reserve = () if self._space is None else self._space.uniform()  # kept for parameters that are not bred
         self._bred: set[int] = set()  # running trials whose common parameters have the budget but for a reserve
 
     # ------------------------------------------------------------------ Optuna's interface
@@ -185,7 +186,7 @@ class EvoPressSampler(BaseSampler):
                         f"parameter {param_name!r} has {axis.size} values, "
                         f"costs are given for {len(self._space.units[index].costs)}"
                     )
-                start = self._space.uniform() if trial.number in self._bred else self._start(trial)
+                start = self._reserve if trial.number in self._bred else self._start(trial)
                 return axis.value(start[index])
         label = int.from_bytes(param_name.encode()[:64], "little")
         rng = np.random.default_rng([self._seed, trial.number, 1, label])

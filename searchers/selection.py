@@ -72,21 +72,23 @@ class Selection:
     def affordable(self, offspring: int, parents: int, allowance: Allowance) -> int:
         """The most offspring, up to ``offspring``, whose whole generation the allowance pays; 0: none."""
         for count in range(offspring, 0, -1):
-            if self._fits(count, parents, allowance):
+            trials, tokens = self.price(count, parents, allowance.default_tokens)
+            if (allowance.evaluations is None or trials <= allowance.evaluations) and (
+                allowance.tokens is None or tokens <= allowance.tokens
+            ):
                 return count
         return 0
 
-    def _fits(self, offspring: int, parents: int, allowance: Allowance) -> bool:
-        candidates = offspring
+    def price(self, offspring: int, parents: int, default_tokens: int) -> tuple[int, int]:
+        """Trials and tokens of a whole generation; ``parents`` are those that have to be scored beside it."""
+        candidates, trials, tokens = offspring, 0, 0
         for j, stage in enumerate(self.stages):
             if not self.needed(candidates, j):
                 continue
             scored = candidates + (parents if self.joins(j) else 0)
-            if allowance.affords(scored, stage.tokens) < scored:
-                return False
-            allowance = allowance.less(scored, stage.tokens)
+            trials, tokens = trials + scored, tokens + scored * (stage.tokens or default_tokens)
             candidates = min(candidates, stage.survivors)
-        return True
+        return trials, tokens
 
 
 def ranked(outcomes: Sequence[Outcome], sign: float = 1.0) -> list[Outcome]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from numpy.random import Generator
 
@@ -81,20 +81,20 @@ class Breeder:
                 levels[position] = level
         return tuple(levels)
 
-    def child(self, parent: Assignment, stream: Uniforms, seen: Collection[Assignment] = ()) -> Assignment:
-        """A feasible mutant that is not the parent and, where one is found, none of ``seen``."""
+    def child(self, parent: Assignment, stream: Uniforms, taken: Callable[[Assignment], bool]) -> Assignment:
+        """A feasible mutant that is not the parent and, where one is found, not ``taken``."""
         found = None
         for _ in range(TRIES):
             levels = self._mutant(parent, stream)
             if levels is None or levels == parent:
                 continue
             found = levels
-            if levels not in seen:
+            if not taken(levels):
                 break
         return parent if found is None else found
 
     def _mutant(self, parent: Assignment, stream: Uniforms) -> Assignment | None:
-        switches = self._switches(stream, 0)
+        switches = self._switches(stream)
         total = len(self.members) + len(self.free)
         if not total:
             return None

@@ -7,7 +7,7 @@ Sieberling, Kuznedelev, Kurtic, Alistarh, "EvoPress: Accurate Dynamic Model Comp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from evo_hpo.budget import Allowance
@@ -16,7 +16,7 @@ from evo_hpo.searcher import Searcher, positive
 from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Draw, Outcome, Trial
 from searchers.initialisation import WARM_STARTS, Initialisation, WarmStart, initialisation, random_and_spent
-from searchers.mutation import Uniforms, mutation, switch_counts
+from searchers.mutation import SwitchCount, Uniforms, heavy_tailed, mutation, switch_counts
 from searchers.presets import PRESETS, most_generations, resolved
 from searchers.selection import Selection, ranked
 
@@ -36,7 +36,7 @@ class EvoPress(Searcher):
     Settings left at None come from the preset.
 
     Args:
-        preset: ``plain`` (16 offspring, one stage, the best survives, half of the offspring exchange across groups),
+        preset: ``plain`` (4 offspring, one stage, the best survives, half of the offspring exchange across groups),
             ``depth_pruning``, ``sparsity``, ``quantization`` or ``super_fast``.
         offspring: lambda, distinct mutants of a generation.
         survivors: how many each stage keeps; the last entry is the population (mu).
@@ -53,8 +53,11 @@ class EvoPress(Searcher):
         initial_share: share of the budget for a start by another searcher; its trials are charged like all others.
         elitism: parents join the last stage by ``index``, stages by survivor ``count`` (reference), or ``none``.
         minibatch: ``fresh`` for every stage; ``nested`` (a stage's data contains the one before's); ``fixed``.
-        widen_after: generations without a new parent after which each further one adds a switch; None: never.
+        widen_after: generations without a new parent after which the number of switches has a heavy tail (power law)
+            until there is one; None: never.
         restart_after: generations without a new parent after which the search starts anew; None: never.
+        revisit: let an offspring be an assignment measured before, as published; False: not where its loss is exact
+            (a problem without fidelity, or ``minibatch="fixed"``) and would only be read once more.
         invert: look for the worst assignment instead.
     """
 
@@ -80,6 +83,7 @@ class EvoPress(Searcher):
         minibatch: str = "fresh",
         widen_after: int | None = None,
         restart_after: int | None = None,
+        revisit: bool = False,
         invert: bool = False,
     ) -> None:
         super().__init__(space, seed=seed)
@@ -98,6 +102,7 @@ class EvoPress(Searcher):
         self.selection = Selection.of(chosen["survivors"], chosen["tokens"], elitism)
         self.generations = most_generations(space, chosen["generations"])
         self.switches = switch_counts(switch_rule, positive("max_switches", max_switches))
+        self.far_switches = heavy_tailed(len(space))
         self.mutate = mutation(space, group, float(chosen["cross_group"]))
         self.group = group
         if minibatch not in ("fresh", "nested", "fixed"):
@@ -105,6 +110,7 @@ class EvoPress(Searcher):
         self.minibatch = minibatch
         self.widen_after = None if widen_after is None else positive("widen_after", widen_after)
         self.restart_after = None if restart_after is None else positive("restart_after", restart_after)
+        self.revisit = revisit
         self.sign = -1.0 if invert else 1.0
         self.stream = Uniforms(self.rng)
         self.generation = 0
@@ -158,13 +164,12 @@ class EvoPress(Searcher):
                 return ()
             if self.restart_after is not None and self.stagnant >= self.restart_after:
                 self._restart()
-            count = self.selection.affordable(self.offspring, self._joining(), allowance)
-            if not count:
-                self.stop_reason = "the budget does not pay for another generation"
-                return ()
-            self._candidates = self._breed(count)
+            self._candidates = self._affordable_mutants(allowance)
+            if not self._candidates and self.restart_after is not None and not self.stop_reason:
+                self._restart()
+                self._candidates = self._affordable_mutants(allowance)
             if not self._candidates:
-                self.stop_reason = "no feasible mutant of the parent exists: cross_group or another group may give some"
+                self.stop_reason = self.stop_reason or self._why_none()
                 return ()
             self.generation += 1
             self._stage = 0
@@ -209,31 +214,60 @@ class EvoPress(Searcher):
         """Parents (and champion) that have to be paid for in the last stage."""
         return sum(not self._remembered(e) for e in self._elders())
 
+    def _affordable_mutants(self, allowance: Allowance) -> list[_Candidate]:
+        count = self.selection.affordable(self.offspring, self._joining(), allowance)
+        if not count:
+            self.stop_reason = "the budget does not pay for another generation"
+            return []
+        return self._breed(count)
+
+    def _why_none(self) -> str:
+        if len(self._measured()) > len(self.parents):
+            return "no mutant was found that has not been measured: restart_after would go on from elsewhere"
+        return "no feasible mutant of the parent exists: cross_group or another group may give some"
+
     def _breed(self, count: int) -> list[_Candidate]:
-        """Up to ``count`` distinct mutants, none equal to a parent; fewer where fewer exist."""
+        """Up to ``count`` distinct mutants, none equal to a parent; fewer where fewer exist.
+
+        Where losses are exact, none is measured twice: around a local optimum the neighbours run out, and the search
+        looks further away instead of at the same ones.
+        """
         seen = {p.levels for p in self.parents}
+        wide = self.widen_after is not None and self.stagnant >= self.widen_after
+        usual = self.far_switches if wide else self.switches
+        return (
+            self._draw(count, usual, seen)
+            or self._neighbours(count, seen)
+            or self._draw(count, self.far_switches, seen)
+        )
+
+    def _measured(self) -> Collection[Assignment]:
+        """Assignments that no offspring may be again."""
+        return self._known if self._noiseless and not self.revisit else ()
+
+    def _draw(self, count: int, switches: SwitchCount, seen: set[Assignment]) -> list[_Candidate]:
+        """Up to ``count`` random mutants, which join ``seen``."""
         found: list[_Candidate] = []
-        wider = 0
-        if self.widen_after is not None:
-            wider = min(max(0, self.stagnant - self.widen_after + 1), len(self.space))
+        old = self._measured()
         failures = 0
         while len(found) < count and failures < 50 + 10 * count:
             parent = self.parents[self.stream.below(len(self.parents)) if len(self.parents) > 1 else 0]
-            levels = self.mutate(parent.levels, self.stream, self.switches(self.stream, wider))
-            if levels is None or levels in seen:
+            levels = self.mutate(parent.levels, self.stream, switches(self.stream))
+            if levels is None or levels in seen or levels in old:
                 failures += 1
                 continue
             seen.add(levels)
             found.append(_Candidate(levels, parent.number))
-        return found or self._neighbours(seen, count)
+        return found
 
-    def _neighbours(self, seen: set[Assignment], count: int) -> list[_Candidate]:
+    def _neighbours(self, count: int, seen: set[Assignment]) -> list[_Candidate]:
         """Up to ``count`` of the parents' unseen neighbours, at random: chance may have missed a lone one."""
+        old = self._measured()
         left = {
             levels: _Candidate(levels, parent.number)
             for parent in self.parents
             for levels in self.space.switches(parent.levels, self.group)
-            if levels not in seen
+            if levels not in seen and levels not in old
         }
         able = list(left.values())
         return [able.pop(self.stream.below(len(able))) for _ in range(min(count, len(able)))]

@@ -6,6 +6,7 @@ is ours: level switches inside groups of equal size can never move budget from o
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from evo_hpo.space import Assignment, CompressionSpace
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = ["Exchange", "LevelSwitch", "Uniforms", "UnrestrictedSwitch", "mutation", "switch_counts"]
+__all__ = ["Exchange", "LevelSwitch", "Uniforms", "UnrestrictedSwitch", "heavy_tailed", "mutation", "switch_counts"]
 
 ATTEMPTS = 64  # random picks before looking at every unit
 MOST_CHANGES = 10  # of the unrestricted switch, as published
+TAIL = 2.5  # exponent of the heavy-tailed number of switches
 LEAST_RETURNED = 0.8  # share of the freed cost that the unrestricted switch must spend again, as published
 
 
@@ -50,19 +52,28 @@ Mutation = Callable[[Assignment, Uniforms, int], Assignment | None]
 """(parent, stream, number of switches) -> offspring, or None where this draw led to none."""
 
 
-def switch_counts(rule: str, most: int) -> Callable[[Uniforms, int], int]:
+def switch_counts(rule: str, most: int) -> SwitchCount:
     """Number of switches an offspring takes: ``min_of_two`` uniform draws from 1..most, or ``fixed`` at most.
-
-    The second argument of the result widens ``most`` (used after stagnation).
 
     Raises:
         InvalidSettingError: another rule.
     """
     if rule == "min_of_two":  # P(1, 2, 3) = 5/9, 3/9, 1/9 for most = 3
-        return lambda stream, wider: 1 + min(stream.below(most + wider), stream.below(most + wider))
+        return lambda stream: 1 + min(stream.below(most), stream.below(most))
     if rule == "fixed":
-        return lambda stream, wider: most + wider
+        return lambda stream: most
     raise InvalidSettingError(f"switch_rule={rule!r} must be one of: min_of_two, fixed")
+
+
+def heavy_tailed(most: int) -> SwitchCount:
+    """Number of switches r from 1..most with probability proportional to r^-2.5: mostly few, now and then very many.
+
+    A power law leaves local optima without giving up the neighbourhood (Doerr, Le, Makhmara, Nguyen, "Fast Genetic
+    Algorithms", GECCO 2017, whose exponents are above 1).
+    """
+    shares = list(itertools.accumulate(r**-TAIL for r in range(1, most + 1)))
+    fine = 2**30
+    return lambda stream: 1 + bisect.bisect_right(shares, stream.below(fine) / fine * shares[-1])
 
 
 def mutation(space: CompressionSpace, group: str, cross_group: float) -> Mutation:

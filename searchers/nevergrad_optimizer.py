@@ -106,7 +106,7 @@ class EvoPressOptimizer(_Optimizer):  # type: ignore[misc]
         *,
         costs: Sequence[Sequence[int]] | None = None,
         cost_budget: int | None = None,
-        offspring: int = 16,
+        offspring: int = 4,
         max_switches: int = 3,
         cross_group: float = 0.5,
         noisy: bool = False,
@@ -165,7 +165,7 @@ class EvoPressOptimizer(_Optimizer):  # type: ignore[misc]
         elif self._noisy and self._parent not in self._members:
             levels = self._parent
         else:
-            levels = breeder.child(self._parent, self._stream, self._members)
+            levels = breeder.child(self._parent, self._stream, self._members.__contains__)
         self._members.add(levels)
         candidate = self.parametrization.spawn_child()
         position = 0
@@ -198,7 +198,8 @@ class EvoPressOptimizer(_Optimizer):  # type: ignore[misc]
             self._parent, self._parent_loss = levels, loss
         if close:
             self._generation = []
-            self._members = set()
+            if self._noisy:  # exact losses need no second look
+                self._members = set()
 
 
 def _at(parameter: Any, path: Sequence[Any]) -> Any:
@@ -224,7 +225,7 @@ class ConfiguredEvoPress(_ConfiguredOptimizer):  # type: ignore[misc]
         *,
         costs: Sequence[Sequence[int]] | None = None,
         cost_budget: int | None = None,
-        offspring: int = 16,
+        offspring: int = 4,
         max_switches: int = 3,
         cross_group: float = 0.5,
         noisy: bool = False,

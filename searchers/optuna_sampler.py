@@ -10,7 +10,7 @@ study, and a stopped one goes on where it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,7 +101,7 @@ class EvoPressSampler(BaseSampler):
         max_switches: an offspring takes min of two draws from 1..max_switches switches.
         cross_group: probability that an offspring exchanges budget across groups.
         noisy: the objective is noisy: the parent is scored again in each generation, and the next parent is the best
-            of that generation alone; False: the next parent is the best of all.
+            of that generation alone; False: the next parent is the best of all, and none is tried twice.
         seed: of the random stream; each trial has its own, by number, so ``n_jobs`` changes no draw.
 
     Raises:
@@ -116,7 +116,7 @@ class EvoPressSampler(BaseSampler):
         budget: int | None = None,
         floor: int = 0,
         groups: Mapping[str, str] | None = None,
-        offspring: int = 16,
+        offspring: int = 4,
         max_switches: int = 3,
         cross_group: float = 0.5,
         noisy: bool = False,
@@ -165,7 +165,7 @@ class EvoPressSampler(BaseSampler):
         elif self._noisy and not any(m == parent for m in members):
             levels = parent
         else:
-            levels = breeder.child(parent, stream, members)
+            levels = breeder.child(parent, stream, self._taken(study, axes, members))
         return {name: axis.value(level) for (name, axis), level in zip(axes.items(), levels, strict=True)}
 
     def sample_independent(
@@ -228,6 +228,19 @@ class EvoPressSampler(BaseSampler):
                 cross_group=self._cross_group,
             )
         return self._breeders[key]
+
+    def _taken(self, study: Study, axes: Mapping[str, _Axis], members: set[Assignment]) -> Callable[[Assignment], bool]:
+        """Whether the generation has an assignment already; where losses are exact, whether the study has."""
+        if self._noisy:
+            return members.__contains__
+        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        known = [t.params for t in study.get_trials(deepcopy=False, states=states)]
+
+        def taken(levels: Assignment) -> bool:
+            wanted = [(name, axis.value(level)) for (name, axis), level in zip(axes.items(), levels, strict=True)]
+            return levels in members or any(all(p.get(name) == v for name, v in wanted) for p in known)
+
+        return taken
 
     def _generation(
         self, study: Study, axes: Mapping[str, _Axis], breeder: Breeder

@@ -12,7 +12,7 @@ from evo_hpo.space import CompressionSpace
 __all__ = ["PRESETS", "most_generations", "resolved"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "plain": {"offspring": 16, "survivors": (1,), "tokens": None, "cross_group": 0.5},
+    "plain": {"offspring": 4, "survivors": (1,), "tokens": None, "cross_group": 0.5},
     "depth_pruning": {
         "generations": "k(n-k)/1.5",
         "offspring": 32,

@@ -54,10 +54,10 @@ def offspring(units: Sequence[Unit], count: int, seed: int) -> tuple[Assignment,
     stream, switch, draw = Uniforms(np.random.default_rng(seed)), LevelSwitch(space), switch_counts("min_of_two", 3)
     parent = space.uniform()
     for _ in range(100):
-        parent = switch(parent, stream, draw(stream, 0)) or parent
+        parent = switch(parent, stream, draw(stream)) or parent
     found: dict[Assignment, None] = {}
     while len(found) < count:
-        child = switch(parent, stream, draw(stream, 0))
+        child = switch(parent, stream, draw(stream))
         if child is not None and child != parent:
             found[child] = None
     return parent, list(found)

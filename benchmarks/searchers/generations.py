@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,8 @@ def generations(n: int, k: int, offspring: int, seed: int) -> int:
     space = CompressionSpace([Unit(f"m{i}", (0, 1)) for i in range(n)], n - k, floor=n - k)
     losses = np.random.default_rng([seed, n, k]).permutation(n) + 1.0
     optimum = float(np.sort(losses)[:k].sum())
-    searcher = EvoPress(space, seed=seed, offspring=offspring, init="random", cross_group=0.0, minibatch="fixed")
+    published: dict[str, Any] = {"init": "random", "cross_group": 0.0, "minibatch": "fixed", "revisit": True}
+    searcher = EvoPress(space, seed=seed, offspring=offspring, **published)
     best, count = float("inf"), 0
     while best > optimum:
         trials = searcher.ask(Allowance())

@@ -109,6 +109,35 @@ def test_fewer_mutants_than_offspring_are_all_used_and_none_stops_the_search() -
     assert "no feasible mutant" in stuck.stop_reason
 
 
+def test_where_losses_are_exact_no_assignment_is_measured_twice() -> None:
+    space, loss = pruning_space(12, 4), interacting(12, 0.35, 1)
+    repeated = {}
+    for revisit in (False, True):
+        searcher = make_searcher("evopress", space, seed=0, revisit=revisit)
+        outcomes = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=300)).outcomes
+        repeated[revisit] = len(outcomes) - len({o.trial.levels for o in outcomes})
+    assert repeated[False] == 0
+    assert repeated[True] > 50
+
+
+def test_exact_losses_end_the_search_when_the_space_is_measured() -> None:
+    space, loss = pruning_space(7, 3), interacting(7, 0.35, 0)
+    searcher = make_searcher("evopress", space, seed=0)
+    result = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=1000))
+    measured = {o.trial.levels for o in result.outcomes}
+    assert len(result.outcomes) == len(measured) >= comb(7, 3) - 2  # mutants are drawn: a last one may be missed
+    assert "not been measured" in result.stop_reason
+
+
+def test_fresh_data_lets_an_assignment_be_measured_again() -> None:
+    space, noise = pruning_space(5, 2), np.random.default_rng(0)  # ten assignments, soon all of them measured
+    searcher = make_searcher("evopress", space, seed=0)
+    for _ in range(30):
+        trials = searcher.ask(Allowance(tokens=10**6, default_tokens=64))
+        assert len(trials) >= 2
+        searcher.tell([Outcome(t, float(noise.normal())) for t in trials])
+
+
 def test_inverted_fitness_finds_the_worst() -> None:
     space = pruning_space(10, 3)
     loss = interacting(10, 0.1, 0)

@@ -9,7 +9,15 @@ import pytest
 from scipy.stats import chisquare
 
 from evo_hpo import Assignment, CompressionSpace
-from searchers.mutation import Exchange, LevelSwitch, Uniforms, UnrestrictedSwitch, mutation, switch_counts
+from searchers.mutation import (
+    Exchange,
+    LevelSwitch,
+    Uniforms,
+    UnrestrictedSwitch,
+    heavy_tailed,
+    mutation,
+    switch_counts,
+)
 from tests.searchers.landscapes import SIZES, mixed_space
 
 DRAWS = 100_000
@@ -149,9 +157,18 @@ def test_groups_and_exchanges_are_mixed_as_asked() -> None:
 
 def test_the_number_of_switches_is_the_smaller_of_two_uniform_draws() -> None:
     stream, rule = Uniforms(np.random.default_rng(2)), switch_counts("min_of_two", 3)
-    drawn = Counter(rule(stream, 0) for _ in range(DRAWS))
+    drawn = Counter(rule(stream) for _ in range(DRAWS))
     assert chisquare([drawn[r] for r in (1, 2, 3)], [1e5 * 5 / 9, 1e5 * 3 / 9, 1e5 * 1 / 9]).pvalue > 1e-4
-    assert {switch_counts("fixed", 7)(stream, 0) for _ in range(100)} == {7}
+    assert {switch_counts("fixed", 7)(stream) for _ in range(100)} == {7}
+
+
+def test_after_stagnation_the_number_of_switches_follows_a_power_law() -> None:
+    stream, rule = Uniforms(np.random.default_rng(2)), heavy_tailed(12)
+    drawn = Counter(rule(stream) for _ in range(DRAWS))
+    weights = np.arange(1.0, 13.0) ** -2.5
+    assert chisquare([drawn[r] for r in range(1, 13)], DRAWS * weights / weights.sum()).pvalue > 1e-4
+    assert set(drawn) <= set(range(1, 13))
+    assert heavy_tailed(1)(stream) == 1
 
 
 def test_two_switches_are_two_single_switches_in_a_row() -> None:

@@ -65,6 +65,11 @@ def test_no_candidate_is_over_the_budget_and_the_optimum_is_found(workers: int) 
     assert min(map(loss, seen)) == pytest.approx(min(map(loss, feasible)))
 
 
+def test_exact_losses_are_never_asked_for_twice_and_noisy_ones_are() -> None:
+    assert len(set(search(1, 150))) == 150
+    assert len(set(search(1, 150, noisy=True))) < 150
+
+
 def test_same_seed_same_candidates_in_a_spawned_process_and_another_seed_differs() -> None:
     here = search(3, 60)
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -83,6 +83,12 @@ def test_no_trial_is_over_the_budget_and_the_optimum_is_found() -> None:
     assert study.best_value == pytest.approx(brute_force())
 
 
+def test_exact_losses_are_never_asked_for_twice_and_noisy_ones_are() -> None:
+    tried = {noisy: [tuple(t.params.items()) for t in run(sampler(noisy=noisy), 120).trials] for noisy in (False, True)}
+    assert len(set(tried[False])) == 120
+    assert len(set(tried[True])) < 120
+
+
 def test_the_floor_is_kept_too() -> None:
     study = run(sampler(floor=BUDGET - 1), 60)
     assert set(costs_of(study)) <= {BUDGET - 1, BUDGET}

@@ -151,7 +151,9 @@ SUITES: dict[str, Suite] = {
         (
             ("optuna:tpe / projection", "", 10),
             ("optuna:tpe /", "60", 3),
-            ("optuna:tpe /", "210", 0),
+            ("optuna:tpe /", "210", 1),
+            ("optuna:cmaes / repaired", "210", 3),
+            ("optuna:cmaes / projection", "210", 3),
         ),
     ),
     "families": Suite({name: EQUAL[name] for name in _FEW_PROBLEMS}, FAMILIES, 200, 10),

@@ -20,6 +20,7 @@ __all__ = ["solve", "solve_by_dynamic_programming", "solve_by_integer_programmin
 Effects = Sequence[Sequence[float]]
 """Loss of each unit's levels; ``inf`` forbids a level."""
 
+NODES = 100_000  # of the branch and bound tree: a limit in seconds would give other trials on another machine
 MOST_CELLS = 40_000_000  # of the table of choices, a byte each (two above 256 levels)
 
 
@@ -166,7 +167,7 @@ def solve_by_integer_programming(
         integrality=np.ones(len(pairs), dtype=int),
         bounds=Bounds(0, 1),
         constraints=rows,
-        options={"mip_rel_gap": 1e-9, "time_limit": 60.0},
+        options={"mip_rel_gap": 1e-9, "node_limit": NODES},
     )
     if found.x is None:
         return None

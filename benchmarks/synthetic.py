@@ -119,8 +119,14 @@ def _problem(space: CompressionSpace, landscape: Landscape, name: str) -> Functi
         best = solve_by_dynamic_programming(space, landscape.effects())
         problem.optimum = None if best is None else landscape(best)
     elif space.count() <= BRUTE:
-        problem.optimum = float(landscape.of_many(np.array(list(space.enumerate()), dtype=np.int8)).min())
+        problem.optimum = float(landscape.of_many(_assignments(space)).min())
     return problem
+
+
+@lru_cache(maxsize=4)
+def _assignments(space: CompressionSpace) -> np.ndarray[Any, Any]:
+    """All of them (assignments x units); seeds share their space."""
+    return np.array(list(space.enumerate()), dtype=np.int8)
 
 
 @lru_cache(maxsize=64)

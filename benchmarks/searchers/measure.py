@@ -3,6 +3,7 @@
     python -m benchmarks.searchers.measure hits.jsonl --suite hits
     python -m benchmarks.searchers.measure equal.jsonl --suite equal --stop-after 200
     python -m benchmarks.searchers.measure equal.jsonl --suite equal --searchers nevergrad: --problems "additive 30"
+    python -m benchmarks.searchers.measure more.jsonl --suite hits --searchers evopress --seeds 400 100
     python -m benchmarks.searchers.table hits.jsonl
 
 A line a run; runs that the file holds already are skipped, so a measurement that was stopped goes on where it was.
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--searchers", nargs="*", default=[""], metavar="START", help="labels that start so")
     parser.add_argument("--problems", nargs="*", default=[""], metavar="START", help="labels that start so")
     parser.add_argument("--evaluations", type=int, help="of each run, instead of the suite's (into a file of its own)")
+    parser.add_argument("--seeds", nargs=2, type=int, metavar=("FIRST", "COUNT"), help="instead of the suite's")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds")
     arguments = parser.parse_args()
     suite = SUITES[arguments.suite]
@@ -72,8 +74,9 @@ def main() -> None:
     start = time.perf_counter()
     problems = [p for p in suite.problems if p.startswith(tuple(arguments.problems))]
     searchers = [s for s in suite.searchers if s.startswith(tuple(arguments.searchers))]
-    for seed, problem, label in itertools.product(range(suite.seeds), problems, searchers):
-        if (problem, label, seed) in done or seed >= suite.seeds_of(label, problem):
+    first, count = arguments.seeds or (0, suite.seeds)
+    for seed, problem, label in itertools.product(range(first, first + count), problems, searchers):
+        if (problem, label, seed) in done or (not arguments.seeds and seed >= suite.seeds_of(label, problem)):
             continue
         if time.perf_counter() - start > arguments.stop_after:
             print("stopped; run again to go on")

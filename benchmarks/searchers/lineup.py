@@ -105,12 +105,18 @@ EQUAL: Named = {
 
 _FEW_PROBLEMS = ("interacting 30 loose", "non_monotone 60 loose", "interacting 60 tight")
 
+_GP_PROBLEMS = ("interacting 30 tight", "interacting 30 loose")
+_BESIDE_GP = ("uniform", "random", "evopress", "trust_region", "optuna:cmaes / keys", "optuna:tpe / projection")
 _WEAK = ("nevergrad:TwoPointsDE", "optuna:nsga2", "optuna:tpe")
 _STRONGEST: Named = {
     label: named
     for label, named in (LINEUP | ENCODED).items()
     if label.startswith(("evopress", "trust_region", "uniform")) or (" / " in label and not label.startswith(_WEAK))
 }
+
+_GP: Named = {
+    f"optuna:gp / {encoding}": ("optuna:gp", {"encoding": encoding}) for encoding in (*_BOTH, "set_constraint")
+} | {label: (LINEUP | ENCODED)[label] for label in _BESIDE_GP}
 
 _OTHERS = ("optuna:", "nevergrad:")
 _OURS: Named = {label: named for label, named in LINEUP.items() if not label.startswith(_OTHERS)}
@@ -157,6 +163,7 @@ SUITES: dict[str, Suite] = {
         ),
     ),
     "families": Suite({name: EQUAL[name] for name in _FEW_PROBLEMS}, FAMILIES, 200, 10),
+    "gp": Suite({name: EQUAL[name] for name in _GP_PROBLEMS}, _GP, 40, 10, (("optuna:gp", "", 3),)),
     "unequal": Suite({name: EQUAL[name] for name in EQUAL if name.startswith("unequal")}, _STRONGEST, 1000, 10),
 }
-"""Equal: 200 evaluations are what a live search on a language model affords; 800 are the bar of the small spaces."""
+"""GP takes a second a trial. Equal: 200 evaluations are what a live search on a language model affords; 800 are the bar of the small spaces."""

@@ -166,4 +166,5 @@ SUITES: dict[str, Suite] = {
     "gp": Suite({name: EQUAL[name] for name in _GP_PROBLEMS}, _GP, 40, 10, (("optuna:gp", "", 3),)),
     "unequal": Suite({name: EQUAL[name] for name in EQUAL if name.startswith("unequal")}, _STRONGEST, 1000, 10),
 }
-"""GP takes a second a trial. Equal: 200 evaluations are what a live search on a language model affords; 800 are the bar of the small spaces."""
+"""Equal: 200 evaluations are what a live search on a language model affords; 800 are the bar of the small spaces; 40
+are what Optuna's GP affords, at a second a trial."""

@@ -207,6 +207,7 @@ _ENCODINGS: Sequence[tuple[str, str]] = (
     ("FastGA", "keys"),
     ("DE", "keys"),
     ("CMA", "repaired"),
+    ("BO", "native"),  # its model refuses to be told a point twice, and assignments repeat
     ("", "projection"),
 )
 """Measured default encoding by what an optimizer's name contains, first match; see ``docs/encodings.md``."""

@@ -23,10 +23,9 @@ ALL = os.environ.get("EVO_HPO_CONFORMANCE") == "all"
 KINDS = ("CMA", "DE", "DiscreteOnePlusOne", "NGOpt", "PSO", "Portfolio", "TBPSA")
 # fmt: off
 STILL = frozenset((
-    "BFGS", "CMAsmall", "CMAstd", "CMAtuning", "ChainMetaModelDSSQP", "DS3p", "DSbase", "DSproba", "DSsubspace",
-    "ImageMetaModelE", "LocalBFGS", "MetaModelDSproba", "MicroCMA", "MicroSPSA", "MicroSQP", "MilliCMA",
-    "MultiDS", "NelderMead", "Neural1MetaModelE", "Quad1MetaModelE", "RF1MetaModelE", "SDiagonalCMA", "SPSA",
-    "SQP", "SVM1MetaModelE", "TinyCMA", "TinyLhsDE", "TinyQODE", "TinySPSA", "TinySQP", "Zero",
+    "BFGS", "CMAsmall", "CMAstd", "CMAtuning", "DS3p", "DSbase", "DSproba", "DSsubspace", "LocalBFGS", "MicroCMA",
+    "MicroSPSA", "MicroSQP", "MilliCMA", "MultiDS", "NelderMead", "SDiagonalCMA", "SPSA", "SQP", "TinyCMA",
+    "TinyLhsDE", "TinyQODE", "TinySPSA", "TinySQP", "Zero",
 ))
 # fmt: on
 """They are deterministic, or do not leave their start within so few trials, so that seeds make no difference."""

@@ -23,6 +23,10 @@ from searchers.selection import Selection, ranked
 __all__ = ["PRESETS", "EvoPress"]
 
 
+PERSISTENCE = 1000  # draws of any number of switches before the search gives up
+RESTARTS = 20  # new starts in a row, each without a mutant to measure, before the search gives up
+
+
 @dataclass(frozen=True)
 class _Candidate:
     levels: Assignment
@@ -55,9 +59,10 @@ class EvoPress(Searcher):
         minibatch: ``fresh`` for every stage; ``nested`` (a stage's data contains the one before's); ``fixed``.
         widen_after: generations without a new parent after which the number of switches has a heavy tail (power law)
             until there is one; None: never.
-        restart_after: generations without a new parent after which the search starts anew; None: never.
-        revisit: let an offspring be an assignment measured before, as published; False: not where its loss is exact
-            (a problem without fidelity, or ``minibatch="fixed"``) and would only be read once more.
+        restart_after: generations without a new parent after which the search starts anew, or sooner where no mutant is
+            left to measure; None: never.
+        revisit: let an offspring be an assignment measured before, as published; False (``plain``): not where its loss
+            is exact (a problem without fidelity, or ``minibatch="fixed"``) and would only be read once more.
         invert: look for the worst assignment instead.
     """
 
@@ -83,7 +88,7 @@ class EvoPress(Searcher):
         minibatch: str = "fresh",
         widen_after: int | None = None,
         restart_after: int | None = None,
-        revisit: bool = False,
+        revisit: bool | None = None,
         invert: bool = False,
     ) -> None:
         super().__init__(space, seed=seed)
@@ -97,6 +102,7 @@ class EvoPress(Searcher):
             init=init,
             initial=initial,
             initial_tokens=initial_tokens,
+            revisit=revisit,
         )
         self.offspring = positive("offspring", chosen["offspring"])
         self.selection = Selection.of(chosen["survivors"], chosen["tokens"], elitism)
@@ -110,7 +116,7 @@ class EvoPress(Searcher):
         self.minibatch = minibatch
         self.widen_after = None if widen_after is None else positive("widen_after", widen_after)
         self.restart_after = None if restart_after is None else positive("restart_after", restart_after)
-        self.revisit = revisit
+        self.revisit = bool(chosen["revisit"])
         self.sign = -1.0 if invert else 1.0
         self.stream = Uniforms(self.rng)
         self.generation = 0
@@ -134,15 +140,18 @@ class EvoPress(Searcher):
         self._stage = 0
         self._candidates: list[_Candidate] = []
         self._pending: list[_Candidate] = []
-        self._known: dict[Assignment, float] = {}
+        self._known: dict[Assignment, float] = {}  # exact losses on the last stage's data, times the sign
+        self._exact = False  # the problem has no fidelity
+        self._numbers: dict[Assignment, int] = {}  # first trial of each assignment whose loss was exact; or it failed
         self._noiseless = minibatch == "fixed"
 
     # ------------------------------------------------------------------ ask
 
     def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
         """The next stage: of the initialisation, of this generation, or the first of a new generation."""
-        if not allowance.default_tokens:
-            self._noiseless = True  # without fidelity a loss stays what it was, and parents need no second look
+        if not allowance.default_tokens and not self._exact:
+            self._exact = self._noiseless = True  # a loss stays what it was, and nothing needs a second look
+            self.selection = self.selection.in_one_stage()
         if self.warm is not None:
             trials = self.warm.ask(allowance)
             if trials:
@@ -165,7 +174,9 @@ class EvoPress(Searcher):
             if self.restart_after is not None and self.stagnant >= self.restart_after:
                 self._restart()
             self._candidates = self._affordable_mutants(allowance)
-            if not self._candidates and self.restart_after is not None and not self.stop_reason:
+            for _ in range(RESTARTS if self.restart_after is not None else 0):
+                if self._candidates or self.stop_reason:
+                    break
                 self._restart()
                 self._candidates = self._affordable_mutants(allowance)
             if not self._candidates:
@@ -222,12 +233,14 @@ class EvoPress(Searcher):
         return self._breed(count)
 
     def _why_none(self) -> str:
-        if len(self._measured()) > len(self.parents):
-            return "no mutant was found that has not been measured: restart_after would go on from elsewhere"
-        return "no feasible mutant of the parent exists: cross_group or another group may give some"
+        exist = any(True for p in self.parents for _ in self.space.switches(p.levels, self.group))
+        if not exist and not self._measured():
+            return "no feasible mutant of the parent exists: cross_group or another group may give some"
+        advice = ": restart_after would go on from elsewhere" if self.restart_after is None else ""
+        return f"no mutant was found that has not been measured{advice}"
 
     def _breed(self, count: int) -> list[_Candidate]:
-        """Up to ``count`` distinct mutants, none equal to a parent; fewer where fewer exist.
+        """Up to ``count`` distinct mutants, none equal to a parent; fewer where fewer are found.
 
         Where losses are exact, none is measured twice: around a local optimum the neighbours run out, and the search
         looks further away instead of at the same ones.
@@ -236,21 +249,21 @@ class EvoPress(Searcher):
         wide = self.widen_after is not None and self.stagnant >= self.widen_after
         usual = self.far_switches if wide else self.switches
         return (
-            self._draw(count, usual, seen)
+            self._draw(count, usual, seen, 50 + 10 * count)
             or self._neighbours(count, seen)
-            or self._draw(count, self.far_switches, seen)
+            or self._draw(count, lambda stream: 1 + stream.below(len(self.space)), seen, PERSISTENCE)
         )
 
     def _measured(self) -> Collection[Assignment]:
         """Assignments that no offspring may be again."""
-        return self._known if self._noiseless and not self.revisit else ()
+        return self._numbers if self._noiseless and not self.revisit else ()
 
-    def _draw(self, count: int, switches: SwitchCount, seen: set[Assignment]) -> list[_Candidate]:
-        """Up to ``count`` random mutants, which join ``seen``."""
+    def _draw(self, count: int, switches: SwitchCount, seen: set[Assignment], patience: int) -> list[_Candidate]:
+        """Up to ``count`` random mutants, which join ``seen``; gives up after ``patience`` draws in vain."""
         found: list[_Candidate] = []
         old = self._measured()
         failures = 0
-        while len(found) < count and failures < 50 + 10 * count:
+        while len(found) < count and failures < patience:
             parent = self.parents[self.stream.below(len(self.parents)) if len(self.parents) > 1 else 0]
             levels = self.mutate(parent.levels, self.stream, switches(self.stream))
             if levels is None or levels in seen or levels in old:
@@ -278,10 +291,13 @@ class EvoPress(Searcher):
         """Selects the survivors of the stage that was asked."""
         if self.warm is not None:
             self.warm.tell(outcomes, self.sign)
+            self._remember(outcomes, self._exact)
             return
         if self.start is not None:
             self.start.tell(outcomes, self.sign)
+            self._remember(outcomes, self._exact)
             return
+        self._remember(outcomes, self._noiseless and self._stage == len(self.selection.stages) - 1)
         scored: list[tuple[Outcome, _Candidate]] = []
         for outcome, candidate in zip(outcomes, self._pending, strict=False):
             first = candidate.number if candidate.number is not None else outcome.trial.number
@@ -302,12 +318,20 @@ class EvoPress(Searcher):
         self._select([(o, order[id(o)]) for o in best if o.usable])
         self._candidates = []
 
+    def _remember(self, outcomes: Sequence[Outcome], exact: bool) -> None:
+        """Keeps exact losses, and that an assignment was tried at all."""
+        if not exact:
+            return
+        for outcome in outcomes:
+            self._numbers.setdefault(outcome.trial.levels, outcome.trial.number)
+            if outcome.usable:
+                self._known[outcome.trial.levels] = self.sign * outcome.loss
+
     def _select(self, best: list[tuple[Outcome, _Candidate]]) -> None:
         """The next parents from the outcomes of the last stage, best first."""
         losses = {c.levels: self.sign * o.loss for o, c in best}
         people = {c.levels: c for _, c in best}
         if self._noiseless:
-            self._known |= losses
             for elder in self.parents:
                 if self.selection.elitism != "none" and elder.levels in self._known:
                     losses.setdefault(elder.levels, self._known[elder.levels])
@@ -344,7 +368,8 @@ class EvoPress(Searcher):
         """Keeps the parent as champion and goes on from a random assignment that spends the budget."""
         if self.champion is None:
             self.champion = self.parents[0]
-        self.parents = [_Candidate(random_and_spent(self.space, self.rng))]
+        levels = random_and_spent(self.space, self.rng)
+        self.parents = [_Candidate(levels, number=self._numbers.get(levels))]
         self.stagnant = 0
 
     def recommend(self) -> Assignment:

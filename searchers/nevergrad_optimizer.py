@@ -178,6 +178,7 @@ class EvoPressOptimizer(_Optimizer):  # type: ignore[misc]
     def _internal_tell_candidate(self, candidate: Any, loss: float) -> None:
         """Counts the candidate to the generation; a full generation elects the next parent."""
         levels = self._levels(candidate)
+        self._members.add(levels)  # also one that was told without being asked
         breeder = self._make_breeder()
         if not math.isnan(loss) and breeder.feasible(levels):
             self._generation.append((loss, levels))

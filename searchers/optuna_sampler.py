@@ -101,7 +101,8 @@ class EvoPressSampler(BaseSampler):
         max_switches: an offspring takes min of two draws from 1..max_switches switches.
         cross_group: probability that an offspring exchanges budget across groups.
         noisy: the objective is noisy: the parent is scored again in each generation, and the next parent is the best
-            of that generation alone; False: the next parent is the best of all, and none is tried twice.
+            of that generation alone; False: the next parent is the best of all, and an assignment is tried again only
+            where no new one is found.
         seed: of the random stream; each trial has its own, by number, so ``n_jobs`` changes no draw.
 
     Raises:
@@ -234,11 +235,12 @@ class EvoPressSampler(BaseSampler):
         if self._noisy:
             return members.__contains__
         states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        known = [t.params for t in study.get_trials(deepcopy=False, states=states)]
+        params = (t.params for t in study.get_trials(deepcopy=False, states=states))
+        known = {tuple(p[name] for name in axes) for p in params if p.keys() == axes.keys()}
 
         def taken(levels: Assignment) -> bool:
-            wanted = [(name, axis.value(level)) for (name, axis), level in zip(axes.items(), levels, strict=True)]
-            return levels in members or any(all(p.get(name) == v for name, v in wanted) for p in known)
+            values = tuple(axis.value(level) for axis, level in zip(axes.values(), levels, strict=True))
+            return levels in members or values in known
 
         return taken
 

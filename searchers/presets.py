@@ -12,7 +12,7 @@ from evo_hpo.space import CompressionSpace
 __all__ = ["PRESETS", "most_generations", "resolved"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "plain": {"offspring": 4, "survivors": (1,), "tokens": None, "cross_group": 0.5},
+    "plain": {"offspring": 4, "survivors": (1,), "tokens": None, "cross_group": 0.5, "revisit": False},
     "depth_pruning": {
         "generations": "k(n-k)/1.5",
         "offspring": 32,
@@ -34,6 +34,7 @@ _COMMON: dict[str, Any] = {
     "initial_tokens": None,
     "generations": None,
     "cross_group": 0.0,
+    "revisit": True,
 }
 
 

@@ -54,6 +54,10 @@ class Selection:
             raise InvalidSettingError(f"elitism={elitism!r} must be one of: index, count, none")
         return cls(tuple(Stage(s, t) for s, t in zip(survivors, each, strict=True)), elitism)
 
+    def in_one_stage(self) -> Selection:
+        """The last stage alone: where losses are exact, the stages before it cannot change who survives."""
+        return Selection(self.stages[-1:], self.elitism)
+
     @property
     def population(self) -> int:
         """Parents of a generation."""

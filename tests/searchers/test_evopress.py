@@ -109,24 +109,68 @@ def test_fewer_mutants_than_offspring_are_all_used_and_none_stops_the_search() -
     assert "no feasible mutant" in stuck.stop_reason
 
 
-def test_where_losses_are_exact_no_assignment_is_measured_twice() -> None:
-    space, loss = pruning_space(12, 4), interacting(12, 0.35, 1)
-    repeated = {}
-    for revisit in (False, True):
-        searcher = make_searcher("evopress", space, seed=0, revisit=revisit)
-        outcomes = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=300)).outcomes
-        repeated[revisit] = len(outcomes) - len({o.trial.levels for o in outcomes})
-    assert repeated[False] == 0
-    assert repeated[True] > 50
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"survivors": (4,)},
+        {"survivors": (4, 1), "offspring": 16},
+        {"init": "trust_region"},
+        {"init": "dynamic_programming"},
+        {"init": "random", "initial": 16},
+        {"restart_after": 20, "widen_after": 3},
+        {"invert": True},
+    ],
+    ids=str,
+)
+def test_where_losses_are_exact_no_assignment_is_measured_twice(settings: dict[str, Any]) -> None:
+    space, loss = pruning_space(16, 6), interacting(16, 0.35, 1)
+    searcher = make_searcher("evopress", space, seed=0, **settings)
+    outcomes = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=300)).outcomes
+    assert len({o.trial.levels for o in outcomes}) == len(outcomes) == 300
 
 
-def test_exact_losses_end_the_search_when_the_space_is_measured() -> None:
-    space, loss = pruning_space(7, 3), interacting(7, 0.35, 0)
+def test_what_failed_is_not_asked_for_again_where_losses_are_exact() -> None:
+    space = pruning_space(12, 4)
+
+    def loss(levels: Assignment) -> float:
+        return float("nan") if hash(levels) % 3 else float(sum(i * k for i, k in enumerate(levels)))
+
     searcher = make_searcher("evopress", space, seed=0)
-    result = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=1000))
+    outcomes = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=200)).outcomes
+    assert len({o.trial.levels for o in outcomes}) == len(outcomes) == 200
+
+
+def test_the_published_search_measures_again() -> None:
+    space, loss = pruning_space(12, 4), interacting(12, 0.35, 1)
+    searcher = make_searcher("evopress", space, seed=0, revisit=True)
+    outcomes = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=300)).outcomes
+    assert len(outcomes) - len({o.trial.levels for o in outcomes}) > 50
+
+
+@pytest.mark.parametrize(("units", "dropped"), [(7, 3), (12, 4), (14, 5)])
+@pytest.mark.parametrize("offspring", [1, 4])
+def test_exact_losses_end_the_search_when_nearly_all_of_the_space_is_measured(
+    units: int, dropped: int, offspring: int
+) -> None:
+    space, loss = pruning_space(units, dropped), interacting(units, 0.35, 0)
+    searcher = make_searcher("evopress", space, seed=0, offspring=offspring)
+    result = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=3 * comb(units, dropped)))
     measured = {o.trial.levels for o in result.outcomes}
-    assert len(result.outcomes) == len(measured) >= comb(7, 3) - 2  # mutants are drawn: a last one may be missed
-    assert "not been measured" in result.stop_reason
+    assert len(result.outcomes) == len(measured) >= 0.97 * comb(units, dropped) - 1  # a last one may be missed
+    assert "not been measured: restart_after" in result.stop_reason
+
+
+def test_restarts_go_on_where_switches_within_groups_do_not_reach() -> None:
+    units = [Unit(name=f"layers.{i}.u", costs=(0, 1 + i // 3)) for i in range(6)]
+    space = CompressionSpace(units, 5)
+    found = {}
+    for restart_after in (None, 50):
+        searcher = make_searcher("evopress", space, seed=0, cross_group=0.0, restart_after=restart_after)
+        result = search(searcher, FunctionProblem(space, lambda a: float(sum(a))), budget=Budget(evaluations=200))
+        found[restart_after] = len(result.outcomes)
+        assert ("restart_after" in result.stop_reason) == (restart_after is None)
+    assert found[50] > 2 * found[None]
 
 
 def test_fresh_data_lets_an_assignment_be_measured_again() -> None:

@@ -207,7 +207,7 @@ class Tpe(OptunaSearcher):
     """Optuna's TPESampler, multivariate (Optuna 5's default, pinned here), constant liar within a batch."""
 
     sampler_name = "TPESampler"
-    default_encoding = "projection"
+    default_encoding = "keys"
     pinned: ClassVar[Mapping[str, Any]] = {"multivariate": True, "constant_liar": True}
 
 

@@ -156,6 +156,7 @@ SUITES: dict[str, Suite] = {
         10,
         (
             ("optuna:tpe / projection", "", 10),
+            ("optuna:tpe / keys", "", 10),
             ("optuna:tpe /", "60", 3),
             ("optuna:tpe /", "210", 1),
             ("optuna:cmaes / repaired", "210", 1),

@@ -157,7 +157,7 @@ SUITES: dict[str, Suite] = {
         (
             ("optuna:tpe / projection", "", 10),
             ("optuna:tpe / keys", "", 10),
-            ("optuna:tpe /", "60", 3),
+            ("optuna:tpe /", "60", 2),
             ("optuna:tpe /", "210", 1),
             ("optuna:cmaes / repaired", "210", 1),
             ("optuna:cmaes / projection", "210", 1),

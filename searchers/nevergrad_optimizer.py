@@ -218,7 +218,8 @@ class ConfiguredEvoPress(_ConfiguredOptimizer):  # type: ignore[misc]
         offspring: lambda, candidates of a generation.
         max_switches: an offspring takes min of two draws from 1..max_switches switches.
         cross_group: probability that an offspring exchanges cost across groups of equal steps.
-        noisy: the loss is noisy: the parent is scored again in each generation, and only the generation elects.
+        noisy: the loss is noisy: the parent is scored again in each generation, and only the generation elects; False:
+            a candidate is asked for again only where no new one is found.
     """
 
     def __init__(

@@ -3,20 +3,25 @@
     python -m benchmarks.searchers.overhead
     python -m benchmarks.searchers.overhead --searchers trust_region optuna:tpe --trials 10 100
 
-The loss is a table look-up, so that what is timed is the search alone. One thread.
+The loss is a table look-up, so that what is timed is the search alone. Give it a machine with nothing else running, and
+one thread (``OMP_NUM_THREADS=1``).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from benchmarks.synthetic import interacting
 from evo_hpo import Budget, CompressionSpace, search
+from evo_hpo.budget import Ledger
 from evo_hpo.registry import make_searcher
+from evo_hpo.search import Checkpoint
+from evo_hpo.trial import Outcome
 from searchers.exchange import Exchanges
 from searchers.mutation import Exchange, LevelSwitch, Uniforms, UnrestrictedSwitch
 
@@ -46,15 +51,42 @@ SEARCHERS = (
     "nevergrad:TwoPointsDE",
     "nevergrad:PSO",
 )
-SLOW = 60.0  # seconds of one search, above which the next longer one is left out
 
 
-def overhead(name: str, units: int, trials: int) -> tuple[float, int]:
-    """Seconds inside ask and tell, and the trials that were made."""
+class _Cut(Exception):
+    """A search took longer than its limit."""
+
+
+class _Clock:
+    """Observes a search, and cuts it off after ``limit`` seconds."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.made, self.start = limit, 0, time.perf_counter()
+        self.seconds = 0.0
+
+    def batch(self, outcomes: Sequence[Outcome], ledger: Ledger) -> None:
+        self.made += len(outcomes)
+        self.seconds = time.perf_counter() - self.start
+        if self.seconds > self.limit:
+            raise _Cut
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        raise NotImplementedError
+
+
+def overhead(name: str, units: int, trials: int, limit: float = math.inf) -> tuple[float, int, bool]:
+    """Seconds inside ask and tell, the trials that were made, and whether ``limit`` (seconds) cut the search off.
+
+    Of a search that was cut off, the seconds are those of its whole loop.
+    """
     problem = interacting(units=units, unequal=True, seed=0)
     searcher = make_searcher(name, problem.space, seed=0)
-    result = search(searcher, problem, budget=Budget(evaluations=trials))
-    return result.searcher_seconds, len(result.outcomes)
+    clock = _Clock(limit)
+    try:
+        result = search(searcher, problem, budget=Budget(evaluations=trials), observers=[clock])
+    except _Cut:
+        return clock.seconds, clock.made, True
+    return result.searcher_seconds, clock.made, False
 
 
 def _time(call: Callable[[], object], repeats: int) -> float:
@@ -93,6 +125,7 @@ def main() -> None:
     parser.add_argument("--searchers", nargs="*", default=SEARCHERS)
     parser.add_argument("--units", nargs="*", type=int, default=[30, 210])
     parser.add_argument("--trials", nargs="*", type=int, default=[10, 100, 1000])
+    parser.add_argument("--limit", type=float, default=120.0, metavar="SECONDS", help="cuts a search off (120)")
     arguments = parser.parse_args()
     print("| operation, 210 units | microseconds |\n|---|---|")
     for name, seconds in space_operations().items():
@@ -103,13 +136,12 @@ def main() -> None:
     print("|---|" + "---|" * len(columns))
     for name in arguments.searchers:
         cells: list[str] = []
-        slow = dict.fromkeys(arguments.units, False)
+        cut = dict.fromkeys(arguments.units, False)
         for units, trials in columns:
-            if slow[units]:
+            if cut[units]:
                 cells.append("–")
                 continue
-            seconds, made = overhead(name, units, trials)
-            slow[units] = seconds > SLOW / 10
+            seconds, made, cut[units] = overhead(name, units, trials, arguments.limit)
             cells.append(f"{1000 * seconds / max(made, 1):.2f}" + (f" ({made})" if made < trials else ""))
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 

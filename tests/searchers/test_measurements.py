@@ -76,9 +76,17 @@ def test_slow_searchers_get_fewer_seeds_where_a_suite_says_so() -> None:
 
 
 def test_overhead_is_timed_for_the_trials_that_were_made() -> None:
-    seconds, trials = overhead("evopress", 30, 20)
+    seconds, trials, cut = overhead("evopress", 30, 20)
     assert trials == 20
     assert 0 < seconds < 1
+    assert not cut
+
+
+def test_a_search_that_takes_longer_than_the_limit_is_cut_off_and_timed_over_what_it_made() -> None:
+    seconds, trials, cut = overhead("evopress", 30, 10**6, limit=0.05)
+    assert cut
+    assert 0.05 < seconds < 5
+    assert 0 < trials < 10**6
 
 
 @pytest.mark.parametrize("offspring", [1, 8])

@@ -82,11 +82,19 @@ class CompressionSpace:
         self._check_reachable()
 
     @classmethod
-    def from_average(cls, units: Sequence[Unit], average: float | str, **settings: Any) -> CompressionSpace:
+    def from_average(
+        cls, units: Sequence[Unit], average: float | str, *, others: Sequence[int] = (), **settings: Any
+    ) -> CompressionSpace:
         """The space whose budget is ``average`` cost a weight, rounded down to a whole cost.
 
+        Args:
+            units: as for the space itself.
+            average: of the first resource, for example bits a weight.
+            others: total budgets of the other resources, where units cost several.
+            settings: the space's further arguments.
+
         Raises:
-            InvalidSpaceError: the average is not a number.
+            InvalidSpaceError: the average is not a number, or ``others`` does not give one total a further resource.
             InfeasibleError: the average is below the cheapest assignment, or above the dearest.
         """
         try:
@@ -95,7 +103,14 @@ class CompressionSpace:
             raise InvalidSpaceError(
                 f"average {average!r} is not a number: give cost a weight, as 3 or '3.25'"
             ) from None
-        space = cls(units, math.floor(exact * sum(u.size for u in units)), **settings)
+        first = units[0].costs[0] if units else 0
+        further = len(first) - 1 if isinstance(first, tuple) else 0
+        if len(others) != further:
+            raise InvalidSpaceError(
+                f"others={list(others)} must give the total budget of each resource after the first, {further} here"
+            )
+        total = math.floor(exact * sum(u.size for u in units))
+        space = cls(units, (total, *others) if others else total, **settings)
         least, most = space.cost(space.lowest), space.cost(space.highest)
         if space.budget > most:
             raise InfeasibleError(

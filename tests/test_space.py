@@ -134,6 +134,19 @@ def test_from_average_counts_exactly_and_rounds_down() -> None:
     )
 
 
+def test_an_average_of_the_first_resource_with_totals_of_the_others() -> None:
+    units = [Unit(f"m{i}", ((20, 1), (30, 0), (40, 0)), size=10) for i in range(4)]
+    space = CompressionSpace.from_average(units, 3, others=[1], resources=("bits", "lowest"))
+    assert (space.budgets, space.resources) == ((120, 1), ("bits", "lowest"))
+    brute = [a for a in itertools.product(range(3), repeat=4) if sum(a) <= 4 and a.count(0) <= 1]
+    assert list(space.enumerate()) == brute
+    for others in ((), (1, 2)):
+        with pytest.raises(InvalidSpaceError, match="each resource after the first, 1 here"):
+            CompressionSpace.from_average(units, 3, others=others)
+    with pytest.raises(InvalidSpaceError, match="after the first, 0 here"):
+        CompressionSpace.from_average([Unit("m", (20, 30))], 3, others=[1])
+
+
 def test_cost_slack_and_average() -> None:
     assert TINY.cost((0, 1, 2, 0)) == 11
     assert TINY.slack((0, 1, 2, 0)) == 1

@@ -20,7 +20,7 @@ from evo_hpo.errors import InvalidSettingError, UnknownNameError
 from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Draw, Outcome, Trial
 
-__all__ = ["Searcher", "positive", "settings_of"]
+__all__ = ["Searcher", "boolean", "positive", "settings_of"]
 
 
 class Searcher(ABC):
@@ -121,6 +121,17 @@ def positive(name: str, value: int, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise InvalidSettingError(f"{name}={value!r} must be an integer of at least {least}")
     return int(value)
+
+
+def boolean(name: str, value: bool) -> bool:
+    """``value`` where it is a truth value; text such as "False" is not.
+
+    Raises:
+        InvalidSettingError: it is something else.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise InvalidSettingError(f"{name}={value!r} must be true or false")
+    return bool(value)
 
 
 def draw(name: str, value: str) -> Draw:

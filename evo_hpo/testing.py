@@ -49,6 +49,7 @@ def _spaces() -> dict[str, CompressionSpace]:
         "unequal": CompressionSpace.from_average(unequal, 3),
         "exact": CompressionSpace([Unit(f"layers.{i}.m", (0, 1)) for i in range(10)], 6, floor=6),
         "uneven": CompressionSpace(uneven, 32),
+        "uneven steps": CompressionSpace([Unit(f"layers.{i}.m", (2, 4, 8)) for i in range(10)], 40),
         "two resources": CompressionSpace(two, (20, 5), resources=("bits", "kept")),
         "three assignments": CompressionSpace([Unit(f"m{i}", (0, 1)) for i in range(3)], 1, floor=1),
         "one assignment": CompressionSpace([Unit(f"m{i}", (1, 2)) for i in range(3)], 3),
@@ -56,7 +57,8 @@ def _spaces() -> dict[str, CompressionSpace]:
 
 
 SPACES = _spaces()
-"""Equal and unequal sizes, an exact cost, fixed units and missing levels, two resources, next to nothing to search."""
+"""Equal and unequal sizes, an exact cost, fixed units, missing levels, steps of unequal cost, two resources, next to
+nothing to search."""
 
 
 def loss(levels: Assignment) -> float:

@@ -9,7 +9,7 @@ from numpy.random import Generator
 
 from evo_hpo.errors import InvalidSettingError, InvalidSpaceError
 from evo_hpo.space import Assignment, CompressionSpace, Unit
-from searchers.mutation import Uniforms, mutation, switch_counts
+from searchers.mutation import Exchange, Uniforms, mutation, probability, switch_counts
 
 __all__ = ["Breeder", "budget_space"]
 
@@ -35,7 +35,8 @@ class Breeder:
 
     A mutation takes r = min of two draws from 1..``max_switches`` switches. Each falls on the axes of the budget with
     probability proportional to their number, else on one other axis, which moves a step up or down; axes of more
-    than 32 levels move by a log-uniform number of steps.
+    than 32 levels move by a log-uniform number of steps. Where a parent leaves budget unspent, half of the
+    mutations are exchanges that spend it.
 
     Args:
         sizes: number of levels of each axis, in order.
@@ -61,7 +62,9 @@ class Breeder:
         if max_switches < 1:
             raise InvalidSettingError(f"max_switches={max_switches!r} must be an integer of at least 1")
         self._switches = switch_counts("min_of_two", max_switches)
+        cross_group = probability("cross_group", cross_group)
         self._mutate = mutation(space, "size", cross_group) if space is not None else None
+        self._exchange = Exchange(space) if space is not None else None
         if space is not None:
             for position, unit in zip(self.members, space.units, strict=True):
                 if len(unit.costs) != self.sizes[position]:
@@ -82,10 +85,15 @@ class Breeder:
         return tuple(levels)
 
     def child(self, parent: Assignment, stream: Uniforms, taken: Callable[[Assignment], bool]) -> Assignment:
-        """A feasible mutant that is not the parent and, where one is found, not ``taken``."""
+        """A feasible mutant that is not the parent and, where one is found, not ``taken``.
+
+        After 200 draws in vain it takes any number of switches; the parent itself where there is no mutant at all.
+        """
         found = None
-        for _ in range(TRIES):
-            levels = self._mutant(parent, stream)
+        for attempt in range(2 * TRIES):
+            far = attempt >= TRIES
+            switches = 1 + stream.below(len(self.sizes)) if far else self._switches(stream)
+            levels = self._mutant(parent, stream, switches)
             if levels is None or levels == parent:
                 continue
             found = levels
@@ -93,15 +101,16 @@ class Breeder:
                 break
         return parent if found is None else found
 
-    def _mutant(self, parent: Assignment, stream: Uniforms) -> Assignment | None:
-        switches = self._switches(stream)
+    def _mutant(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
         total = len(self.members) + len(self.free)
         if not total:
             return None
         inside = sum(stream.below(total) < len(self.members) for _ in range(switches))
         levels = list(parent)
-        if inside and self._mutate is not None:
-            changed = self._mutate(tuple(parent[i] for i in self.members), stream, inside)
+        if inside and self._mutate is not None and self._exchange is not None:
+            old = tuple(parent[i] for i in self.members)
+            spend = self._exchange.unspent(old) and stream.chance(0.5)  # no switch spends what is left
+            changed = (self._exchange if spend else self._mutate)(old, stream, inside)
             if changed is None:
                 return None
             for position, level in zip(self.members, changed, strict=True):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from evo_hpo.budget import Allowance
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.searcher import Searcher, positive
+from evo_hpo.searcher import Searcher, boolean, positive
 from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Draw, Outcome, Trial
 from searchers.initialisation import WARM_STARTS, Initialisation, WarmStart, initialisation, random_and_spent
@@ -23,6 +23,7 @@ from searchers.selection import Selection, ranked
 __all__ = ["PRESETS", "EvoPress"]
 
 
+PATIENCE = 2000  # draws in vain, at most, of one generation
 PERSISTENCE = 1000  # draws of any number of switches before the search gives up
 RESTARTS = 20  # new starts in a row, each without a mutant to measure, before the search gives up
 
@@ -92,6 +93,8 @@ class EvoPress(Searcher):
         invert: bool = False,
     ) -> None:
         super().__init__(space, seed=seed)
+        if initial is not None and init == "uniform":
+            raise InvalidSettingError(f"initial={initial!r}: there is one uniform start; init='random' draws several")
         chosen = resolved(
             preset,
             offspring=offspring,
@@ -109,15 +112,15 @@ class EvoPress(Searcher):
         self.generations = most_generations(space, chosen["generations"])
         self.switches = switch_counts(switch_rule, positive("max_switches", max_switches))
         self.far_switches = heavy_tailed(len(space))
-        self.mutate = mutation(space, group, float(chosen["cross_group"]))
+        self.mutate = mutation(space, group, chosen["cross_group"])
         self.group = group
         if minibatch not in ("fresh", "nested", "fixed"):
             raise InvalidSettingError(f"minibatch={minibatch!r} must be one of: fresh, nested, fixed")
         self.minibatch = minibatch
         self.widen_after = None if widen_after is None else positive("widen_after", widen_after)
         self.restart_after = None if restart_after is None else positive("restart_after", restart_after)
-        self.revisit = bool(chosen["revisit"])
-        self.sign = -1.0 if invert else 1.0
+        self.revisit = boolean("revisit", chosen["revisit"])
+        self.sign = -1.0 if boolean("invert", invert) else 1.0
         self.stream = Uniforms(self.rng)
         self.generation = 0
         self.stagnant = 0
@@ -180,6 +183,8 @@ class EvoPress(Searcher):
                 self._restart()
                 self._candidates = self._affordable_mutants(allowance)
             if not self._candidates:
+                if not self._asked and not self.stop_reason:
+                    return self._ask_parent()
                 self.stop_reason = self.stop_reason or self._why_none()
                 return ()
             self.generation += 1
@@ -215,6 +220,13 @@ class EvoPress(Searcher):
             for i, c in enumerate(candidates)
         )
 
+    def _ask_parent(self) -> tuple[Trial, ...]:
+        """A start that has no mutant is scored all the same: it is what the search recommends."""
+        self._stage = len(self.selection.stages) - 1
+        self._pending = self.parents
+        tokens = self.selection.stages[-1].tokens
+        return (self.trial(self.parents[0].levels, tokens=tokens, stage=self._stage, minibatch="fixed", note="parent"),)
+
     def _elders(self) -> list[_Candidate]:
         return [*self.parents, *([self.champion] if self.champion else [])]
 
@@ -234,8 +246,9 @@ class EvoPress(Searcher):
 
     def _why_none(self) -> str:
         exist = any(True for p in self.parents for _ in self.space.switches(p.levels, self.group))
-        if not exist and not self._measured():
-            return "no feasible mutant of the parent exists: cross_group or another group may give some"
+        if not exist and len(self._measured()) < 2:
+            several = len(self.space.groups(self.group)) > 1
+            return "no feasible mutant of the parent exists" + (": cross_group may give some" if several else "")
         advice = ": restart_after would go on from elsewhere" if self.restart_after is None else ""
         return f"no mutant was found that has not been measured{advice}"
 
@@ -249,7 +262,7 @@ class EvoPress(Searcher):
         wide = self.widen_after is not None and self.stagnant >= self.widen_after
         usual = self.far_switches if wide else self.switches
         return (
-            self._draw(count, usual, seen, 50 + 10 * count)
+            self._draw(count, usual, seen, min(50 + 10 * count, PATIENCE))
             or self._neighbours(count, seen)
             or self._draw(count, lambda stream: 1 + stream.below(len(self.space)), seen, PERSISTENCE)
         )

@@ -10,12 +10,12 @@ import numpy as np
 
 from evo_hpo.budget import Allowance
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.searcher import Searcher, draw, positive
+from evo_hpo.searcher import Searcher, boolean, draw, positive
 from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Outcome, Trial
 from searchers.encoding import Decoded, Encoding, make_encoding
 
-__all__ = ["ForeignSearcher"]
+__all__ = ["ForeignSearcher", "two_levels"]
 
 
 class ForeignSearcher(Searcher):
@@ -34,6 +34,8 @@ class ForeignSearcher(Searcher):
 
     encodings: ClassVar[tuple[str, ...]] = ()
     default_encoding: ClassVar[str] = "repaired"
+    two_level_encoding: ClassVar[str | None] = None
+    """Default where units have two levels only, dropped or kept; None: the same."""
     default_batch: ClassVar[int] = 1
 
     def __init__(
@@ -59,12 +61,13 @@ class ForeignSearcher(Searcher):
         if not penalty >= 0 or not math.isfinite(penalty):
             raise InvalidSettingError(f"penalty={penalty!r} must be a number of at least 0")
         self.penalty = float(penalty)
+        default = (self.two_level_encoding if two_levels(space) else None) or self.default_encoding
         streams = np.random.SeedSequence(seed).spawn(2)
         self.encoding: Encoding = make_encoding(
-            self.default_encoding if encoding is None else encoding,
+            default if encoding is None else encoding,
             space,
             np.random.default_rng(streams[0]),
-            fill=fill,
+            fill=boolean("fill", fill),
             allowed=self.encodings,
         )
         self._library_seed = int(streams[1].generate_state(1)[0] >> 1)
@@ -114,3 +117,8 @@ class ForeignSearcher(Searcher):
     def recommend(self) -> Assignment | None:
         """The best on the fixed minibatch; on fresh ones, where losses do not compare, the last batch's best."""
         return super().recommend() if self.minibatch == "fixed" else self._incumbent
+
+
+def two_levels(space: CompressionSpace) -> bool:
+    """True where no unit has more than two levels to choose from, as in depth pruning."""
+    return all(high - low <= 1 for low, high in zip(space.lowest, space.highest, strict=True))

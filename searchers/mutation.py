@@ -18,7 +18,16 @@ from evo_hpo.space import Assignment, CompressionSpace
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = ["Exchange", "LevelSwitch", "Uniforms", "UnrestrictedSwitch", "heavy_tailed", "mutation", "switch_counts"]
+__all__ = [
+    "Exchange",
+    "LevelSwitch",
+    "Uniforms",
+    "UnrestrictedSwitch",
+    "heavy_tailed",
+    "mutation",
+    "probability",
+    "switch_counts",
+]
 
 ATTEMPTS = 64  # random picks before looking at every unit
 MOST_CHANGES = 10  # of the unrestricted switch, as published
@@ -65,6 +74,17 @@ def switch_counts(rule: str, most: int) -> SwitchCount:
     raise InvalidSettingError(f"switch_rule={rule!r} must be one of: min_of_two, fixed")
 
 
+def probability(name: str, value: float) -> float:
+    """``value`` where it is a number from 0 to 1.
+
+    Raises:
+        InvalidSettingError: it is not.
+    """
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise InvalidSettingError(f"{name}={value!r} must be a probability, 0 to 1")
+    return float(value)
+
+
 def heavy_tailed(most: int) -> SwitchCount:
     """Number of switches r from 1..most with probability proportional to r^-2.5: mostly few, now and then very many.
 
@@ -80,16 +100,21 @@ def mutation(space: CompressionSpace, group: str, cross_group: float) -> Mutatio
     """The mutation that the settings name.
 
     ``group`` is ``size``, ``name`` or ``none``; with several groups, an offspring is made by cross-group exchanges
-    with probability ``cross_group``.
+    with probability ``cross_group``. Where the steps of a group differ in cost (levels of 2, 4 and 8 bits), a switch
+    seldom meets the budget; what it fails to make is made by exchanges within a group.
 
     Raises:
         InvalidSettingError: a value outside the above.
     """
     if group not in ("size", "name", "none"):
         raise InvalidSettingError(f"group={group!r} must be one of: size, name, none")
-    if not 0 <= cross_group <= 1:
-        raise InvalidSettingError(f"cross_group={cross_group!r} must be a probability, 0 to 1")
-    within = UnrestrictedSwitch(space) if group == "none" else LevelSwitch(space, group)
+    cross_group = probability("cross_group", cross_group)
+    within: Mutation = UnrestrictedSwitch(space)
+    if group != "none":
+        within = switch = LevelSwitch(space, group)
+        if not all(g.exact for g in switch.groups):
+            exchange = Exchange(space, group)
+            within = lambda parent, stream, n: switch(parent, stream, n) or exchange(parent, stream, n)  # noqa: E731
     several = group != "none" and len(space.groups(group)) > 1
     if not several or not cross_group:
         return within
@@ -171,35 +196,49 @@ class UnrestrictedSwitch:
 
 
 class Exchange:
-    """Moves budget between groups, so that no group's share is frozen.
+    """Moves budget between units of unequal steps; with ``rule`` "none", between groups, so that no share is frozen.
 
-    An exchange raises a unit anywhere and lowers others until the budget holds. What is left in the end is spent by
-    raising units that were not lowered, in random order, while they fit, so the offspring stays close to the budget.
-    Units of unequal size make an exchange change more units than a switch does, so an offspring takes half as many,
-    rounded up: the more units change at once, the more seldom all of it is good.
+    An exchange raises a unit and lowers others until the budget holds. What is left in the end is spent by raising
+    units that were not lowered, in random order, while they fit, so the offspring stays close to the budget. Units of
+    unequal size make an exchange change more units than a switch does, so an offspring takes half as many, rounded up:
+    the more units change at once, the more seldom all of it is good.
+
+    Args:
+        space: of the assignments.
+        rule: all units of an offspring are of one group of this rule, picked with probability proportional to its size.
     """
 
-    def __init__(self, space: CompressionSpace) -> None:
+    def __init__(self, space: CompressionSpace, rule: str = "none") -> None:
         self.space = space
-        self.members = tuple(i for m in space.groups("none").values() for i in m)
+        self.groups = list(space.groups(rule).values())
+        self._group_of_pick = [g for g in self.groups for _ in g]
         self._slack = _Slack(space)
-        self.smallest_step = min((s for i in self.members for s in self._slack.steps[i] if s > 0), default=1)
+        self.smallest_step = min((s for g in self.groups for i in g for s in self._slack.steps[i] if s > 0), default=1)
+
+    def unspent(self, parent: Assignment) -> bool:
+        """True where the budget may pay for another step of some unit."""
+        return self._slack.of(parent) >= self.smallest_step
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
         """An offspring after half of ``switches`` exchanges, rounded up, or None where units ran out."""
+        if not self.groups:
+            return None
+        members = self.groups[0]
+        if len(self.groups) > 1:
+            members = self._group_of_pick[stream.below(len(self._group_of_pick))]
         space, steps, levels = self.space, self._slack.steps, list(parent)
         slack = self._slack.of(parent)
         raised: set[int] = set()
         lowered: set[int] = set()
         for _ in range((switches + 1) // 2):
-            up = _pick(self.members, levels, space.highest, -1, stream, barred=lowered)
+            up = _pick(members, levels, space.highest, -1, stream, barred=lowered)
             if up < 0:
                 return None
             slack -= steps[up][levels[up]]
             levels[up] += 1
             raised.add(up)
             while slack < 0:
-                down = _pick(self.members, levels, space.lowest, -1, stream, barred=raised)
+                down = _pick(members, levels, space.lowest, -1, stream, barred=raised)
                 if down < 0:
                     return None
                 levels[down] -= 1
@@ -208,7 +247,7 @@ class Exchange:
         for _ in range(ATTEMPTS):
             if slack < self.smallest_step:
                 break
-            up = self.members[stream.below(len(self.members))]
+            up = members[stream.below(len(members))]
             if up not in lowered and levels[up] < space.highest[up] and steps[up][levels[up]] <= slack:
                 slack -= steps[up][levels[up]]
                 levels[up] += 1

@@ -24,10 +24,14 @@ from evo_hpo.searcher import Searcher, positive
 from evo_hpo.space import CompressionSpace
 from evo_hpo.trial import Outcome, Trial
 from searchers.encoding import ENCODINGS, Decoded
-from searchers.foreign import ForeignSearcher
+from searchers.foreign import ForeignSearcher, two_levels
 from searchers.nevergrad_limits import why_not
 
 __all__ = ["NevergradFamily", "NevergradSearcher", "family", "load"]
+
+
+SIGMA = 0.5
+TWO_LEVEL_SIGMA = 2.0  # of CMA: with less, what it draws between 0 and 1 is hardly ever anything but the start
 
 
 @cache
@@ -67,7 +71,8 @@ class NevergradSearcher(ForeignSearcher):
     """An optimizer of Nevergrad.
 
     Args:
-        sigma: width of the first mutations, as a fraction of a coordinate's range.
+        sigma: width of the first mutations, as a fraction of a coordinate's range; None: 0.5, but 2 for CMA and its kin
+            where units have two levels only.
         horizon: trials that the optimizer is told to expect; None: what the budget pays for (1000 where it is seconds).
     """
 
@@ -79,12 +84,14 @@ class NevergradSearcher(ForeignSearcher):
         space: CompressionSpace,
         *,
         seed: int = 0,
-        sigma: float = 0.5,
+        sigma: float | None = None,
         horizon: int | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(space, seed=seed, **settings)
-        if not 0 < sigma < math.inf:
+        if sigma is None:
+            sigma = TWO_LEVEL_SIGMA if two_levels(space) and "CMA" in self.optimizer_name else SIGMA
+        if not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
             raise InvalidSettingError(f"sigma={sigma!r} must be a positive number")
         self.sigma = float(sigma)
         self.horizon = horizon if horizon is None else positive("horizon", horizon)

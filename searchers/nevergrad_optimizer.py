@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from evo_hpo.errors import InvalidSettingError, InvalidSpaceError
-from evo_hpo.searcher import positive
+from evo_hpo.searcher import boolean, positive
 from evo_hpo.space import Assignment
 from searchers.breeder import Breeder, budget_space
-from searchers.mutation import Uniforms
+from searchers.mutation import Uniforms, probability
 from searchers.nevergrad_adapter import load
 
 ng: Any = load()
@@ -112,15 +112,14 @@ class EvoPressOptimizer(_Optimizer):  # type: ignore[misc]
         noisy: bool = False,
     ) -> None:
         super().__init__(parametrization, budget=budget, num_workers=num_workers)
-        if (costs is None) != (cost_budget is None):
-            raise InvalidSettingError("costs and cost_budget go together: give both or neither")
+        _both_or_neither(costs, cost_budget)
         self._costs, self._cost_budget = costs, cost_budget
         self._offspring = positive("offspring", offspring)
         self._settings: dict[str, Any] = {
             "max_switches": positive("max_switches", max_switches),
             "cross_group": cross_group,
         }
-        self._noisy = noisy
+        self._noisy = boolean("noisy", noisy)
         self._leaf_list = list(_leaves(self.parametrization))
         self._breeder: Breeder | None = None
         self._stream: Uniforms | None = None
@@ -203,6 +202,11 @@ class EvoPressOptimizer(_Optimizer):  # type: ignore[misc]
                 self._members = set()
 
 
+def _both_or_neither(costs: object, cost_budget: object) -> None:
+    if (costs is None) != (cost_budget is None):
+        raise InvalidSettingError("costs and cost_budget go together: give both or neither")
+
+
 def _at(parameter: Any, path: Sequence[Any]) -> Any:
     for key in path:
         parameter = parameter[key]
@@ -232,6 +236,9 @@ class ConfiguredEvoPress(_ConfiguredOptimizer):  # type: ignore[misc]
         cross_group: float = 0.5,
         noisy: bool = False,
     ) -> None:
+        _both_or_neither(costs, cost_budget)
+        positive("offspring", offspring), positive("max_switches", max_switches)
+        probability("cross_group", cross_group), boolean("noisy", noisy)
         if costs is None:
             super().__init__(EvoPressOptimizer, locals())
             return

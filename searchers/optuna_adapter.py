@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from evo_hpo.budget import Allowance
-from evo_hpo.errors import InvalidSettingError, MissingPackageError, UnknownNameError
+from evo_hpo.errors import EvoHpoError, InvalidSettingError, MissingPackageError, UnknownNameError
 from evo_hpo.searcher import Searcher
 from evo_hpo.space import CompressionSpace
 from evo_hpo.trial import Outcome, Trial
@@ -124,8 +124,9 @@ class OptunaSearcher(ForeignSearcher):
             name: FloatDistribution(0.0, 1.0) if self.encoding.continuous else IntDistribution(low, high)
             for name, low, high in zip(names, self.encoding.low, self.encoding.high, strict=True)
         }
+        self._given = dict(sampler or {})
         with quiet():
-            inner = self._make_sampler({**self._pinned(), **(sampler or {})})
+            inner = self._make_sampler({**self._pinned(), **self._given})
             self.sampler = _DecodingSampler(inner, self.distributions, self.encoding)
             storage = optuna.storages.InMemoryStorage()
             storage.create_new_study([StudyDirection.MINIMIZE], study_name=type(self).__name__)
@@ -150,15 +151,30 @@ class OptunaSearcher(ForeignSearcher):
             sampler: BaseSampler = cls(**settings)
         except ImportError as error:
             raise MissingPackageError(f"optuna's {self.sampler_name} needs a package: {error}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AssertionError) as error:
             raise InvalidSettingError(f"optuna's {self.sampler_name} refuses {settings}: {error}") from error
         return sampler
+
+    @contextmanager
+    def _named(self, when: str) -> Iterator[None]:
+        """Names the sampler in errors that its settings lead to only later."""
+        try:
+            yield
+        except (MemoryError, EvoHpoError):
+            raise
+        except ImportError as error:
+            raise MissingPackageError(f"optuna's {self.sampler_name} needs a package: {error}") from error
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise InvalidSettingError(
+                f"optuna's {self.sampler_name} failed when {when} ({reason}): check its settings, sampler={self._given}"
+            ) from error
 
     def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
         """A batch of the study's own trials."""
         if not self.encoding.free:
             return self._only()
-        with quiet():
+        with quiet(), self._named("asked"):
             self._running = [self._ask() for _ in range(self._count(allowance))]
         return self._trials(decoded for _, decoded in self._running)
 
@@ -182,7 +198,7 @@ class OptunaSearcher(ForeignSearcher):
         """Every paid trial is completed or failed; those that the budget did not pay for are failed."""
         super().tell(outcomes)
         proposed = self._proposed(outcomes)
-        with quiet():
+        with quiet(), self._named("told"):
             for (trial, decoded), outcome in zip(self._running, proposed, strict=False):
                 if self.encoding.name == "set_constraint":
                     trial.set_constraint("budget", decoded.excess)
@@ -208,6 +224,7 @@ class Tpe(OptunaSearcher):
 
     sampler_name = "TPESampler"
     default_encoding = "keys"
+    two_level_encoding = "projection"
     pinned: ClassVar[Mapping[str, Any]] = {"multivariate": True, "constant_liar": True}
 
 

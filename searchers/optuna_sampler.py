@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evo_hpo.errors import InvalidSettingError, InvalidSpaceError, MissingPackageError
-from evo_hpo.searcher import positive
+from evo_hpo.searcher import boolean, positive
 from evo_hpo.space import Assignment, CompressionSpace
 from searchers.breeder import Breeder, budget_space
-from searchers.mutation import Uniforms
+from searchers.mutation import Uniforms, probability
 
 try:
     import optuna
@@ -94,7 +94,8 @@ class EvoPressSampler(BaseSampler):
 
     Args:
         costs: cost of each value of each parameter that shares the budget, values ascending; None: no budget.
-        budget: the most that those parameters may cost together; no proposed trial is ever over it.
+        budget: the most that those parameters may cost together; no proposed trial is ever over it (values that
+            ``enqueue_trial`` or ``PartialFixedSampler`` fix are not the sampler's to change).
         floor: the least that they must cost.
         groups: parameters of one group exchange steps at equal cost; default: those of equal cost steps.
         offspring: lambda, trials of a generation.
@@ -128,10 +129,12 @@ class EvoPressSampler(BaseSampler):
         self._space = (
             None if costs is None or budget is None else budget_space(costs, budget, floor=floor, groups=groups)
         )
+        if unknown := set(groups or {}) - set(costs or {}):
+            raise InvalidSettingError(f"groups names {', '.join(sorted(unknown))}: only parameters with costs have one")
         self._offspring = positive("offspring", offspring)
         self._max_switches = positive("max_switches", max_switches)
-        self._cross_group = cross_group
-        self._noisy = noisy
+        self._cross_group = probability("cross_group", cross_group)
+        self._noisy = boolean("noisy", noisy)
         self._seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         self._intersection: IntersectionSearchSpace = optuna.search_space.IntersectionSearchSpace()
         self._last_start: tuple[int, Assignment] = (-1, ())
@@ -281,4 +284,4 @@ def _without(space: CompressionSpace, missing: set[str]) -> CompressionSpace | N
     units = [u for u in space.units if u.name not in missing]
     pairs = zip(space.units, space.vectors, space.uniform(), strict=True)
     reserve = sum(costs[level][0] for unit, costs, level in pairs if unit.name in missing)
-    return CompressionSpace(units, space.budget - reserve) if units else None
+    return CompressionSpace(units, space.budget - reserve, floor=max(space.floor - reserve, 0)) if units else None

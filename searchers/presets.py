@@ -11,10 +11,13 @@ from evo_hpo.space import CompressionSpace
 
 __all__ = ["PRESETS", "most_generations", "resolved"]
 
+DEPTH_RULE = "k(n-k)/1.5"  # generations, where k of n units are dropped
+_ROUNDED_UP = {"init": "decremented", "initial": 32}  # the uniform assignment itself where the target is one level
+
 PRESETS: dict[str, dict[str, Any]] = {
     "plain": {"offspring": 4, "survivors": (1,), "tokens": None, "cross_group": 0.5, "revisit": False},
     "depth_pruning": {
-        "generations": "k(n-k)/1.5",
+        "generations": DEPTH_RULE,
         "offspring": 32,
         "survivors": (2, 1),
         "tokens": (2048, 32768),
@@ -22,9 +25,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "initial": 64,
         "initial_tokens": 2048,
     },
-    "sparsity": {"offspring": 64, "survivors": (8, 2, 1), "tokens": (2048, 16384, 65536), "generations": 400},
-    "quantization": {"offspring": 128, "survivors": (16, 4, 1), "tokens": (2048, 16384, 131072), "generations": 150},
-    "super_fast": {"offspring": 16, "survivors": (1, 1), "tokens": (512, 8192), "generations": 400},
+    "sparsity": {
+        "offspring": 64,
+        "survivors": (8, 2, 1),
+        "tokens": (2048, 16384, 65536),
+        "generations": 400,
+        **_ROUNDED_UP,
+    },
+    "quantization": {
+        "offspring": 128,
+        "survivors": (16, 4, 1),
+        "tokens": (2048, 16384, 131072),
+        "generations": 150,
+        **_ROUNDED_UP,
+    },
+    "super_fast": {"offspring": 16, "survivors": (1, 1), "tokens": (512, 8192), "generations": 400, **_ROUNDED_UP},
 }
 """Published settings by application; ``plain`` is a single-stage search for problems without fidelity."""
 
@@ -53,6 +68,8 @@ def most_generations(space: CompressionSpace, given: int | str | None) -> float:
     """The most generations; the rule of depth pruning drops k of n units in the group where that takes longest."""
     if not isinstance(given, str):
         return math.inf if given is None else positive("generations", given)
+    if given != DEPTH_RULE:
+        raise InvalidSettingError(f"generations={given!r} must be an integer of at least 1, or {DEPTH_RULE!r}")
     if any(high - low != 1 for low, high in zip(space.lowest, space.highest, strict=True) if low != high):
         return math.inf  # a rule for units that are dropped or kept
     start, most = space.uniform(), 1

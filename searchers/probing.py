@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from typing import Any
 
-from evo_hpo.searcher import positive
+from evo_hpo.searcher import boolean, positive
 from evo_hpo.space import Assignment, CompressionSpace
 from searchers.additive_model import AdditiveModel, Effects
 from searchers.exchange import Exchanges
@@ -46,7 +46,7 @@ class Probing(Procedure):
         super().__init__(space, seed=seed, **settings)
         self.probe_levels = probe_levels if probe_levels is None else positive("probe_levels", probe_levels)
         self.changes = changes if changes is None else positive("changes", changes)
-        self.refine = bool(refine)
+        self.refine = boolean("refine", refine)
         self.model = AdditiveModel(space)
         self.moves = Exchanges(space)
 

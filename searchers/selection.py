@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,13 +76,14 @@ class Selection:
 
     def affordable(self, offspring: int, parents: int, allowance: Allowance) -> int:
         """The most offspring, up to ``offspring``, whose whole generation the allowance pays; 0: none."""
-        for count in range(offspring, 0, -1):
+
+        def unpaid(count: int) -> bool:
             trials, tokens = self.price(count, parents, allowance.default_tokens)
-            if (allowance.evaluations is None or trials <= allowance.evaluations) and (
-                allowance.tokens is None or tokens <= allowance.tokens
-            ):
-                return count
-        return 0
+            return (allowance.evaluations is not None and trials > allowance.evaluations) or (
+                allowance.tokens is not None and tokens > allowance.tokens
+            )
+
+        return bisect.bisect_left(range(1, offspring + 1), True, key=unpaid)  # more offspring never cost less
 
     def price(self, offspring: int, parents: int, default_tokens: int) -> tuple[int, int]:
         """Trials and tokens of a whole generation; ``parents`` are those that have to be scored beside it."""

@@ -163,6 +163,12 @@ SUITES: dict[str, Suite] = {
             ("optuna:cmaes / projection", "210", 1),
         ),
     ),
+    "two_levels": Suite(
+        {name: HITS[name] for name in ("8008, 0.35", "125970, 0.1")},
+        {label: LINEUP[label] for label in ("uniform", "random", "evopress", "trust_region")} | ENCODED,
+        200,
+        10,
+    ),
     "families": Suite({name: EQUAL[name] for name in _FEW_PROBLEMS}, FAMILIES, 200, 10),
     "gp": Suite({name: EQUAL[name] for name in _GP_PROBLEMS}, _GP, 40, 10, (("optuna:gp", "", 3),)),
     "unequal": Suite({name: EQUAL[name] for name in EQUAL if name.startswith("unequal")}, _STRONGEST, 1000, 10),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from math import comb
 from typing import Any
 
@@ -14,6 +15,7 @@ from evo_hpo.errors import InvalidSettingError
 from searchers import make_searcher
 from searchers.evopress import PRESETS
 from searchers.initialisation import random_and_spent, rounded_up_and_decremented
+from searchers.mutation import Uniforms, mutation
 from tests.searchers.landscapes import interacting, mixed_space, pruning_space
 
 
@@ -104,9 +106,47 @@ def test_fewer_mutants_than_offspring_are_all_used_and_none_stops_the_search() -
     trials = searcher.ask(Allowance(evaluations=1000))
     assert {t.levels for t in trials} == set(space.enumerate())  # the parent and its two neighbours
     alone = CompressionSpace([Unit(name="a", costs=(1, 2)), Unit(name="b", costs=(1, 2), fixed=0)], 3, floor=3)
-    stuck = make_searcher("evopress", alone)
-    assert stuck.ask(Allowance(evaluations=1000)) == ()
-    assert "no feasible mutant" in stuck.stop_reason
+    result = search(make_searcher("evopress", alone), FunctionProblem(alone, sum), budget=Budget(evaluations=1000))
+    assert (len(result.outcomes), result.best, result.best_loss) == (1, (1, 0), 1)
+    assert "no feasible mutant" in result.stop_reason
+
+
+@pytest.mark.parametrize("costs", [(2, 4, 8), (2, 3, 4, 8), (1, 2, 4, 8)], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"cross_group": 0.0}, {"preset": "quantization"}], ids=str)
+def test_units_whose_steps_differ_in_cost_are_searched_to_the_optimum(
+    costs: tuple[int, ...], settings: dict[str, object]
+) -> None:
+    space = CompressionSpace([Unit(f"layers.{i}.m", costs) for i in range(8)], 32)
+    harm = np.random.default_rng(1).gamma(1, 1, 8)
+
+    def loss(levels: Assignment) -> float:
+        return float(sum(h * 2.0 ** -costs[k] for h, k in zip(harm, levels, strict=True)))
+
+    searcher = make_searcher("evopress", space, seed=0, **settings)
+    result = search(searcher, FunctionProblem(space, loss), budget=Budget(evaluations=1200))
+    assert result.best_loss == pytest.approx(min(map(loss, space.enumerate())))
+
+
+def test_within_groups_steps_of_unequal_cost_keep_each_groups_share() -> None:
+    units = [
+        Unit(f"layers.{i}.m{size}", tuple(size * c for c in (2, 4, 8)), size=size) for i in range(6) for size in (1, 5)
+    ]
+    space = CompressionSpace.from_average(units, 4)
+    parent = space.uniform()
+    mutate, stream = mutation(space, "size", 0.0), Uniforms(np.random.default_rng(0))
+    small = [i for i, unit in enumerate(units) if unit.size == 1]
+    mutants = {m for _ in range(500) if (m := mutate(parent, stream, 2)) is not None and m != parent}
+    assert len(mutants) > 50
+    assert {sum(space.vectors[i][m[i]][0] for i in small) for m in mutants} == {24}
+
+
+def test_a_huge_number_of_offspring_does_not_hold_up_a_small_space() -> None:
+    space = CompressionSpace([Unit(f"m{i}", (0, 1)) for i in range(3)], 1)
+    searcher = make_searcher("evopress", space, offspring=10**9)
+    start = time.perf_counter()
+    result = search(searcher, FunctionProblem(space, sum), budget=Budget(evaluations=10**9))
+    assert time.perf_counter() - start < 2
+    assert len(result.outcomes) <= space.count()
 
 
 @pytest.mark.parametrize(
@@ -238,6 +278,19 @@ def test_presets_run(preset: str) -> None:
     assert space.feasible(searcher.recommend() or ())
 
 
+@pytest.mark.parametrize("preset", ["sparsity", "quantization", "super_fast"])
+def test_presets_start_from_uniform_or_the_best_of_32_rounded_up(preset: str) -> None:
+    units = [Unit(f"layers.{i}.m", (2, 3, 4)) for i in range(30)]
+    allowance = Allowance(tokens=10**9, default_tokens=2048)
+    whole = make_searcher("evopress", CompressionSpace(units, 90), preset=preset)
+    assert {t.note for t in whole.ask(allowance)} <= {"", "parent"}
+    assert whole.recommend() == (1,) * 30
+    between = make_searcher("evopress", CompressionSpace(units, 75), preset=preset)
+    starts = between.ask(allowance)
+    assert [(t.note, t.tokens) for t in starts] == [("initial", PRESETS[preset]["tokens"][0])] * 32
+    assert {(set(t.levels), sum(t.levels)) == ({0, 1}, 15) for t in starts} == {True}
+
+
 def test_all_offspring_failing_keeps_the_parent() -> None:
     space = mixed_space()
     problem = FunctionProblem(space, lambda a: 1.0 if a == space.uniform() else float("nan"))
@@ -254,6 +307,11 @@ def test_all_offspring_failing_keeps_the_parent() -> None:
         ({"offspring": 0}, "at least 1"),
         ({"group": "colour"}, "size, name, none"),
         ({"preset": "fastest"}, "one of"),
+        ({"invert": "False"}, "invert='False' must be true or false"),
+        ({"revisit": "maybe"}, "revisit='maybe' must be true or false"),
+        ({"generations": "abc"}, "generations='abc' must be an integer"),
+        ({"init": "uniform", "initial": 8}, "one uniform start"),
+        ({"cross_group": "half"}, "cross_group='half' must be a probability"),
         ({"cross_group": 2.0}, "probability"),
         ({"init": "zero"}, "one of"),
         ({"switch_rule": "max"}, "min_of_two"),

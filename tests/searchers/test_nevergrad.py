@@ -164,10 +164,24 @@ def test_an_optimizer_that_breaks_in_the_middle_is_named(monkeypatch: pytest.Mon
         searcher.ask(Allowance(evaluations=9))
 
 
+@pytest.mark.parametrize("name", ["CMA", "DiagonalCMA", "DiscreteOnePlusOne", "NGOpt", "OnePlusOne", "TBPSA"])
+def test_units_that_are_dropped_or_kept_are_searched_too(name: str) -> None:
+    space = CompressionSpace([Unit(f"layers.{i}.mlp", (0, 1)) for i in range(20)], 12)
+    harm = np.random.default_rng(0).gamma(1.0, 1.0, 20)
+    problem = FunctionProblem(space, lambda levels: -float(harm @ np.array(levels)))
+    outcomes = search(make_searcher(f"nevergrad:{name}", space), problem, budget=Budget(evaluations=150)).outcomes
+    assert len({o.trial.levels for o in outcomes}) > 15
+    kept = -np.sort(-harm)[:12].sum()
+    first = outcomes[0].loss
+    assert (first - min(o.loss for o in outcomes)) > 0.6 * (first - kept)
+
+
 def test_settings_outside_their_range_are_refused() -> None:
     for settings, message in (
         ({"encoding": "sequential"}, "encoding='sequential' must be one of"),
         ({"sigma": 0.0}, "sigma=0.0"),
+        ({"sigma": "wide"}, "sigma='wide'"),
+        ({"fill": "no"}, "fill='no' must be true or false"),
         ({"horizon": 0}, "horizon=0"),
         ({"batch": 0}, "batch=0"),
         ({"penalty": -1.0}, "penalty=-1.0"),

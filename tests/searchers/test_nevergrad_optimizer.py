@@ -65,6 +65,18 @@ def test_no_candidate_is_over_the_budget_and_the_optimum_is_found(workers: int) 
     assert min(map(loss, seen)) == pytest.approx(min(map(loss, feasible)))
 
 
+def test_a_first_value_that_leaves_budget_does_not_hold_the_search_there() -> None:
+    array = ng.p.Array(init=np.zeros(12)).set_bounds(0, 2).set_integer_casting()
+    optimizer = ConfiguredEvoPress(costs=[(2, 3, 4)] * 12, cost_budget=36)(array, budget=100)
+    seen = []
+    for _ in range(100):
+        candidate = optimizer.ask()
+        seen.append(tuple(map(int, candidate.value)))
+        optimizer.tell(candidate, float(sum((i + 1) / (2 + k) for i, k in enumerate(seen[-1]))))
+    assert len(set(seen)) == 100
+    assert max(map(sum, seen)) == 12
+
+
 def test_exact_losses_are_never_asked_for_twice_and_noisy_ones_are() -> None:
     assert len(set(search(1, 150))) == 150
     assert len(set(search(1, 150, noisy=True))) < 150

@@ -153,6 +153,27 @@ def test_sampler_settings_are_passed_through_and_unknown_ones_refused() -> None:
         make_searcher("optuna:cmae", SPACE)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("tpe", {"n_startup_trials": "x"}), ("tpe", {"gamma": 3}), ("cmaes", {"popsize": -1})],
+    ids=str,
+)
+def test_sampler_settings_that_fail_later_name_the_sampler(name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSettingError, match=r"optuna's (TPE|CmaEs)Sampler .*" + next(iter(settings))):
+        run(name, trials=30, sampler=settings)
+
+
+def test_the_default_encoding_of_tpe_depends_on_whether_units_have_two_levels() -> None:
+    dropped = CompressionSpace([Unit(f"u{i}", (0, 1)) for i in range(4)], 2)
+    for name, space, encoding in (("tpe", SPACE, "keys"), ("tpe", dropped, "projection"), ("nsga2", dropped, "keys")):
+        searcher = make_searcher(f"optuna:{name}", space)
+        assert isinstance(searcher, OptunaSearcher)
+        assert searcher.encoding.name == encoding
+    explicit = make_searcher("optuna:tpe", dropped, encoding="keys")
+    assert isinstance(explicit, OptunaSearcher)
+    assert explicit.encoding.name == "keys"
+
+
 def test_a_missing_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ImportError("cmaes is needed")

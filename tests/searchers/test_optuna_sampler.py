@@ -101,6 +101,26 @@ def test_the_first_trial_is_uniform_compression() -> None:
     assert tuple(first.params[name] for name in COSTS) == budget_space(COSTS, BUDGET).uniform()
 
 
+@pytest.mark.parametrize(
+    ("costs", "budget", "first"),
+    [((2, 4, 8), 48, None), ((2, 3, 4), 36, dict.fromkeys(range(12), 0)), ((2, 3, 4), 36, dict.fromkeys(range(9), 1))],
+    ids=["uneven steps", "from the cheapest", "from a point that leaves budget"],
+)
+def test_no_start_and_no_step_holds_the_search_at_one_point(
+    costs: tuple[int, ...], budget: int, first: dict[int, int] | None
+) -> None:
+    names = [f"layer{i}" for i in range(12)]
+    study = optuna.create_study(sampler=EvoPressSampler(costs=dict.fromkeys(names, costs), budget=budget, seed=0))
+    if first is not None:
+        study.enqueue_trial({name: first.get(i, 0) for i, name in enumerate(names)})
+    study.optimize(lambda t: sum((i + 1) / costs[t.suggest_int(n, 0, 2)] for i, n in enumerate(names)), n_trials=60)
+    assert len({tuple(t.params.values()) for t in study.trials}) == 60
+    spent = [sum(costs[level] for level in t.params.values()) for t in study.trials]
+    assert max(spent) == budget
+    assert study.trials[0].value is not None
+    assert study.best_value < study.trials[0].value
+
+
 def test_parallel_jobs_keep_the_budget() -> None:
     study = optuna.create_study(sampler=sampler())
     study.optimize(lambda t: loss(bits(t)), n_trials=60, n_jobs=4)
@@ -201,6 +221,10 @@ def test_a_noisy_study_scores_its_parent_again_in_every_generation() -> None:
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(InvalidSettingError, match="groups names typo"):
+        sampler(groups={"typo": "a"})
+    with pytest.raises(InvalidSettingError, match="cross_group=3"):
+        sampler(cross_group=3)
     with pytest.raises(InvalidSettingError, match="costs and budget go together"):
         EvoPressSampler(costs=COSTS)
     with pytest.raises(InvalidSettingError, match="offspring"):

@@ -61,6 +61,13 @@ class CompressionSpace:
         if len(set(names)) != len(names):
             twice = next(n for i, n in enumerate(names) if n in names[:i])
             raise InvalidSpaceError(f"unit names must be unique, found twice: {twice!r}")
+        owner: dict[str, str] = {}
+        for unit in self.units:
+            for member in unit.members:
+                if (other := owner.setdefault(member, unit.name)) != unit.name:
+                    raise InvalidSpaceError(
+                        f"module {member!r} belongs to units {other!r} and {unit.name!r}: tie it to one of them"
+                    )
         first = self.units[0].costs[0]
         self.dimensions = len(first) if isinstance(first, tuple) else 1
         given = tuple(resources)

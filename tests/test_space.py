@@ -134,6 +134,13 @@ def test_from_average_counts_exactly_and_rounds_down() -> None:
     )
 
 
+def test_a_module_belongs_to_one_unit() -> None:
+    tied = Unit("embeddings", (1, 2), members=("embed", "head"))
+    assert CompressionSpace([tied, Unit("other", (1, 2))], 3).count() == 3
+    with pytest.raises(InvalidSpaceError, match="'head' belongs to units 'embeddings' and 'head'"):
+        CompressionSpace([tied, Unit("head", (1, 2))], 3)
+
+
 def test_an_average_of_the_first_resource_with_totals_of_the_others() -> None:
     units = [Unit(f"m{i}", ((20, 1), (30, 0), (40, 0)), size=10) for i in range(4)]
     space = CompressionSpace.from_average(units, 3, others=[1], resources=("bits", "lowest"))

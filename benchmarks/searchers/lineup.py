@@ -103,6 +103,12 @@ EQUAL: Named = {
 }
 """Five levels; pairwise terms of standard deviation 0.1 (interacting) and 0.05 (non-monotone) unless said otherwise."""
 
+ROLES: Named = {
+    f"roles 60 {budget}": ("interacting", {"units": 60, "unequal": True, "structure": 1.0, "tightness": tightness})
+    for budget, tightness in _BUDGETS.items()
+}
+"""Units of unequal size whose sensitivity goes with their role and block, so that sizes want different shares."""
+
 _FEW_PROBLEMS = ("interacting 30 loose", "non_monotone 60 loose", "interacting 60 tight")
 
 _GP_PROBLEMS = ("interacting 30 tight", "interacting 30 loose")
@@ -171,7 +177,7 @@ SUITES: dict[str, Suite] = {
     ),
     "families": Suite({name: EQUAL[name] for name in _FEW_PROBLEMS}, FAMILIES, 200, 10),
     "gp": Suite({name: EQUAL[name] for name in _GP_PROBLEMS}, _GP, 40, 10, (("optuna:gp", "", 3),)),
-    "unequal": Suite({name: EQUAL[name] for name in EQUAL if name.startswith("unequal")}, _STRONGEST, 1000, 10),
+    "unequal": Suite({n: EQUAL[n] for n in EQUAL if n.startswith("unequal")} | ROLES, _STRONGEST, 1000, 10),
 }
 """Equal: 200 evaluations are what a live search on a language model affords; 800 are the bar of the small spaces; 40
 are what Optuna's GP affords, at a second a trial."""

@@ -219,6 +219,9 @@ _ENCODINGS: Sequence[tuple[str, str]] = (
 )
 """Measured default encoding by what an optimizer's name contains, first match; see ``docs/encodings.md``."""
 
+_TWO_LEVEL_ENCODINGS = {"NGO": "native"}
+"""The same where units have two levels only, for those that are to have another one there."""
+
 
 _OURS = ("EvoPress",)  # registered by searchers.nevergrad_optimizer, the other direction
 
@@ -248,8 +251,11 @@ class NevergradFamily:
 def _member(name: str) -> type[NevergradSearcher]:
     """One class for each optimizer, so that its settings and defaults can be shown."""
     encoding = next(chosen for part, chosen in _ENCODINGS if part in name)
-    doc = f"Nevergrad's {name}; default encoding {encoding!r}."
-    return type(name, (NevergradSearcher,), {"__doc__": doc, "optimizer_name": name, "default_encoding": encoding})
+    dropped = next((chosen for part, chosen in _TWO_LEVEL_ENCODINGS.items() if part in name), None)
+    doc = f"Nevergrad's {name}; default encoding {encoding!r}"
+    doc += "." if dropped is None else f", {dropped!r} where units have two levels only."
+    attributes = {"optimizer_name": name, "default_encoding": encoding, "two_level_encoding": dropped}
+    return type(name, (NevergradSearcher,), {"__doc__": doc, **attributes})
 
 
 family = NevergradFamily()

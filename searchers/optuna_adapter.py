@@ -220,7 +220,10 @@ class Random(OptunaSearcher):
 
 
 class Tpe(OptunaSearcher):
-    """Optuna's TPESampler, multivariate (Optuna 5's default, pinned here), constant liar within a batch."""
+    """Optuna's TPESampler, multivariate (Optuna 5's default, pinned here), constant liar within a batch.
+
+    Default encoding ``keys``, and ``projection`` where units have two levels only.
+    """
 
     sampler_name = "TPESampler"
     default_encoding = "keys"

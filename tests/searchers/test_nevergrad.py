@@ -176,6 +176,15 @@ def test_units_that_are_dropped_or_kept_are_searched_too(name: str) -> None:
     assert (first - min(o.loss for o in outcomes)) > 0.6 * (first - kept)
 
 
+def test_the_default_encoding_may_depend_on_whether_units_have_two_levels() -> None:
+    dropped = CompressionSpace([Unit(f"u{i}", (0, 1)) for i in range(4)], 2)
+    for name, several, two in (("CMA", "repaired", "repaired"), ("NGOpt", "projection", "native")):
+        for space, encoding in ((SPACE, several), (dropped, two)):
+            searcher = make_searcher(f"nevergrad:{name}", space)
+            assert isinstance(searcher, NevergradSearcher)
+            assert searcher.encoding.name == encoding
+
+
 def test_settings_outside_their_range_are_refused() -> None:
     for settings, message in (
         ({"encoding": "sequential"}, "encoding='sequential' must be one of"),

@@ -37,6 +37,7 @@ LINEUP: Named = {
     "optuna:cmaes": ("optuna:cmaes", {}),
     "optuna:nsga2": ("optuna:nsga2", {}),
     "optuna:qmc": ("optuna:qmc", {}),
+    "optuna:random": ("optuna:random", {}),
     "nevergrad:DiscreteOnePlusOne": ("nevergrad:DiscreteOnePlusOne", {}),
     "nevergrad:DiscreteLenglerOnePlusOne": ("nevergrad:DiscreteLenglerOnePlusOne", {}),
     "nevergrad:CMA": ("nevergrad:CMA", {}),
@@ -74,11 +75,11 @@ _KINDS = (
     "TBPSA",
 )
 FAMILIES: Named = {
-    f"nevergrad:{optimizer} / {encoding}": (f"nevergrad:{optimizer}", {"encoding": encoding})
-    for optimizer in _KINDS
+    f"{searcher} / {encoding}": (searcher, {"encoding": encoding})
+    for searcher in (*(f"nevergrad:{optimizer}" for optimizer in _KINDS), "optuna:tpe_univariate")
     for encoding in _BOTH
 }
-"""One of each further kind of Nevergrad's optimizers, for their default encodings."""
+"""One of each further kind of Nevergrad's optimizers, and TPE unit by unit, for their default encodings."""
 
 _DROP = {"levels": 2, "exact": True}
 HITS: Named = {
@@ -157,7 +158,7 @@ SUITES: dict[str, Suite] = {
     "hits": Suite(HITS, LINEUP, 800, 20, (("optuna:tpe", "", 3), ("optuna", "", 10), ("nevergrad", "", 10))),
     "equal": Suite(
         EQUAL,
-        _OURS | {"optuna:qmc": ("optuna:qmc", {})} | ENCODED,
+        _OURS | {label: LINEUP[label] for label in ("optuna:qmc", "optuna:random")} | ENCODED,
         200,
         10,
         (

@@ -177,14 +177,14 @@ class EvoPress(Searcher):
             if self.restart_after is not None and self.stagnant >= self.restart_after:
                 self._restart()
             self._candidates = self._affordable_mutants(allowance)
+            if not self._candidates and not self._asked and not self.stop_reason:
+                return self._ask_parent()
             for _ in range(RESTARTS if self.restart_after is not None else 0):
                 if self._candidates or self.stop_reason:
                     break
                 self._restart()
                 self._candidates = self._affordable_mutants(allowance)
             if not self._candidates:
-                if not self._asked and not self.stop_reason:
-                    return self._ask_parent()
                 self.stop_reason = self.stop_reason or self._why_none()
                 return ()
             self.generation += 1

@@ -106,9 +106,11 @@ def test_fewer_mutants_than_offspring_are_all_used_and_none_stops_the_search() -
     trials = searcher.ask(Allowance(evaluations=1000))
     assert {t.levels for t in trials} == set(space.enumerate())  # the parent and its two neighbours
     alone = CompressionSpace([Unit(name="a", costs=(1, 2)), Unit(name="b", costs=(1, 2), fixed=0)], 3, floor=3)
-    result = search(make_searcher("evopress", alone), FunctionProblem(alone, sum), budget=Budget(evaluations=1000))
-    assert (len(result.outcomes), result.best, result.best_loss) == (1, (1, 0), 1)
-    assert "no feasible mutant" in result.stop_reason
+    for settings in ({}, {"restart_after": 2}, {"survivors": (2, 1), "offspring": 4}, {"preset": "quantization"}):
+        stuck = make_searcher("evopress", alone, **settings)
+        result = search(stuck, FunctionProblem(alone, sum), budget=Budget(evaluations=1000))
+        assert (len(result.outcomes), result.best, result.best_loss) == (1, (1, 0), 1)
+        assert "no feasible mutant" in result.stop_reason
 
 
 @pytest.mark.parametrize("costs", [(2, 4, 8), (2, 3, 4, 8), (1, 2, 4, 8)], ids=str)

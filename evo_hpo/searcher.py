@@ -20,7 +20,7 @@ from evo_hpo.errors import InvalidSettingError, UnknownNameError
 from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Draw, Outcome, Trial
 
-__all__ = ["Searcher", "boolean", "positive", "settings_of"]
+__all__ = ["Searcher", "boolean", "positive", "probability", "settings_of"]
 
 
 class Searcher(ABC):
@@ -132,6 +132,17 @@ def boolean(name: str, value: bool) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise InvalidSettingError(f"{name}={value!r} must be true or false")
     return bool(value)
+
+
+def probability(name: str, value: float) -> float:
+    """``value`` where it is a number from 0 to 1.
+
+    Raises:
+        InvalidSettingError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
+        raise InvalidSettingError(f"{name}={value!r} must be a probability, 0 to 1")
+    return float(value)
 
 
 def draw(name: str, value: str) -> Draw:

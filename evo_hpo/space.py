@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from functools import cached_property
@@ -42,7 +42,7 @@ class CompressionSpace:
         resources: names of the resources, for messages and tables.
 
     Raises:
-        InvalidSpaceError: duplicate names, or costs for another number of resources.
+        InvalidSpaceError: duplicate names, a module in two units, or costs for another number of resources.
         InfeasibleError: the budget is below the cheapest assignment, or the floor above the dearest.
     """
 
@@ -97,7 +97,7 @@ class CompressionSpace:
         Args:
             units: as for the space itself.
             average: of the first resource, for example bits a weight.
-            others: total budgets of the other resources, where units cost several.
+            others: total budget of each other resource, where units cost several.
             settings: the space's further arguments.
 
         Raises:
@@ -112,12 +112,13 @@ class CompressionSpace:
             ) from None
         first = units[0].costs[0] if units else 0
         further = len(first) - 1 if isinstance(first, tuple) else 0
+        others = tuple(others) if isinstance(others, Iterable) else (others,)
         if len(others) != further:
             raise InvalidSpaceError(
                 f"others={list(others)} must give the total budget of each resource after the first, {further} here"
             )
         total = math.floor(exact * sum(u.size for u in units))
-        space = cls(units, (total, *others) if others else total, **settings)
+        space = cls(units, (total, *others) if further else total, **settings)
         least, most = space.cost(space.lowest), space.cost(space.highest)
         if space.budget > most:
             raise InfeasibleError(

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from numpy.random import Generator
 
 from evo_hpo.errors import InvalidSettingError, InvalidSpaceError
+from evo_hpo.searcher import probability
 from evo_hpo.space import Assignment, CompressionSpace, Unit
-from searchers.mutation import Exchange, Uniforms, mutation, probability, switch_counts
+from searchers.mutation import Exchange, Uniforms, mutation, switch_counts
 
 __all__ = ["Breeder", "budget_space"]
 
@@ -35,8 +36,8 @@ class Breeder:
 
     A mutation takes r = min of two draws from 1..``max_switches`` switches. Each falls on the axes of the budget with
     probability proportional to their number, else on one other axis, which moves a step up or down; axes of more
-    than 32 levels move by a log-uniform number of steps. Where a parent leaves budget unspent, half of the
-    mutations are exchanges that spend it.
+    than 32 levels move by a log-uniform number of steps. Where a parent leaves budget that pays for a
+    step, half of the mutations are exchanges, which spend it.
 
     Args:
         sizes: number of levels of each axis, in order.
@@ -64,7 +65,8 @@ class Breeder:
         self._switches = switch_counts("min_of_two", max_switches)
         cross_group = probability("cross_group", cross_group)
         self._mutate = mutation(space, "size", cross_group) if space is not None else None
-        self._exchange = Exchange(space) if space is not None else None
+        rule = "none" if cross_group else "size"
+        self._exchange = Exchange(space, rule) if space is not None else None
         if space is not None:
             for position, unit in zip(self.members, space.units, strict=True):
                 if len(unit.costs) != self.sizes[position]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from evo_hpo.budget import Allowance
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.searcher import Searcher, boolean, positive
+from evo_hpo.searcher import Searcher, boolean, positive, probability
 from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Draw, Outcome, Trial
 from searchers.initialisation import WARM_STARTS, Initialisation, WarmStart, initialisation, random_and_spent
@@ -23,7 +23,7 @@ from searchers.selection import Selection, ranked
 __all__ = ["PRESETS", "EvoPress"]
 
 
-PATIENCE = 2000  # draws in vain, at most, of one generation
+PATIENCE = 100_000  # draws in vain of one generation, whatever the number of offspring
 PERSISTENCE = 1000  # draws of any number of switches before the search gives up
 RESTARTS = 20  # new starts in a row, each without a mutant to measure, before the search gives up
 
@@ -93,8 +93,6 @@ class EvoPress(Searcher):
         invert: bool = False,
     ) -> None:
         super().__init__(space, seed=seed)
-        if initial is not None and init == "uniform":
-            raise InvalidSettingError(f"initial={initial!r}: there is one uniform start; init='random' draws several")
         chosen = resolved(
             preset,
             offspring=offspring,
@@ -107,12 +105,17 @@ class EvoPress(Searcher):
             initial_tokens=initial_tokens,
             revisit=revisit,
         )
+        if initial not in (None, 1) and chosen["init"] in ("uniform", *WARM_STARTS):
+            raise InvalidSettingError(
+                f"initial={initial!r} needs a start that is drawn: init='random' or 'decremented', not {chosen['init']}"
+            )
         self.offspring = positive("offspring", chosen["offspring"])
         self.selection = Selection.of(chosen["survivors"], chosen["tokens"], elitism)
         self.generations = most_generations(space, chosen["generations"])
         self.switches = switch_counts(switch_rule, positive("max_switches", max_switches))
         self.far_switches = heavy_tailed(len(space))
-        self.mutate = mutation(space, group, chosen["cross_group"])
+        self.cross_group = probability("cross_group", chosen["cross_group"])
+        self.mutate = mutation(space, group, self.cross_group)
         self.group = group
         if minibatch not in ("fresh", "nested", "fixed"):
             raise InvalidSettingError(f"minibatch={minibatch!r} must be one of: fresh, nested, fixed")
@@ -221,7 +224,7 @@ class EvoPress(Searcher):
         )
 
     def _ask_parent(self) -> tuple[Trial, ...]:
-        """A start that has no mutant is scored all the same: it is what the search recommends."""
+        """A start that has no mutant is scored all the same where nothing was: it is what the search recommends."""
         self._stage = len(self.selection.stages) - 1
         self._pending = self.parents
         tokens = self.selection.stages[-1].tokens
@@ -246,8 +249,8 @@ class EvoPress(Searcher):
 
     def _why_none(self) -> str:
         exist = any(True for p in self.parents for _ in self.space.switches(p.levels, self.group))
-        if not exist and len(self._measured()) < 2:
-            several = len(self.space.groups(self.group)) > 1
+        if not exist and not self.generation:
+            several = len(self.space.groups(self.group)) > 1 and not self.cross_group
             return "no feasible mutant of the parent exists" + (": cross_group may give some" if several else "")
         advice = ": restart_after would go on from elsewhere" if self.restart_after is None else ""
         return f"no mutant was found that has not been measured{advice}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.searcher import probability
 from evo_hpo.space import Assignment, CompressionSpace
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ __all__ = [
     "UnrestrictedSwitch",
     "heavy_tailed",
     "mutation",
-    "probability",
     "switch_counts",
 ]
 
@@ -74,17 +74,6 @@ def switch_counts(rule: str, most: int) -> SwitchCount:
     raise InvalidSettingError(f"switch_rule={rule!r} must be one of: min_of_two, fixed")
 
 
-def probability(name: str, value: float) -> float:
-    """``value`` where it is a number from 0 to 1.
-
-    Raises:
-        InvalidSettingError: it is not.
-    """
-    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise InvalidSettingError(f"{name}={value!r} must be a probability, 0 to 1")
-    return float(value)
-
-
 def heavy_tailed(most: int) -> SwitchCount:
     """Number of switches r from 1..most with probability proportional to r^-2.5: mostly few, now and then very many.
 
@@ -109,17 +98,21 @@ def mutation(space: CompressionSpace, group: str, cross_group: float) -> Mutatio
     if group not in ("size", "name", "none"):
         raise InvalidSettingError(f"group={group!r} must be one of: size, name, none")
     cross_group = probability("cross_group", cross_group)
-    within: Mutation = UnrestrictedSwitch(space)
-    if group != "none":
-        within = switch = LevelSwitch(space, group)
-        if not all(g.exact for g in switch.groups):
-            exchange = Exchange(space, group)
-            within = lambda parent, stream, n: switch(parent, stream, n) or exchange(parent, stream, n)  # noqa: E731
+    within = UnrestrictedSwitch(space) if group == "none" else _within_groups(space, group)
     several = group != "none" and len(space.groups(group)) > 1
     if not several or not cross_group:
         return within
     across = Exchange(space)
     return lambda parent, stream, switches: (across if stream.chance(cross_group) else within)(parent, stream, switches)
+
+
+def _within_groups(space: CompressionSpace, rule: str) -> Mutation:
+    """Level switches, and exchanges within a group where steps differ in cost and no switch was made."""
+    switch = LevelSwitch(space, rule)
+    if all(group.exact for group in switch.groups):
+        return switch
+    exchange = Exchange(space, rule)
+    return lambda parent, stream, switches: switch(parent, stream, switches) or exchange(parent, stream, switches)
 
 
 @dataclass(frozen=True)
@@ -198,6 +191,8 @@ class UnrestrictedSwitch:
 class Exchange:
     """Moves budget between units of unequal steps; with ``rule`` "none", between groups, so that no share is frozen.
 
+    With another rule a group keeps about its share: what an exchange leaves unspent, another group's may spend.
+
     An exchange raises a unit and lowers others until the budget holds. What is left in the end is spent by raising
     units that were not lowered, in random order, while they fit, so the offspring stays close to the budget. Units of
     unequal size make an exchange change more units than a switch does, so an offspring takes half as many, rounded up:
@@ -216,8 +211,11 @@ class Exchange:
         self.smallest_step = min((s for g in self.groups for i in g for s in self._slack.steps[i] if s > 0), default=1)
 
     def unspent(self, parent: Assignment) -> bool:
-        """True where the budget may pay for another step of some unit."""
-        return self._slack.of(parent) >= self.smallest_step
+        """True where the budget pays for another step of some unit."""
+        slack, steps = self._slack.of(parent), self._slack.steps
+        if slack < self.smallest_step:
+            return False
+        return any(parent[i] < self.space.highest[i] and steps[i][parent[i]] <= slack for g in self.groups for i in g)
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
         """An offspring after half of ``switches`` exchanges, rounded up, or None where units ran out."""

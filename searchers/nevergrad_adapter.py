@@ -91,7 +91,7 @@ class NevergradSearcher(ForeignSearcher):
         super().__init__(space, seed=seed, **settings)
         if sigma is None:
             sigma = TWO_LEVEL_SIGMA if two_levels(space) and "CMA" in self.optimizer_name else SIGMA
-        if not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
+        if isinstance(sigma, bool) or not isinstance(sigma, (int, float, np.number)) or not 0 < sigma < math.inf:
             raise InvalidSettingError(f"sigma={sigma!r} must be a positive number")
         self.sigma = float(sigma)
         self.horizon = horizon if horizon is None else positive("horizon", horizon)

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from evo_hpo.errors import InvalidSettingError, InvalidSpaceError
-from evo_hpo.searcher import boolean, positive
+from evo_hpo.searcher import boolean, positive, probability
 from evo_hpo.space import Assignment
 from searchers.breeder import Breeder, budget_space
-from searchers.mutation import Uniforms, probability
+from searchers.mutation import Uniforms
 from searchers.nevergrad_adapter import load
 
 ng: Any = load()
@@ -117,7 +117,7 @@ class EvoPressOptimizer(_Optimizer):  # type: ignore[misc]
         self._offspring = positive("offspring", offspring)
         self._settings: dict[str, Any] = {
             "max_switches": positive("max_switches", max_switches),
-            "cross_group": cross_group,
+            "cross_group": probability("cross_group", cross_group),
         }
         self._noisy = boolean("noisy", noisy)
         self._leaf_list = list(_leaves(self.parametrization))
@@ -237,8 +237,10 @@ class ConfiguredEvoPress(_ConfiguredOptimizer):  # type: ignore[misc]
         noisy: bool = False,
     ) -> None:
         _both_or_neither(costs, cost_budget)
-        positive("offspring", offspring), positive("max_switches", max_switches)
-        probability("cross_group", cross_group), boolean("noisy", noisy)
+        positive("offspring", offspring)
+        positive("max_switches", max_switches)
+        probability("cross_group", cross_group)
+        boolean("noisy", noisy)
         if costs is None:
             super().__init__(EvoPressOptimizer, locals())
             return

@@ -165,9 +165,11 @@ class OptunaSearcher(ForeignSearcher):
         except ImportError as error:
             raise MissingPackageError(f"optuna's {self.sampler_name} needs a package: {error}") from error
         except Exception as error:
+            if not self._given:
+                raise
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             raise InvalidSettingError(
-                f"optuna's {self.sampler_name} failed when {when} ({reason}): check its settings, sampler={self._given}"
+                f"optuna's {self.sampler_name} failed when {when} ({reason}): see its settings, sampler={self._given}"
             ) from error
 
     def ask(self, allowance: Allowance) -> tuple[Trial, ...]:

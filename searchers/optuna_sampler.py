@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evo_hpo.errors import InvalidSettingError, InvalidSpaceError, MissingPackageError
-from evo_hpo.searcher import boolean, positive
+from evo_hpo.searcher import boolean, positive, probability
 from evo_hpo.space import Assignment, CompressionSpace
 from searchers.breeder import Breeder, budget_space
-from searchers.mutation import Uniforms, probability
+from searchers.mutation import Uniforms
 
 try:
     import optuna
@@ -97,7 +97,7 @@ class EvoPressSampler(BaseSampler):
         budget: the most that those parameters may cost together; no proposed trial is ever over it (values that
             ``enqueue_trial`` or ``PartialFixedSampler`` fix are not the sampler's to change).
         floor: the least that they must cost.
-        groups: parameters of one group exchange steps at equal cost; default: those of equal cost steps.
+        groups: parameters of one group exchange steps with each other; default: those of equal cost steps.
         offspring: lambda, trials of a generation.
         max_switches: an offspring takes min of two draws from 1..max_switches switches.
         cross_group: probability that an offspring exchanges budget across groups.

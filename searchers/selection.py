@@ -83,7 +83,8 @@ class Selection:
                 allowance.tokens is not None and tokens > allowance.tokens
             )
 
-        return bisect.bisect_left(range(1, offspring + 1), True, key=unpaid)  # more offspring never cost less
+        most = min(offspring, 2**62)  # as long as a range may be
+        return bisect.bisect_left(range(1, most + 1), True, key=unpaid)  # more offspring never cost less
 
     def price(self, offspring: int, parents: int, default_tokens: int) -> tuple[int, int]:
         """Trials and tokens of a whole generation; ``parents`` are those that have to be scored beside it."""

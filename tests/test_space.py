@@ -147,9 +147,12 @@ def test_an_average_of_the_first_resource_with_totals_of_the_others() -> None:
     assert (space.budgets, space.resources) == ((120, 1), ("bits", "lowest"))
     brute = [a for a in itertools.product(range(3), repeat=4) if sum(a) <= 4 and a.count(0) <= 1]
     assert list(space.enumerate()) == brute
+    assert CompressionSpace.from_average(units, 3, others=np.array([1])).budgets == (120, 1)  # type: ignore[arg-type]
     for others in ((), (1, 2)):
         with pytest.raises(InvalidSpaceError, match="each resource after the first, 1 here"):
             CompressionSpace.from_average(units, 3, others=others)
+    with pytest.raises(InvalidSpaceError, match="None is not an integer"):
+        CompressionSpace.from_average(units, 3, others=None)  # type: ignore[arg-type]
     with pytest.raises(InvalidSpaceError, match="after the first, 0 here"):
         CompressionSpace.from_average([Unit("m", (20, 30))], 3, others=[1])
 

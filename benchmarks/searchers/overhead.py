@@ -125,7 +125,9 @@ def main() -> None:
     parser.add_argument("--searchers", nargs="*", default=SEARCHERS)
     parser.add_argument("--units", nargs="*", type=int, default=[30, 210])
     parser.add_argument("--trials", nargs="*", type=int, default=[10, 100, 1000])
-    parser.add_argument("--limit", type=float, default=120.0, metavar="SECONDS", help="cuts a search off (120)")
+    parser.add_argument(
+        "--limit", type=float, default=120.0, metavar="SECONDS", help="cuts a search off, between batches (120)"
+    )
     arguments = parser.parse_args()
     print("| operation, 210 units | microseconds |\n|---|---|")
     for name, seconds in space_operations().items():
@@ -142,7 +144,8 @@ def main() -> None:
                 cells.append("–")
                 continue
             seconds, made, cut[units] = overhead(name, units, trials, arguments.limit)
-            cells.append(f"{1000 * seconds / max(made, 1):.2f}" + (f" ({made})" if made < trials else ""))
+            short = f" ({'cut at ' * cut[units]}{made})" if made < trials else ""
+            cells.append(f"{1000 * seconds / max(made, 1):.2f}{short}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

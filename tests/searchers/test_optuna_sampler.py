@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 from optuna.samplers import BaseSampler
@@ -24,6 +25,8 @@ from optuna.testing.pytest_samplers import (
 from optuna.trial import Trial, TrialState
 
 from evo_hpo.errors import InfeasibleError, InvalidSettingError, InvalidSpaceError
+from searchers.breeder import Breeder, budget_space
+from searchers.mutation import Uniforms
 from searchers.optuna_sampler import EvoPressSampler
 
 
@@ -95,8 +98,6 @@ def test_the_floor_is_kept_too() -> None:
 
 
 def test_the_first_trial_is_uniform_compression() -> None:
-    from searchers.breeder import budget_space
-
     first = run(sampler(), 1).trials[0]
     assert tuple(first.params[name] for name in COSTS) == budget_space(COSTS, BUDGET).uniform()
 
@@ -119,6 +120,19 @@ def test_no_start_and_no_step_holds_the_search_at_one_point(
     assert max(spent) == budget
     assert study.trials[0].value is not None
     assert study.best_value < study.trials[0].value
+
+
+def test_without_exchanges_across_groups_a_little_slack_moves_no_budget_between_them() -> None:
+    costs = {f"{k}{i}": (2 * s, 3 * s, 4 * s) for i in range(6) for k, s in (("small", 1), ("large", 5))}
+    breeder = Breeder([3] * 12, budget_space(costs, 109), range(12), cross_group=0.0)  # uniform costs 108
+    stream = Uniforms(np.random.default_rng(0))
+    children = [breeder.child((1,) * 12, stream, lambda levels: False) for _ in range(200)]
+
+    def share(size: str) -> set[int]:
+        return {sum(costs[n][k] for n, k in zip(costs, c, strict=True) if n.startswith(size)) for c in children}
+
+    assert share("large") == {90}
+    assert share("small") == {18, 19}
 
 
 def test_parallel_jobs_keep_the_budget() -> None:

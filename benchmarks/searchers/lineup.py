@@ -155,20 +155,12 @@ class Suite:
 
 
 SUITES: dict[str, Suite] = {
-    "hits": Suite(HITS, LINEUP, 800, 20, (("optuna:tpe", "", 3), ("optuna", "", 10), ("nevergrad", "", 10))),
+    "hits": Suite(HITS, LINEUP, 800, 20, (("optuna", "", 10), ("nevergrad", "", 10))),
     "equal": Suite(
         EQUAL,
         _OURS | {label: LINEUP[label] for label in ("optuna:qmc", "optuna:random")} | ENCODED,
         200,
         10,
-        (
-            ("optuna:tpe / projection", "", 10),
-            ("optuna:tpe / keys", "", 10),
-            ("optuna:tpe /", "60", 2),
-            ("optuna:tpe /", "210", 1),
-            ("optuna:cmaes / repaired", "210", 1),
-            ("optuna:cmaes / projection", "210", 1),
-        ),
     ),
     "two_levels": Suite(
         {name: HITS[name] for name in ("8008, 0.35", "125970, 0.1")},

@@ -172,6 +172,25 @@ class CompressionSpace:
         """Number of weights in all units."""
         return sum(u.size for u in self.units)
 
+    @cached_property
+    def least_step(self) -> int:
+        """The least cost above 0 of a level step (first resource) of units that may change; 1: there is none."""
+        return min(
+            (
+                b - a
+                for unit, low, high in zip(self._costs, self.lowest, self.highest, strict=True)
+                if low < high
+                for a, b in itertools.pairwise(unit)
+                if b > a
+            ),
+            default=1,
+        )
+
+    @property
+    def two_levels(self) -> bool:
+        """True where no unit has more than two levels to choose from, as in depth pruning."""
+        return all(high - low <= 1 for low, high in zip(self.lowest, self.highest, strict=True))
+
     def __len__(self) -> int:
         return len(self.units)
 

@@ -29,8 +29,7 @@ class Exchanges:
         self.peers = {i: np.array(members) for members in self.groups for i in members}
         first = [[level[0] for level in unit] for unit in space.vectors]
         self.costs = first
-        steps = [b - a for i in self.free for a, b in zip(first[i], first[i][1:], strict=False) if b > a]
-        self.least_step = min(steps, default=1)
+        self.least_step = space.least_step
 
     def fits(self, levels: Sequence[int]) -> bool:
         """True when no resource is over its budget."""

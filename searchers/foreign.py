@@ -15,7 +15,7 @@ from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Outcome, Trial
 from searchers.encoding import Decoded, Encoding, make_encoding
 
-__all__ = ["ForeignSearcher", "two_levels"]
+__all__ = ["ForeignSearcher"]
 
 
 class ForeignSearcher(Searcher):
@@ -61,7 +61,7 @@ class ForeignSearcher(Searcher):
         if not penalty >= 0 or not math.isfinite(penalty):
             raise InvalidSettingError(f"penalty={penalty!r} must be a number of at least 0")
         self.penalty = float(penalty)
-        default = (self.two_level_encoding if two_levels(space) else None) or self.default_encoding
+        default = (self.two_level_encoding if space.two_levels else None) or self.default_encoding
         streams = np.random.SeedSequence(seed).spawn(2)
         self.encoding: Encoding = make_encoding(
             default if encoding is None else encoding,
@@ -117,8 +117,3 @@ class ForeignSearcher(Searcher):
     def recommend(self) -> Assignment | None:
         """The best on the fixed minibatch; on fresh ones, where losses do not compare, the last batch's best."""
         return super().recommend() if self.minibatch == "fixed" else self._incumbent
-
-
-def two_levels(space: CompressionSpace) -> bool:
-    """True where no unit has more than two levels to choose from, as in depth pruning."""
-    return all(high - low <= 1 for low, high in zip(space.lowest, space.highest, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -159,11 +158,9 @@ def rounded_up_and_decremented(space: CompressionSpace, rng: Generator) -> Assig
     Where a uniform assignment leaves less than any step costs, it is that one.
     """
     levels = list(space.highest)
-    steps = [b[0] - a[0] for unit in space.vectors for a, b in itertools.pairwise(unit) if b[0] > a[0]]
-    least = min(steps, default=1)
     for k in range(max(space.highest) + 1):
         shared = [min(max(k, low), high) for low, high in zip(space.lowest, space.highest, strict=True)]
-        if space.cost(shared) > space.budget - least:
+        if space.cost(shared) > space.budget - space.least_step:
             levels = shared
             break
     while space.cost(levels) > space.budget:

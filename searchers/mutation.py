@@ -208,12 +208,12 @@ class Exchange:
         self.groups = list(space.groups(rule).values())
         self._group_of_pick = [g for g in self.groups for _ in g]
         self._slack = _Slack(space)
-        self.smallest_step = min((s for g in self.groups for i in g for s in self._slack.steps[i] if s > 0), default=1)
+        self.least_step = space.least_step
 
     def unspent(self, parent: Assignment) -> bool:
         """True where the budget pays for another step of some unit."""
         slack, steps = self._slack.of(parent), self._slack.steps
-        if slack < self.smallest_step:
+        if slack < self.least_step:
             return False
         return any(parent[i] < self.space.highest[i] and steps[i][parent[i]] <= slack for g in self.groups for i in g)
 
@@ -243,7 +243,7 @@ class Exchange:
                 lowered.add(down)
                 slack += steps[down][levels[down]]
         for _ in range(ATTEMPTS):
-            if slack < self.smallest_step:
+            if slack < self.least_step:
                 break
             up = members[stream.below(len(members))]
             if up not in lowered and levels[up] < space.highest[up] and steps[up][levels[up]] <= slack:

@@ -24,7 +24,7 @@ from evo_hpo.searcher import Searcher, positive
 from evo_hpo.space import CompressionSpace
 from evo_hpo.trial import Outcome, Trial
 from searchers.encoding import ENCODINGS, Decoded
-from searchers.foreign import ForeignSearcher, two_levels
+from searchers.foreign import ForeignSearcher
 from searchers.nevergrad_limits import why_not
 
 __all__ = ["NevergradFamily", "NevergradSearcher", "family", "load"]
@@ -90,7 +90,7 @@ class NevergradSearcher(ForeignSearcher):
     ) -> None:
         super().__init__(space, seed=seed, **settings)
         if sigma is None:
-            sigma = TWO_LEVEL_SIGMA if two_levels(space) and "CMA" in self.optimizer_name else SIGMA
+            sigma = TWO_LEVEL_SIGMA if space.two_levels and "CMA" in self.optimizer_name else SIGMA
         if isinstance(sigma, bool) or not isinstance(sigma, (int, float, np.number)) or not 0 < sigma < math.inf:
             raise InvalidSettingError(f"sigma={sigma!r} must be a positive number")
         self.sigma = float(sigma)

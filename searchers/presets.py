@@ -70,7 +70,7 @@ def most_generations(space: CompressionSpace, given: int | str | None) -> float:
         return math.inf if given is None else positive("generations", given)
     if given != DEPTH_RULE:
         raise InvalidSettingError(f"generations={given!r} must be an integer of at least 1, or {DEPTH_RULE!r}")
-    if any(high - low != 1 for low, high in zip(space.lowest, space.highest, strict=True) if low != high):
+    if not space.two_levels:
         return math.inf  # a rule for units that are dropped or kept
     start, most = space.uniform(), 1
     for members in space.groups().values():

@@ -18,7 +18,7 @@ from evo_hpo.trial import Draw, Outcome, Trial
 from searchers.initialisation import WARM_STARTS, Initialisation, WarmStart, initialisation, random_and_spent
 from searchers.mutation import SwitchCount, Uniforms, heavy_tailed, mutation, switch_counts
 from searchers.presets import PRESETS, most_generations, resolved
-from searchers.selection import Selection, ranked
+from searchers.selection import Selection, rank
 
 __all__ = ["PRESETS", "EvoPress"]
 
@@ -28,11 +28,12 @@ PERSISTENCE = 1000  # draws of any number of switches before the search gives up
 RESTARTS = 20  # new starts in a row, each without a mutant to measure, before the search gives up
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Candidate:
     levels: Assignment
     parent: int | None = None
     number: int | None = None
+    loss: float | None = None  # of a parent: exact, on the last stage's data, times the sign; None: not known
 
 
 class EvoPress(Searcher):
@@ -122,12 +123,17 @@ class EvoPress(Searcher):
         self.minibatch = minibatch
         self.widen_after = None if widen_after is None else positive("widen_after", widen_after)
         self.restart_after = None if restart_after is None else positive("restart_after", restart_after)
+        if elitism == "none" and not (widen_after is None and restart_after is None):
+            raise InvalidSettingError(
+                "widen_after and restart_after wait for generations without a new parent, and elitism='none' makes a new "
+                "parent of each: leave them out, or let parents join (elitism='index' or 'count')"
+            )
         self.revisit = boolean("revisit", chosen["revisit"])
         self.sign = -1.0 if boolean("invert", invert) else 1.0
         self.stream = Uniforms(self.rng)
         self.generation = 0
         self.stagnant = 0
-        if not 0 < initial_share < 1:
+        if not 0 < probability("initial_share", initial_share) < 1:
             raise InvalidSettingError(
                 f"initial_share={initial_share!r} must be a share of the budget, above 0, below 1"
             )
@@ -144,11 +150,12 @@ class EvoPress(Searcher):
         self.parents: list[_Candidate] = []
         self.champion: _Candidate | None = None
         self._stage = 0
+        self._nested = False  # a stage of this generation was asked before, whose minibatch the next one contains
         self._candidates: list[_Candidate] = []
         self._pending: list[_Candidate] = []
-        self._known: dict[Assignment, float] = {}  # exact losses on the last stage's data, times the sign
         self._exact = False  # the problem has no fidelity
-        self._numbers: dict[Assignment, int] = {}  # first trial of each assignment whose loss was exact; or it failed
+        # First trial and exact loss (on the last stage's data, times the sign) of each assignment; no loss: it failed.
+        self._measured: dict[Assignment, tuple[int | None, float | None]] = {}
         self._noiseless = minibatch == "fixed"
 
     # ------------------------------------------------------------------ ask
@@ -163,7 +170,7 @@ class EvoPress(Searcher):
             if trials:
                 return trials
             self._asked = self.warm.asked
-            self.parents = [_Candidate(self.warm.best(), number=self.warm.best_number)]
+            self.parents = [self._candidate(self.warm.best(), self.warm.best_number)]
             self.warm = None
         if self.start is not None:
             points = self.start.ask(allowance)
@@ -180,7 +187,7 @@ class EvoPress(Searcher):
             if self.restart_after is not None and self.stagnant >= self.restart_after:
                 self._restart()
             self._candidates = self._affordable_mutants(allowance)
-            if not self._candidates and not self._asked and not self.stop_reason:
+            if not self._candidates and not self._asked:
                 return self._ask_parent()
             for _ in range(RESTARTS if self.restart_after is not None else 0):
                 if self._candidates or self.stop_reason:
@@ -192,6 +199,7 @@ class EvoPress(Searcher):
                 return ()
             self.generation += 1
             self._stage = 0
+            self._nested = False
         while not self.selection.needed(len(self._candidates), self._stage):
             self._stage += 1
         return self._ask_stage()
@@ -205,10 +213,11 @@ class EvoPress(Searcher):
         self._pending = candidates
         # A trial that is stopped early has only a lower bound: no use where the worst are wanted; and a champion must
         # not take the place of the offspring that would be the next parent.
-        keep = None if self.sign < 0 else stage.survivors + int(self.champion in elders)
+        keep = None if self.sign < 0 else stage.survivors + any(e is self.champion for e in elders)
         rule: Draw = "fixed" if self.minibatch == "fixed" else "fresh"
-        if self.minibatch == "nested" and self._stage:
+        if self.minibatch == "nested" and self._nested:
             rule = "same"
+        self._nested = True
         return tuple(
             self.trial(
                 c.levels,
@@ -224,7 +233,8 @@ class EvoPress(Searcher):
         )
 
     def _ask_parent(self) -> tuple[Trial, ...]:
-        """A start that has no mutant is scored all the same where nothing was: it is what the search recommends."""
+        """A start without a mutant, or with none that the budget pays, is scored: it is what the search recommends."""
+        self.stop_reason = ""
         self._stage = len(self.selection.stages) - 1
         self._pending = self.parents
         tokens = self.selection.stages[-1].tokens
@@ -234,7 +244,7 @@ class EvoPress(Searcher):
         return [*self.parents, *([self.champion] if self.champion else [])]
 
     def _remembered(self, elder: _Candidate) -> bool:
-        return self._noiseless and elder.levels in self._known
+        return self._noiseless and elder.loss is not None
 
     def _joining(self) -> int:
         """Parents (and champion) that have to be paid for in the last stage."""
@@ -261,7 +271,7 @@ class EvoPress(Searcher):
         Where losses are exact, none is measured twice: around a local optimum the neighbours run out, and the search
         looks further away instead of at the same ones.
         """
-        seen = {p.levels for p in self.parents}
+        seen = {e.levels for e in self._elders()}
         wide = self.widen_after is not None and self.stagnant >= self.widen_after
         usual = self.far_switches if wide else self.switches
         return (
@@ -270,28 +280,30 @@ class EvoPress(Searcher):
             or self._draw(count, lambda stream: 1 + stream.below(len(self.space)), seen, PERSISTENCE)
         )
 
-    def _measured(self) -> Collection[Assignment]:
+    def _barred(self) -> Collection[Assignment]:
         """Assignments that no offspring may be again."""
-        return self._numbers if self._noiseless and not self.revisit else ()
+        return self._measured if self._noiseless and not self.revisit else ()
 
     def _draw(self, count: int, switches: SwitchCount, seen: set[Assignment], patience: int) -> list[_Candidate]:
         """Up to ``count`` random mutants, which join ``seen``; gives up after ``patience`` draws in vain."""
         found: list[_Candidate] = []
-        old = self._measured()
+        old = self._barred()
         failures = 0
         while len(found) < count and failures < patience:
             parent = self.parents[self.stream.below(len(self.parents)) if len(self.parents) > 1 else 0]
             levels = self.mutate(parent.levels, self.stream, switches(self.stream))
-            if levels is None or levels in seen or levels in old:
-                failures += 1
-                continue
-            seen.add(levels)
-            found.append(_Candidate(levels, parent.number))
+            if levels is not None:
+                before = len(seen)
+                seen.add(levels)  # hashing a long tuple is what a draw costs, so it is added and looked up at once
+                if len(seen) > before and levels not in old:
+                    found.append(_Candidate(levels, parent.number))
+                    continue
+            failures += 1
         return found
 
     def _neighbours(self, count: int, seen: set[Assignment]) -> list[_Candidate]:
         """Up to ``count`` of the parents' unseen neighbours, at random: chance may have missed a lone one."""
-        old = self._measured()
+        old = self._barred()
         left = {
             levels: _Candidate(levels, parent.number)
             for parent in self.parents
@@ -313,60 +325,72 @@ class EvoPress(Searcher):
             self.start.tell(outcomes, self.sign)
             self._remember(outcomes, self._exact)
             return
-        self._remember(outcomes, self._noiseless and self._stage == len(self.selection.stages) - 1)
-        scored: list[tuple[Outcome, _Candidate]] = []
-        for outcome, candidate in zip(outcomes, self._pending, strict=False):
-            first = candidate.number if candidate.number is not None else outcome.trial.number
-            scored.append((outcome, _Candidate(candidate.levels, candidate.parent, first)))
-        order = {id(o): c for o, c in scored}
-        best = ranked([o for o, _ in scored], self.sign)
         last = self._stage == len(self.selection.stages) - 1
-        if not last:
-            elders = {p.levels for p in self.parents}
-            chosen = [o for o in best if o.status != "failed"][: self.selection.stages[self._stage].survivors]
-            self._candidates = [
-                _Candidate(order[id(o)].levels, order[id(o)].parent) for o in chosen if o.trial.levels not in elders
-            ]
-            self._stage += 1
-            if not self._candidates:
-                self.stagnant += 1
+        self._remember(outcomes, self._noiseless and last)
+        scored = sorted(zip(outcomes, self._pending, strict=False), key=lambda pair: rank(pair[0], self.sign))
+        if last:
+            self._select([(o, c) for o, c in scored if o.usable])
+            self._candidates = []
             return
-        self._select([(o, order[id(o)]) for o in best if o.usable])
-        self._candidates = []
+        # Parents that compete may take the place of offspring here, as published; a champion of an earlier start not.
+        rivals = [c for o, c in scored if o.status != "failed" and c is not self.champion]
+        parents = {id(p) for p in self.parents}
+        survivors = rivals[: self.selection.stages[self._stage].survivors]
+        self._candidates = [c for c in survivors if id(c) not in parents]
+        self._stage += 1
+        if not self._candidates:
+            self.stagnant += 1
 
     def _remember(self, outcomes: Sequence[Outcome], exact: bool) -> None:
         """Keeps exact losses, and that an assignment was tried at all."""
         if not exact:
             return
         for outcome in outcomes:
-            self._numbers.setdefault(outcome.trial.levels, outcome.trial.number)
-            if outcome.usable:
-                self._known[outcome.trial.levels] = self.sign * outcome.loss
+            loss = self.sign * outcome.loss if outcome.usable else None
+            number, known = self._measured.setdefault(outcome.trial.levels, (outcome.trial.number, loss))
+            if loss is not None and loss != known:
+                self._measured[outcome.trial.levels] = (number, loss)
+
+    def _candidate(self, levels: Assignment, number: int | None = None) -> _Candidate:
+        """With what is known of it."""
+        first, loss = self._measured.get(levels, (None, None))
+        return _Candidate(levels, number=first if number is None else number, loss=loss)
 
     def _select(self, best: list[tuple[Outcome, _Candidate]]) -> None:
         """The next parents from the outcomes of the last stage, best first."""
-        losses = {c.levels: self.sign * o.loss for o, c in best}
-        people = {c.levels: c for _, c in best}
-        if self._noiseless:
-            for elder in self.parents:
-                if self.selection.elitism != "none" and elder.levels in self._known:
-                    losses.setdefault(elder.levels, self._known[elder.levels])
-                    people.setdefault(elder.levels, elder)
+        losses = [(self.sign * outcome.loss, candidate) for outcome, candidate in best]
+        numbers = {id(candidate): outcome.trial.number for outcome, candidate in best}
+        if self._noiseless and self.selection.elitism != "none":
+            losses += [(p.loss, p) for p in self.parents if p.loss is not None and id(p) not in numbers]
         if not losses:
             self.stagnant += 1
             return
-        old = {p.levels for p in self.parents}
         if self.champion is not None:
-            rival = min(losses, key=losses.__getitem__)
-            mark = losses.pop(self.champion.levels, self._known.get(self.champion.levels, math.inf))
-            if rival != self.champion.levels and losses[rival] < mark:
-                self.champion = None
-            losses = losses or {self.parents[0].levels: math.inf}
-            people.setdefault(self.parents[0].levels, self.parents[0])
+            losses = self._against(self.champion, losses)
         # Offspring as good as their parent replace it: equal losses let the search drift across plateaus.
-        order = sorted(losses, key=lambda levels: (losses[levels], levels in old))
-        self.parents = [people[levels] for levels in order[: self.selection.population]]
-        self.stagnant = 0 if self.parents[0].levels not in old else self.stagnant + 1
+        old = {id(p) for p in self.parents}
+        losses.sort(key=lambda pair: (pair[0], id(pair[1]) in old))
+        chosen = losses[: self.selection.population]
+        self.stagnant = 0 if id(chosen[0][1]) not in old else self.stagnant + 1
+        self.parents = [
+            replace(
+                candidate,
+                number=numbers.get(id(candidate)) if candidate.number is None else candidate.number,
+                loss=loss if self._noiseless and math.isfinite(loss) else None,
+            )
+            for loss, candidate in chosen
+        ]
+
+    def _against(self, champion: _Candidate, losses: list[tuple[float, _Candidate]]) -> list[tuple[float, _Candidate]]:
+        """All but the champion, which is one no longer where another is better; the parent where there is no other."""
+        others = [(loss, c) for loss, c in losses if c.levels != champion.levels]
+        own = next((loss for loss, c in losses if c.levels == champion.levels), champion.loss)
+        mark = math.inf if own is None else own
+        if others and min(loss for loss, _ in others) < mark:
+            self.champion = None
+        elif self._noiseless and own is not None:
+            self.champion = replace(champion, loss=own)
+        return others or [(math.inf, self.parents[0])]
 
     # ------------------------------------------------------------------ starts
 
@@ -376,8 +400,8 @@ class EvoPress(Searcher):
         levels, loss = self.start.best(), self.start.best_loss
         fidelities = {default_tokens if t is None else t for t in (self.start.tokens, self.selection.stages[-1].tokens)}
         if self._noiseless and loss is not None and (len(fidelities) == 1 or not default_tokens):
-            self._known[levels] = loss
-        self.parents = [_Candidate(levels, number=self.start.best_number)]
+            self._measured[levels] = (self.start.best_number, loss)
+        self.parents = [self._candidate(levels, self.start.best_number)]
         self.start = None
 
     def _restart(self) -> None:
@@ -385,7 +409,7 @@ class EvoPress(Searcher):
         if self.champion is None:
             self.champion = self.parents[0]
         levels = random_and_spent(self.space, self.rng)
-        self.parents = [_Candidate(levels, number=self._numbers.get(levels))]
+        self.parents = [self._candidate(levels)]
         self.stagnant = 0
 
     def recommend(self) -> Assignment:

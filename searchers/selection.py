@@ -11,7 +11,7 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.searcher import positive
 from evo_hpo.trial import Outcome
 
-__all__ = ["Selection", "Stage", "ranked"]
+__all__ = ["Selection", "Stage", "rank"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Selection:
         return self.elitism == "index" and stage == len(self.stages) - 1
 
     def needed(self, candidates: int, stage: int) -> bool:
-        """False where a stage has no choice to make: it is the last one, or keeps fewer than it gets."""
+        """False where a stage has no choice to make: it is not the last one, and keeps all that it gets."""
         return stage == len(self.stages) - 1 or candidates > self.stages[stage].survivors
 
     def affordable(self, offspring: int, parents: int, allowance: Allowance) -> int:
@@ -98,7 +98,9 @@ class Selection:
         return trials, tokens
 
 
-def ranked(outcomes: Sequence[Outcome], sign: float = 1.0) -> list[Outcome]:
-    """Best first: complete before stopped before failed, then by ``sign`` x loss; ties keep the order of asking."""
-    order = {"complete": 0, "stopped": 1, "failed": 2}
-    return sorted(outcomes, key=lambda o: (order[o.status], sign * o.loss))
+_ORDER = {"complete": 0, "stopped": 1, "failed": 2}
+
+
+def rank(outcome: Outcome, sign: float = 1.0) -> tuple[int, float]:
+    """Sorts best first: complete before stopped before failed, then by ``sign`` x loss."""
+    return _ORDER[outcome.status], sign * outcome.loss

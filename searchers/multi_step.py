@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,7 +29,7 @@ class _Candidate:
 
     trial: Trial
     reached: int = -1
-    loss: float = float("inf")
+    loss: float = math.inf
     first: Outcome | None = None
     spent: int = 0
     seconds: float = 0.0
@@ -39,7 +40,8 @@ class MultiStep(Searcher):
 
     The stages are those of EvoPress (arXiv 2410.14649, section 3.3). The inner searcher is told one loss a trial: the
     batch's first-stage losses, handed out anew in the order in which the stages ranked the batch. So it sees the scale
-    of one fidelity and the ranking of all.
+    of one fidelity and the ranking of all. A problem without fidelity has nothing to screen on: there the stages are
+    one, and the incumbent, whose loss is known, is not measured again.
 
     Args:
         survivors: how many of a batch each stage keeps.
@@ -68,6 +70,8 @@ class MultiStep(Searcher):
         self._given = (tuple(survivors), tokens, elitism)
         self.selection = Selection.of(tuple(survivors), tokens, elitism)
         self.incumbent: Assignment | None = None
+        self._least = math.inf  # loss of the incumbent, where losses are exact
+        self._exact = False  # the problem has no fidelity
         self._fallback: Assignment | None = None  # best of a first batch whose last stage was not reached
         self._stage = 0
         self._batch: list[_Candidate] = []
@@ -80,7 +84,7 @@ class MultiStep(Searcher):
         """The next stage of the batch, or the first stage of the inner searcher's next batch."""
         if not self._batch:
             if self._generation < 0:
-                self._default_tokens(allowance)
+                self._settle_stages(allowance)
             if not self._next_batch(allowance):
                 return ()
         stage = self.selection.stages[self._stage]
@@ -96,9 +100,12 @@ class MultiStep(Searcher):
             for a in levels[: len(self._asking)]
         )
 
-    def _default_tokens(self, allowance: Allowance) -> None:
+    def _settle_stages(self, allowance: Allowance) -> None:
         survivors, tokens, elitism = self._given
-        if tokens is None and allowance.default_tokens:
+        if not allowance.default_tokens:
+            self._exact = True
+            self.selection = Selection.of(survivors[-1:], None, "none")
+        elif tokens is None:
             last, count = allowance.default_tokens, len(survivors)
             tokens = tuple(max(1, last // 8 ** (count - 1 - i)) for i in range(count))
             self.selection = Selection.of(survivors, tokens, elitism)
@@ -138,8 +145,8 @@ class MultiStep(Searcher):
         told.sort(key=lambda pair: pair[1].loss)
         self._alive = [c for c, o in told if o.usable][: self.selection.stages[self._stage].survivors]
         last = self._stage == len(self.selection.stages) - 1
-        if last and self._alive:
-            self.incumbent = self._alive[0].trial.levels
+        if last and self._alive and not (self._exact and self._alive[0].loss >= self._least):
+            self.incumbent, self._least = self._alive[0].trial.levels, self._alive[0].loss
         elif self.incumbent is None and self._alive:
             self._fallback = self._alive[0].trial.levels
         self._stage += 1
@@ -155,7 +162,7 @@ class MultiStep(Searcher):
             if candidate.trial.number < 0 and candidate.trial.levels in {c.trial.levels for c in self._batch}:
                 by_levels.setdefault(candidate.trial.levels, candidate)
         ranked = sorted(by_levels.values(), key=lambda c: (-c.reached, c.loss))
-        usable = [c for c in ranked if c.first is not None and c.loss < float("inf")]
+        usable = [c for c in ranked if c.first is not None and c.loss < math.inf]
         losses = sorted(c.first.loss for c in usable if c.first is not None)
         given = {c.trial.levels: loss for c, loss in zip(usable, losses, strict=True)}
         told = []
@@ -163,7 +170,7 @@ class MultiStep(Searcher):
             source = by_levels.get(candidate.trial.levels)
             if source is None or source.first is None:
                 break
-            loss = given.get(candidate.trial.levels, float("inf"))
+            loss = given.get(candidate.trial.levels, math.inf)
             status: Status = "complete" if candidate.trial.levels in given else "failed"
             told.append(
                 replace(

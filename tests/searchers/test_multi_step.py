@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.synthetic import noisy
 from evo_hpo import Allowance, Budget, Outcome, Trial, search
-from evo_hpo.registry import make_searcher
+from evo_hpo.registry import make_problem, make_searcher
 from searchers.multi_step import MultiStep
 
 
@@ -86,3 +86,11 @@ def test_the_inner_searcher_is_told_how_many_of_its_trials_all_stages_pay_for() 
     assert sum(o.trial.stage == 0 for o in result.outcomes) == 40
     assert affords[0] == 8 * (5120 + 4 * 6144) // 5120
     assert affords[1:5] == [32, 24, 16, 8]
+
+
+def test_without_fidelity_nothing_is_screened_and_nothing_measured_again() -> None:
+    problem = make_problem("interacting", units=12, seed=0)
+    plain = search(make_searcher("random", problem.space, seed=0, batch=8), problem, budget=Budget(evaluations=60))
+    result = search(make(problem, batch=8, survivors=(4, 1)), problem, budget=Budget(evaluations=60))
+    assert [o.trial.levels for o in result.outcomes] == [o.trial.levels for o in plain.outcomes]
+    assert result.best_loss == plain.best_loss == min(o.loss for o in result.outcomes)

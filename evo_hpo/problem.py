@@ -32,7 +32,8 @@ class Score:
 
     Attributes:
         loss: lower is better; NaN or infinite: the assignment failed and ``reason`` says why.
-        tokens: tokens that the model read for it, and that are charged.
+        tokens: tokens that the model read for it, and that are charged; 0 where the problem has a fidelity: the whole
+            minibatch is charged.
         stopped: scoring stopped early and the loss is a lower bound.
         reason: why it failed.
     """

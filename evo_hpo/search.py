@@ -124,12 +124,15 @@ def search(
             outside the budget.
 
     Raises:
-        BudgetError: the budget does not pay for the first batch.
+        BudgetError: the budget does not pay for the first batch, or a checkpoint is no fraction of it.
         InfeasibleError: the searcher asked for an assignment outside the space.
         JournalError: the journal belongs to another search.
     """
     if not isinstance(budget, Budget):
         raise BudgetError(f"budget={budget!r} must be a Budget, for example Budget(evaluations=300)")
+    for fraction in checkpoints:
+        if not 0 < fraction <= 1:
+            raise BudgetError(f"checkpoint {fraction!r} must be a fraction of the budget, above 0 and at most 1")
     ledger = Ledger(budget, problem.tokens)
     draws = np.random.default_rng([seed, 0x6D62])
     fixed = last = int(draws.integers(2**31))
@@ -230,12 +233,13 @@ def _score(problem: Problem, trials: Sequence[Trial], minibatch: Minibatch) -> l
     except MemoryError as error:
         scores = [Score(math.nan, minibatch.tokens, reason=f"out of memory: {error}")] * len(trials)
     seconds = (time.perf_counter() - start) / len(trials)
-    return [_outcome(t, s, seconds, minibatch) for t, s in zip(trials, scores, strict=True)]
+    least = minibatch.tokens if problem.tokens else 0  # of a score that names no tokens: a search must come to its end
+    return [_outcome(t, s, s.tokens or least, seconds, minibatch) for t, s in zip(trials, scores, strict=True)]
 
 
-def _outcome(trial: Trial, score: Score, seconds: float, minibatch: Minibatch) -> Outcome:
+def _outcome(trial: Trial, score: Score, tokens: int, seconds: float, minibatch: Minibatch) -> Outcome:
     if math.isfinite(score.loss):
         status = "stopped" if score.stopped else "complete"
-        return Outcome(trial, score.loss, score.tokens, seconds, minibatch.seed, status)  # type: ignore[arg-type]
+        return Outcome(trial, score.loss, tokens, seconds, minibatch.seed, status)  # type: ignore[arg-type]
     reason = score.reason or f"the loss is {score.loss}"
-    return Outcome(trial, math.inf, score.tokens, seconds, minibatch.seed, "failed", reason)
+    return Outcome(trial, math.inf, tokens, seconds, minibatch.seed, "failed", reason)

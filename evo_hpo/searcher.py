@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
@@ -132,6 +133,18 @@ def boolean(name: str, value: bool) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise InvalidSettingError(f"{name}={value!r} must be true or false")
     return bool(value)
+
+
+def number(name: str, value: float, *, zero: bool = False) -> float:
+    """``value`` where it is a finite number above 0, or with ``zero`` of at least 0.
+
+    Raises:
+        InvalidSettingError: it is something else.
+    """
+    known = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not (known and math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        raise InvalidSettingError(f"{name}={value!r} must be a number {'of at least' if zero else 'above'} 0")
+    return float(value)
 
 
 def probability(name: str, value: float) -> float:

@@ -39,10 +39,10 @@ class CompressionSpace:
         units: the units, in the order of the assignment's entries.
         budget: the most that an assignment may cost, one integer a resource.
         floor: the least that an assignment must cost (default 0); ``floor=budget`` demands the exact cost.
-        resources: names of the resources, for messages and tables.
+        resources: names of the resources, for messages and tables; None: "cost", or numbers where there are several.
 
     Raises:
-        InvalidSpaceError: duplicate names, a module in two units, or costs for another number of resources.
+        InvalidSpaceError: duplicate names, a module in two units, or costs or names for another number of resources.
         InfeasibleError: the budget is below the cheapest assignment, or the floor above the dearest.
     """
 
@@ -52,7 +52,7 @@ class CompressionSpace:
         budget: int | Sequence[int],
         *,
         floor: int | Sequence[int] = 0,
-        resources: Sequence[str] = ("cost",),
+        resources: Sequence[str] | None = None,
     ) -> None:
         self.units: tuple[Unit, ...] = tuple(units)
         if not self.units:
@@ -70,10 +70,13 @@ class CompressionSpace:
                     )
         first = self.units[0].costs[0]
         self.dimensions = len(first) if isinstance(first, tuple) else 1
-        given = tuple(resources)
-        self.resources: tuple[str, ...] = (
-            given if len(given) == self.dimensions else tuple(f"resource {r}" for r in range(self.dimensions))
-        )
+        if resources is None:
+            resources = ("cost",) if self.dimensions == 1 else [f"resource {r}" for r in range(self.dimensions)]
+        if isinstance(resources, str) or len(resources) != self.dimensions:
+            raise InvalidSpaceError(
+                f"resources={resources!r} must name each of the {self.dimensions} resources that the levels cost"
+            )
+        self.resources: tuple[str, ...] = tuple(resources)
         self.vectors: tuple[tuple[tuple[int, ...], ...], ...] = tuple(
             tuple(c if isinstance(c, tuple) else (c,) for c in u.costs) for u in self.units
         )
@@ -106,7 +109,7 @@ class CompressionSpace:
         """
         try:
             exact = Fraction(str(average))
-        except ValueError:
+        except (ValueError, ZeroDivisionError):
             raise InvalidSpaceError(
                 f"average {average!r} is not a number: give cost a weight, as 3 or '3.25'"
             ) from None
@@ -373,7 +376,7 @@ class CompressionSpace:
         """A readable summary: units, levels, groups, budget."""
         lines = [f"{len(self.units)} units, {self.total_size} weights"]
         for name, members in self.groups().items():
-            labels = sorted({self.units[i].levels for i in members}, key=len)
+            labels = sorted({self.units[i].levels for i in members}, key=lambda levels: (len(levels), levels))
             lines.append(f"  group {name}: {len(members)} units, levels {' | '.join(', '.join(ls) for ls in labels)}")
         if self._fixed:
             lines.append(f"  fixed: {len(self._fixed)} units")

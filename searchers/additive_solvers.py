@@ -36,6 +36,7 @@ def solve_many(
 ) -> list[Assignment | None]:
     """:func:`solve` for several effects at once, which shares the work of the table."""
     start = space.lowest if start is None else start
+    changes = changes if changes is None else min(changes, len(space))
     if space.dimensions == 1:
         low, high = _range(space, batch, start, changes)
         if (high - low + 1) * (1 if changes is None else changes + 1) * len(space) * len(batch) <= MOST_CELLS:

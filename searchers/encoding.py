@@ -76,6 +76,7 @@ class Encoding(ABC):
         """The units that may change, in the order of the coordinates."""
         self.low = tuple(space.lowest[i] for i in self.free)
         self.high = tuple(space.highest[i] for i in self.free)
+        self._enough = -1 if fill else space.budget - space.floor  # slack at which steps up end; -1: when nothing fits
         self._costs = [[level[0] for level in unit] for unit in space.vectors]
         self._seed = int(rng.spawn(1)[0].integers(2**31))
 
@@ -130,15 +131,15 @@ class Repaired(Encoding):
         slack = self.space.slack(levels)
         if slack < 0:
             slack = self._steps(levels, slack, -1)
-        if slack > 0 and (self.fill or slack > self.space.budget - self.space.floor):
+        if slack > max(self._enough, 0):
             self._steps(levels, slack, +1)
 
     def _steps(self, levels: list[int], slack: int, sign: int) -> int:
-        """Random steps down until nothing is over the budget, or up until nothing more fits; the slack after."""
+        """Random steps down until nothing is over the budget, or up until nothing more fits or has to; the slack."""
         end = self.space.lowest if sign < 0 else self.space.highest
         pool = [i for i in self.free if levels[i] != end[i]]
         draws: list[float] = []
-        while pool and (sign > 0 or slack < 0):
+        while pool and (slack > self._enough if sign > 0 else slack < 0):
             if not draws:
                 draws = self.rng.random(len(pool) + 8).tolist()
             pick = int(draws.pop() * len(pool))
@@ -171,7 +172,7 @@ class Projection(Encoding):
             slack = self.space.slack(levels)
             if slack < 0:
                 slack = self._steps(levels, point, ties, slack, -1)
-            if slack > 0 and (self.fill or slack > self.space.budget - self.space.floor):
+            if slack > max(self._enough, 0):
                 self._steps(levels, point, ties, slack, +1)
         return self._settle(levels)
 
@@ -188,7 +189,7 @@ class Projection(Encoding):
 
         heap = [entry(p) for p, i in enumerate(self.free) if levels[i] != end[i]]
         heapq.heapify(heap)
-        while heap and (sign > 0 or slack < 0):
+        while heap and (slack > self._enough if sign > 0 else slack < 0):
             position = heapq.heappop(heap)[2]
             i = self.free[position]
             after = slack + costs[i][levels[i]] - costs[i][levels[i] + sign]

@@ -125,8 +125,8 @@ class EvoPress(Searcher):
         self.restart_after = None if restart_after is None else positive("restart_after", restart_after)
         if elitism == "none" and not (widen_after is None and restart_after is None):
             raise InvalidSettingError(
-                "widen_after and restart_after wait for generations without a new parent, and elitism='none' makes a new "
-                "parent of each: leave them out, or let parents join (elitism='index' or 'count')"
+                "widen_after and restart_after wait for generations without a new parent, and elitism='none' makes a "
+                "new parent of each: leave them out, or let parents join (elitism='index' or 'count')"
             )
         self.revisit = boolean("revisit", chosen["revisit"])
         self.sign = -1.0 if boolean("invert", invert) else 1.0

@@ -89,12 +89,6 @@ class Exchanges:
             levels = self.random(levels, rng) or levels
         return levels
 
-    def spend(self, levels: Assignment, rng: Generator) -> Assignment:
-        """The assignment with what is left of the budget spent on random units."""
-        current = list(levels)
-        self._spend(current, rng.permutation(self.free).tolist())
-        return tuple(current)
-
     def neighbours(self, levels: Assignment, rng: Generator) -> Iterator[Assignment]:
         """All of: one unit a step up, one a step down, and both at once within a group; in random order."""
         moves = [(i, -1) for i in self.free] + [(-1, i) for i in self.free]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from evo_hpo.budget import Allowance
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.searcher import Searcher, boolean, draw, positive
+from evo_hpo.searcher import Searcher, boolean, draw, number, positive
 from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Outcome, Trial
 from searchers.encoding import Decoded, Encoding, make_encoding
@@ -58,9 +57,7 @@ class ForeignSearcher(Searcher):
         if start not in ("uniform", "none"):
             raise InvalidSettingError(f"start={start!r} must be one of: uniform, none")
         self.start = start
-        if not penalty >= 0 or not math.isfinite(penalty):
-            raise InvalidSettingError(f"penalty={penalty!r} must be a number of at least 0")
-        self.penalty = float(penalty)
+        self.penalty = number("penalty", penalty, zero=True)
         default = (self.two_level_encoding if space.two_levels else None) or self.default_encoding
         streams = np.random.SeedSequence(seed).spawn(2)
         self.encoding: Encoding = make_encoding(

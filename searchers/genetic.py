@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from evo_hpo.errors import InvalidSettingError
-from evo_hpo.searcher import positive
+from evo_hpo.searcher import positive, probability
 from evo_hpo.space import Assignment, CompressionSpace
 from searchers.exchange import Exchanges
 from searchers.procedure import Procedure, Steps
@@ -44,9 +43,7 @@ class Genetic(Procedure):
     ) -> None:
         super().__init__(space, seed=seed, **settings)
         self.population = positive("population", population, 2)
-        if not 0 <= crossover <= 1:
-            raise InvalidSettingError(f"crossover={crossover!r} must be in 0..1")
-        self.crossover = float(crossover)
+        self.crossover = probability("crossover", crossover)
         self.mutation = positive("mutation", mutation)
         self.tournament = positive("tournament", tournament)
         self.moves = Exchanges(space)

@@ -14,6 +14,10 @@ from searchers.procedure import Procedure, Steps
 __all__ = ["LocalSearch"]
 
 
+VAIN = 200
+"""Descents in a row that measure nothing new, before the search ends."""
+
+
 class LocalSearch(Procedure):
     """Moves to the best neighbour (one unit a step up, one down, or both) until none is better, then kicks the best.
 
@@ -49,8 +53,9 @@ class LocalSearch(Procedure):
     def steps(self) -> Steps[None]:
         """Descends from uniform, then from kicks of the best."""
         self.incumbent = yield from self._descend(self.space.uniform(), leads=True)
-        kick = self.kick
-        while True:
+        kick, vain = self.kick, 0
+        while vain <= VAIN:
+            known = len(self._known)
             start = self.moves.walk(self.incumbent, kick, self.rng)
             if start == self.incumbent:  # exchanges took each other back, or chance found none
                 start = next(self.moves.neighbours(self.incumbent, self.rng), self.incumbent)
@@ -60,6 +65,8 @@ class LocalSearch(Procedure):
             found = yield from self._descend(start)
             self.incumbent, _, better = yield from self.improve([found], self.incumbent)
             kick = self.kick if better else min(kick + 1, max(self.kick, len(self.space) // 2))
+            vain = 0 if self.minibatch == "fresh" or len(self._known) > known else vain + 1
+        self.stop_reason = f"nothing that is new in {VAIN} descents"
 
     def _descend(self, current: Assignment, leads: bool = False) -> Steps[Assignment]:
         size = {"batch": self.batch, "first": 1, "best": len(self.space) ** 2 * 2}[self.improvement]
@@ -68,6 +75,7 @@ class LocalSearch(Procedure):
             improved = False
             neighbours = self.moves.neighbours(current, self.rng)
             while not improved and (chunk := list(itertools.islice(neighbours, size))):
+                self._idle = 0  # a long neighbourhood may well be known; descents in vain are counted instead
                 current, _, improved = yield from self.improve(chunk, current)
                 if leads:
                     self.incumbent = current

@@ -67,14 +67,15 @@ class MultiStep(Searcher):
         super().__init__(space, seed=seed)
         self.searcher = self.inner(space, seed=seed, **settings)
         self.minibatch = draw("minibatch", minibatch)
-        self._given = (tuple(survivors), tokens, elitism)
-        self.selection = Selection.of(tuple(survivors), tokens, elitism)
+        self._given = (survivors, tokens, elitism)
+        self.selection = Selection.of(survivors, tokens, elitism)
         self.incumbent: Assignment | None = None
-        self._least = math.inf  # loss of the incumbent, where losses are exact
-        self._exact = False  # the problem has no fidelity
+        self._least = math.inf  # loss of the incumbent in the last stage
+        self._keeps = minibatch == "fixed" and elitism != "none"  # that loss stays what it is
         self._fallback: Assignment | None = None  # best of a first batch whose last stage was not reached
         self._stage = 0
         self._batch: list[_Candidate] = []
+        self._unique: dict[Assignment, _Candidate] = {}  # of the batch
         self._alive: list[_Candidate] = []
         self._asking: list[_Candidate] = []
         self._generation = -1
@@ -88,22 +89,29 @@ class MultiStep(Searcher):
             if not self._next_batch(allowance):
                 return ()
         stage = self.selection.stages[self._stage]
-        joins = self.incumbent is not None and self.selection.joins(self._stage)
-        self._asking = [c for c in self._alive if not joins or c.trial.levels != self.incumbent]
-        levels = [c.trial.levels for c in self._asking]
-        if joins and self.incumbent is not None:
-            self._asking.insert(0, _Candidate(Trial(-1, self.incumbent)))
-            levels.insert(0, self.incumbent)
+        last = self._stage == len(self.selection.stages) - 1
+        self._asking = list(self._alive)
+        if self.incumbent is not None and self.selection.joins(self._stage) and not (last and self._keeps):
+            others = [c for c in self._alive if c.trial.levels != self.incumbent]
+            again = next((c for c in self._alive if c.trial.levels == self.incumbent), None)
+            again = again or self._unique.get(self.incumbent)  # of this batch too, and screened out
+            self._asking = [again or _Candidate(Trial(-1, self.incumbent)), *others]
         self._asking = self._asking[: max(1, allowance.affords(len(self._asking), stage.tokens))]
         return tuple(
-            self.trial(a, tokens=stage.tokens, minibatch=self.minibatch, generation=self._generation, stage=self._stage)
-            for a in levels[: len(self._asking)]
+            self.trial(
+                candidate.trial.levels,
+                tokens=stage.tokens,
+                minibatch=self.minibatch,
+                generation=self._generation,
+                stage=self._stage,
+            )
+            for candidate in self._asking
         )
 
     def _settle_stages(self, allowance: Allowance) -> None:
         survivors, tokens, elitism = self._given
         if not allowance.default_tokens:
-            self._exact = True
+            self._keeps = True
             self.selection = Selection.of(survivors[-1:], None, "none")
         elif tokens is None:
             last, count = allowance.default_tokens, len(survivors)
@@ -116,7 +124,8 @@ class MultiStep(Searcher):
         self._generation += 1
         self._batch = [_Candidate(t) for t in trials]
         self._size = len(trials)
-        self._alive = list({c.trial.levels: c for c in reversed(self._batch)}.values())[::-1]
+        self._unique = {c.trial.levels: c for c in reversed(self._batch)}
+        self._alive = list(self._unique.values())[::-1]
         self._stage = 0
         while self._batch and not self.selection.needed(len(self._alive), self._stage):
             self._stage += 1
@@ -125,7 +134,8 @@ class MultiStep(Searcher):
     def _inner(self, allowance: Allowance) -> Allowance:
         """What the inner searcher may spend: its trials at first-stage price, as many as all stages pay for."""
         count = self._size or int(getattr(self.searcher, "batch", 1))
-        trials, tokens = self.selection.price(count, int(self._generation >= 0), allowance.default_tokens)
+        parents = int(self._generation >= 0 and not self._keeps)
+        trials, tokens = self.selection.price(count, parents, allowance.default_tokens)
         first = self.selection.stages[0].tokens or allowance.default_tokens
         share = count * first / tokens if tokens else 1.0
         return Allowance(
@@ -145,7 +155,7 @@ class MultiStep(Searcher):
         told.sort(key=lambda pair: pair[1].loss)
         self._alive = [c for c, o in told if o.usable][: self.selection.stages[self._stage].survivors]
         last = self._stage == len(self.selection.stages) - 1
-        if last and self._alive and not (self._exact and self._alive[0].loss >= self._least):
+        if last and self._alive and not (self._keeps and self._alive[0].loss >= self._least):
             self.incumbent, self._least = self._alive[0].trial.levels, self._alive[0].loss
         elif self.incumbent is None and self._alive:
             self._fallback = self._alive[0].trial.levels
@@ -157,10 +167,7 @@ class MultiStep(Searcher):
 
     def _finish(self) -> None:
         """Tells the inner searcher the first-stage losses in the final order."""
-        by_levels = {c.trial.levels: c for c in self._batch if c.reached >= 0}
-        for candidate in self._asking:  # the incumbent may be a trial of this batch too
-            if candidate.trial.number < 0 and candidate.trial.levels in {c.trial.levels for c in self._batch}:
-                by_levels.setdefault(candidate.trial.levels, candidate)
+        by_levels = {levels: c for levels, c in self._unique.items() if c.reached >= 0}
         ranked = sorted(by_levels.values(), key=lambda c: (-c.reached, c.loss))
         usable = [c for c in ranked if c.first is not None and c.loss < math.inf]
         losses = sorted(c.first.loss for c in usable if c.first is not None)

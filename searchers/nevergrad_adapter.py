@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from evo_hpo.budget import Allowance
-from evo_hpo.errors import InvalidSettingError, MissingPackageError, UnknownNameError
-from evo_hpo.searcher import Searcher, positive
+from evo_hpo.errors import EvoHpoError, InvalidSettingError, MissingPackageError, UnknownNameError
+from evo_hpo.searcher import Searcher, number, positive
 from evo_hpo.space import CompressionSpace
 from evo_hpo.trial import Outcome, Trial
 from searchers.encoding import ENCODINGS, Decoded
@@ -91,9 +91,7 @@ class NevergradSearcher(ForeignSearcher):
         super().__init__(space, seed=seed, **settings)
         if sigma is None:
             sigma = TWO_LEVEL_SIGMA if space.two_levels and "CMA" in self.optimizer_name else SIGMA
-        if isinstance(sigma, bool) or not isinstance(sigma, (int, float, np.number)) or not 0 < sigma < math.inf:
-            raise InvalidSettingError(f"sigma={sigma!r} must be a positive number")
-        self.sigma = float(sigma)
+        self.sigma = number("sigma", sigma)
         self.horizon = horizon if horizon is None else positive("horizon", horizon)
         self.optimizer: Any = None
         self._numpy_state = np.random.RandomState(self._library_seed ^ 0x5EED).get_state()
@@ -133,7 +131,7 @@ class NevergradSearcher(ForeignSearcher):
                 warnings.simplefilter("ignore")
                 yield
                 _let_threads_finish()
-        except (MemoryError, KeyboardInterrupt):
+        except (MemoryError, KeyboardInterrupt, EvoHpoError):
             raise
         except ImportError as error:
             raise MissingPackageError(f"nevergrad's {self.optimizer_name} needs another package: {error}") from error
@@ -223,6 +221,11 @@ _TWO_LEVEL_ENCODINGS = {"NGO": "native"}
 """The same where units have two levels only, for those that are to have another one there."""
 
 
+def encoding_rule(name: str) -> tuple[str, str]:
+    """The part of an optimizer's name that decides its default encoding ("" if none does), and the encoding."""
+    return next(rule for rule in _ENCODINGS if rule[0] in name)
+
+
 _OURS = ("EvoPress",)  # registered by searchers.nevergrad_optimizer, the other direction
 
 
@@ -250,7 +253,7 @@ class NevergradFamily:
 @cache
 def _member(name: str) -> type[NevergradSearcher]:
     """One class for each optimizer, so that its settings and defaults can be shown."""
-    encoding = next(chosen for part, chosen in _ENCODINGS if part in name)
+    _, encoding = encoding_rule(name)
     dropped = next((chosen for part, chosen in _TWO_LEVEL_ENCODINGS.items() if part in name), None)
     doc = f"Nevergrad's {name}; default encoding {encoding!r}"
     doc += "." if dropped is None else f", {dropped!r} where units have two levels only."

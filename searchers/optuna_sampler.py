@@ -9,6 +9,7 @@ study, and a stopped one goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -192,7 +193,8 @@ class EvoPressSampler(BaseSampler):
                     )
                 start = self._reserve if trial.number in self._bred else self._start(trial)
                 return axis.value(start[index])
-        label = int.from_bytes(param_name.encode()[:64], "little")
+        name = param_name.encode()
+        label = int.from_bytes(name if len(name) <= 64 else hashlib.sha512(name).digest(), "little")
         rng = np.random.default_rng([self._seed, trial.number, 1, label])
         return axis.value(int(rng.integers(axis.size)))
 

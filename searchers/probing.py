@@ -62,9 +62,11 @@ class Probing(Procedure):
         probed_at: Assignment | None = None
         while True:
             moved = probed_at != self.incumbent
-            if moved and (probed_at is None or self.refine):
+            if moved and (probed_at is None or self.refine or not len(self.model)):
                 probed_at = self.incumbent
                 yield from self._probe(probed_at)
+            if not len(self.model) and probed_at != self.incumbent:
+                continue  # the start failed and taught nothing, but a probe did not
             if not len(self.model):
                 self.stop_reason = "no probe is feasible and succeeds"
                 return
@@ -96,7 +98,7 @@ class Probing(Procedure):
 
     def _reach(self) -> int:
         if self.probe_levels is not None:
-            return self.probe_levels
+            return min(self.probe_levels, max(len(u.costs) for u in self.space.units) - 1)
         allowed = PROBE_SHARE * self.horizon(4 * len(self.space)) / max(1, 2 * len(self.moves.free))
         return max(1, min(int(allowed), max(len(u.costs) for u in self.space.units) - 1))
 

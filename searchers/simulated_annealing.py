@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evo_hpo.errors import InvalidSettingError
-from evo_hpo.searcher import positive
+from evo_hpo.searcher import number, positive
 from evo_hpo.space import CompressionSpace
 from searchers.exchange import Exchanges
 from searchers.procedure import Procedure, Steps
@@ -48,9 +47,7 @@ class SimulatedAnnealing(Procedure):
         **settings: Any,
     ) -> None:
         super().__init__(space, seed=seed, **settings)
-        if not heat > 0:
-            raise InvalidSettingError(f"heat={heat!r} must be positive")
-        self.heat = float(heat)
+        self.heat = number("heat", heat)
         self.probes = positive("probes", probes)
         self.cooling_steps = positive("cooling_steps", cooling_steps)
         self.moves = Exchanges(space, groups)

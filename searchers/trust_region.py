@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from evo_hpo.budget import Allowance
-from evo_hpo.errors import InvalidSettingError
-from evo_hpo.searcher import positive
+from evo_hpo.searcher import positive, probability
 from evo_hpo.space import Assignment, CompressionSpace
 from evo_hpo.trial import Trial
 from searchers.additive_model import AdditiveModel
@@ -65,9 +64,7 @@ class TrustRegion(Procedure):
         self.largest_radius = max(self.first_radius, len(space) // LARGEST)
         self.probes = probes if probes is None else positive("probes", probes)
         self.reach = reach if reach is None else positive("reach", reach)
-        if not 0 <= explore <= 1:
-            raise InvalidSettingError(f"explore={explore!r} must be in 0..1")
-        self.explore = float(explore)
+        self.explore = probability("explore", explore)
         self.model = AdditiveModel(space, memory=positive("memory", memory, 8))
         self.moves = Exchanges(space)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from evo_hpo import Budget, CompressionSpace, FunctionProblem, Unit, search
 from evo_hpo.errors import BudgetError, InvalidSettingError
+from evo_hpo.problem import Minibatch, Problem, Score
 from evo_hpo.registry import make_searcher
 from evo_hpo.searcher import Searcher
 from evo_hpo.space import Assignment
@@ -49,3 +52,33 @@ def test_what_is_asked_are_trials() -> None:
     space = levels_space()
     with pytest.raises(InvalidSettingError, match="made by self.trial"):
         search(Tuples(space, seed=0), FunctionProblem(space, sum), budget=Budget(evaluations=2))
+
+
+class FailsUnread(Problem):
+    """Fails before it reads anything, and says of no trial what it read."""
+
+    name, tokens = "fails", 64
+
+    def __init__(self) -> None:
+        self.space = levels_space()
+
+    def score(self, assignments: Sequence[Assignment], minibatch: Minibatch, keep: int | None = None) -> list[Score]:
+        return [Score(math.nan, reason="does not load")] * len(assignments)
+
+
+def test_trials_that_name_no_tokens_are_charged_whole_so_that_every_search_ends() -> None:
+    problem = FailsUnread()
+    result = search(make_searcher("random", problem.space, seed=0), problem, budget=Budget(tokens=640))
+    assert [o.tokens for o in result.outcomes] == [64] * 10
+
+
+@pytest.mark.parametrize("fraction", [1.5, 0, -1])
+def test_a_checkpoint_that_is_no_fraction_of_the_budget_is_refused(fraction: float) -> None:
+    space = levels_space()
+    with pytest.raises(BudgetError, match="fraction of the budget"):
+        search(
+            make_searcher("random", space),
+            FunctionProblem(space, float),  # type: ignore[arg-type]
+            budget=Budget(evaluations=3),
+            checkpoints=[fraction],
+        )

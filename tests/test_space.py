@@ -270,3 +270,20 @@ def test_a_space_is_pickled_without_the_sampling_table() -> None:
     before = len(pickle.dumps(space))
     space.sample(np.random.default_rng(0))
     assert len(pickle.dumps(space)) == before
+
+
+@pytest.mark.parametrize("names", ["bits", ("bits",), ("a", "b", "c")])
+def test_names_for_another_number_of_resources_are_refused(names: str | tuple[str, ...]) -> None:
+    with pytest.raises(InvalidSpaceError, match="each of the 2 resources"):
+        CompressionSpace([Unit("a", ((0, 1), (1, 2)))], (1, 2), resources=names)
+
+
+def test_an_average_that_divides_by_nothing_is_no_number() -> None:
+    with pytest.raises(InvalidSpaceError, match="not a number"):
+        CompressionSpace.from_average(TINY.units, "1/0")
+
+
+def test_the_summary_lists_levels_in_one_order() -> None:
+    units = [Unit(f"u{i}", (0, 1), levels=pair, group="g") for i, pair in enumerate(itertools.permutations("abcd", 2))]
+    labels = CompressionSpace(units, 6).describe().splitlines()[1].partition("levels ")[2].split(" | ")
+    assert labels == sorted(labels)

@@ -211,3 +211,10 @@ def test_random_exchanges_move_budget_between_units_of_different_size() -> None:
         levels = Exchanges(space).random(levels, rng) or levels
         seen.add(levels[0])
     assert seen == {0, 1, 2}
+
+
+def test_more_changes_than_units_cost_no_more_than_all_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = CompressionSpace([Unit(f"u{i}", (0, 1, 2)) for i in range(30)], 30)
+    monkeypatch.setattr("searchers.additive_solvers.solve_by_integer_programming", None)
+    effects = [[0.0, -float(i), -2.0 * i] for i in range(30)]
+    assert solve_many(space, [effects], changes=10**5) == solve_many(space, [effects], changes=30)

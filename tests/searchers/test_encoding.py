@@ -170,3 +170,10 @@ def test_sequential_offers_only_what_the_rest_allows_and_reaches_everything(spac
 def test_an_unknown_encoding_names_the_known_ones() -> None:
     with pytest.raises(InvalidSettingError, match="repaired, projection, native"):
         make("nearest", SPACES["equal"])
+
+
+@pytest.mark.parametrize("name", ["repaired", "projection", "native"])
+def test_without_filling_no_more_is_spent_than_the_floor_demands(name: str) -> None:
+    space = CompressionSpace([Unit(f"u{i}", (0, 1)) for i in range(10)], budget=8, floor=2)
+    assert space.cost(make(name, space, fill=False).decode([0.0] * 10).levels) == 2
+    assert space.cost(make(name, space).decode([0.0] * 10).levels) == 8

@@ -11,7 +11,8 @@ from benchmarks.searchers.generations import generations
 from benchmarks.searchers.lineup import LINEUP, SUITES, Suite
 from benchmarks.searchers.measure import measure
 from benchmarks.searchers.overhead import overhead
-from benchmarks.searchers.table import encodings, gaps, hits, overview, table
+from benchmarks.searchers.table import encodings, gaps, hits, kinds, overview, significance, table
+from searchers.nevergrad_adapter import family
 
 
 @pytest.mark.parametrize("label", [label for label in LINEUP if not label.startswith(("optuna", "never"))])
@@ -67,12 +68,17 @@ def test_encodings_are_compared_on_the_problems_that_all_of_them_were_measured_o
 
 
 def test_slow_searchers_get_fewer_seeds_where_a_suite_says_so() -> None:
-    suite = Suite({}, {}, 200, 10, (("slow / best", "", 10), ("slow", "60", 3), ("slow", "210", 0)))
-    assert suite.seeds_of("quick", "additive 60 tight") == 10
-    assert suite.seeds_of("slow / best", "additive 210 tight") == 10
-    assert suite.seeds_of("slow / other", "additive 60 tight") == 3
-    assert suite.seeds_of("slow / other", "additive 210 tight") == 0
-    assert suite.seeds_of("slow / other", "additive 30 tight") == 10
+    suite = Suite({}, {}, 200, 10, (("slow / best", 10), ("slow", 3)))
+    assert suite.seeds_of("quick") == 10
+    assert suite.seeds_of("slow / best") == 10
+    assert suite.seeds_of("slow / other") == 3
+
+
+def test_every_optimizer_of_nevergrad_that_works_is_in_the_line_up_under_every_encoding() -> None:
+    searchers = SUITES["nevergrad"].searchers
+    assert searchers["nevergrad:DE / keys"] == ("nevergrad:DE", {"encoding": "keys"})
+    assert {name for name, _ in searchers.values()} == {f"nevergrad:{name}" for name in family.members()}
+    assert len(searchers) == 5 * len(family.members())
 
 
 def test_overhead_is_timed_for_the_trials_that_were_made() -> None:
@@ -102,3 +108,24 @@ def test_a_searcher_no_better_than_uniform_has_a_gap_of_nothing_where_nothing_be
 def test_encodings_are_compared_on_the_seeds_that_all_of_them_have() -> None:
     rows = [row("a / keys", 0, 6.0, 5.0), row("a / native", 0, 5.5, 5.0), row("a / native", 1, 9.0, 5.0)]
     assert encodings(rows).splitlines()[2] == "| `a` | 20.0 | **10.0** | 1 |"
+
+
+def encoded(optimizer: str, losses: dict[str, float]) -> list[dict[str, Any]]:
+    return [row(f"{optimizer} / {e}", seed, x + 0.01 * seed, 5.0) for e, x in losses.items() for seed in range(6)]
+
+
+def test_kinds_average_over_the_optimizers_whose_names_share_a_part() -> None:
+    rows = encoded("nevergrad:DE", {"keys": 6.0, "native": 8.0}) + encoded(
+        "nevergrad:TwoPointsDE", {"keys": 7.0, "native": 6.0}
+    )
+    line = kinds(rows).splitlines()[2]
+    assert [cell.strip(" *") for cell in line.strip("| ").split("|")] == ["DE", "2", "30.5", "40.5", "`keys`", "1 of 2"]
+
+
+def test_searchers_are_tested_against_the_best_encoding_or_any_other() -> None:
+    """Six pairs of one sign have a probability of 2 / 2^6 under both tests."""
+    rows = encoded("optuna:a", {"keys": 6.0, "native": 8.0}) + [row("b", s, 9.0, 5.0) for s in range(6)]
+    line = significance(rows).splitlines()[2:]
+    assert line == ["| optuna:a / native | optuna:a / keys | 6 | 0 | 6 | 0.031 | 0.031 |"]
+    line = significance(rows, ("optuna",), "b").splitlines()[2:]
+    assert line[0] == "| optuna:a / keys | b | 6 | 6 | 0 | 0.031 | 0.031 |"

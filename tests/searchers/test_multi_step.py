@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby, pairwise
 from typing import Any
 
+import pytest
+
 from benchmarks.synthetic import noisy
-from evo_hpo import Allowance, Budget, Outcome, Trial, search
+from evo_hpo import Allowance, Assignment, Budget, Outcome, Trial, search
 from evo_hpo.registry import make_problem, make_searcher
 from searchers.multi_step import MultiStep
 
@@ -94,3 +96,34 @@ def test_without_fidelity_nothing_is_screened_and_nothing_measured_again() -> No
     result = search(make(problem, batch=8, survivors=(4, 1)), problem, budget=Budget(evaluations=60))
     assert [o.trial.levels for o in result.outcomes] == [o.trial.levels for o in plain.outcomes]
     assert result.best_loss == plain.best_loss == min(o.loss for o in result.outcomes)
+
+
+@pytest.mark.parametrize("inner", ["evopress", "trust_region"])
+def test_an_incumbent_that_is_proposed_again_is_told_with_its_own_rank(inner: str) -> None:
+    """Searchers on fresh data score their incumbent in each batch; what wins the last stage must be told the least."""
+    problem = noisy(units=12, levels=3, noise=1.0, tokens=1024)
+    searcher = make_searcher(f"multi_step:{inner}", problem.space, seed=0)
+    assert isinstance(searcher, MultiStep)
+    heard: list[tuple[Assignment | None, list[Outcome]]] = []
+    tell = searcher.searcher.tell
+
+    def spy(outcomes: Sequence[Outcome]) -> None:
+        heard.append((searcher.incumbent, list(outcomes)))
+        tell(outcomes)
+
+    searcher.searcher.tell = spy  # type: ignore[method-assign]
+    search(searcher, problem, budget=Budget(evaluations=400))
+    own = [(winner, told) for winner, told in heard if winner in {o.trial.levels for o in told} and len(told) > 1]
+    assert len(own) > 5
+    for winner, told in own:
+        assert min(told, key=lambda o: o.loss).trial.levels == winner
+
+
+def test_on_one_fixed_minibatch_the_incumbent_is_not_measured_again() -> None:
+    problem = noisy(units=12, levels=3, tokens=1024)
+    searcher = make_searcher("multi_step:genetic", problem.space, seed=0, minibatch="fixed")
+    result = search(searcher, problem, budget=Budget(evaluations=200))
+    asked = [(o.trial.levels, o.tokens) for o in result.outcomes]
+    last = [a for a in asked if a[1] == 1024]
+    assert len(set(last)) == len(last)
+    assert result.best == min((o for o in result.outcomes if o.tokens == 1024), key=lambda o: o.loss).trial.levels

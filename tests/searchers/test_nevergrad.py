@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evo_hpo import Allowance, Assignment, Budget, CompressionSpace, FunctionProblem, Unit, search
-from evo_hpo.errors import InvalidSettingError, UnknownNameError
+from evo_hpo.errors import InfeasibleError, InvalidSettingError, UnknownNameError
 from evo_hpo.trial import Outcome
 from searchers import make_searcher
 from searchers.nevergrad_adapter import NevergradSearcher, family, load
@@ -211,3 +211,15 @@ def test_a_space_of_one_assignment() -> None:
     result = search(searcher, FunctionProblem(space, lambda a: 1.0), budget=Budget(evaluations=3))
     assert [o.trial.levels for o in result.outcomes] == [(0, 0)]
     assert result.stop_reason == "the space has one assignment"
+
+
+def test_errors_of_our_own_keep_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(point: object) -> None:
+        raise InfeasibleError("floor and budget are too close: widen them")
+
+    space = CompressionSpace([Unit(f"u{i}", (2, 3, 4)) for i in range(6)], 18)
+    searcher = make_searcher("nevergrad:OnePlusOne", space, start="none")
+    assert isinstance(searcher, NevergradSearcher)
+    monkeypatch.setattr(searcher.encoding, "decode", refuse)
+    with pytest.raises(InfeasibleError, match="widen"):
+        searcher.ask(Allowance(evaluations=10))

@@ -260,3 +260,10 @@ def test_a_parameter_that_only_some_trials_have_keeps_the_budget_too() -> None:
     study = optuna.create_study(sampler=EvoPressSampler(costs=costs, budget=4, seed=0))
     study.optimize(objective, n_trials=60)
     assert max(sum(t.params.values()) for t in study.trials) == 4
+
+
+def test_long_names_that_begin_alike_are_drawn_apart() -> None:
+    study = optuna.create_study(sampler=EvoPressSampler(seed=0))
+    names = ["model." * 12 + str(i) for i in range(8)]
+    trial = study.ask()
+    assert len({trial.suggest_int(name, 0, 10**6) for name in names}) > 1

@@ -206,3 +206,47 @@ def test_annealing_cools_again_where_a_cooling_found_nothing_new() -> None:
     searcher = make_searcher("simulated_annealing", problem.space, seed=0)
     result = search(searcher, problem, budget=Budget(evaluations=3000))
     assert len(result.outcomes) > 1500  # of 3432 assignments; one cooling freezes after a few hundred
+
+
+def test_local_search_does_not_end_because_it_proves_a_local_optimum_again() -> None:
+    """Every start leads back to uniform, whose 2600 neighbours are looked at one by one."""
+    space = CompressionSpace([Unit(f"u{i}", (0, 1)) for i in range(100)], 50, floor=50)
+    start = space.uniform()
+    problem = FunctionProblem(space, lambda levels: sum(a != b for a, b in zip(levels, start, strict=True)))
+    searcher = make_searcher("local_search", space, seed=0, improvement="first")
+    assert len(search(searcher, problem, budget=Budget(evaluations=4000)).outcomes) == 4000
+
+
+@pytest.mark.parametrize("name", ["dynamic_programming", "integer_programming"])
+@pytest.mark.parametrize("refine", [True, False])
+def test_a_start_that_fails_does_not_end_the_probing(name: str, refine: bool) -> None:
+    space = CompressionSpace([Unit(f"u{i}", (2, 3, 4)) for i in range(10)], 30)
+    failing = space.uniform()
+
+    def loss(levels: tuple[int, ...]) -> float:
+        return math.nan if levels == failing else sum((2 - k) ** 2 / (1 + i) for i, k in enumerate(levels))
+
+    best = min(x for a in space.enumerate() if math.isfinite(x := loss(a)))
+    result = search(
+        make_searcher(name, space, seed=0, refine=refine), FunctionProblem(space, loss), budget=Budget(evaluations=300)
+    )
+    assert "no probe" not in result.stop_reason
+    assert result.best_loss == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("simulated_annealing", {"heat": math.inf}),
+        ("simulated_annealing", {"heat": True}),
+        ("genetic", {"crossover": True}),
+        ("trust_region", {"explore": "all"}),
+        ("optuna:random", {"penalty": "a"}),
+        ("nevergrad:OnePlusOne", {"sigma": 0}),
+        ("evopress", {"initial_share": "x"}),
+        ("multi_step:random", {"survivors": 4}),
+    ],
+)
+def test_numbers_that_are_none_are_refused_by_name(name: str, setting: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSettingError, match=f"{next(iter(setting))}="):
+        make_searcher(name, interacting(units=6).space, **setting)

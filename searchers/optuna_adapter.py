@@ -237,7 +237,7 @@ class TpeUnivariate(OptunaSearcher):
     """Optuna's TPESampler, each unit by itself (Optuna 4's default)."""
 
     sampler_name = "TPESampler"
-    default_encoding = "projection"
+    default_encoding = "keys"
     pinned: ClassVar[Mapping[str, Any]] = {"multivariate": False, "constant_liar": True}
 
 

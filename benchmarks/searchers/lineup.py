@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 __all__ = ["ENCODED", "EQUAL", "HITS", "LINEUP", "SUITES", "Named", "Suite"]
@@ -26,7 +28,7 @@ LINEUP: Named = {
     "evopress, within groups": ("evopress", {"cross_group": 0.0}),
     "evopress, lambda 1": ("evopress", {"offspring": 1}),
     "evopress, lambda 16": ("evopress", {"offspring": 16}),
-    "evopress, lambda 16, revisiting": ("evopress", {"offspring": 16, "revisit": True}),
+    "evopress, as published": ("evopress", {"offspring": 16, "revisit": True, "cross_group": 0.0}),
     "evopress, wider": ("evopress", {"widen_after": 3}),
     "evopress, restarts": ("evopress", {"widen_after": 3, "restart_after": 60}),
     "evopress, lambda 1, restarts": ("evopress", {"offspring": 1, "widen_after": 10, "restart_after": 120}),
@@ -81,6 +83,17 @@ FAMILIES: Named = {
 }
 """One of each further kind of Nevergrad's optimizers, and TPE unit by unit, for their default encodings."""
 
+
+@cache
+def every_nevergrad() -> Named:
+    """Every optimizer of Nevergrad that can work here, under every encoding."""
+    from searchers.nevergrad_adapter import family
+
+    return {
+        f"nevergrad:{name} / {e}": (f"nevergrad:{name}", {"encoding": e}) for name in family.members() for e in _BOTH
+    }
+
+
 _DROP = {"levels": 2, "exact": True}
 HITS: Named = {
     "8008, 0.1": ("interacting", {"units": 16, "tightness": 0.375, "interaction": 0.1, **_DROP}),
@@ -112,8 +125,8 @@ ROLES: Named = {
 
 _FEW_PROBLEMS = ("interacting 30 loose", "non_monotone 60 loose", "interacting 60 tight")
 
-_GP_PROBLEMS = ("interacting 30 tight", "interacting 30 loose")
-_BESIDE_GP = ("uniform", "random", "evopress", "trust_region", "optuna:cmaes / keys", "optuna:tpe / projection")
+_SWEPT = ("interacting 30 loose", "non_monotone 30 tight")
+
 _WEAK = ("nevergrad:TwoPointsDE", "optuna:nsga2", "optuna:tpe")
 _STRONGEST: Named = {
     label: named
@@ -121,9 +134,23 @@ _STRONGEST: Named = {
     if label.startswith(("evopress", "trust_region", "uniform")) or (" / " in label and not label.startswith(_WEAK))
 }
 
+_BESIDE_GP = (
+    "uniform",
+    "random",
+    "local_search",
+    "trust_region",
+    "evopress",
+    "evopress, lambda 1",
+    "optuna:cmaes",
+    "optuna:tpe",
+    "nevergrad:DiscreteOnePlusOne",
+    "nevergrad:DiscreteLenglerOnePlusOne",
+    "nevergrad:CMA",
+    "nevergrad:NGOpt",
+)
 _GP: Named = {
     f"optuna:gp / {encoding}": ("optuna:gp", {"encoding": encoding}) for encoding in (*_BOTH, "set_constraint")
-} | {label: (LINEUP | ENCODED)[label] for label in _BESIDE_GP}
+}
 
 _OTHERS = ("optuna:", "nevergrad:")
 _OURS: Named = {label: named for label, named in LINEUP.items() if not label.startswith(_OTHERS)}
@@ -135,27 +162,30 @@ class Suite:
 
     Args:
         problems: label -> problem and settings.
-        searchers: label -> searcher and settings.
+        lineup: label -> searcher and settings, or what finds them out.
         evaluations: of each run.
         seeds: runs of each searcher on each problem; every seed is another instance.
-        few: fewer seeds for searchers that are slow: start of the label, number of units ("" for any), seeds. The first
-            that fits holds.
+        few: fewer seeds for searchers that are slow: start of the label -> seeds.
     """
 
     problems: Named
-    searchers: Named
+    lineup: Named | Callable[[], Named]
     evaluations: int
     seeds: int
-    few: tuple[tuple[str, str, int], ...] = ()
+    few: tuple[tuple[str, int], ...] = ()
 
-    def seeds_of(self, label: str, problem: str) -> int:
-        """How many seeds this searcher gets on this problem."""
-        fits = (n for start, units, n in self.few if label.startswith(start) and units in ("", *problem.split()))
-        return min(self.seeds, next(fits, self.seeds))
+    @property
+    def searchers(self) -> Named:
+        """Label -> searcher and settings."""
+        return self.lineup() if callable(self.lineup) else self.lineup
+
+    def seeds_of(self, label: str) -> int:
+        """How many seeds this searcher gets; the first entry that fits holds."""
+        return min(self.seeds, next((n for start, n in self.few if label.startswith(start)), self.seeds))
 
 
 SUITES: dict[str, Suite] = {
-    "hits": Suite(HITS, LINEUP, 800, 20, (("optuna", "", 10), ("nevergrad", "", 10))),
+    "hits": Suite(HITS, LINEUP, 800, 20, (("optuna", 10), ("nevergrad", 10))),
     "equal": Suite(
         EQUAL,
         _OURS | {label: LINEUP[label] for label in ("optuna:qmc", "optuna:random")} | ENCODED,
@@ -164,13 +194,17 @@ SUITES: dict[str, Suite] = {
     ),
     "two_levels": Suite(
         {name: HITS[name] for name in ("8008, 0.35", "125970, 0.1")},
-        {label: LINEUP[label] for label in ("uniform", "random", "evopress", "trust_region")} | ENCODED,
+        {label: LINEUP[label] for label in ("uniform", "random", "evopress", "trust_region")}
+        | ENCODED
+        | _GP
+        | {label: named for label, named in FAMILIES.items() if label.startswith("optuna:")},
         200,
         10,
     ),
     "families": Suite({name: EQUAL[name] for name in _FEW_PROBLEMS}, FAMILIES, 200, 10),
-    "gp": Suite({name: EQUAL[name] for name in _GP_PROBLEMS}, _GP, 40, 10, (("optuna:gp", "", 3),)),
-    "unequal": Suite({n: EQUAL[n] for n in EQUAL if n.startswith("unequal")} | ROLES, _STRONGEST, 1000, 10),
+    "nevergrad": Suite({name: EQUAL[name] for name in _SWEPT}, every_nevergrad, 200, 3),
+    "gp": Suite(EQUAL, _GP | {label: LINEUP[label] for label in _BESIDE_GP}, 40, 10),
+    "unequal": Suite({n: EQUAL[n] for n in EQUAL if n.startswith("unequal 60")} | ROLES, _STRONGEST, 1000, 10),
 }
 """Equal: 200 evaluations are what a live search on a language model affords; 800 are the bar of the small spaces; 40
-are what Optuna's GP affords, at a second a trial."""
+are what Optuna's GP affords, at one to three seconds a trial."""

@@ -76,7 +76,7 @@ def main() -> None:
     searchers = [s for s in suite.searchers if s.startswith(tuple(arguments.searchers))]
     first, count = arguments.seeds or (0, suite.seeds)
     for seed, problem, label in itertools.product(range(first, first + count), problems, searchers):
-        if (problem, label, seed) in done or (not arguments.seeds and seed >= suite.seeds_of(label, problem)):
+        if (problem, label, seed) in done or (not arguments.seeds and seed >= suite.seeds_of(label)):
             continue
         if time.perf_counter() - start > arguments.stop_after:
             print("stopped; run again to go on")

@@ -1,8 +1,11 @@
 """Tables of what :mod:`benchmarks.searchers.measure` wrote, as Markdown.
 
-    python -m benchmarks.searchers.table equal.jsonl                    # one column a problem
-    python -m benchmarks.searchers.table equal.jsonl --show overview    # means over kinds and sizes of problems
-    python -m benchmarks.searchers.table equal.jsonl --show encodings   # optimizers of other libraries by encodings
+    python -m benchmarks.searchers.table equal.jsonl                        # one column a problem
+    python -m benchmarks.searchers.table equal.jsonl --show overview        # means over kinds and sizes of problems
+    python -m benchmarks.searchers.table equal.jsonl --show encodings       # optimizers of other libraries by encodings
+    python -m benchmarks.searchers.table nevergrad.jsonl --show kinds       # the same, by kinds of optimizers
+    python -m benchmarks.searchers.table equal.jsonl --show significance    # encodings against the best one
+    python -m benchmarks.searchers.table hits.jsonl --show significance --searchers evopress --against evopress
     python -m benchmarks.searchers.table equal.jsonl --problems additive --searchers trust_region evopress
     python -m benchmarks.searchers.table hits.jsonl --show hits
 
@@ -22,8 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-__all__ = ["encodings", "gaps", "hits", "overview", "table"]
+from searchers.nevergrad_adapter import encoding_rule
+
+__all__ = ["encodings", "gaps", "hits", "kinds", "overview", "significance", "table"]
 
 EXACT = 1e-9
 EVERY = ("",)
@@ -148,26 +154,85 @@ def encodings(rows: Rows, starts: tuple[str, ...] = EVERY) -> str:
     Only instances on which an optimizer was measured under all of its encodings count for it, so that a row compares
     like with like.
     """
-    found, rows = _by_seed(rows), _of(rows, starts)
-    named = [s for s in dict.fromkeys(r["searcher"] for r in rows) if " / " in s]
-    columns = list(dict.fromkeys(s.partition(" / ")[2] for s in named))
+    found = _by_encoding(rows, starts)
+    columns = list(dict.fromkeys(encoding for means, _ in found.values() for encoding in means))
     lines = [f"| optimizer | {' | '.join(columns)} | problems |", "|---" * (len(columns) + 2) + "|"]
-    for optimizer in dict.fromkeys(s.partition(" / ")[0] for s in named):
-        own = [s for s in named if s.partition(" / ")[0] == optimizer]
-        shared = {
-            p: seeds
-            for p in dict.fromkeys(r["problem"] for r in rows)
-            if (seeds := set.intersection(*({*found.get((p, s), ())} for s in own)))
-        }
-        if not shared:
+    for optimizer, (means, problems) in found.items():
+        lines.append(f"| `{optimizer}` | {_best_in_bold(means, columns)} | {problems} |")
+    return "\n".join(lines)
+
+
+def kinds(rows: Rows, starts: tuple[str, ...] = EVERY) -> str:
+    """Nevergrad's optimizers by the part of their name that decides their default encoding: means over the optimizers.
+
+    Default: the optimizers whose default encoding is their best, or within a hundredth of the way to uniform of it.
+    """
+    named: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(dict)
+    for optimizer, (means, _) in _by_encoding(rows, starts).items():
+        named[encoding_rule(optimizer.removeprefix("nevergrad:"))][optimizer] = means
+    columns = list(dict.fromkeys(e for found in named.values() for means in found.values() for e in means))
+    lines = [
+        f"| name contains | optimizers | {' | '.join(columns)} | default | best or level |",
+        "|---" * (len(columns) + 4) + "|",
+    ]
+    for (part, default), found in sorted(named.items(), key=lambda item: -len(item[1])):
+        means = {e: float(np.mean([own[e] for own in found.values()])) for e in columns}
+        level = sum(own[default] <= min(own.values()) + 1 for own in found.values())
+        cells = f"{_best_in_bold(means, columns)} | `{default}` | {level} of {len(found)}"
+        lines.append(f"| {part or 'none of these'} | {len(found)} | {cells} |")
+    return "\n".join(lines)
+
+
+def _by_encoding(rows: Rows, starts: tuple[str, ...]) -> dict[str, tuple[dict[str, float], int]]:
+    """Optimizer -> encoding -> mean of the median gaps, and over how many problems."""
+    found, rows = _by_seed(rows), _of(rows, starts)
+    problems = list(dict.fromkeys(r["problem"] for r in rows))
+    own: dict[str, list[str]] = defaultdict(list)
+    for label in dict.fromkeys(r["searcher"] for r in rows if " / " in r["searcher"]):
+        own[label.partition(" / ")[0]].append(label)
+    result = {}
+    for optimizer, labels in own.items():
+        shared = {p: set.intersection(*({*found.get((p, s), ())} for s in labels)) for p in problems}
+        shared = {p: seeds for p, seeds in shared.items() if seeds}
+        if shared:
+            medians = {s: [np.median([found[p, s][n] for n in seeds]) for p, seeds in shared.items()] for s in labels}
+            result[optimizer] = {s.partition(" / ")[2]: float(np.mean(medians[s])) for s in labels}, len(shared)
+    return result
+
+
+def _best_in_bold(means: dict[str, float], columns: list[str]) -> str:
+    best = min(means.values())
+    cells = (
+        "" if e not in means else f"**{means[e]:.1f}**" if means[e] == best else f"{means[e]:.1f}" for e in columns
+    )
+    return " | ".join(cells)
+
+
+def significance(rows: Rows, starts: tuple[str, ...] = EVERY, against: str | None = None) -> str:
+    """Searchers against one of them, over all pairs of problem and seed: runs that are better, worse, and p.
+
+    The signed-rank test (Wilcoxon, with the level pairs left out) compares the gaps, the sign test counts which is
+    better. Against: a label; None: for each optimizer of another library its own encoding of the least mean gap.
+    """
+    found = _by_seed(rows)
+    labels = list(dict.fromkeys(r["searcher"] for r in _of(rows, starts)))
+    best = {o: f"{o} / {min(means, key=means.__getitem__)}" for o, (means, _) in _by_encoding(rows, starts).items()}
+    lines = [
+        "| searcher | against | pairs | better | worse | signed-rank p | sign p |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for label in labels:
+        other = against or best.get(label.partition(" / ")[0])
+        if other is None or other == label:
             continue
-        medians = {s: [np.median([found[p, s][n] for n in seeds]) for p, seeds in shared.items()] for s in own}
-        means = {s.partition(" / ")[2]: float(np.mean(medians[s])) for s in own}
-        best = min(means.values())
-        cells = [
-            "" if e not in means else f"**{means[e]:.1f}**" if means[e] == best else f"{means[e]:.1f}" for e in columns
+        both = [
+            (p, n) for p in dict.fromkeys(r["problem"] for r in rows) for n in found[p, label] if n in found[p, other]
         ]
-        lines.append(f"| `{optimizer}` | {' | '.join(cells)} | {len(shared)} |")
+        differences = np.array([found[p, label][n] - found[p, other][n] for p, n in both])
+        better, worse = int((differences < -EXACT).sum()), int((differences > EXACT).sum())
+        ranks = float(stats.wilcoxon(differences).pvalue) if better + worse else 1.0
+        signs = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+        lines.append(f"| {label} | {other} | {len(both)} | {better} | {worse} | {ranks:.2g} | {signs:.2g} |")
     return "\n".join(lines)
 
 
@@ -175,14 +240,29 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", type=Path, nargs="+")
-    shown = {"problems": table, "overview": overview, "hits": hits, "encodings": encodings}
+    shown = {
+        "problems": table,
+        "overview": overview,
+        "hits": hits,
+        "encodings": encodings,
+        "kinds": kinds,
+        "significance": significance,
+    }
     parser.add_argument("--show", choices=shown, default="problems")
     parser.add_argument("--searchers", nargs="*", default=[""], metavar="START", help="labels that start so")
     parser.add_argument("--problems", nargs="*", default=[""], metavar="START", help="labels that start so")
+    parser.add_argument(
+        "--against", metavar="LABEL", help="of --show significance; by default the best encoding of each optimizer"
+    )
     arguments = parser.parse_args()
+    if arguments.against is not None and arguments.show != "significance":
+        parser.error("--against belongs to --show significance")
     rows = [json.loads(line) for file in arguments.files for line in file.read_text().splitlines()]
     rows = [r for r in rows if r["problem"].startswith(tuple(arguments.problems))]
-    print(shown[arguments.show](rows, tuple(arguments.searchers)))
+    if arguments.against is not None:
+        print(significance(rows, tuple(arguments.searchers), arguments.against))
+    else:
+        print(shown[arguments.show](rows, tuple(arguments.searchers)))
 
 
 if __name__ == "__main__":

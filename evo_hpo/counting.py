@@ -59,6 +59,11 @@ class Counter:
         self.totals = [sum(max(level[r] for level in unit) for unit in self.options) for r in range(dimensions)]
         self.budgets = [min(b, t) for b, t in zip(self.budgets, self.totals, strict=True)]
 
+    @property
+    def cells(self) -> int:
+        """Size of an exact table of all costs of all resources, for each unit."""
+        return (len(self.options) + 1) * math.prod(b + 1 for b in self.budgets)
+
     # ------------------------------------------------------------------ count
 
     def count(self) -> int:
@@ -112,7 +117,7 @@ class Counter:
     def _table(self) -> tuple[list[list[tuple[int, ...]]], list[Any], bool]:
         """Options in table units; for each unit, ways to finish from each spent cost; whether the grid is exact."""
         options, budgets, floors = self.options, self.budgets, self.floors
-        exact = (len(options) + 1) * math.prod(b + 1 for b in budgets) <= MOST_CELLS
+        exact = self.cells <= MOST_CELLS
         if not exact:
             grids = _grids(budgets, MOST_CELLS / (len(options) + 1))
             options = [[tuple(-(-c // g) for c, g in zip(v, grids, strict=True)) for v in unit] for unit in options]

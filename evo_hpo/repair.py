@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["repair"]
 
+SMALL = 200_000
+"""Cells of the table of costs up to which several resources are projected exactly, within milliseconds."""
+
 
 def repair(
     space: CompressionSpace, levels: Sequence[float], rng: Generator | None = None, *, fill: bool = False
@@ -47,6 +50,8 @@ def repair(
     current = [min(max(round(w), low), high) for w, low, high in zip(wish, space.lowest, space.highest, strict=True)]
     if space.dimensions == 1:
         _walk(space, current, wish, ties, fill)
+    elif space._counter.cells > SMALL:
+        _walk_several(space, current, wish, ties)
     if not space.feasible(current):
         current = _nearest(space, wish, ties)
     if fill and space.dimensions > 1:
@@ -90,6 +95,52 @@ def _walk(space: CompressionSpace, current: list[int], wish: list[float], ties: 
             current[i] += 1
             if allowed(i, +1):
                 heapq.heappush(heap, step(i, +1))
+
+
+def _walk_several(space: CompressionSpace, current: list[int], wish: list[float], ties: Sequence[float]) -> None:
+    """Several resources: steps that bring those out of their limits nearer to them, without putting others out.
+
+    Steps are taken in order of added distance for what they bring, in shares of each resource's limit. It may end
+    short of the limits where costs of two resources run against each other.
+    """
+    spent = space.costs(current)
+    limits = [max(b, 1) for b in space.budgets]
+
+    def outside(costs: Sequence[int]) -> list[float]:
+        """How far each resource is out of its limits."""
+        return [
+            max(c - b, f - c, 0) / limit
+            for c, f, b, limit in zip(costs, space.floors, space.budgets, limits, strict=True)
+        ]
+
+    def step(i: int, sign: int) -> tuple[float, float, int, int] | None:
+        after = current[i] + sign
+        if not space.lowest[i] <= after <= space.highest[i]:
+            return None
+        before, then = space.vectors[i][current[i]], space.vectors[i][after]
+        new = outside([s + b - a for s, a, b in zip(spent, before, then, strict=True)])
+        if any(n > max(o, 0) for n, o in zip(new, out, strict=True)) or sum(new) >= sum(out):
+            return None
+        distance = abs(after - wish[i]) - abs(current[i] - wish[i])
+        return distance / (sum(out) - sum(new)), ties[i], i, sign
+
+    out = outside(spent)
+    while any(out):
+        heap = [s for i in range(len(current)) for sign in (-1, +1) if (s := step(i, sign)) is not None]
+        if not heap:
+            return
+        heapq.heapify(heap)
+        short = [o > 0 for o in out]
+        while heap and [o > 0 for o in out] == short:  # which steps help changes with what is out of its limits
+            _, _, i, sign = heapq.heappop(heap)
+            if step(i, sign) is None:
+                continue
+            before, then = space.vectors[i][current[i]], space.vectors[i][current[i] + sign]
+            spent = tuple(s + b - a for s, a, b in zip(spent, before, then, strict=True))
+            current[i] += sign
+            out = outside(spent)
+            if (again := step(i, sign)) is not None:
+                heapq.heappush(heap, again)
 
 
 def _fill(space: CompressionSpace, current: list[int], wish: list[float], ties: Sequence[float]) -> None:

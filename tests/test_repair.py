@@ -108,3 +108,43 @@ def test_fill_leaves_no_step_that_would_fit_two_resources(
     for i, unit in enumerate(units):
         raised = (*filled[:i], filled[i] + 1, *filled[i + 1 :])
         assert filled[i] + 1 == len(unit.costs) or not space.feasible(raised)
+
+
+@settings(max_examples=60)
+@given(spaces(resources=2), st.data())
+def test_two_resources_of_fine_costs_are_met_too(space: CompressionSpace, data: st.DataObject) -> None:
+    wish = data.draw(st.lists(st.floats(-1, 5), min_size=len(space), max_size=len(space)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evo_hpo.repair.SMALL", 0)
+        assert space.feasible(space.repair(wish))
+        assert space.feasible(space.repair(wish, np.random.default_rng(0), fill=True))
+
+
+def test_single_steps_in_two_resources_stay_near_the_nearest_assignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    units = [
+        Unit(f"m{i}", tuple((b * s, (b - 2) * (1 + i % 3)) for b in (2, 3, 4, 5))) for i, s in enumerate([1, 3] * 6)
+    ]
+    space = CompressionSpace(units, (80, 30))
+    wishes = [rng.uniform(0, 3, 12).tolist() for _ in range(50)]
+
+    def distance() -> float:
+        return float(np.mean([np.abs(np.subtract(space.repair(w), w)).sum() for w in wishes]))
+
+    nearest = distance()
+    monkeypatch.setattr("evo_hpo.repair.SMALL", 0)
+    monkeypatch.setattr("evo_hpo.repair._nearest", None)  # steps alone come to a feasible assignment here
+    assert nearest <= distance() < 1.15 * nearest
+
+
+def test_many_units_with_two_resources_are_repaired_without_a_table() -> None:
+    rng = np.random.default_rng(0)
+    units = [
+        Unit(f"m{i}", tuple((b * int(s), (b - 2) * 7) for b in (2, 3, 4)))
+        for i, s in enumerate(rng.integers(1000, 9000, 210))
+    ]
+    space = CompressionSpace(units, (3 * sum(u.costs[0][0] for u in units) // 2, 1000))  # type: ignore[index]
+    assert space._counter.cells > 10**9
+    for _ in range(5):
+        assert space.feasible(space.repair(rng.uniform(0, 2, 210).tolist(), rng, fill=True))
+    assert "_table" not in vars(space._counter)

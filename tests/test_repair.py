@@ -139,11 +139,9 @@ def test_single_steps_in_two_resources_stay_near_the_nearest_assignment(monkeypa
 
 def test_many_units_with_two_resources_are_repaired_without_a_table() -> None:
     rng = np.random.default_rng(0)
-    units = [
-        Unit(f"m{i}", tuple((b * int(s), (b - 2) * 7) for b in (2, 3, 4)))
-        for i, s in enumerate(rng.integers(1000, 9000, 210))
-    ]
-    space = CompressionSpace(units, (3 * sum(u.costs[0][0] for u in units) // 2, 1000))  # type: ignore[index]
+    sizes = rng.integers(1000, 9000, 210).tolist()
+    units = [Unit(f"m{i}", tuple((b * size, (b - 2) * 7) for b in (2, 3, 4))) for i, size in enumerate(sizes)]
+    space = CompressionSpace(units, (3 * sum(sizes), 1000))
     assert space._counter.cells > 10**9
     for _ in range(5):
         assert space.feasible(space.repair(rng.uniform(0, 2, 210).tolist(), rng, fill=True))

@@ -202,15 +202,17 @@ def _workers(plan: Plan, folder: Path, resume: bool, tasks: Sequence[SearchTask]
         context.Process(target=run_worker, args=(plan, folder, resume, cores, waiting, events), daemon=True)
         for _ in range(count)
     ]
+    started = []
     try:
         for process in processes:
             process.start()
+            started.append(process)
         yield _stream(events, processes)
     finally:
-        for process in processes:
+        for process in started:
             if process.is_alive():
                 process.terminate()
-        for process in processes:
+        for process in started:
             process.join(timeout=10)
         waiting.cancel_join_thread()
         events.cancel_join_thread()
@@ -225,8 +227,8 @@ def _stream(events: Any, processes: Sequence[Any]) -> Iterator[Event]:
             dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
             if dead:
                 raise ComparisonFailed(
-                    f"a worker process ended with code {dead[0]} (out of memory?): what it scored is in the journals;"
-                    " lower `workers` and resume"
+                    f"a worker process ended with code {dead[0]} (out of memory? a script of your own without"
+                    ' `if __name__ == "__main__":`?): what it scored is in the journals; lower `workers` and resume'
                 ) from None
             if not any(p.is_alive() for p in processes):
                 return

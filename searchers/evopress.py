@@ -59,10 +59,10 @@ class EvoPress(Searcher):
         initial_share: share of the budget for a start by another searcher; its trials are charged like all others.
         elitism: parents join the last stage by ``index``, stages by survivor ``count`` (reference), or ``none``.
         minibatch: ``fresh`` for every stage; ``nested`` (a stage's data contains the one before's); ``fixed``.
-        widen_after: generations without a new parent after which the number of switches has a heavy tail (power law)
-            until there is one; None: never.
-        restart_after: generations without a new parent after which the search starts anew, or sooner where no mutant is
-            left to measure; None: never.
+        widen_after: generations without a new best parent after which the number of switches has a heavy tail (power
+            law) until there is one; None: never.
+        restart_after: generations without a new best parent after which the search starts anew, or sooner where no
+            mutant is left to measure; None: never.
         revisit: let an offspring be an assignment measured before, as published; False (``plain``): not where its loss
             is exact (a problem without fidelity, or ``minibatch="fixed"``) and would only be read once more.
         invert: look for the worst assignment instead.
@@ -125,8 +125,8 @@ class EvoPress(Searcher):
         self.restart_after = None if restart_after is None else positive("restart_after", restart_after)
         if elitism == "none" and not (widen_after is None and restart_after is None):
             raise InvalidSettingError(
-                "widen_after and restart_after wait for generations without a new parent, and elitism='none' makes a "
-                "new parent of each: leave them out, or let parents join (elitism='index' or 'count')"
+                "widen_after and restart_after wait for generations without a new best parent; elitism='none' makes "
+                "a new parent of each: leave them out, or let parents join (elitism='index' or 'count')"
             )
         self.revisit = boolean("revisit", chosen["revisit"])
         self.sign = -1.0 if boolean("invert", invert) else 1.0

@@ -34,7 +34,7 @@ class Procedure(Searcher):
     """Base of searchers that score every trial on one fidelity.
 
     Args:
-        batch: trials a batch.
+        batch: trials a batch; on ``fresh`` minibatches each request is one batch, whatever its size.
         tokens: calibration tokens a trial; None: the problem's default.
         minibatch: ``fixed``: one minibatch for the whole search, so that losses compare across batches and none is paid
             twice; ``fresh``: a new one for each request, on which the reference is scored again.

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="of the comparison")
     parser.add_argument("target", type=Path)
     parser.add_argument("--command", required=True, help="the command that made it, for the page")
-    parser.add_argument("--note", type=Path, help="Markdown to put between the verdict and the tables")
+    parser.add_argument("--note", type=Path, metavar="FILE", help="Markdown to put between the verdict and the tables")
     options = parser.parse_args(arguments)
     write_report(options.folder)
     keep(options.folder, options.target, options.command, options.note.read_text("utf-8") if options.note else "")

@@ -86,13 +86,14 @@ FAMILIES: Named = {
 
 @cache
 def every_nevergrad() -> Named:
-    """Every optimizer of Nevergrad that can work here, under every encoding."""
+    """Every optimizer of Nevergrad that can work here, under every encoding; not those that take seconds a trial."""
     from searchers.nevergrad_adapter import family
 
-    return {
-        f"nevergrad:{name} / {e}": (f"nevergrad:{name}", {"encoding": e}) for name in family.members() for e in _BOTH
-    }
+    names = [f"nevergrad:{name}" for name in family.members() if name not in _SLOW]
+    return {f"{name} / {e}": (name, {"encoding": e}) for name in names for e in _BOTH}
 
+
+_SLOW = ("BO", "BOSplit")
 
 _DROP = {"levels": 2, "exact": True}
 HITS: Named = {

@@ -77,8 +77,9 @@ def test_slow_searchers_get_fewer_seeds_where_a_suite_says_so() -> None:
 def test_every_optimizer_of_nevergrad_that_works_is_in_the_line_up_under_every_encoding() -> None:
     searchers = SUITES["nevergrad"].searchers
     assert searchers["nevergrad:DE / keys"] == ("nevergrad:DE", {"encoding": "keys"})
-    assert {name for name, _ in searchers.values()} == {f"nevergrad:{name}" for name in family.members()}
-    assert len(searchers) == 5 * len(family.members())
+    left = {f"nevergrad:{name}" for name in family.members()} - {name for name, _ in searchers.values()}
+    assert left == {"nevergrad:BO", "nevergrad:BOSplit"}
+    assert len(searchers) == 5 * (len(family.members()) - 2)
 
 
 def test_overhead_is_timed_for_the_trials_that_were_made() -> None:

@@ -42,7 +42,7 @@ _CLOCK = ("Carola8", "Carola9", "Carola10", "Carola13", "CmaFmin2", "MetaModelFm
 _IMPORT = ("PolyLN",)
 """Their settings are drawn from numpy's unseeded generator when the library is imported."""
 
-_SURROGATES = ("MetaModel", "MetaNGOpt")
+_SURROGATES = ("MetaModel", "MetaNGOpt", "CMAILL")
 """Part of the names of optimizers with a surrogate model: it makes a number of an array of one element, which numpy
 refuses since 2.4. Those that ask their model late fail late, so none of them is let in."""
 

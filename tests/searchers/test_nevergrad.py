@@ -142,7 +142,12 @@ def test_all_that_can_work_are_listed_and_others_say_why_they_cannot() -> None:
     assert len(members) > 450
     assert set(members) <= set(load().optimizers.registry)
     assert "EvoPress" not in members
-    for name, reason in (("CmaFmin2", "clock"), ("NLOPT_GN_AGS", "nlopt"), ("SVM1MetaModel", "numpy")):
+    for name, reason in (
+        ("CmaFmin2", "clock"),
+        ("NLOPT_GN_AGS", "nlopt"),
+        ("SVM1MetaModel", "numpy"),
+        ("CMAILL", "numpy"),
+    ):
         assert name not in members
         with pytest.raises(InvalidSettingError, match=reason):
             make_searcher(f"nevergrad:{name}", SPACE)

@@ -66,10 +66,14 @@ ENCODED: Named = {
 """Optimizers of other libraries under every encoding."""
 
 _KINDS = (
+    "CSEC10",
     "DE",
     "DiagonalCMA",
     "DoubleFastGADiscreteOnePlusOne",
     "LognormalDiscreteOnePlusOne",
+    "NgDS2",
+    "NgIoh",
+    "NgIoh21",
     "OnePlusOne",
     "Portfolio",
     "PortfolioDiscreteOnePlusOne",

@@ -211,6 +211,7 @@ _ENCODINGS: Sequence[tuple[str, str]] = (
     ("Discrete", "keys"),
     ("FastGA", "keys"),
     ("DE", "keys"),
+    ("CSEC", "keys"),
     ("CMA", "repaired"),
     ("BO", "native"),  # its model refuses to be told a point twice, and assignments repeat
     ("", "projection"),

@@ -23,9 +23,9 @@ ALL = os.environ.get("EVO_HPO_CONFORMANCE") == "all"
 KINDS = ("CMA", "DE", "DiscreteOnePlusOne", "NGOpt", "PSO", "Portfolio", "TBPSA")
 # fmt: off
 STILL = frozenset((
-    "BFGS", "CMAsmall", "CMAstd", "CMAtuning", "DS3p", "DSbase", "DSproba", "DSsubspace", "LocalBFGS", "MicroCMA",
-    "MicroSPSA", "MicroSQP", "MilliCMA", "MultiDS", "NelderMead", "SDiagonalCMA", "SPSA", "SQP", "TinyCMA",
-    "TinyLhsDE", "TinyQODE", "TinySPSA", "TinySQP", "Zero",
+    "BFGS", "CMAsmall", "CMAstd", "CMAtuning", "CSEC", "CSEC10", "CSEC11", "DS3p", "DSbase", "DSproba", "DSsubspace",
+    "LocalBFGS", "MicroCMA", "MicroSPSA", "MicroSQP", "MilliCMA", "MultiDS", "NelderMead", "SDiagonalCMA", "SPSA",
+    "SQP", "SplitCSEC11", "TinyCMA", "TinyLhsDE", "TinyQODE", "TinySPSA", "TinySQP", "Zero",
 ))
 # fmt: on
 """They are deterministic, or do not leave their start within so few trials, so that seeds make no difference."""

@@ -119,7 +119,7 @@ def _walk_several(space: CompressionSpace, current: list[int], wish: list[float]
             return None
         before, then = space.vectors[i][current[i]], space.vectors[i][after]
         new = outside([s + b - a for s, a, b in zip(spent, before, then, strict=True)])
-        if any(n > max(o, 0) for n, o in zip(new, out, strict=True)) or sum(new) >= sum(out):
+        if any(n > o for n, o in zip(new, out, strict=True)) or sum(new) >= sum(out):
             return None
         distance = abs(after - wish[i]) - abs(current[i] - wish[i])
         return distance / (sum(out) - sum(new)), ties[i], i, sign

@@ -266,7 +266,7 @@ class EvoPress(Searcher):
         return f"no mutant was found that has not been measured{advice}"
 
     def _breed(self, count: int) -> list[_Candidate]:
-        """Up to ``count`` distinct mutants, none equal to a parent; fewer where fewer are found.
+        """Up to ``count`` distinct mutants, none equal to a parent or champion; fewer where fewer are found.
 
         Where losses are exact, none is measured twice: around a local optimum the neighbours run out, and the search
         looks further away instead of at the same ones.

@@ -27,8 +27,7 @@ class Exchanges:
         self.free = [i for i in range(len(space)) if space.lowest[i] < space.highest[i]]
         self.groups = list(space.groups(rule).values())
         self.peers = {i: np.array(members) for members in self.groups for i in members}
-        first = [[level[0] for level in unit] for unit in space.vectors]
-        self.costs = first
+        self.costs = [[level[0] for level in unit] for unit in space.vectors]
         self.least_step = space.least_step
 
     def fits(self, levels: Sequence[int]) -> bool:

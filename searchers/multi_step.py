@@ -112,7 +112,7 @@ class MultiStep(Searcher):
         survivors, tokens, elitism = self._given
         if not allowance.default_tokens:
             self._keeps = True
-            self.selection = Selection.of(survivors[-1:], None, "none")
+            self.selection = self.selection.in_one_stage()
         elif tokens is None:
             last, count = allowance.default_tokens, len(survivors)
             tokens = tuple(max(1, last // 8 ** (count - 1 - i)) for i in range(count))

@@ -87,6 +87,8 @@ FAMILIES: Named = {
 }
 """One of each further kind of Nevergrad's optimizers, and TPE unit by unit, for their default encodings."""
 
+_SLOW = ("BO", "BOSplit")
+
 
 @cache
 def every_nevergrad() -> Named:
@@ -96,8 +98,6 @@ def every_nevergrad() -> Named:
     names = [f"nevergrad:{name}" for name in family.members() if name not in _SLOW]
     return {f"{name} / {e}": (name, {"encoding": e}) for name in names for e in _BOTH}
 
-
-_SLOW = ("BO", "BOSplit")
 
 _DROP = {"levels": 2, "exact": True}
 HITS: Named = {

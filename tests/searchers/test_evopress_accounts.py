@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.synthetic import noisy
 from evo_hpo import Assignment, Budget, CompressionSpace, Outcome, Unit, search
+from evo_hpo.errors import BudgetError
 from evo_hpo.problem import Minibatch, Problem, Score
 from searchers import make_searcher
 from tests.searchers.landscapes import interacting, mixed_space, pruning_space
@@ -158,3 +160,42 @@ def test_the_preset_of_depth_pruning_ends_after_its_published_generations() -> N
     longer = run(problem, 10_000, **settings, generations=11)
     assert max(o.trial.generation for o in longer) == 11
     assert make_searcher("evopress", mixed_space(), preset="depth_pruning").generations == math.inf  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("budget", [Budget(evaluations=1), Budget(tokens=2048)])
+def test_a_budget_that_pays_no_generation_scores_the_start(budget: Budget) -> None:
+    problem = noisy(units=8, levels=3, tokens=512)
+    searcher = make_searcher("evopress", problem.space, offspring=16, survivors=(4, 1), tokens=(512, 2048))
+    result = search(searcher, problem, budget=budget)
+    assert [o.trial.levels for o in result.outcomes] == [problem.space.uniform()] == [result.best]
+    assert math.isfinite(result.best_loss)
+
+
+def test_a_budget_that_pays_no_trial_is_refused() -> None:
+    problem = noisy(units=8, levels=3, tokens=512)
+    searcher = make_searcher("evopress", problem.space, offspring=16, survivors=(4, 1), tokens=(512, 2048))
+    with pytest.raises(BudgetError, match="does not pay for one trial of 2048 tokens"):
+        search(searcher, problem, budget=Budget(tokens=2047))
+
+
+def test_nested_minibatches_start_afresh_in_each_generation_even_where_the_first_stage_is_skipped() -> None:
+    problem = noisy(units=8, levels=3, tokens=64)
+    settings: dict[str, Any] = {"offspring": 2, "survivors": [2, 1], "tokens": [8, 64], "minibatch": "nested"}
+    result = search(make_searcher("evopress", problem.space, **settings), problem, budget=Budget(evaluations=30))
+    generations: dict[int, list[Outcome]] = {}
+    for outcome in result.outcomes:
+        generations.setdefault(outcome.trial.generation, []).append(outcome)
+    assert all(o.trial.minibatch == "fresh" for outcomes in generations.values() for o in outcomes)
+    assert len({outcomes[0].minibatch for outcomes in generations.values()}) == len(generations) > 5
+
+
+def test_a_champion_takes_no_place_of_an_offspring_in_early_stages() -> None:
+    problem = noisy(units=8, levels=3, tokens=64)
+    settings: dict[str, Any] = {"offspring": 6, "survivors": [1, 1], "tokens": [32, 64], "elitism": "count"}
+    searcher = make_searcher("evopress", problem.space, seed=1, restart_after=3, **settings)
+    result = search(searcher, problem, budget=Budget(evaluations=600))
+    batches: dict[tuple[int, int], list[Assignment]] = {}
+    for outcome in result.outcomes:
+        batches.setdefault((outcome.trial.generation, outcome.trial.stage), []).append(outcome.trial.levels)
+    complete = [levels for key, levels in batches.items() if key != max(batches)]
+    assert all(len(set(levels)) == len(levels) for levels in complete)

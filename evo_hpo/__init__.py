@@ -1,11 +1,11 @@
 """Layer-wise compression profiles as a constrained search space, and one loop that compares searchers on it."""
 
-from evo_hpo.budget import Allowance, Budget, Ledger
-from evo_hpo.problem import FunctionProblem, Minibatch, Problem, Score
-from evo_hpo.search import Checkpoint, SearchResult, search
-from evo_hpo.searcher import Searcher
-from evo_hpo.space import Assignment, CompressionSpace, Unit
-from evo_hpo.trial import Outcome, Trial
+from evo_hpo.search.budget import Allowance, Budget, Ledger
+from evo_hpo.search.loop import Checkpoint, SearchResult, search
+from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
+from evo_hpo.search.searcher import Searcher
+from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 
 __all__ = [
     "Allowance",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.searcher import positive
-from evo_hpo.space import CompressionSpace
+from evo_hpo.search.searcher import positive
+from evo_hpo.space.compression_space import CompressionSpace
 from searchers.procedure import Procedure, Steps
 
 __all__ = ["BruteForce"]

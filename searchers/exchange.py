@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.random import Generator
 
-from evo_hpo.space import Assignment, CompressionSpace
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["Exchanges"]
 

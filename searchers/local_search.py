@@ -6,8 +6,8 @@ import itertools
 from typing import Any
 
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.searcher import positive
-from evo_hpo.space import Assignment, CompressionSpace
+from evo_hpo.search.searcher import positive
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.exchange import Exchanges
 from searchers.procedure import Procedure, Steps
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
 
-from evo_hpo.budget import Allowance
 from evo_hpo.errors import UnknownNameError
-from evo_hpo.registry import searcher_class
-from evo_hpo.searcher import Searcher, draw, settings_of
-from evo_hpo.space import Assignment, CompressionSpace
-from evo_hpo.trial import Outcome, Status, Trial
-from searchers.selection import Selection
+from evo_hpo.search.budget import Allowance
+from evo_hpo.search.registry import searcher_class
+from evo_hpo.search.searcher import Searcher, draw, settings_of
+from evo_hpo.search.trial import Outcome, Status, Trial
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
+from searchers.evopress.selection import Selection
 
 __all__ = ["MultiStep", "family"]
 

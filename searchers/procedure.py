@@ -11,10 +11,10 @@ from abc import abstractmethod
 from collections.abc import Generator, Sequence
 from typing import TypeVar
 
-from evo_hpo.budget import Allowance
-from evo_hpo.searcher import Searcher, draw, positive
-from evo_hpo.space import Assignment, CompressionSpace
-from evo_hpo.trial import Outcome, Trial
+from evo_hpo.search.budget import Allowance
+from evo_hpo.search.searcher import Searcher, draw, positive
+from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["Procedure", "Steps"]
 

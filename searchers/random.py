@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evo_hpo.budget import Allowance
-from evo_hpo.searcher import Searcher, draw, positive
-from evo_hpo.space import Assignment, CompressionSpace
-from evo_hpo.trial import Outcome, Trial
+from evo_hpo.search.budget import Allowance
+from evo_hpo.search.searcher import Searcher, draw, positive
+from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["RandomSearch"]
 

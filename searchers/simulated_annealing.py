@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from evo_hpo.searcher import number, positive
-from evo_hpo.space import CompressionSpace
+from evo_hpo.search.searcher import number, positive
+from evo_hpo.space.compression_space import CompressionSpace
 from searchers.exchange import Exchanges
 from searchers.procedure import Procedure, Steps
 

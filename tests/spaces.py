@@ -7,7 +7,7 @@ import itertools
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from evo_hpo.space import Assignment, CompressionSpace, Unit
+from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 
 __all__ = ["all_feasible", "spaces"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evo_hpo.errors import JournalError
-from evo_hpo.records import SearchRecord, read_journals
+from evo_hpo.record.records import SearchRecord, read_journals
 from evo_hpo.tracking.runs import LONGEST_NAME, flat, safe_key, shown
 from evo_hpo.tracking.views import note, views
 

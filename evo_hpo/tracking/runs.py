@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evo_hpo.records import decode_checkpoint, decode_levels, decode_outcome, encode_levels
-from evo_hpo.space import CompressionSpace
-from evo_hpo.trial import Outcome
+from evo_hpo.record.records import decode_checkpoint, decode_levels, decode_outcome, encode_levels
+from evo_hpo.search.trial import Outcome
+from evo_hpo.space.compression_space import CompressionSpace
 
 __all__ = ["ChildRun", "Point", "SearchRuns", "safe_key", "shown"]
 

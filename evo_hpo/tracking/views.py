@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evo_hpo.records import SearchRecord
+from evo_hpo.record.records import SearchRecord
 from evo_hpo.tracking.runs import UNITS_SHOWN, safe_key
 
 __all__ = ["View", "differing_units", "link", "note", "trials_link", "views"]

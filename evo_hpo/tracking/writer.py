@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evo_hpo.errors import EvoHpoError, JournalError, TrackingError
-from evo_hpo.records import JournalTail, check_header, journal_paths
+from evo_hpo.record.records import JournalTail, check_header, journal_paths
 from evo_hpo.tracking.store import file_lock
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.keep import main
-from evo_hpo.analysis import Comparison
-from tests.analysis.conftest import suite
+from benchmarks.measurements.keep import main
+from evo_hpo.report import Comparison
+from tests.report.conftest import suite
 
 __all__ = ["suite"]
 

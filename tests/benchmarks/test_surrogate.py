@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.tabular.bits import bits_space, random_design
-from benchmarks.tabular.fitting import fit, optimise
-from benchmarks.tabular.surrogate import Array, Features
-from benchmarks.tabular.validation import errors
-from evo_hpo.space import CompressionSpace
+from benchmarks.measurements.landscapes.fitting import fit, optimise
+from benchmarks.measurements.landscapes.validation import errors
+from benchmarks.problems.bits import bits_space, random_design
+from benchmarks.problems.surrogate import Array, Features
+from evo_hpo.space.compression_space import CompressionSpace
 
 
 @pytest.fixture(scope="module")

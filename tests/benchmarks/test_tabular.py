@@ -7,13 +7,13 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks.tabular.depth import dropped
-from benchmarks.tabular.landscape import LANDSCAPES, read, tabular
-from benchmarks.tabular.surrogate import Features
+from benchmarks.problems.depth import dropped
+from benchmarks.problems.landscape import LANDSCAPES, read, tabular
+from benchmarks.problems.surrogate import Features
 from evo_hpo import Budget, Minibatch, search
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.problem import FunctionProblem
-from evo_hpo.registry import make_problem
+from evo_hpo.search.problem import FunctionProblem
+from evo_hpo.search.registry import make_problem
 from searchers import make_searcher
 
 EXHAUSTIVE = tuple(name for name in LANDSCAPES if name != "smollm2-3bit")
@@ -63,7 +63,7 @@ def test_the_surrogate_is_close_to_every_row_it_was_fitted_to() -> None:
 
 
 def test_the_shipped_form_is_that_of_the_shipped_rows() -> None:
-    from benchmarks.tabular.fitting import fit
+    from benchmarks.measurements.landscapes.fitting import fit
 
     arrays, problem = read("bits").arrays, tabular("smollm2-3bit")
     measured = arrays["losses"].astype(np.float64).mean(axis=1)

@@ -13,15 +13,16 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks.tabular.depth import DropBlocks, depth_space, ways_to_drop
-from benchmarks.tabular.exploring import Exploration
-from benchmarks.tabular.measuring import Recorder
-from benchmarks.tabular.pack import pack_depth
-from benchmarks.tabular.rows import Losses, Rows
+from benchmarks.measurements.landscapes import exploring
+from benchmarks.measurements.landscapes.exploring import Exploration
+from benchmarks.measurements.landscapes.measuring import Recorder
+from benchmarks.measurements.landscapes.pack import pack_depth
+from benchmarks.measurements.landscapes.rows import Losses, Rows
+from benchmarks.problems.depth import DropBlocks, depth_space, ways_to_drop
 from evo_hpo.errors import JournalError
-from evo_hpo.language_model.sampling import sequences_of
-from evo_hpo.space import Assignment, CompressionSpace, Unit
-from tests.language_model.tiny import VOCABULARY, random_model, tiny_tokens
+from evo_hpo.scoring.sampling import sequences_of
+from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
+from tests.tiny import VOCABULARY, random_model, tiny_tokens
 
 BLOCKS = 6
 
@@ -128,7 +129,7 @@ def exploring_space() -> CompressionSpace:
 
 
 def test_an_exploration_that_was_killed_goes_on_as_if_it_had_not_been(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.tabular.exploring.SEARCHES", (("evopress", 60), ("local_search", 60)))
+    monkeypatch.setattr(exploring, "SEARCHES", (("evopress", 60), ("local_search", 60)))
     whole = Measuring(10_000)
     first = Exploration(exploring_space(), whole)
     first.run(30, 1, 16, 2, 8)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from evo_hpo.registry import available_searchers
-from evo_hpo.testing import SearcherConformance
+from evo_hpo.search.conformance import SearcherConformance
+from evo_hpo.search.registry import available_searchers
 
 OWN = tuple(n for n in available_searchers() if not n.startswith(("nevergrad:", "optuna:")))
 

@@ -9,7 +9,7 @@ import pytest
 
 from evo_hpo import Allowance, Assignment, CompressionSpace, Outcome, Searcher, Trial
 from evo_hpo.errors import InfeasibleError
-from evo_hpo.testing import SearcherConformance
+from evo_hpo.search.conformance import SearcherConformance
 
 
 class Sound(Searcher):

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.synthetic import noisy
+from benchmarks.problems.synthetic import noisy
 from evo_hpo import Allowance, Assignment, Budget, Outcome, Trial, search
-from evo_hpo.registry import make_problem, make_searcher
+from evo_hpo.search.registry import make_problem, make_searcher
 from searchers.multi_step import MultiStep
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.synthetic import additive, interacting, noisy
+from benchmarks.problems.synthetic import additive, interacting, noisy
 from evo_hpo import Budget, CompressionSpace, FunctionProblem, SearchResult, Unit, search
 from evo_hpo.errors import InvalidSettingError, UnknownNameError
-from evo_hpo.problem import Problem
-from evo_hpo.registry import describe_searcher, make_searcher
-from evo_hpo.trial import Outcome
+from evo_hpo.search.problem import Problem
+from evo_hpo.search.registry import describe_searcher, make_searcher
+from evo_hpo.search.trial import Outcome
 
 
 def run(name: str, problem: Problem, evaluations: int, seed: int = 0, **settings: Any) -> SearchResult:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from evo_hpo import Budget, CompressionSpace, FunctionProblem, Outcome, SearchResult, Trial, Unit
-from evo_hpo.journal import Journal, search_header
-from evo_hpo.search import Checkpoint
+from evo_hpo.record.journal import Journal, search_header
+from evo_hpo.search.loop import Checkpoint
 
 HERE = Path(__file__).parent
 

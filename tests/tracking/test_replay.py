@@ -196,7 +196,7 @@ def test_lines_are_taken_as_the_journal_grows(root: Path, uri: str, runs: Runs) 
 
 
 def test_a_running_search_is_left_running(folder: Path, runs: Runs) -> None:
-    from evo_hpo.journal import Journal
+    from evo_hpo.record.journal import Journal
 
     script = Script(folder / "journals" / "cut-s1.jsonl", seed=1)
     with Journal.open(script.path, script.header, resume=True):

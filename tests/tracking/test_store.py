@@ -272,7 +272,7 @@ def test_views_hold_what_the_ui_reads(folder: Path) -> None:
     import base64
     import zlib
 
-    from evo_hpo.journal import read_journals
+    from evo_hpo.record.journal import read_journals
 
     records = read_journals(folder)
     for view in views(records):

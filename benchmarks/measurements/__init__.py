@@ -1,0 +1,1 @@
+"""Measurements of this project, one command each."""

@@ -1,0 +1,106 @@
+"""Keeps a comparison's report: `python -m benchmarks.measurements.keep FOLDER docs/results/NAME --command "..."`.
+
+Copies the page, the pictures (PNG), the tables (CSV) and the plan, and writes a README.md with the command, the machine
+and what the statistics say, in the report's own words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from evo_hpo.report.comparison import Comparison
+from evo_hpo.report.page import medians_sheet
+from evo_hpo.report.report import write_report
+from evo_hpo.report.summary import Standing, Summary, summarise
+from evo_hpo.report.tables import columns, figure_text, interval_note, interval_text, rows
+
+__all__ = ["keep", "main"]
+
+LARGEST = 4_000_000
+"""Characters of a page that is still kept."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the report anew and keeps it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="of the comparison")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--command", required=True, help="the command that made it, for the page")
+    parser.add_argument("--note", type=Path, metavar="FILE", help="Markdown to put between the verdict and the tables")
+    options = parser.parse_args(arguments)
+    write_report(options.folder)
+    keep(options.folder, options.target, options.command, options.note.read_text("utf-8") if options.note else "")
+
+
+def keep(folder: Path, target: Path, command: str, note: str = "") -> None:
+    """Copies a written report and adds its README."""
+    target.mkdir(parents=True, exist_ok=True)
+    report = folder / "report"
+    found = sorted([*report.glob("*.png"), *report.glob("*.csv"), folder / "plan.toml"])
+    page = report / "report.html"
+    for path in found:
+        shutil.copy(path, target / path.name)
+    text = page.read_text(encoding="utf-8").replace(str(folder), f"mlruns/comparisons/{folder.name}")
+    if len(text) <= LARGEST:
+        (target / page.name).write_text(text, encoding="utf-8")
+    comparison = Comparison.load(folder)
+    lines = [*_head(comparison, command), *([note.strip(), ""] if note else []), *_tables(comparison)]
+    (target / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _head(comparison: Comparison, command: str) -> Iterator[str]:
+    keys = list(comparison.problems)
+    summary = summarise(comparison, keys)
+    machine, versions = comparison.machine, comparison.versions
+    yield from (f"# {comparison.name}", "", str(comparison.plan.get("description") or ""), "")
+    yield from ("```console", command, "```", "")
+    yield (
+        f"{comparison.created}, on {machine.get('cores')} cores of {machine.get('processor')}; Python"
+        f" {versions.get('python')}, numpy {versions.get('numpy')}, torch {versions.get('torch', 'not installed')},"
+        f" Optuna {versions.get('optuna')}, Nevergrad {versions.get('nevergrad')}."
+    )
+    yield from ("", f"**{summary.verdict}**", "")
+    if len(keys) > 1:
+        for key in keys:
+            yield f"- {key}: {summarise(comparison, [key]).verdict}"
+            yield from (f"  {line}." for line in comparison.problems[key].notes)
+        yield ""
+    yield from ("[report.html](report.html) has everything; the tables are CSV files beside it.", "")
+
+
+def _tables(comparison: Comparison) -> Iterator[str]:
+    keys = list(comparison.problems)
+    if len(keys) == 1:
+        found = rows(comparison, keys[0])
+        shown = columns(comparison, keys[0], found)
+        yield from _table([h for h, _ in shown], list(zip(*(cells for _, cells in shown), strict=True)))
+        yield from ("", interval_note(found), "", "![Held-out loss of the incumbent](anytime.png)")
+        return
+    summary = summarise(comparison, keys)
+    header = ["searcher", "mean rank", f"median {summary.value}", "best's wins / ties / losses", "p (Holm)"]
+    yield from _table(header, [_standing(s) for s in summary.standings])
+    yield from ("", "Median loss on each problem, the least of a column marked *:", "")
+    summaries: dict[str, Summary] = {key: summarise(comparison, [key]) for key in keys}
+    sheet = medians_sheet(comparison, summaries, [s.label for s in summary.standings])
+    yield from _table(sheet.headers, sheet.rows)
+    yield from ("", "![Average ranks; bars join what the Nemenyi test cannot tell apart](ranks.png)")
+
+
+def _standing(s: Standing) -> tuple[str, ...]:
+    test = s.versus_best
+    against = ("–", "–") if test is None else (f"{test.wins} / {test.ties} / {test.losses}", f"{test.p_holm:.2g}")
+    return s.label, figure_text(s.rank, 3), interval_text(s.median), *against
+
+
+def _table(headers: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(headers) + " |"
+    yield "|" + "---|" * len(headers)
+    for row in body:
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""Synthetic problems with the shape of compression: no model needed, the optimum known where it can be.
+
+A unit's error falls from 1 (cheapest level) to 0 (dearest), to a quarter a level, as the error of quantization does a
+bit; its sensitivity is drawn from gamma(1, 1). Every factory takes keyword settings, so that plans can sweep them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
+from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
+from searchers.additive.solvers import solve_by_dynamic_programming
+
+__all__ = ["Landscape", "NoisyProblem", "additive", "interacting", "needle", "noisy", "non_monotone", "synthetic_space"]
+
+PATTERN = (3, 1, 1, 3, 8, 8, 8)  # sizes of one block's units, as in a decoder block with grouped-query attention
+BRUTE = 150_000  # assignments up to which the optimum is found by enumeration
+
+
+def synthetic_space(
+    units: int = 30, levels: int = 5, tightness: float = 0.6, unequal: bool = False, exact: bool = False
+) -> CompressionSpace:
+    """Units of equal step costs, or of unequal size, under one budget.
+
+    Args:
+        units: number of units.
+        levels: levels of each, costs ``size`` x (1 ... levels).
+        tightness: share of the range between cheapest and dearest that the budget does not pay; 0 pays for all.
+        unequal: sizes of a decoder block's seven layers in turn (as for grouped-query attention) instead of 1.
+        exact: the whole budget must be spent (floor = budget).
+
+    Raises:
+        InvalidSettingError: a setting outside its range.
+    """
+    if units < 1 or levels < 2 or not 0 <= tightness <= 1:
+        raise InvalidSettingError(
+            f"units={units}, levels={levels}, tightness={tightness}: need at least 1 unit, 2 levels, tightness in 0..1"
+        )
+    sizes = [PATTERN[i % len(PATTERN)] if unequal else 1 for i in range(units)]
+    made = [
+        Unit(
+            name=f"layers.{i // len(PATTERN)}.role{i % len(PATTERN)}",
+            costs=tuple(size * (k + 1) for k in range(levels)),
+            size=size,
+        )
+        for i, size in enumerate(sizes)
+    ]
+    least, most = sum(sizes), sum(sizes) * levels
+    budget = least + round((most - least) * (1 - tightness))
+    return CompressionSpace(made, budget, floor=budget if exact else 0)
+
+
+class Landscape:
+    """Loss of level vectors: ``sum_u g_u e_u + sum_{u<v} z_uv sqrt(e_u e_v)``, e the error of the unit's level.
+
+    Args:
+        errors: error of each unit's levels (units x levels).
+        sensitivities: g, one a unit.
+        pairs: z, units x units; only the upper triangle counts.
+    """
+
+    def __init__(
+        self, errors: np.ndarray[Any, Any], sensitivities: np.ndarray[Any, Any], pairs: np.ndarray[Any, Any] | None
+    ) -> None:
+        self.errors = errors
+        self.roots = np.sqrt(errors)
+        self.sensitivities = sensitivities
+        self.pairs = None if pairs is None else np.triu(pairs, 1)
+        self._rows = np.arange(len(errors))
+
+    def __call__(self, levels: Assignment, scale: np.ndarray[Any, Any] | float = 1.0) -> float:
+        """The loss; ``scale`` multiplies the sensitivities."""
+        index = list(levels)
+        loss = float((self.errors[self._rows, index] * self.sensitivities * scale).sum())
+        if self.pairs is not None:
+            roots = self.roots[self._rows, index]
+            loss += float(roots @ self.pairs @ roots)
+        return loss
+
+    def of_many(self, levels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Losses of the rows of an array (assignments x units)."""
+        losses = np.asarray((self.errors[self._rows, levels] * self.sensitivities).sum(axis=1))
+        if self.pairs is not None:
+            roots = self.roots[self._rows, levels]
+            losses += ((roots @ self.pairs) * roots).sum(axis=1)
+        return losses
+
+    def effects(self) -> list[list[float]]:
+        """Additive part: loss of each unit's levels."""
+        return [(e * g).tolist() for e, g in zip(self.errors, self.sensitivities, strict=True)]
+
+
+def _errors(space: CompressionSpace) -> np.ndarray[Any, Any]:
+    levels = len(space.units[0].costs)
+    last = 4.0 ** (1 - levels)
+    return np.tile((4.0 ** -np.arange(levels) - last) / (1 - last), (len(space), 1))
+
+
+def _sensitivities(space: CompressionSpace, rng: np.random.Generator, structure: float) -> np.ndarray[Any, Any]:
+    """Gamma(1, 1), larger for larger units; ``structure``: log-scale effect of the unit's role and of its block."""
+    roles, blocks = rng.normal(size=len(PATTERN)), rng.normal(size=len(space) // len(PATTERN) + 1)
+    index = np.arange(len(space))
+    own = rng.gamma(1.0, 1.0, len(space))
+    sizes = np.array([u.size for u in space.units], dtype=float)
+    shared = structure * (roles[index % len(PATTERN)] + blocks[index // len(PATTERN)])
+    return np.asarray(own * np.exp(shared) * sizes / sizes.mean())
+
+
+def _problem(space: CompressionSpace, landscape: Landscape, name: str) -> FunctionProblem:
+    problem = FunctionProblem(space, landscape, name)
+    if landscape.pairs is None:
+        best = solve_by_dynamic_programming(space, landscape.effects())
+        problem.optimum = None if best is None else landscape(best)
+    elif space.count() <= BRUTE:
+        problem.optimum = float(landscape.of_many(_assignments(space)).min())
+    return problem
+
+
+@lru_cache(maxsize=4)
+def _assignments(space: CompressionSpace) -> np.ndarray[Any, Any]:
+    """All of them (assignments x units); seeds share their space."""
+    return np.array(list(space.enumerate()), dtype=np.int8)
+
+
+@lru_cache(maxsize=64)
+def additive(
+    units: int = 30,
+    levels: int = 5,
+    tightness: float = 0.6,
+    unequal: bool = False,
+    exact: bool = False,
+    structure: float = 0.0,
+    seed: int = 0,
+) -> FunctionProblem:
+    """Sum of independent unit losses; the optimum is exact, by dynamic programming.
+
+    Args:
+        units, levels: of the space; levels cost 1, 2, ... a weight.
+        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+        unequal: units have the sizes of a decoder block's seven layers in turn.
+        exact: the whole budget must be spent.
+        structure: how much sensitivities follow a unit's role and block (standard deviation of their log).
+        seed: of the instance.
+    """
+    space = synthetic_space(units, levels, tightness, unequal, exact)
+    rng = np.random.default_rng([seed, 1])
+    return _problem(space, Landscape(_errors(space), _sensitivities(space, rng, structure), None), "additive")
+
+
+@lru_cache(maxsize=64)
+def interacting(
+    units: int = 30,
+    levels: int = 5,
+    tightness: float = 0.6,
+    unequal: bool = False,
+    exact: bool = False,
+    structure: float = 0.0,
+    interaction: float = 0.1,
+    seed: int = 0,
+) -> FunctionProblem:
+    """Additive losses and normal pairwise terms of standard deviation ``interaction``; optimum by brute force if small.
+
+    Two levels, 16 units, ``exact`` and tightness 0.375 is dropping 6 of 16 modules: 8008 assignments.
+
+    Args:
+        units, levels: of the space; levels cost 1, 2, ... a weight.
+        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+        unequal: units have the sizes of a decoder block's seven layers in turn.
+        exact: the whole budget must be spent.
+        structure: how much sensitivities follow a unit's role and block (standard deviation of their log).
+        interaction: standard deviation of the pairwise terms.
+        seed: of the instance.
+    """
+    space = synthetic_space(units, levels, tightness, unequal, exact)
+    rng = np.random.default_rng([seed, 2])
+    sensitivities = _sensitivities(space, rng, structure)
+    pairs = rng.normal(0.0, interaction, (units, units))
+    return _problem(space, Landscape(_errors(space), sensitivities, pairs), "interacting")
+
+
+@lru_cache(maxsize=64)
+def non_monotone(
+    units: int = 30,
+    levels: int = 5,
+    tightness: float = 0.6,
+    unequal: bool = False,
+    exact: bool = False,
+    share: float = 0.2,
+    interaction: float = 0.05,
+    seed: int = 0,
+) -> FunctionProblem:
+    """Some units are better compressed more: a share of them has one of its levels' errors swapped with the next.
+
+    The EvoPress paper's premise (arXiv 2410.14649, section 3): dropping a superset of modules can lower the loss.
+
+    Args:
+        units, levels: of the space; levels cost 1, 2, ... a weight.
+        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+        unequal: units have the sizes of a decoder block's seven layers in turn.
+        exact: the whole budget must be spent.
+        share: of the units that are not monotone, 0 to 1.
+        interaction: standard deviation of the pairwise terms.
+        seed: of the instance.
+    """
+    if not 0 <= share <= 1:
+        raise InvalidSettingError(f"share={share} must be in 0..1")
+    space = synthetic_space(units, levels, tightness, unequal, exact)
+    rng = np.random.default_rng([seed, 3])
+    errors = _errors(space)
+    for unit in rng.permutation(units)[: math.ceil(share * units)]:
+        level = int(rng.integers(levels - 1))
+        errors[unit, [level, level + 1]] = errors[unit, [level + 1, level]]
+    sensitivities = _sensitivities(space, rng, 0.0)
+    pairs = rng.normal(0.0, interaction, (units, units)) if interaction else None
+    return _problem(space, Landscape(errors, sensitivities, pairs), "non_monotone")
+
+
+@lru_cache(maxsize=64)
+def needle(units: int = 12, levels: int = 3, tightness: float = 0.5, radius: int = 4, seed: int = 0) -> FunctionProblem:
+    """A plateau of loss 1 with one funnel: the number of level steps to a secret assignment, within ``radius``.
+
+    Args:
+        units, levels: of the space; levels cost 1, 2, ... a weight.
+        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+        radius: level steps from which the funnel is felt.
+        seed: of the instance.
+    """
+    space = synthetic_space(units, levels, tightness)
+    secret = np.array(space.sample(np.random.default_rng([seed, 4])))
+
+    def loss(levels: Assignment) -> float:
+        return min(1.0, float(np.abs(np.array(levels) - secret).sum()) / (radius + 1))
+
+    return FunctionProblem(space, loss, "needle", optimum=0.0)
+
+
+class NoisyProblem(Problem):
+    """A landscape whose sensitivities differ from minibatch to minibatch, less so with more tokens.
+
+    Every 64 tokens of a minibatch draw their own log-normal-like factor for each unit; a minibatch has their mean. So
+    trials of one batch share their noise, and the same seed with more tokens holds the same draws (nested).
+
+    Args:
+        space: its space.
+        landscape: the loss without noise; held-out figures are exact.
+        noise: standard deviation of a unit's factor on 1024 tokens.
+        tokens: default fidelity.
+    """
+
+    def __init__(
+        self,
+        space: CompressionSpace,
+        landscape: Landscape,
+        *,
+        noise: float,
+        tokens: int = 1024,
+        optimum: float | None = None,
+    ) -> None:
+        self.name = "noisy"
+        self.space = space
+        self.landscape = landscape
+        self.noise = noise
+        self.tokens = tokens
+        self.pool_tokens = 0
+        self.optimum = optimum
+
+    @cached_property
+    def _factors(self) -> dict[Minibatch, np.ndarray[Any, Any]]:
+        return {}
+
+    def score(
+        self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
+    ) -> Sequence[Score]:
+        """Losses on the minibatch's factors."""
+        factors = self._factors.get(minibatch)
+        if factors is None:
+            blocks = max(1, minibatch.tokens // 64)
+            rng = np.random.default_rng([minibatch.seed, 5])
+            draws = rng.normal(0.0, 4.0 * self.noise, (blocks, len(self.space))).mean(axis=0)
+            self._factors.clear()
+            factors = self._factors[minibatch] = np.maximum(1.0 + draws, 0.0)
+        return [Score(self.landscape(a, factors), minibatch.tokens) for a in assignments]
+
+    def validate(self, assignment: Assignment) -> dict[str, float]:
+        """The loss without noise."""
+        return {"loss": self.landscape(assignment)}
+
+
+@lru_cache(maxsize=64)
+def noisy(
+    units: int = 30,
+    levels: int = 5,
+    tightness: float = 0.6,
+    unequal: bool = False,
+    structure: float = 0.0,
+    interaction: float = 0.05,
+    noise: float = 0.3,
+    tokens: int = 1024,
+    seed: int = 0,
+) -> NoisyProblem:
+    """The interacting problem with minibatches: a loss depends on the data, less so with more tokens.
+
+    Args:
+        units, levels: of the space; levels cost 1, 2, ... a weight.
+        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+        unequal: units have the sizes of a decoder block's seven layers in turn.
+        structure: how much sensitivities follow a unit's role and block (standard deviation of their log).
+        interaction: standard deviation of the pairwise terms.
+        noise: standard deviation of a unit's factor on 1024 tokens.
+        tokens: of a trial that names none.
+        seed: of the instance.
+    """
+    base = interacting(units, levels, tightness, unequal, structure=structure, interaction=interaction, seed=seed)
+    assert isinstance(base.function, Landscape)
+    return NoisyProblem(base.space, base.function, noise=noise, tokens=tokens, optimum=base.optimum)

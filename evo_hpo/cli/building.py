@@ -1,0 +1,40 @@
+"""``evo-hpo build``: a level store, and what it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from evo_hpo.cli.progress import BuildProgress
+from evo_hpo.levels.build import build, default_folder, summary
+
+__all__ = ["build_from_cli"]
+
+_DEFAULTS = {"device": "cpu", "dtype": "float32"}  # they are no part of a folder's name
+
+
+def build_from_cli(
+    console: Console,
+    *,
+    model: str,
+    method: str = "gptq",
+    output: Path | None = None,
+    levels: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Build a store and print what it holds: nominal and stored bits a weight, and the error of each level."""
+    values = [v.strip() for v in levels.split(",")] if levels else None
+    chosen = {k: v for k, v in (settings or {}).items() if _DEFAULTS.get(k) != v}
+    folder = output or default_folder(model, method, values, {k: v for k, v in chosen.items() if k != "device"})
+    with BuildProgress("build", console) as progress:
+        store = build(model, folder, method=method, levels=values, progress=progress, **chosen)
+    console.print(f"{folder}: {len(store.units)} units, fingerprint {store.fingerprint}", soft_wrap=True)
+    table = Table()
+    for column in ("level", "nominal bits a weight", "stored bits a weight", "weights kept", "mean error"):
+        table.add_column(column, justify="right")
+    for row in summary(store):
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,189 @@
+"""Progress of builds and comparisons: rich bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from evo_hpo.run.plan import Plan
+from evo_hpo.run.worker import Event
+
+__all__ = ["BuildProgress", "ComparisonProgress"]
+
+
+def _amount(value: float) -> str:
+    """A count in at most five characters: 950, 12.3k, 4.5M."""
+    for limit, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:g}"
+
+
+@dataclass
+class _Running:
+    bar: TaskID | None = None
+    best: float | None = None
+    held_out: float | None = None
+    failed: int = 0
+    spent: float = 0.0
+    trials: int = 0
+    reported: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+
+class ComparisonProgress:
+    """One bar for the whole comparison and one for each running search: budget used, best loss, time left."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self.total = plan.budget.budget().amount
+        self.kind = plan.budget.budget().kind
+        self.tasks = len(list(plan.tasks()))
+        self.console = console
+        self.searches: dict[str, _Running] = {}
+        self.done = 0
+        self.failed = 0
+        self._bars: Progress | None = None
+        self._all: TaskID | None = None
+        if console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}", style="bold"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[used]}"),
+                TextColumn("{task.fields[loss]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+
+    def __enter__(self) -> Self:
+        if self._bars:
+            self._bars.start()
+            self._all = self._bars.add_task("comparison", total=self.tasks, used=f"0/{self.tasks} searches", loss="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Hears an event of the comparison."""
+        kind, key, details = event
+        handler: Callable[[str, dict[str, Any]], None] | None = getattr(self, f"_{kind}", None)
+        if handler:
+            handler(key, details)
+
+    def _loading(self, key: str, details: dict[str, Any]) -> None:
+        self._say(f"{key}: loading")
+
+    def _problem(self, key: str, details: dict[str, Any]) -> None:
+        for note in details.get("notes", ()):
+            self._say(f"{key}: {note}")
+
+    def _start(self, key: str, details: dict[str, Any]) -> None:
+        running = self.searches[key] = _Running()
+        if self._bars:
+            running.bar = self._bars.add_task(key, total=self.total, used="", loss="")
+        else:
+            self._say(f"{key}: started")
+
+    def _batch(self, key: str, details: dict[str, Any]) -> None:
+        running = self.searches[key]
+        running.spent, running.trials = details["spent"], details["trials"]
+        running.failed += details["failed"]
+        self.failed += details["failed"]
+        if details["loss"] is not None:
+            running.best = details["loss"] if running.best is None else min(running.best, details["loss"])
+        if self._bars and running.bar is not None:
+            used = f"{_amount(running.spent)}/{_amount(self.total)} {self.kind}"
+            self._bars.update(running.bar, completed=running.spent, used=used, loss=self._loss(running))
+        elif running.spent / self.total >= running.reported + 0.25:
+            running.reported = running.spent / self.total // 0.25 * 0.25
+            elapsed = time.monotonic() - running.started
+            left = elapsed * (self.total / running.spent - 1) if running.spent else 0.0
+            used = f"{_amount(running.spent)} of {_amount(self.total)} {self.kind}, {running.trials} trials"
+            self._say(f"{key}: {used}, {self._loss(running)}, {left:.0f} s left")
+
+    def _checkpoint(self, key: str, details: dict[str, Any]) -> None:
+        self.searches[key].held_out = details["held_out"].get("loss")
+
+    def _end(self, key: str, details: dict[str, Any]) -> None:
+        running = self.searches[key]
+        self.done += 1
+        if self._bars and running.bar is not None and self._all is not None:
+            self._bars.update(running.bar, completed=self.total, loss=self._loss(running), visible=False)
+            self._bars.update(self._all, completed=self.done, used=f"{self.done}/{self.tasks} searches")
+        failed = f", {running.failed} failed" if running.failed else ""
+        used = f"{_amount(running.spent)} {self.kind}, {running.trials} trials{failed}"
+        self._say(f"{key}: finished, {used}, {self._loss(running)} ({details['reason']})")
+
+    def _error(self, key: str, details: dict[str, Any]) -> None:
+        self._say(f"{key}: failed: {details['message']}")
+
+    def _loss(self, running: _Running) -> str:
+        best = "" if running.best is None else f"best {running.best:.4g}"
+        return best if running.held_out is None else f"{best} held-out {running.held_out:.4g}"
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            sys.stdout.flush()
+
+
+class BuildProgress:
+    """One bar (or a line every tenth) for something that counts up, such as the layers of a level store."""
+
+    def __init__(self, title: str, console: Console) -> None:
+        self.title = title
+        self.console = console
+        self._bar: TaskID | None = None
+        self._said = -1
+        self._started = time.monotonic()
+        self._bars: Progress | None = None
+
+    def __call__(self, done: int, total: int, what: str = "") -> None:
+        """``done`` of ``total`` are finished; ``what`` is being worked on."""
+        if self.console.is_terminal:
+            if self._bars is None:
+                self._bars = Progress(
+                    TextColumn("{task.description}", style="bold"),
+                    BarColumn(bar_width=24),
+                    TextColumn("{task.completed:g}/{task.total:g} {task.fields[what]}"),
+                    TimeElapsedColumn(),
+                    TextColumn("left"),
+                    TimeRemainingColumn(),
+                    console=self.console,
+                )
+                self._bars.start()
+                self._bar = self._bars.add_task(self.title, total=total, what="")
+            if self._bar is not None:
+                self._bars.update(self._bar, completed=done, total=total, what=what)
+        elif total and (tenth := 10 * done // total) > self._said:
+            self._said = tenth
+            elapsed = time.monotonic() - self._started
+            self.console.print(
+                f"{self.title}: {done} of {total} {what} ({elapsed:.0f} s)", markup=False, highlight=False
+            )
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

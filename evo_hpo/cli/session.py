@@ -1,0 +1,131 @@
+"""One comparison as its user meets it: checked, prepared, run with progress and tracking, reported."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from evo_hpo.cli.progress import BuildProgress, ComparisonProgress
+from evo_hpo.errors import EvoHpoError, PlanError
+from evo_hpo.run.compare import ComparisonFailed, compare, comparison_folder
+from evo_hpo.run.plan import Plan
+from evo_hpo.run.rehearsal import rehearse
+from evo_hpo.search.registry import prepare_problem, preview_problem
+
+__all__ = ["run", "show_report"]
+
+
+def run(
+    plan: Plan,
+    console: Console,
+    *,
+    root: Path,
+    resume: bool = False,
+    track: bool = True,
+    tracking_uri: str | None = None,
+    command: str = "",
+    text: str | None = None,
+) -> Path:
+    """Runs a plan, shows its table, and says where everything is.
+
+    Args:
+        command: what the user types to resume; shown on an interrupt.
+        text: the plan file's text, copied into the comparison's folder.
+
+    Raises:
+        EvoHpoError: bad input, before any work; or a search failed.
+        KeyboardInterrupt: everything scored so far is in the journals and in MLflow.
+    """
+    plan.check()
+    for problem in plan.problems:
+        with BuildProgress(problem.key, console) as progress:
+            rehearse(plan, preview_problem(problem.name, problem.settings))
+            prepare_problem(problem.name, problem.settings, progress)
+    folder = comparison_folder(plan, root, resume=resume)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlanError(f"cannot make the folder {folder}: {error.strerror}; choose another --root") from None
+    console.print(f"comparison: {folder}", markup=False, highlight=False)
+    try:
+        with _tracking(folder, tracking_uri, track), ComparisonProgress(plan, console) as progress_of_all:
+            compare(plan, root=root, resume=resume, listener=progress_of_all, plan_text=text, folder=folder)
+    except KeyboardInterrupt:
+        console.print(
+            f"\ninterrupted: everything scored so far is in {folder}/journals"
+            + ("; MLflow has it too, except for what a message above names" if track else "")
+            + f"\nresume with: {command}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise
+    except ComparisonFailed as error:
+        raise ComparisonFailed(f"{error}; what is done is kept, resume with: {command}") from error
+    finally:
+        console.show_cursor()
+    show_report(folder, console)
+    if track:
+        _upload(folder, tracking_uri, console)
+        console.print("browse the runs: evo-hpo ui", markup=False, highlight=False)
+    return folder
+
+
+@contextlib.contextmanager
+def _tracking(folder: Path, tracking_uri: str | None, track: bool) -> Iterator[None]:
+    if not track:
+        yield
+        return
+    from evo_hpo.tracking import BackgroundTracker
+
+    with BackgroundTracker(folder, tracking_uri):
+        yield
+
+
+def _upload(folder: Path, tracking_uri: str | None, console: Console) -> None:
+    from evo_hpo.tracking import log_comparison
+
+    try:
+        log_comparison(folder, tracking_uri)
+    except EvoHpoError as error:
+        console.print(f"not in MLflow: {error}; repeat with: evo-hpo track {folder}", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _waiting(what: str, console: Console) -> Iterator[None]:
+    """A bar that moves while something of unknown length goes on; a line where there is no terminal."""
+    if not console.is_terminal:
+        console.print(what, markup=False, highlight=False)
+        yield
+        return
+    columns = (TextColumn("{task.description}", style="bold"), BarColumn(bar_width=24), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
+def show_report(folder: Path, console: Console) -> None:
+    """Writes the report of a comparison folder and prints its table and where the pictures are.
+
+    Raises:
+        PlanError: not a comparison's folder.
+    """
+    if not (folder / "comparison.json").is_file():
+        raise PlanError(f"{folder} is not a comparison's folder: it has no comparison.json")
+    from evo_hpo.report import Comparison, final_table, write_report
+
+    with _waiting("report: statistics and pictures", console):
+        page = write_report(folder)
+    comparison = Comparison.load(folder)
+    console.print(final_table(comparison))
+    names = sorted(p.name for p in page.parent.iterdir() if p.suffix == ".png")
+    console.print(f"pictures: {page.parent}/ {' '.join(names)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+    winner: list[Any] = sorted((folder / "profiles").glob("winner*.json"))
+    for path in winner:
+        console.print(f"winning profile: {path}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""What the user takes away: the winning profile as a model that runs."""

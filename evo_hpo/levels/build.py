@@ -1,0 +1,167 @@
+"""From a model's name and a method to a level store on disk."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evo_hpo.errors import InvalidSettingError, UnknownNameError
+
+if TYPE_CHECKING:
+    from evo_hpo.levels.compressor import Compressor
+    from evo_hpo.levels.store import LevelStore
+
+__all__ = ["METHODS", "build", "default_folder", "summary"]
+
+METHODS = ("gptq", "sparsegpt", "rtn", "magnitude", "wanda", "drop")
+
+
+def build(
+    model: str,
+    folder: str | Path,
+    *,
+    method: str = "gptq",
+    levels: Sequence[float | int | str] | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    calibration: str = "pydoc",
+    calibration_tokens: int = 32768,
+    sequence_length: int = 512,
+    seed: int = 0,
+    inputs: str | None = None,
+    include: str = ".",
+    exclude: str | None = None,
+    batch_tokens: int = 1024,
+    progress: Callable[..., None] | None = None,
+    **settings: Any,
+) -> LevelStore:
+    """Build (or finish building) a level store; a store that is already complete is only checked and opened.
+
+    Args:
+        model: hub id, folder, .gguf file, or `pypi:<package>`.
+        method: one of `METHODS`.
+        levels: bits (gptq, rtn) or sparsities (sparsegpt, magnitude, wanda); default: the method's own.
+        calibration, calibration_tokens, sequence_length, seed: the text (see `load_tokens`), its `calibration` split.
+        inputs: "dense", or a level's label to calibrate on the outputs of earlier blocks at that level; default: the
+            level nearest to 3 bits, "dense" for sparsity.
+        include, exclude: regular expressions over module names.
+        progress: called with (done, total, what).
+        settings: further settings of the method, such as group_size=64 or symmetric=True.
+
+    Raises:
+        StoreError: the folder holds another store, or a damaged one.
+    """
+    from evo_hpo.levels.blockwise import build_store
+    from evo_hpo.levels.drop import build_drop_store
+    from evo_hpo.levels.store import open_store
+    from evo_hpo.models.loading import compute_dtype, load_model
+    from evo_hpo.models.structure import ROUTERS
+    from evo_hpo.models.text import load_tokens
+
+    loaded = load_model(model, compute_dtype(dtype))
+    if method == "drop":
+        build_drop_store(loaded, Path(folder).expanduser(), **_dropped(levels, settings))
+        return open_store(folder, model_fingerprint=loaded.fingerprint)
+    compressor = make_compressor(method, levels, settings)
+    tokens = None
+    if compressor.needs != "nothing":
+        tokens = load_tokens(
+            calibration, loaded.tokenizer, sequence_length, calibration_tokens, seed, model=loaded.model
+        )
+    build_store(
+        loaded,
+        Path(folder).expanduser(),
+        compressor,
+        tokens,
+        inputs=_inputs(inputs, compressor),
+        include=include,
+        exclude=ROUTERS if exclude is None else exclude,
+        device=device,
+        batch_tokens=batch_tokens,
+        text={"text": calibration, "seed": seed, "dtype": dtype},
+        progress=progress,
+    )
+    return open_store(folder, model_fingerprint=loaded.fingerprint)
+
+
+def make_compressor(method: str, levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> Compressor:
+    """The compressor of this name.
+
+    Raises:
+        UnknownNameError: there is no such method.
+        InvalidSettingError: it has no such setting.
+    """
+    from evo_hpo.levels.pruners import Magnitude, SparseGPT, Wanda
+    from evo_hpo.levels.quantizers import GPTQ, RTN
+
+    classes: dict[str, type[Compressor]] = {c.name: c for c in (GPTQ, SparseGPT, RTN, Magnitude, Wanda)}
+    if method not in classes:
+        raise UnknownNameError(f"no compression method {method!r}: use one of {', '.join(METHODS)}")
+    chosen = classes[method]
+    known = list(inspect.signature(chosen).parameters)
+    unknown = sorted(set(settings) - set(known[1:]))
+    if unknown:
+        raise InvalidSettingError(f"{method} has no setting {unknown[0]!r}: it has {', '.join(known[1:])}")
+    if levels is None:
+        return chosen(**settings)
+    values = [_bits(v) for v in levels] if chosen.resource == "bits" else list(levels)
+    return chosen(values, **settings)  # type: ignore[call-arg]
+
+
+def default_folder(
+    model: str, method: str, levels: Sequence[float | int | str] | None, settings: dict[str, Any]
+) -> Path:
+    """Where a store goes that was given no folder: under the cache, named after what it holds."""
+    from evo_hpo.models.loading import cache_folder
+
+    words = [model, method, *map(str, levels or ()), *(f"{k}={v}" for k, v in sorted(settings.items()))]
+    name = "".join(c if c.isalnum() or c in "-_.=" else "-" for c in "-".join(words))
+    return cache_folder() / "stores" / name
+
+
+def summary(store: LevelStore) -> list[tuple[str, str, str, str, str]]:
+    """One row for each level label: nominal bits, stored bits, share of weights kept, mean layer-wise error."""
+    records = store.manifest.units
+    labels = list(dict.fromkeys(level.label for record in records for level in record.levels))
+    rows = []
+    for label in labels:
+        found = [(r.size, level) for r in records for level in r.levels if level.label == label]
+        size = sum(s for s, _ in found)
+        rows.append(
+            (
+                label,
+                f"{sum(v.bits for _, v in found) / size:.3f}",
+                f"{sum(v.storage for _, v in found) / size:.3f}",
+                f"{sum(v.weights for _, v in found) / size:.4f}",
+                f"{sum(v.error * s for s, v in found) / size:.6f}",
+            )
+        )
+    return rows
+
+
+def _bits(value: float | int | str) -> int:
+    if float(value) != int(float(value)):
+        raise InvalidSettingError(f"bits={value} must be a whole number from 1 to 8")
+    return int(float(value))
+
+
+def _inputs(inputs: str | None, compressor: Compressor) -> str:
+    if inputs is not None:
+        if inputs != "dense" and inputs not in compressor.labels:
+            raise InvalidSettingError(f"inputs={inputs!r} must be 'dense' or one of {', '.join(compressor.labels)}")
+        return inputs
+    if compressor.resource != "bits":
+        return "dense"
+    return min(compressor.labels, key=lambda label: (abs(float(label) - 3), float(label)))
+
+
+def _dropped(levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is dropped, from `kinds=` or from levels that are names; numbers among the levels mean nothing here."""
+    unknown = sorted(set(settings) - {"kinds", "may_drop"})
+    if unknown:
+        raise InvalidSettingError(f"drop has no setting {unknown[0]!r}: it has kinds and may_drop")
+    named = [str(v) for v in levels or () if not str(v).replace(".", "").isdigit()]
+    kinds = settings.get("kinds") or named or ("attention", "mlp")
+    return {"kinds": (kinds,) if isinstance(kinds, str) else tuple(kinds), "may_drop": settings.get("may_drop", ".")}

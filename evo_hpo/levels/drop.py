@@ -1,0 +1,65 @@
+"""Depth pruning: units that are kept or dropped; exact, since a dropped module contributes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.levels.manifest import LevelRecord, Manifest, Plan, UnitRecord
+from evo_hpo.levels.writing import StoreWriter
+from evo_hpo.models.loading import LoadedModel
+from evo_hpo.models.structure import droppable_modules
+
+__all__ = ["KINDS", "build_drop_store"]
+
+KINDS = ("attention", "mlp", "block", "pair")
+
+
+def build_drop_store(
+    loaded: LoadedModel, folder: Path, kinds: Sequence[str] = ("attention", "mlp"), may_drop: str = "."
+) -> Manifest:
+    """Write a store whose units have the levels "dropped" and "kept".
+
+    Args:
+        loaded: the model.
+        folder: of the store.
+        kinds: attention and MLP modules, or whole blocks, or pairs of consecutive blocks.
+        may_drop: regular expression; modules whose name does not contain it are always kept, and are no units.
+
+    Raises:
+        InvalidSettingError: no kind, an unknown one, blocks together with their own parts, nothing left to drop.
+    """
+    if not kinds or set(kinds) - set(KINDS) or (set(kinds) & {"block", "pair"} and len(set(kinds)) > 1):
+        raise InvalidSettingError(f"kinds={list(kinds)} must be 'attention' and/or 'mlp', or 'block' or 'pair' alone")
+    found = [droppable_modules(loaded.model, kind) for kind in kinds]
+    units = [unit for same in zip(*(each.items() for each in found), strict=True) for unit in same]  # running order
+    chosen = [(name, members) for name, members in units if re.search(may_drop, name)]
+    if not chosen:
+        raise InvalidSettingError(
+            f"may_drop={may_drop!r} matches none of {len(units)} modules, such as {units[0][0]!r}"
+        )
+    records = tuple(_record(loaded.model, name, members) for name, members in chosen)
+    plan = Plan(
+        model=loaded.name,
+        model_fingerprint=loaded.fingerprint,
+        method="drop",
+        settings={"kinds": list(kinds), "may_drop": may_drop},
+        calibration={},
+        units=tuple(record.name for record in records),
+        resource="modules",
+    )
+    writer = StoreWriter(folder, plan)
+    return Manifest.read(folder) if (folder / "manifest.json").is_file() else writer.finish(records)
+
+
+def _record(model: nn.Module, name: str, members: tuple[str, ...]) -> UnitRecord:
+    size = sum(p.numel() for member in members for p in model.get_submodule(member).parameters() if p.dim() >= 2)
+    levels = (
+        LevelRecord("dropped", 0, 0, 0, 0, 1.0, {"kind": "dropped"}),
+        LevelRecord("kept", 16 * size, size, 1, 16 * size, 0.0, {"kind": "kept"}),
+    )
+    return UnitRecord(name, members, (), size, False, levels)

@@ -1,0 +1,299 @@
+"""Units and levels of one or several stores, as a search space and as weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Protocol
+
+import torch
+
+from evo_hpo.errors import InvalidSettingError, StoreError
+from evo_hpo.levels.manifest import LevelRecord, UnitRecord
+from evo_hpo.space.compression_space import CompressionSpace, Unit
+
+__all__ = ["Choice", "LevelSet", "ModuleWeights", "joined"]
+
+RESOURCES = ("bits", "weights", "modules", "storage")
+
+
+class ModuleWeights(Protocol):
+    """Whoever can decode one level of one store unit."""
+
+    def unit_weights(self, unit: str, label: str) -> Mapping[str, torch.Tensor | None]:
+        """Module name -> weight (None: dropped; missing: original)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One level of one unit: which store unit at which of its levels."""
+
+    source: ModuleWeights
+    unit: UnitRecord
+    level: LevelRecord
+
+    def cost(self, resource: str) -> int:
+        """Exact integer cost of this choice."""
+        return int(getattr(self.level, resource))
+
+
+class LevelSet:
+    """An ordered set of units with their levels; implements `Levels`.
+
+    Args:
+        rows: for each unit its name and its levels; a level is one choice for each store unit that is tied to it.
+        resource: what the budget counts: "bits" (nominal), "weights" (kept), "modules" (kept) or "storage" (bits).
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, Sequence[Sequence[Choice]]]], resource: str) -> None:
+        if resource not in RESOURCES:
+            raise InvalidSettingError(f"resource={resource!r} must be one of: {', '.join(RESOURCES)}")
+        self.resource = resource
+        self._rows = [
+            (name, sorted(levels, key=lambda level: (sum(c.cost(resource) for c in level), -_error(level))))
+            for name, levels in rows
+        ]
+        self.units: Sequence[Unit] = tuple(_unit(name, levels, resource) for name, levels in self._rows)
+        self._cache: dict[tuple[int, int], Mapping[str, torch.Tensor | None]] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the weights of every level."""
+        digest = hashlib.sha256(self.resource.encode())
+        for name, levels in self._rows:
+            digest.update(name.encode())
+            for level in levels:
+                for choice in level:
+                    digest.update(f"{choice.unit.name}:{choice.unit.crc32}:{choice.level.label}".encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def errors(self) -> tuple[tuple[float, ...], ...]:
+        """Layer-wise relative error of each level of each unit (mean over tied layers, weighted by size)."""
+        return tuple(tuple(_error(level) for level in levels) for _, levels in self._rows)
+
+    def weights(self, unit: int, level: int) -> Mapping[str, torch.Tensor | None]:
+        """Weights of one level of one unit; see `Levels`."""
+        choices = self._rows[unit][1][level]
+        if len(choices) == 1:
+            return choices[0].source.unit_weights(choices[0].unit.name, choices[0].level.label)
+        merged: dict[str, torch.Tensor | None] = {}
+        for choice in choices:
+            merged.update(choice.source.unit_weights(choice.unit.name, choice.level.label))
+        return merged
+
+    def select(self, *, labels: Sequence[str] | None = None, include: str = ".") -> LevelSet:
+        """Only the levels with these labels, of the units whose name contains the regular expression."""
+        kept = [
+            (name, [level for level in levels if labels is None or level[0].level.label in map(str, labels)])
+            for name, levels in self._rows
+            if re.search(include, name)
+        ]
+        if not kept or any(not levels for _, levels in kept):
+            raise InvalidSettingError(f"labels={labels} include={include!r} leave nothing: see the store's manifest")
+        return LevelSet(kept, self.resource)
+
+    def tied(self, patterns: Mapping[str, str] | None = None) -> LevelSet:
+        """Tie units that share a level, such as q, k and v (fused by fast kernels).
+
+        Args:
+            patterns: new name -> regular expression with one group around what must be equal for units to be tied.
+                The default ties q, k and v of each attention, and gate and up of each MLP.
+        """
+        chosen = patterns or {"qkv_proj": r"(.*)\.[qkv]_proj$", "gate_up_proj": r"(.*)\.(?:gate|up)_proj$"}
+        bundles: dict[str, list[list[Sequence[Choice]]]] = {}
+        for name, levels in self._rows:
+            bundles.setdefault(_bundle(name, chosen), []).append(list(levels))
+        rows = []
+        for name, members in bundles.items():
+            labels = [[level[0].level.label for level in levels] for levels in members]
+            if any(other != labels[0] for other in labels):
+                raise StoreError(f"units tied in {name!r} have different levels: build them with the same levels")
+            rows.append((name, [[choice for m in members for choice in m[i]] for i in range(len(labels[0]))]))
+        return LevelSet(rows, self.resource)
+
+    def with_dropped(self) -> LevelSet:
+        """The same units with one more level each, "dropped", at no cost: the unit's modules contribute nothing."""
+        rows = [(name, [_dropped(levels[0]), *levels]) for name, levels in self._rows]
+        return LevelSet(rows, self.resource)
+
+    def counted_in(self, resource: str) -> LevelSet:
+        """The same levels with another budget: "bits", "weights", "modules" or "storage"."""
+        return LevelSet(self._rows, resource)
+
+    def space(
+        self,
+        average: float | str | None = None,
+        *,
+        budget: int | None = None,
+        sparsity: float | str | None = None,
+        drop: int | Mapping[str, int] | None = None,
+        floor: int = 0,
+    ) -> CompressionSpace:
+        """The search space; give exactly one of the following.
+
+        Args:
+            average: what the store is about: average bits a weight, sparsity of a sparse store, or number of modules
+                dropped of a store of dropped modules.
+            budget: total cost, in the set's resource.
+            sparsity: share of all weights that is removed.
+            drop: number of units that are dropped at least; or that of each group, as {"attention": 6, "mlp": 6}: one
+                resource a group, so that no search can shift what is dropped from one group to another.
+            floor: least total cost.
+
+        Raises:
+            InvalidSettingError: none or several of them given, or another resource than theirs, or unknown groups.
+        """
+        given = {"average": average, "budget": budget, "sparsity": sparsity, "drop": drop}
+        if sum(value is not None for value in given.values()) != 1:
+            raise InvalidSettingError(f"give exactly one of {', '.join(given)}")
+        if average is not None and self.resource == "weights":
+            sparsity = average
+        elif average is not None and self.resource == "modules":
+            drop = int(average)
+        elif average is not None:
+            return CompressionSpace.from_average(self.units, average, floor=floor, resources=(self.resource,))
+        total = sum(unit.size for unit in self.units)
+        if sparsity is not None:
+            self._only("weights", "sparsity")
+            budget = max(math.floor((1 - Fraction(str(sparsity))) * total), self._kept_at(Fraction(str(sparsity))))
+        elif isinstance(drop, Mapping):
+            self._only("modules", "drop")
+            if floor:
+                raise InvalidSettingError(f"floor={floor} is one number, drop={dict(drop)} counts each group by itself")
+            return self._dropping(drop)
+        elif drop is not None:
+            self._only("modules", "drop")
+            budget = len(self.units) - drop
+        return CompressionSpace(self.units, int(budget or 0), floor=floor, resources=(self.resource,))
+
+    def _kept_at(self, sparsity: Fraction) -> int:
+        """Weights that uniform compression keeps where the sparsity is a level of every unit, else 0.
+
+        Each layer rounds its number of kept weights. A few weights over the exact share, or uniform compression itself
+        would be out of reach.
+        """
+        total = 0
+        for _, levels in self._rows:
+            same = [level for level in levels if all(_fraction(c.level.label) == sparsity for c in level)]
+            if not same:
+                return 0
+            total += sum(c.cost(self.resource) for c in same[0])
+        return total
+
+    def _dropping(self, counts: Mapping[str, int]) -> CompressionSpace:
+        """One resource a group: the modules of it that are kept."""
+        groups = list(dict.fromkeys(str(unit.group) for unit in self.units))
+        if sorted(counts) != sorted(groups):
+            raise InvalidSettingError(f"drop={dict(counts)} must give a number for each of: {', '.join(groups)}")
+        units, kept = [], dict.fromkeys(groups, 0)
+        for unit in self.units:
+            rows = [tuple(int(cost) if g == unit.group else 0 for g in groups) for cost in unit.costs]  # type: ignore[arg-type]
+            units.append(replace(unit, costs=tuple(rows)))
+            kept[str(unit.group)] += 1
+        for group, count in counts.items():
+            if not 0 <= count <= kept[group]:
+                raise InvalidSettingError(f"drop={dict(counts)}: {group} has {kept[group]} modules to drop")
+        return CompressionSpace(units, [kept[g] - counts[g] for g in groups], resources=groups)
+
+    def _only(self, resource: str, what: str) -> None:
+        if self.resource != resource:
+            raise InvalidSettingError(f"{what}= needs levels counted in {resource}: use counted_in({resource!r})")
+
+    def to_labels(self, levels: Sequence[int]) -> dict[str, str]:
+        """Unit name -> label of its level."""
+        return {unit.name: unit.levels[level] for unit, level in zip(self.units, levels, strict=True)}
+
+    def rows(self) -> list[tuple[str, list[Sequence[Choice]]]]:
+        """Unit names and their levels, cheapest first."""
+        return [(name, list(levels)) for name, levels in self._rows]
+
+
+def joined(sets: Sequence[LevelSet], resource: str = "bits", prefixes: Sequence[str] | None = None) -> LevelSet:
+    """One set with the levels of all: units of the same name offer every level of each (quantized, sparse or dropped).
+
+    Args:
+        resource: "bits" counts nominal bits (16 for each kept weight of a sparse layer, 0 where dropped).
+        prefixes: put before each set's labels, to tell equal labels apart.
+    """
+    names: dict[str, list[Sequence[Choice]]] = {}
+    for number, each in enumerate(sets):
+        prefix = prefixes[number] if prefixes else ""
+        for name, levels in each.rows():
+            names.setdefault(name, []).extend([_renamed(choice, prefix) for choice in level] for level in levels)
+    rows = list(names.items())
+    for name, levels in rows:
+        labels = [level[0].level.label for level in levels]
+        if len(set(labels)) != len(labels):
+            raise StoreError(f"unit {name!r} has two levels with one label in {labels}: give prefixes=")
+    return LevelSet(rows, resource)
+
+
+def _renamed(choice: Choice, prefix: str) -> Choice:
+    if not prefix:
+        return choice
+    return Choice(
+        _Renamed(choice.source, prefix), choice.unit, replace(choice.level, label=prefix + choice.level.label)
+    )
+
+
+class _Dropped:
+    """Source of the levels that `with_dropped` adds."""
+
+    def __init__(self, members: tuple[str, ...]) -> None:
+        self._members = members
+
+    def unit_weights(self, unit: str, label: str) -> Mapping[str, torch.Tensor | None]:
+        return dict.fromkeys(self._members)
+
+
+def _dropped(choices: Sequence[Choice]) -> list[Choice]:
+    level = LevelRecord("dropped", 0, 0, 0, 0, 1.0, {"kind": "dropped"})
+    return [Choice(_Dropped(choice.unit.members), choice.unit, level) for choice in choices]
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    source: ModuleWeights
+    prefix: str
+
+    def unit_weights(self, unit: str, label: str) -> Mapping[str, torch.Tensor | None]:
+        return self.source.unit_weights(unit, label.removeprefix(self.prefix))
+
+
+def _unit(name: str, levels: Sequence[Sequence[Choice]], resource: str) -> Unit:
+    settings: dict[str, Any] = {}
+    if resource == "modules":
+        settings["group"] = "attention" if re.search(r"attn|attention", name) else "mlp" if "mlp" in name else "block"
+    members = tuple(dict.fromkeys(m for level in levels for choice in level for m in choice.unit.members))
+    return Unit(
+        name,
+        costs=tuple(sum(choice.cost(resource) for choice in level) for level in levels),
+        levels=tuple(level[0].level.label for level in levels),
+        members=members,
+        size=1 if resource == "modules" else sum(choice.unit.size for choice in levels[0]),
+        **settings,
+    )
+
+
+def _error(level: Sequence[Choice]) -> float:
+    total = sum(choice.unit.size for choice in level)
+    return sum(choice.level.error * choice.unit.size for choice in level) / max(total, 1)
+
+
+def _bundle(name: str, patterns: Mapping[str, str]) -> str:
+    for bundle, pattern in patterns.items():
+        if found := re.match(pattern, name):
+            return f"{found.group(1)}.{bundle}"
+    return name
+
+
+def _fraction(label: str) -> Fraction | None:
+    try:
+        return Fraction(label)
+    except ValueError:
+        return None

@@ -1,0 +1,33 @@
+"""The seam between whoever makes compressed weights and whoever runs the model with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from evo_hpo.space.compression_space import Unit
+
+__all__ = ["Levels"]
+
+
+class Levels(Protocol):
+    """Weights of every level of every unit, ready to be swapped in by reference."""
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """The units; members are module names as in `model.named_modules()`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the weights: equal fingerprints give equal weights."""
+
+    def weights(self, unit: int, level: int) -> Mapping[str, torch.Tensor | None]:
+        """Weights of one level of one unit, in the module's own layout and the compute dtype.
+
+        Returns:
+            Module name -> weight (`nn.Linear`: outputs x inputs, `Conv1D`: inputs x outputs), or None where the module
+            contributes nothing. A member that is missing from the mapping has its original weight. The tensors belong
+            to the store: never write to them.
+        """

@@ -1,0 +1,96 @@
+"""Quantization as compressors: GPTQ, and round-to-nearest for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from evo_hpo.levels.compressor import CompressedLevel, Compressor, Inputs
+from evo_hpo.levels.factor import output_energy
+from evo_hpo.levels.gptq import GPTQSettings, check_bits, gptq
+from evo_hpo.levels.grid import GridSettings
+from evo_hpo.levels.packing import Quantized
+from evo_hpo.levels.rtn import round_to_nearest
+
+__all__ = ["GPTQ", "RTN"]
+
+
+class GPTQ(Compressor):
+    """GPTQ at several bit-widths from one factorisation.
+
+    Args:
+        bits: bit-widths, each from 1 to 8.
+        group_size: input columns that share a scale in each row; 0 or None: one scale a row.
+        symmetric: zero point in the middle of the grid instead of a fitted one.
+        static_groups: grids are fitted to the original weights; False: to the corrected ones, as the walk reaches them.
+        activation_order: walk columns by falling diagonal of H.
+        damping: added to H's diagonal, as a fraction of its mean.
+    """
+
+    name = "gptq"
+    needs = "hessian"
+
+    def __init__(
+        self,
+        bits: Sequence[int] = (2, 3, 4, 5, 6),
+        *,
+        group_size: int | None = 64,
+        symmetric: bool = False,
+        static_groups: bool = True,
+        activation_order: bool = False,
+        damping: float = 0.01,
+    ) -> None:
+        self.bits = tuple(sorted(check_bits(bits)))
+        self.gptq = GPTQSettings(GridSettings(group_size or None, symmetric), static_groups)
+        self.activation_order = activation_order
+        self.damping = damping
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(map(str, self.bits))
+
+    def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
+        weight = weight.float()
+        hessian = inputs.factor.hessian
+        energy = output_energy(weight, hessian) or 1.0
+        levels = gptq(weight, inputs.factor, self.bits, self.gptq)
+        return [_level(level, output_energy(weight - level.decode(), hessian) / energy) for level in levels]
+
+    def settings(self) -> dict[str, Any]:
+        grid = asdict(self.gptq.grid)
+        order = {"static_groups": self.gptq.static_groups, "activation_order": self.activation_order}
+        return {"bits": list(self.bits), **grid, **order, "damping": self.damping}
+
+
+class RTN(Compressor):
+    """Round to nearest: data-free, every weight on its own."""
+
+    name = "rtn"
+    needs = "nothing"
+
+    def __init__(
+        self, bits: Sequence[int] = (2, 3, 4, 5, 6), *, group_size: int | None = 64, symmetric: bool = False
+    ) -> None:
+        self.bits = tuple(sorted(check_bits(bits)))
+        self.grid = GridSettings(group_size or None, symmetric)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(map(str, self.bits))
+
+    def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
+        weight = weight.float()
+        energy = float(weight.square().sum()) or 1.0
+        levels = [round_to_nearest(weight, bits, self.grid) for bits in self.bits]
+        return [_level(level, float((weight - level.decode()).square().sum()) / energy) for level in levels]
+
+    def settings(self) -> dict[str, Any]:
+        return {"bits": list(self.bits), **asdict(self.grid)}
+
+
+def _level(quantized: Quantized, error: float) -> CompressedLevel:
+    weights = quantized.codes.numel()
+    return CompressedLevel(str(quantized.bits), quantized.pack(), quantized.bits * weights, weights, error)

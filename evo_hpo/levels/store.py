@@ -1,0 +1,191 @@
+"""The level store: one folder of memory-mapped safetensors with every level of every unit.
+
+manifest.json                 plan, versions, and a record for each unit: levels, costs, errors, checksum
+units/<module>.safetensors    all levels of one module, bit-packed
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from evo_hpo.errors import InvalidSettingError, StoreError
+from evo_hpo.levels.level_set import Choice, LevelSet
+from evo_hpo.levels.manifest import Manifest, UnitRecord, checksum
+from evo_hpo.levels.packing import Encoded, decode_record
+from evo_hpo.space.compression_space import CompressionSpace, Unit
+
+__all__ = ["LevelStore", "open_store"]
+
+Memory = Literal["resident", "packed"] | int
+
+
+class LevelStore:
+    """A complete store; implements `Levels` with one unit for each module.
+
+    Args:
+        dtype: compute dtype of decoded weights.
+        memory: "resident" keeps every level decoded (fastest switch); "packed" keeps the packed form and decodes at
+            every switch; a number keeps that many bytes of decoded levels, least recently used out first.
+        device: where decoded weights live.
+
+    Raises:
+        StoreError: a file is missing or damaged; the message names it.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, memory: Memory, device: str) -> None:
+        if memory not in ("resident", "packed") and not isinstance(memory, int):
+            raise InvalidSettingError(f"memory={memory!r} must be 'resident', 'packed' or a number of bytes")
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        self.dtype = dtype
+        self._device = torch.device(device)
+        self._limit = {"resident": None, "packed": 0}[memory] if isinstance(memory, str) else memory
+        self._records = {record.name: record for record in self.manifest.units}
+        self._packed: dict[str, dict[str, Encoded]] = {}
+        self._decoded: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
+        self._bytes = 0
+        self._check_sizes()
+        rows = [(r.name, [[Choice(self, r, level)] for level in r.levels]) for r in self.manifest.units]
+        self.levels = LevelSet(rows, self.manifest.plan.resource)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        memory: Memory = "resident",
+        device: str = "cpu",
+        model_fingerprint: str | None = None,
+    ) -> LevelStore:
+        """Open a store; with `model_fingerprint`, refuse one that was built from another model."""
+        store = cls(Path(folder).expanduser(), dtype, memory, device)
+        found = store.manifest.model_fingerprint
+        if model_fingerprint is not None and found != model_fingerprint:
+            raise StoreError(
+                f"{str(folder)!r} was built from model {found}, not from {model_fingerprint}: rebuild or name another"
+            )
+        return store
+
+    # ------------------------------------------------------------------ Levels
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """One unit for each module (or group of modules) of the store."""
+        return self.levels.units
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the weights of every level."""
+        return self.levels.fingerprint
+
+    @property
+    def errors(self) -> tuple[tuple[float, ...], ...]:
+        """Layer-wise relative error of each level of each unit."""
+        return self.levels.errors
+
+    def weights(self, unit: int, level: int) -> Mapping[str, torch.Tensor | None]:
+        """Weights of one level of one unit; see `Levels`."""
+        return self.levels.weights(unit, level)
+
+    def space(self, average: float | str | None = None, **settings: Any) -> CompressionSpace:
+        """The search space of the store; see `LevelSet.space`."""
+        return self.levels.space(average, **settings)
+
+    # ------------------------------------------------------------------ weights
+
+    def unit_weights(self, unit: str, label: str) -> Mapping[str, torch.Tensor | None]:
+        """Weights of one unit at the level with this label."""
+        key = (unit, label)
+        weight = self._decoded.get(key)
+        if weight is not None:
+            if self._limit is not None:
+                self._decoded.move_to_end(key)
+            return {unit: weight}
+        record = self._records[unit]
+        settings = next(level.settings for level in record.levels if level.label == label)
+        if settings["kind"] == "kept":
+            return {}
+        if settings["kind"] == "dropped":
+            return dict.fromkeys(record.members)
+        weight = self._decode(record, label)
+        self._remember(key, weight)
+        return {unit: weight}
+
+    def preload(self) -> None:
+        """Read (and, if resident, decode) everything now instead of at first use."""
+        for record in self.manifest.units:
+            if record.file:
+                self._encoded(record)
+                for level in record.levels if self._limit is None else ():
+                    self.unit_weights(record.name, level.label)
+                if self._limit is None:
+                    del self._packed[record.name]
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum."""
+        for record in self.manifest.units:
+            if record.file:
+                self._check_content(record)
+
+    def _decode(self, record: UnitRecord, label: str) -> torch.Tensor:
+        weight = self._encoded(record)[label].decode(self.dtype)
+        return weight.T.contiguous() if record.transposed else weight
+
+    def _encoded(self, record: UnitRecord) -> dict[str, Encoded]:
+        """The unit's levels as they are stored: views of the mapped file."""
+        if record.name not in self._packed:
+            self._check_content(record)
+            try:
+                tensors = load_file(self.folder / record.file, device=str(self._device))
+                self._packed[record.name] = {
+                    level.label: decode_record(
+                        level.settings,
+                        {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{level.label}/")},
+                    )
+                    for level in record.levels
+                    if level.settings["kind"] not in ("kept", "dropped")
+                }
+            except (SafetensorError, KeyError) as error:
+                raise StoreError(f"damaged file {record.file!r} in {str(self.folder)!r} ({error}): rebuild") from error
+        return self._packed[record.name]
+
+    def _remember(self, key: tuple[str, str], weight: torch.Tensor) -> None:
+        if self._limit is None:
+            self._decoded[key] = weight
+            return
+        size = weight.numel() * weight.element_size()
+        if size > self._limit:
+            return
+        self._decoded[key] = weight
+        self._bytes += size
+        while self._bytes > self._limit:
+            _, old = self._decoded.popitem(last=False)
+            self._bytes -= old.numel() * old.element_size()
+
+    def _check_sizes(self) -> None:
+        for record in self.manifest.units:
+            path = self.folder / record.file
+            if record.file and (not path.is_file() or path.stat().st_size != record.bytes):
+                found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+                raise StoreError(
+                    f"damaged store: {record.file!r} in {str(self.folder)!r} is {found}, not {record.bytes} bytes:"
+                    " delete it and build again"
+                )
+
+    def _check_content(self, record: UnitRecord) -> None:
+        if checksum(self.folder / record.file) != record.crc32:
+            raise StoreError(
+                f"damaged store: {record.file!r} in {str(self.folder)!r} fails its checksum: delete it and build again"
+            )
+
+
+def open_store(folder: str | Path, **settings: Any) -> LevelStore:
+    """Open a level store; see `LevelStore.open`."""
+    return LevelStore.open(folder, **settings)

@@ -1,0 +1,1 @@
+"""What is compressed: language models, their structure, and the text they read."""

@@ -1,0 +1,1 @@
+"""What happened: journals, profiles, and the comparison's folder."""

@@ -1,0 +1,213 @@
+"""Curves: the incumbent's held-out loss against what was spent, and how many targets are met."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from evo_hpo.report.comparison import Comparison
+from evo_hpo.report.curves import Band, attainment, axes, band, curve, targets
+from evo_hpo.report.runs import AXES
+from evo_hpo.report.style import FAINT, INK, LineStyle, clean, figure, line_styles, thousands
+from evo_hpo.report.tables import figure_text
+
+__all__ = ["anytime_figure", "cost_figure", "ecdf_figure", "shown_labels"]
+
+SHOWN = 14
+"""Most lines in one picture; tables hold all searchers."""
+
+
+def anytime_figure(comparison: Comparison, problem: str, axis: str | None = None) -> Figure:
+    """Held-out loss of the incumbent against tokens, evaluations or seconds; median over seeds with its band."""
+    axis = axis or axes(comparison, problem)[0]
+    info = comparison.problems[problem]
+    drawn, ax = figure(9.0, 4.8)
+    clean(ax)
+    bands = _bands(comparison, problem, axis)
+    end = max((b.x[-1] for b in bands.values() if b.count), default=1.0)
+    styles = line_styles(comparison)
+    for label, b in sorted(bands.items(), key=lambda item: -item[1].middle[-1] if item[1].count else 0):
+        if b.count:
+            _draw(ax, b, end, f"{label}  {figure_text(b.middle[-1])}", styles[label])
+    uniform = comparison.uniform(problem)
+    if uniform is not None:
+        ax.axhline(uniform.loss, color="black", dashes=(4, 2), linewidth=1.4)
+        ax.plot([], [], color="black", dashes=(4, 2), linewidth=1.4, label=f"uniform  {figure_text(uniform.loss)}")
+    ax.set_xlim(0, end * 1.005)
+    hidden = _focus(ax, bands, uniform.loss if uniform else None)
+    _references(ax, info.reference.get("loss"), info.optimum)
+    ax.set_xlabel(AXES[axis], color=INK)
+    ax.set_ylabel(f"{info.loss_name}, lower is better", color=INK)
+    thousands(ax)
+    ax.set_title(_title(comparison, problem, bands), loc="left", fontsize=10, color=INK)
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    if handles:
+        names = sorted(handles, key=lambda name: -_last_figure(name))
+        shown = [f"{n}  ↑" if n.rsplit("  ", 1)[0] in hidden else n for n in names]
+        title = "at the end, median" + ("\n(↑ above this picture)" if hidden else "")
+        ax.legend(
+            [handles[n] for n in names], shown, title=title,
+            loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, title_fontsize=9,
+        )  # fmt: skip
+    else:
+        ax.text(0.5, 0.5, "no held-out checkpoint yet", transform=ax.transAxes, ha="center", color=FAINT)
+    return drawn
+
+
+def _last_figure(name: str) -> float:
+    """The figure at the end of a legend entry; what has none (failed) is worst."""
+    try:
+        return float(name.rsplit("  ", 1)[-1].replace(",", ""))
+    except ValueError:
+        return math.inf
+
+
+def _focus(ax: Axes, bands: dict[str, Band], uniform: float | None) -> set[str]:
+    """Cuts the picture above uniform where something far worse would squeeze what matters; who is cut off."""
+    ends = {label: b.middle[-1] for label, b in bands.items() if b.count}
+    best = min([b.middle.min() for b in bands.values() if b.count], default=math.nan)
+    _, high = ax.get_ylim()
+    if uniform is None or not best < uniform:
+        return set()
+    limit = uniform + 1.5 * (uniform - best)
+    if high <= limit + (uniform - best):
+        return set()
+    lowest = min(b.low.min() for b in bands.values() if b.count)
+    highest = max([uniform, *(b.high.max() for label, b in bands.items() if b.count and ends[label] <= limit)])
+    ceiling = min(highest, limit)
+    ax.set_ylim(lowest - 0.12 * (ceiling - lowest), ceiling + 0.06 * (ceiling - lowest))
+    return {label for label, value in ends.items() if value > limit}
+
+
+def _bands(comparison: Comparison, problem: str, axis: str) -> dict[str, Band]:
+    found = {}
+    for label in shown_labels(comparison, problem):
+        runs = comparison.of(problem, label)
+        if runs[0].searcher != "uniform":
+            found[label] = band([curve(r, axis) for r in runs])
+    return found
+
+
+def shown_labels(comparison: Comparison, problem: str, most: int = SHOWN) -> list[str]:
+    """Searchers on a problem, best median first; where there are many, the best ``most`` and uniform."""
+    medians = {}
+    for label in comparison.labels:
+        losses = [r.loss for r in comparison.of(problem, label)]
+        if losses:
+            medians[label] = float(np.median(losses))
+    order = sorted(medians, key=lambda label: medians[label])
+    uniform = [label for label in order if comparison.of(problem, label)[0].searcher == "uniform"]
+    return [label for i, label in enumerate(order) if i < most or label in uniform]
+
+
+def _draw(ax: Axes, b: Band, end: float, label: str, style: LineStyle) -> None:
+    """A step line that goes on to ``end`` (a search that stopped early keeps its incumbent) and its band."""
+    x = np.append(b.x, max(end, b.x[-1]))
+    middle, low, high = (np.append(v, v[-1]) for v in (b.middle, b.low, b.high))
+    ax.fill_between(x, low, high, step="post", color=style.colour, alpha=0.15, linewidth=0)
+    places = np.flatnonzero(np.diff(middle, prepend=np.nan) != 0)
+    if len(places) > 12:
+        places = places[:: len(places) // 12 + 1]
+    ax.plot(
+        x, middle, drawstyle="steps-post", color=style.colour, linestyle=style.dash, linewidth=1.9, label=label,
+        marker=style.marker, markersize=5, markevery=[int(i) for i in places],
+    )  # fmt: skip
+
+
+def _references(ax: Axes, dense: float | None, optimum: float | None) -> None:
+    """Dotted lines at the dense model and the optimum; only named where a line would squeeze the curves."""
+    for value, name in ((dense, "dense model"), (optimum, "optimum")):
+        if value is None:
+            continue
+        low, high = ax.get_ylim()
+        if high - min(low, value) <= 2.0 * (high - low):
+            ax.axhline(value, color=FAINT, dashes=(1, 2), linewidth=1.4)
+            ax.plot([], [], color=FAINT, dashes=(1, 2), linewidth=1.4, label=f"{name}  {figure_text(value)}")
+        else:
+            ax.annotate(
+                f"{name}: {figure_text(value)}, below this picture", (0.01, 0.02), xycoords="axes fraction",
+                fontsize=8.5, color=INK,
+            )  # fmt: skip
+
+
+def _title(comparison: Comparison, problem: str, bands: dict[str, Band]) -> str:
+    counts = sorted({b.count for b in bands.values() if b.count})
+    kinds = {b.kind for b in bands.values()}
+    what = "95 % bootstrap interval of it" if "95 % bootstrap" in kinds else "least to greatest"
+    seeds = "" if not counts or counts == [1] else f"median over {'-'.join(map(str, counts))} seeds, band: {what}"
+    head = problem if len(comparison.problems) > 1 else comparison.name
+    hidden = sum(bool(comparison.of(problem, label)) for label in comparison.labels) - len(bands) - 1
+    rest = f"best {len(bands)} searchers" if hidden > 0 and len(bands) >= SHOWN - 1 else ""
+    return "  ·  ".join(filter(None, [head, seeds, rest]))
+
+
+def ecdf_figure(comparison: Comparison, problem: str, axis: str | None = None) -> Figure:
+    """Share of (search, target) pairs met against what was spent; targets lie evenly from uniform to best known."""
+    axis = axis or axes(comparison, problem)[0]
+    losses = targets(comparison, problem)
+    drawn, ax = figure(9.0, 4.2)
+    clean(ax)
+    styles = line_styles(comparison)
+    curves = {
+        label: [curve(r, axis) for r in comparison.of(problem, label) if r.checkpoints]
+        for label in shown_labels(comparison, problem)
+    }
+    end = max((c.end for found in curves.values() for c in found), default=1.0)
+    x = np.linspace(0, end, 400)
+    shares = {label: attainment(found, losses, x) for label, found in curves.items() if found}
+    for label, share in sorted(shares.items(), key=lambda item: -item[1][-1]):
+        style = styles[label]
+        ax.plot(
+            x, share, drawstyle="steps-post", color=style.colour, linestyle=style.dash, linewidth=1.9,
+            marker=style.marker, markevery=80, markersize=5, label=f"{label}  {share[-1]:.0%}",
+        )  # fmt: skip
+    ax.set_xlim(0, end * 1.005)
+    ax.set_ylim(-0.02, 1.02)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    thousands(ax)
+    ax.set_xlabel(AXES[axis], color=INK)
+    ax.set_ylabel("targets met, higher is better", color=INK)
+    ax.set_title(f"{len(losses)} targets from uniform (or worst seen) to the best known loss", loc="left", fontsize=10)
+    if shares:
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, title="at the end")
+    return drawn
+
+
+def cost_figure(comparison: Comparison, problem: str) -> Figure:
+    """Where it went: tokens by selection stage, and seconds of model and searcher; means over searches."""
+    labels = shown_labels(comparison, problem, 2 * SHOWN)
+    charged = axes(comparison, problem)[0] == "tokens"
+    drawn, (left, right) = figure(11.0, 1.3 + 0.36 * len(labels), ncols=2, sharey=True)
+    stages = sorted({o.trial.stage for r in comparison.of(problem) for o in r.outcomes})
+    shades = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+    start = np.zeros(len(labels))
+    for stage in stages:
+        width = np.array([_stage_cost(comparison, problem, label, stage, charged) for label in labels])
+        left.barh(labels, width, left=start, color=shades[stage % len(shades)], label=f"stage {stage}")
+        start += width
+    model = np.array([np.mean([r.model_seconds for r in comparison.of(problem, label)]) for label in labels])
+    own = np.array([_own_seconds(comparison, problem, label) for label in labels])
+    right.barh(labels, model, color="#0072B2", label="scoring (model)")
+    right.barh(labels, own, left=model, color="#D55E00", label="searcher itself")
+    left.set_xlabel("tokens a search" if charged else "trials a search")
+    right.set_xlabel("seconds a search")
+    thousands(left)
+    left.invert_yaxis()
+    for ax in (left, right):
+        clean(ax, grid="x")
+        ax.legend(frameon=False, fontsize=8.5, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.0))
+    return drawn
+
+
+def _stage_cost(comparison: Comparison, problem: str, label: str, stage: int, charged: bool) -> float:
+    runs = comparison.of(problem, label)
+    found = [o.tokens if charged else 1 for r in runs for o in r.outcomes if o.trial.stage == stage]
+    return float(sum(found)) / len(runs)
+
+
+def _own_seconds(comparison: Comparison, problem: str, label: str) -> float:
+    known = [r.searcher_seconds for r in comparison.of(problem, label) if not np.isnan(r.searcher_seconds)]
+    return float(np.mean(known)) if known else 0.0

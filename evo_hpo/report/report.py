@@ -1,0 +1,150 @@
+"""Writes everything that a comparison's reader wants: tables, pictures, one HTML page."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from evo_hpo.report.comparison import Comparison
+from evo_hpo.report.curves import axes
+from evo_hpo.report.lineage import lineage, lineage_figure
+from evo_hpo.report.page import (
+    Picture,
+    Section,
+    lineage_sheet,
+    medians_sheet,
+    problem_sheets,
+    render,
+    standing_sheets,
+)
+from evo_hpo.report.plots import anytime_figure, cost_figure, ecdf_figure, shown_labels
+from evo_hpo.report.profiles import profiles_figure, winner_figure
+from evo_hpo.report.rank_plots import rank_figure, wins_figure
+from evo_hpo.report.runs import AXES
+from evo_hpo.report.scoring import scoring_sheet
+from evo_hpo.report.style import save
+from evo_hpo.report.summary import Summary, summarise
+from evo_hpo.report.tables import write_tables
+
+__all__ = ["write_report"]
+
+Drawing = tuple[str, str, Figure, str]
+"""File name without suffix, title, figure, caption."""
+
+
+def write_report(folder: Path | str) -> Path:
+    """Writes ``<folder>/report`` from what the comparison's journals hold so far; returns the HTML page.
+
+    Raises:
+        PlanError: not a comparison's folder.
+    """
+    comparison = Comparison.load(folder)
+    target = Path(folder) / "report"
+    write_tables(comparison, target)
+    keys = [key for key in comparison.problems if comparison.of(key)]
+    summaries = {key: summarise(comparison, [key]) for key in keys}
+    overall = summarise(comparison, keys) if len(keys) > 1 else next(iter(summaries.values()), None)
+    _write_statistics(summaries, overall, target)
+    sections = [_overall(comparison, summaries, overall, target)] if overall and len(keys) > 1 else []
+    sections += [_section(comparison, key, summaries[key], target, single=len(keys) == 1) for key in keys]
+    verdict = overall.verdict if overall else "No search has a result yet."
+    page = target / "report.html"
+    _replace(page, render(comparison, sections, verdict))
+    return page
+
+
+def _write_statistics(summaries: dict[str, Summary], overall: Summary | None, target: Path) -> None:
+    frames = [s.frame().assign(problem=key) for key, s in summaries.items() if s.standings]
+    if overall is not None and len(summaries) > 1 and overall.standings:
+        frames.append(overall.frame().assign(problem="all"))
+    if frames:
+        pd.concat(frames, ignore_index=True).to_csv(target / "statistics.csv", index=False)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Written beside and moved, so that a reader never meets half a page."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _overall(comparison: Comparison, summaries: dict[str, Summary], summary: Summary, target: Path) -> Section:
+    medians = medians_sheet(comparison, summaries, [s.label for s in summary.standings])
+    return Section(
+        "all", "All problems together", "Every problem counts in gaps: 0 is its best known loss, 100 uniform.",
+        "", (*standing_sheets(summary), medians), _saved(_ranks(comparison, summary, ""), target),
+    )  # fmt: skip
+
+
+def _section(comparison: Comparison, key: str, summary: Summary, target: Path, *, single: bool) -> Section:
+    info = comparison.problems[key]
+    suffix = "" if single else "-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", key)
+    more = (lineage_sheet(comparison, key), scoring_sheet(comparison, key))
+    return Section(
+        anchor="p-" + re.sub(r"[^A-Za-z0-9]+", "-", key),
+        title=key,
+        text=" · ".join(info.lines),
+        verdict="" if single else summary.verdict,
+        sheets=(*problem_sheets(comparison, key), *standing_sheets(summary)),
+        pictures=_saved(_drawings(comparison, key, summary, suffix), target),
+        more=tuple(sheet for sheet in more if sheet),
+    )
+
+
+def _saved(drawings: Iterator[Drawing], target: Path) -> tuple[Picture, ...]:
+    """Saves each figure as it comes, so that only one is in memory."""
+    return tuple(Picture(title, save(drawn, target / name)[0], caption) for name, title, drawn, caption in drawings)
+
+
+def _ranks(comparison: Comparison, summary: Summary, suffix: str) -> Iterator[Drawing]:
+    if len(summary.standings) < 2:
+        return
+    yield (
+        f"ranks{suffix}",
+        "Average ranks",
+        rank_figure(summary),
+        "1 is best. An orange bar joins searchers whose ranks the Nemenyi test cannot tell apart (5 %).",
+    )
+    if suffix:  # of several problems: who beats whom is shown for all of them together
+        return
+    yield (
+        f"wins{suffix}",
+        "Who beats whom",
+        wins_figure(comparison, summary),
+        "Share of common (problem, seed) pairs in which the row is below (better than) the column; ties count half.",
+    )
+
+
+def _drawings(comparison: Comparison, key: str, summary: Summary, suffix: str) -> Iterator[Drawing]:
+    """All pictures of one problem, in reading order."""
+    for axis in axes(comparison, key):
+        name = "anytime-seconds" if axis == "seconds" else "anytime"
+        caption = f"Held-out loss of the incumbent against {AXES[axis]}; lower is better."
+        yield f"{name}{suffix}", f"Against {AXES[axis]}", anytime_figure(comparison, key, axis), caption
+    yield from _ranks(comparison, summary, suffix)
+    if len(comparison.labels) > 1:
+        caption = "Share of (seed, target) pairs reached; 51 targets from uniform's loss to the best known."
+        yield f"ecdf{suffix}", "Targets reached", ecdf_figure(comparison, key), caption
+    winner = comparison.winner(key)
+    if winner is None:
+        return
+    caption = (
+        "Of the single best search by held-out loss (the verdict compares medians over seeds). Level of every unit;"
+        " orange is compressed more than the average, purple less."
+    )
+    yield f"profile{suffix}", "The winning profile", winner_figure(comparison, key), caption
+    labels = shown_labels(comparison, key, 12)
+    if len(labels) > 1:
+        caption = "The best seed of each searcher, best searcher first."
+        yield f"profiles{suffix}", "Profiles by searcher", profiles_figure(comparison, key, labels), caption
+    space = comparison.problems[key].space
+    if len(lineage(winner, space)) > 1:
+        caption = "How that assignment came about: its ancestors, from the start to the end."
+        yield f"lineage{suffix}", "Lineage of the winner", lineage_figure(winner, space), caption
+    caption = "What each search spent, by selection stage, and where its time went (means over seeds)."
+    yield f"cost{suffix}", "Cost", cost_figure(comparison, key), caption

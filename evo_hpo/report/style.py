@@ -1,0 +1,99 @@
+"""How pictures look: a colour, dash and marker for each searcher, readable without telling colours apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from PIL import Image
+
+from evo_hpo.report.comparison import Comparison
+
+__all__ = ["LineStyle", "clean", "figure", "line_styles", "save"]
+
+# Okabe and Ito's colours for every kind of colour vision; black is kept for uniform, yellow is too light for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4F9E")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+DPI = 150
+INK, FAINT = "#222222", "#8a8a8a"
+
+
+@dataclass(frozen=True)
+class LineStyle:
+    """Colour, dash pattern and marker of a searcher."""
+
+    colour: str
+    dash: Any
+    marker: str
+
+
+def line_styles(comparison: Comparison) -> dict[str, LineStyle]:
+    """Label -> style, the same in every picture of a comparison; uniform is black and dashed."""
+    found, position = {}, 0
+    for label in comparison.labels:
+        if any(r.label == label and r.searcher == "uniform" for r in comparison.runs):
+            found[label] = LineStyle("black", (0, (4, 2)), "")
+            continue
+        dash = DASHES[position // len(COLOURS) % len(DASHES)]
+        found[label] = LineStyle(COLOURS[position % len(COLOURS)], dash, MARKERS[position % len(MARKERS)])
+        position += 1
+    return found
+
+
+def figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
+    """A figure (inches) without pyplot and its axes, as ``Figure.subplots`` gives them."""
+    found = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(found)
+    return found, found.subplots(**grid)
+
+
+def clean(axes: Axes, *, grid: str = "y") -> None:
+    """Thin frame, light grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.set_axisbelow(True)
+    if grid:
+        axes.grid(axis=grid, color="#e4e4e4", linewidth=0.8)  # type: ignore[arg-type]
+
+
+def thousands(axes: Axes) -> None:
+    """Large counts on the x axis as 20k, 1.5M."""
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+
+
+def short_count(value: float) -> str:
+    """20000 as 20k, 1500000 as 1.5M."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+def save(drawn: Figure, stem: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Writes ``stem.png`` (at :data:`DPI`) and ``stem.svg``, the same bytes for the same figure."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
+    for path, suffix in zip(paths, formats, strict=True):
+        with matplotlib.rc_context({"svg.hashsalt": "evo-hpo", "svg.fonttype": "path"}):
+            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+            drawn.savefig(path, dpi=DPI, metadata=metadata)
+        if suffix == "png":
+            _reduce(path)
+        drawn.set_layout_engine("none")  # what the first format laid out holds for the others
+    return paths
+
+
+def _reduce(path: Path) -> None:
+    """A palette of 128 colours: a third of the bytes, and no difference to be seen."""
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)

@@ -1,0 +1,272 @@
+"""A comparison as one TOML file: problems x searchers x seeds on one budget."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from evo_hpo.errors import EvoHpoError, PlanError
+from evo_hpo.run.ablation import expand
+from evo_hpo.search.budget import Budget
+from evo_hpo.search.registry import describe_problem, make_searcher, searcher_class
+from evo_hpo.search.searcher import check_settings
+from evo_hpo.space.compression_space import CompressionSpace, Unit
+
+__all__ = ["Plan", "ProblemEntry", "SearchTask", "SearcherEntry", "load_plan"]
+
+SAFE_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BudgetEntry(_Strict):
+    """What each search may spend: exactly one of the three."""
+
+    tokens: int | None = None
+    evaluations: int | None = None
+    seconds: float | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> BudgetEntry:
+        self.budget()
+        return self
+
+    def budget(self) -> Budget:
+        """As the loop takes it."""
+        return Budget(tokens=self.tokens, evaluations=self.evaluations, seconds=self.seconds)
+
+
+class ProblemEntry(_Strict):
+    """A registered problem with its settings; ``label`` is what tables show."""
+
+    name: str
+    label: str = ""
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Label, or else name."""
+        return self.label or self.name
+
+
+class SearcherEntry(_Strict):
+    """A registered searcher with its settings; ``seeds`` replaces the plan's."""
+
+    name: str
+    label: str = ""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    seeds: tuple[int, ...] | None = None
+
+    @property
+    def key(self) -> str:
+        """Label, or else name."""
+        return self.label or self.name
+
+
+class VariantEntry(_Strict):
+    """Settings that change together in an ablation."""
+
+    label: str = ""
+    settings: dict[str, Any]
+
+
+class AblationEntry(_Strict):
+    """Which settings of which searcher of the plan to vary, one at a time or (``grid``) in every combination."""
+
+    searcher: str
+    vary: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    grid: bool = False
+    variants: tuple[VariantEntry, ...] = ()
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """One search of the grid: a problem, a searcher, a seed."""
+
+    id: str
+    problem: ProblemEntry
+    searcher: SearcherEntry
+    seed: int
+
+
+class Plan(_Strict):
+    """A comparison.
+
+    Attributes:
+        name: of the comparison's folder and its experiment.
+        description: shown in the report.
+        seeds: of the searchers that are random; the minibatches of a seed are the same for every searcher.
+        budget: of each search.
+        checkpoints: fractions of the budget at which the incumbent is validated on held-out data.
+        workers: processes that run searches at the same time; 0: one a core. Results do not depend on it.
+        problems, searchers: the grid.
+        ablation: variants of one of the searchers, added to the grid.
+    """
+
+    name: str
+    description: str = ""
+    seeds: tuple[int, ...] = (0,)
+    budget: BudgetEntry
+    checkpoints: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    workers: int = Field(default=0, ge=0)
+    problems: tuple[ProblemEntry, ...] = Field(min_length=1)
+    searchers: tuple[SearcherEntry, ...] = Field(min_length=1)
+    ablation: AblationEntry | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not value or SAFE_NAME.search(value) or value.startswith("."):
+            raise ValueError(f"{value!r} must be letters, digits, dots, dashes and underscores: it names a folder")
+        return value
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seeds(cls, value: object) -> object:
+        return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _checkpoints(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < f <= 1 for f in value):
+            raise ValueError(f"{list(value)} must be fractions of the budget, above 0 and at most 1")
+        return tuple(sorted({*value, 1.0}))
+
+    @model_validator(mode="after")
+    def _grid(self) -> Plan:
+        if not self.seeds:
+            raise ValueError("seeds: give at least one")
+        for what, keys in (
+            ("problem", [p.key for p in self.problems]),
+            ("searcher", [s.key for s in self.searchers]),
+        ):
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ValueError(f"two {what}s are called {key!r}: give each a label of its own")
+        return self
+
+    def with_uniform(self) -> Plan:
+        """The plan with uniform compression among its searchers: what everything is measured against."""
+        if any(entry.name == "uniform" for entry in self.searchers):
+            return self
+        return self.model_copy(update={"searchers": (*self.searchers, SearcherEntry(name="uniform"))})
+
+    def tasks(self) -> Iterator[SearchTask]:
+        """Every search, seeds outermost so that partial results already compare all searchers.
+
+        A searcher whose seed changes nothing runs once.
+        """
+        seen = set()
+        longest = max([self.seeds, *(s.seeds for s in self.searchers if s.seeds)], key=len)
+        for position in range(len(longest)):
+            for problem in self.problems:
+                for entry in self.searchers:
+                    seeds = entry.seeds or self.seeds
+                    if not searcher_class(entry.name).random:
+                        seeds = seeds[:1]
+                    if position >= len(seeds):
+                        continue
+                    parts = [problem.key] if len(self.problems) > 1 else []
+                    name = SAFE_NAME.sub("-", "-".join([*parts, entry.key, f"s{seeds[position]}"]))
+                    while name in seen:
+                        name += "x"
+                    seen.add(name)
+                    yield SearchTask(name, problem, entry, seeds[position])
+
+    def check(self) -> None:
+        """Refuses names and settings that are wrong, before any work.
+
+        Raises:
+            EvoHpoError: the first fault, with the place in the plan.
+        """
+        stand_in = CompressionSpace(
+            [Unit(name=f"layers.{i}.unit", costs=(2, 3, 4), levels=("2", "3", "4")) for i in range(8)], budget=24
+        )
+        for entry in self.searchers:
+            with _at(f"searcher {entry.key!r}"):
+                check_settings(entry.name, searcher_class(entry.name), entry.settings)
+                make_searcher(entry.name, stand_in, seed=0, **entry.settings)
+        for problem in self.problems:
+            with _at(f"problem {problem.key!r}"):
+                known = describe_problem(problem.name).settings
+                for key in problem.settings:
+                    if key not in known:
+                        raise PlanError(f"has no setting {key!r}{_near(key, known)}; it has: {', '.join(known)}")
+
+
+PARTS: dict[str, type[BaseModel]] = {"budget": BudgetEntry, "problems": ProblemEntry, "searchers": SearcherEntry}
+PARTS |= {"ablation": AblationEntry, "variants": VariantEntry}
+
+
+class _at:
+    """Prefixes the place to any error of ours raised inside."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, EvoHpoError):
+            raise PlanError(f"{self.place}: {error}") from error
+
+
+def _near(key: str, known: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def load_plan(path: str | Path, **changes: Any) -> Plan:
+    """The plan in a TOML file; ``changes`` replace top-level keys.
+
+    Raises:
+        PlanError: no such file, malformed TOML, unknown keys or values out of range, in one line.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"no plan at {path}: copy one from benchmarks/plans") from None
+    except IsADirectoryError:
+        raise PlanError(f"{path} is a folder: give the plan's TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is not valid TOML: {error}") from None
+    return make_plan(data | changes, str(path))
+
+
+def make_plan(data: dict[str, Any], source: str = "plan") -> Plan:
+    """A plan from plain data.
+
+    Raises:
+        PlanError: unknown keys or values out of range, in one line.
+    """
+    try:
+        return expand(Plan.model_validate(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"]) or "plan"
+        if first["type"] == "extra_forbidden":
+            known = _fields_at(first["loc"])
+            near = _near(str(first["loc"][-1]), dict.fromkeys(known))
+            raise PlanError(f"{source}: unknown key {place!r}{near}; allowed here: {', '.join(known)}") from None
+        message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        raise PlanError(f"{source}: {place}: {message}") from None
+    except EvoHpoError as error:
+        raise PlanError(f"{source}: {error}") from None
+
+
+def _fields_at(place: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Plan
+    for part in place[:-1]:
+        model = PARTS.get(str(part), model)
+    return list(model.model_fields)

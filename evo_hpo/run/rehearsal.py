@@ -1,0 +1,41 @@
+"""A plan's searchers asked once on a problem's space, so that what cannot work is refused before any work."""
+
+from __future__ import annotations
+
+from evo_hpo.errors import BudgetError, EvoHpoError, PlanError
+from evo_hpo.run.plan import Plan
+from evo_hpo.search.budget import Ledger
+from evo_hpo.search.registry import Preview, make_searcher
+
+__all__ = ["rehearse"]
+
+
+def rehearse(plan: Plan, preview: Preview) -> None:
+    """Makes every searcher of the plan, asks it once, and checks that its first batch can be drawn and paid.
+
+    Raises:
+        PlanError: naming the searcher and the fault.
+    """
+    budget, tokens = plan.budget.budget(), preview.tokens
+    try:
+        ledger = Ledger(budget, tokens)
+        preview.check(tokens)
+    except EvoHpoError as error:
+        raise PlanError(str(error)) from error
+    for entry in plan.searchers:
+        try:
+            searcher = make_searcher(entry.name, preview.space, seed=0, **entry.settings)
+            trials = searcher.ask(ledger.allowance())
+            if not trials:
+                raise BudgetError(f"a budget of {budget.amount:g} {budget.kind}: {searcher.stop_reason}")
+            each = tokens if trials[0].tokens is None else trials[0].tokens
+            if not ledger.allowance().affords(len(trials), each):
+                raise BudgetError(
+                    f"a budget of {budget.amount:g} {budget.kind} does not pay for one trial of {each} tokens:"
+                    " raise it or score on fewer tokens"
+                )
+            for stage in getattr(getattr(searcher, "selection", None), "stages", ()):
+                preview.check(stage.tokens or tokens)
+            preview.check(each)
+        except EvoHpoError as error:
+            raise PlanError(f"searcher {entry.key!r}: {error}") from error

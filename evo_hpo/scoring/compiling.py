@@ -1,0 +1,147 @@
+"""torch.compile of the decoder blocks and of the steps on a chunk of logits: kept where faster, never needed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evo_hpo.levels.levels import Levels
+from evo_hpo.scoring.dense import DenseSide
+from evo_hpo.scoring.divergence import divergences
+from evo_hpo.scoring.kernels import Kernels
+from evo_hpo.scoring.pool import WorkerPool
+from evo_hpo.scoring.worker import Worker
+
+__all__ = ["Compiled", "compile_parts"]
+
+_log = logging.getLogger(__name__)
+
+GAIN = 1.02
+"""What is compiled must be this much faster than eager."""
+
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What runs compiled.
+
+    Attributes:
+        parts: of "blocks" and "chunk".
+        rows: (what was tried, tokens a second).
+    """
+
+    parts: tuple[str, ...] = ()
+    rows: tuple[tuple[str, float], ...] = ()
+
+
+def compile_parts(pool: WorkerPool, levels: Levels, ids: Tensor, known: Mapping[str, int]) -> Compiled:
+    """Compiles every replica's blocks and its steps on logits for batches of the shape of ``ids``.
+
+    Weights are inputs of the compiled code, so switching levels does not compile again, and blocks that are alike share
+    one compilation. Dropped modules inside a block change the code itself: such a store's blocks stay eager. What stays
+    eager is logged, with the reason, in one line.
+
+    Args:
+        known: earlier decisions ("compiled_blocks", "compiled_chunk": 0 or 1), which are followed without measuring.
+    """
+
+    def blocks(compiler: Callable[..., Any] | None) -> None:
+        for worker in pool.workers:
+            worker.gated.compile_blocks(compiler)
+
+    def chunk(compiler: Callable[..., Any] | None) -> None:
+        for worker in pool.workers:
+            worker.head.kernels = Kernels() if compiler is None else Kernels.compiled(compiler)
+
+    rows: list[tuple[str, float]] = []
+    faster = {
+        "blocks": _obstacle(pool, levels) or _try(pool, "blocks", blocks, _body, ids, known, rows),
+        "chunk": _try(pool, "chunk", chunk, _chunk, ids, known, rows),
+    }
+    for part, reason in faster.items():
+        if reason:
+            _log.warning(
+                "%s not compiled: %s", "decoder blocks are" if part == "blocks" else "chunks of logits are", reason
+            )
+    return Compiled(tuple(part for part, reason in faster.items() if not reason), tuple(rows))
+
+
+def _try(
+    pool: WorkerPool,
+    part: str,
+    install: Callable[[Callable[..., Any] | None], None],
+    work: Callable[[Worker, Tensor], object],
+    ids: Tensor,
+    known: Mapping[str, int],
+    rows: list[tuple[str, float]],
+) -> str:
+    """Installs compiled code if that is faster; otherwise the reason why it stays eager."""
+    decided = known.get(f"compiled_{part}")
+    if decided == 0:
+        return "an earlier measurement found eager as fast"
+    try:
+        eager = 0.0 if decided else _rate(pool, work, ids)
+        install(lambda code: torch.compile(code, dynamic=False))
+        compiled = _rate(pool, work, ids)
+    except Exception as error:  # no compiler, or code that cannot be traced: whatever it is, eager works
+        install(None)
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    rows += [(f"{part} compiled", compiled)] if decided else [(f"{part} eager", eager), (f"{part} compiled", compiled)]
+    if compiled < GAIN * eager:
+        install(None)
+        return f"{compiled:.0f} tokens/s compiled, {eager:.0f} eager"
+    return ""
+
+
+def _rate(pool: WorkerPool, work: Callable[[Worker, Tensor], object], ids: Tensor) -> float:
+    """Tokens a second of the best of a few runs, after one that is not counted; on a CPU of its own time."""
+
+    def task(worker: Worker) -> float:
+        with torch.inference_mode():
+            for _ in range(2):
+                worker.place(None, ids)
+            work(worker, ids)
+            return min(_seconds(worker, work, ids) for _ in range(REPEATS))
+
+    return ids.numel() / pool.map([task])[0]
+
+
+def _seconds(worker: Worker, work: Callable[[Worker, Tensor], object], ids: Tensor) -> float:
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    clock = time.perf_counter if ids.is_cuda else time.thread_time  # other processes must not decide
+    start = clock()
+    work(worker, ids)
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    return clock() - start
+
+
+def _body(worker: Worker, ids: Tensor) -> object:
+    return worker.gated.final_hidden(ids)
+
+
+def _chunk(worker: Worker, ids: Tensor) -> object:
+    """The divergence of a candidate from made-up vectors: what they hold does not matter for its speed."""
+    size, dtype = worker.head.weight.shape[1], worker.head.weight.dtype
+    count = ids.shape[0] * (ids.shape[1] - 1)
+    hidden = torch.linspace(-1, 1, size, device=ids.device).expand(count, size).contiguous()
+    constants = hidden.new_zeros(count, dtype=torch.float64) if worker.head.linear else None
+    return divergences(worker.head, [hidden.to(dtype)], DenseSide(hidden, constants))
+
+
+def _obstacle(pool: WorkerPool, levels: Levels) -> str:
+    blocks = pool.workers[0].gated.blocks
+    for number in range(len(levels.units)):
+        dropped = [name for name, weight in levels.weights(number, 0).items() if weight is None]
+        inside = [name for name in dropped if name not in blocks]
+        if inside:
+            return f"levels may drop {inside[0]}, a part of a block"
+    return ""

@@ -1,0 +1,334 @@
+"""Scores assignments of a language model: exact losses at the least cost."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.levels.levels import Levels
+from evo_hpo.scoring.allocator import keep_freed_memory
+from evo_hpo.scoring.batch_scoring import BatchScorer, Sums
+from evo_hpo.scoring.compiling import Compiled, compile_parts
+from evo_hpo.scoring.dense import DenseSide, PackedSide
+from evo_hpo.scoring.divergence import Fitness
+from evo_hpo.scoring.gates import GatedModel
+from evo_hpo.scoring.head import Chunk, OutputHead
+from evo_hpo.scoring.identity import context_hash, model_hash
+from evo_hpo.scoring.kept_inputs import ReferenceStates
+from evo_hpo.scoring.pool import WorkerPool
+from evo_hpo.scoring.sampling import sequences_of
+from evo_hpo.scoring.score_cache import ScoreCache
+from evo_hpo.scoring.switching import LevelSwitch, blocks_of_units
+from evo_hpo.scoring.tuning import Measured, measure_settings
+from evo_hpo.scoring.worker import Worker
+from evo_hpo.search.problem import Minibatch, Score
+from evo_hpo.space.compression_space import Assignment
+
+__all__ = ["Evaluator"]
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Losses of assignments on minibatches of a calibration pool.
+
+    A candidate's loss on a sequence depends on nothing else: not on the other candidates, the threads, or what ran
+    before. So the same assignment and minibatch give the same bits in any order, with one batch size, on one machine.
+
+    Args:
+        model: decoder-only Hugging Face model with the uncompressed weights; it is not changed.
+        levels: weights of every unit's levels, in the model's dtype and on its device.
+        calibration_tokens: int64, sequences x length, without padding.
+        fitness: "kl" (KL(dense || compressed), nats a token), "perplexity" (the loss is the mean cross-entropy in nats;
+            its exponential is the perplexity) or "topk_kl" (KL over the dense model's top-k entries, the tail as one).
+        batch_size: sequences in one forward pass; decides the last bits of a loss. Default: 1 on a CPU (more is
+            slower there), 8192 tokens on a GPU.
+        chunk: logits that exist at one time; default: measured ones.
+        threads: replicas that work side by side, one core each; default: the cores available. On a GPU: 1.
+        compile: torch.compile the decoder blocks and the steps on a chunk of logits, each kept where measured faster;
+            eager, with one logged line, where that fails. Takes half a minute, so it is for long searches.
+        measure: choose batch_size, chunk and threads by a few forward passes where they are not given; the choice is
+            kept in the cache file and used again, because it decides the last bits of a loss.
+        dense_bits: of each number that is kept of the uncompressed model: 16 (hidden x 2 bytes a token in all), or 32,
+            for levels so close to it that a loss of 0.01 nats must be right to five digits.
+        top_k: entries of "topk_kl".
+        state_bytes: memory a replica may spend on block inputs kept for candidates with a common prefix.
+        reference_bytes: memory for block inputs of the best assignment on a minibatch that is used again.
+        packed_bytes: memory for weights in the layout that a CPU multiplies fastest (float32 and MKL only), each for
+            the searched layers and the head; mostly shared between replicas. 0: the same bits a few per cent slower.
+        early_stopping: with ``keep``, stop candidates that are provably not among the best; exact.
+        cache: SQLite file of paid losses; None: in memory.
+
+    Raises:
+        ModelError: a model that cannot be gated. StoreError: levels of another model.
+        InvalidSettingError: a setting outside its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        levels: Levels,
+        calibration_tokens: Tensor,
+        *,
+        fitness: Fitness = "kl",
+        batch_size: int | None = None,
+        chunk: Chunk | None = None,
+        threads: int | None = None,
+        compile: bool = False,
+        measure: bool = False,
+        dense_bits: int = 16,
+        top_k: int = 128,
+        state_bytes: int = 1 << 28,
+        reference_bytes: int = 1 << 29,
+        packed_bytes: int = 1 << 31,
+        early_stopping: bool = True,
+        cache: Path | None = None,
+    ) -> None:
+        if fitness not in ("kl", "perplexity", "topk_kl"):
+            raise InvalidSettingError(f"fitness {fitness!r} must be one of: kl, perplexity, topk_kl")
+        if calibration_tokens.dim() != 2 or min(calibration_tokens.shape) < 1 or calibration_tokens.shape[1] < 2:
+            shape = tuple(calibration_tokens.shape)
+            raise InvalidSettingError(f"calibration tokens have shape {shape}: give sequences x length, length >= 2")
+        if dense_bits not in (16, 32):
+            raise InvalidSettingError(f"dense_bits={dense_bits} must be 16 or 32")
+        for name, value in (("batch_size", batch_size), ("threads", threads), ("top_k", top_k)):
+            if value is not None and value < 1:
+                raise InvalidSettingError(f"{name}={value} must be at least 1")
+        self.device = next(model.parameters()).device
+        on_cpu = self.device.type == "cpu"
+        self.keeps_memory = on_cpu and keep_freed_memory()
+        self.levels, self.fitness = levels, fitness
+        self.tokens = calibration_tokens.to(self.device, torch.int64)
+        self.length = int(self.tokens.shape[1])
+        self.chunk = chunk or (Chunk() if on_cpu else Chunk(tokens=2048, vocabulary=16384))
+        self.counts = {"candidates": 0, "cached": 0, "stopped": 0, "non_finite": 0, "out_of_memory": 0, "tokens": 0}
+        self.seconds = 0.0
+        example, lock = self.tokens[:1, : min(self.length, 16)], threading.Lock()
+        count = (threads or len(os.sched_getaffinity(0))) if on_cpu else 1
+        packed = packed_bytes if on_cpu else 0
+        self._packs = packed > 0
+        self.pool = WorkerPool([self._worker(model, example, lock, packed) for _ in range(count)], on_cpu)
+        self.blocks = tuple(self.pool.workers[0].gated.blocks)
+        self._batches = BatchScorer(
+            self.pool,
+            self.tokens,
+            fitness,
+            blocks_of_units(levels.units, self.blocks),
+            batch_size or (1 if on_cpu else max(1, 8192 // self.length)),
+            dense_bits,
+            top_k,
+            state_bytes,
+            early_stopping,
+            ReferenceStates(reference_bytes),
+        )
+        self._model_hash = model_hash(model)
+        self.cache = ScoreCache(cache, self.context())
+        self.measured: Measured | None = None
+        if measure:
+            self._measure(batch_size, chunk, threads)
+        self._expect_batches()
+        self.compiled = self._compile() if compile else Compiled()
+        self._held_out: dict[str, list[DenseSide | PackedSide]] = {}
+
+    def _worker(self, model: nn.Module, example: Tensor, lock: threading.Lock, packed: int) -> Worker:
+        gated = GatedModel(model, example)
+        with torch.inference_mode():
+            hidden, _ = gated.final_hidden(example)
+        head = OutputHead(model, hidden, example, gated.head, packed)
+        head.chunk = self.chunk
+        return Worker(gated, LevelSwitch(gated, self.levels, example, lock, packed), head, self.fitness)
+
+    def _expect_batches(self) -> None:
+        for worker in self.pool.workers:
+            worker.batch = (self._batches.batch_size, self.length)
+
+    def _measure(self, batch_size: int | None, chunk: Chunk | None, threads: int | None) -> None:
+        kept = self.cache.settings()
+        if "batch_size" not in kept:
+            self.measured = found = measure_settings(self.pool, self.tokens)
+            kept |= {"batch_size": found.batch_size, "threads": found.threads}
+            kept |= {"chunk_tokens": found.chunk.tokens, "chunk_vocabulary": found.chunk.vocabulary}
+            self.cache.keep_settings(kept)
+        self._batches.batch_size = batch_size or kept["batch_size"]
+        self.chunk = chunk or Chunk(kept["chunk_tokens"], kept["chunk_vocabulary"])
+        self.pool.shrink(threads or kept["threads"])
+        for worker in self.pool.workers:
+            worker.head.chunk = self.chunk
+
+    def _compile(self) -> Compiled:
+        kept = self.cache.settings()
+        found = compile_parts(self.pool, self.levels, self.tokens[: self._batches.batch_size], kept)
+        decided = {f"compiled_{part}": int(part in found.parts) for part in ("blocks", "chunk")}
+        self.cache.keep_settings(decided | kept)
+        return found
+
+    # ------------------------------------------------------------------ scoring
+
+    def score(self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None) -> list[Score]:
+        """Losses (nats a token, lower is better) of the assignments on one minibatch, in order.
+
+        Args:
+            minibatch: its sequences are the first of the pool's permutation by its seed.
+            keep: only the best ``keep`` must be complete; others may come back as stopped, with a lower bound.
+
+        Raises:
+            InvalidSettingError: tokens not a whole number of sequences, or more than the pool.
+        """
+        start = time.perf_counter()
+        sequences = sequences_of(minibatch, len(self.tokens), self.length)
+        self._batches.begin(minibatch.seed)
+        unique = dict.fromkeys(tuple(map(int, a)) for a in assignments)
+        found = {a: sums for a in unique if (sums := self._recall(a, minibatch, len(sequences))) is not None}
+        self.counts["cached"] += len(found)
+        todo = [a for a in unique if a not in found]
+        if todo:
+            totals = [float(s.sum()) for s in found.values()]
+            sums, read = self._with_less_memory(lambda: self._batches.evaluate(todo, sequences, keep, totals))
+            self._count(sums, read)
+            new = dict(zip(todo, sums, strict=True))
+            self.cache.put({a: s for a, s in new.items() if not np.isnan(s).any()}, minibatch)
+            found.update(new)
+        self.seconds += time.perf_counter() - start
+        return [self._score(found[tuple(map(int, a))]) for a in assignments]
+
+    def prepare(self, sequences: int | None = None) -> None:
+        """Makes what is kept of the uncompressed model now, not when needed: for the pool's first sequences, or all."""
+        count = len(self.tokens) if sequences is None else sequences
+        self._with_less_memory(lambda: self._batches.make_dense(range(count)))
+
+    def per_sequence(self, assignment: Assignment, minibatch: Minibatch) -> Sums:
+        """Mean loss of each sequence of a minibatch (nats a token), for intervals and paired comparisons."""
+        self.score([assignment], minibatch)
+        sums = self.cache.get(assignment, minibatch)
+        assert sums is not None
+        return sums / (self.length - 1)
+
+    def _recall(self, assignment: Assignment, minibatch: Minibatch, sequences: int) -> Sums | None:
+        """Complete sums that were paid for, on this minibatch or a larger one of the same seed."""
+        known = self._batches.recall(assignment, sequences)
+        if known is not None:
+            return known
+        return self.cache.get(assignment, minibatch)
+
+    def _score(self, sums: Sums) -> Score:
+        read = int((~np.isnan(sums)).sum())
+        loss = float(np.nansum(sums)) / (len(sums) * (self.length - 1))
+        if not math.isfinite(loss):
+            return Score(math.inf, read * self.length, reason="the loss is not finite")
+        return Score(loss, read * self.length, stopped=read < len(sums))
+
+    def _count(self, sums: Sums, read: int) -> None:
+        self.counts["candidates"] += len(sums)
+        self.counts["tokens"] += read * self.length
+        self.counts["stopped"] += int(np.isnan(sums).any(axis=1).sum())
+        self.counts["non_finite"] += int(np.isinf(sums).any(axis=1).sum())
+
+    def _with_less_memory(self, work: Callable[[], T]) -> T:
+        """Runs the work; each time memory runs out, halves the batch, and keeps fewer states when it is at 1."""
+        while True:
+            try:
+                return work()
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                self.counts["out_of_memory"] += 1
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                batches = self._batches
+                if batches.batch_size > 1:
+                    batches.batch_size //= 2
+                    self._expect_batches()
+                elif batches.state_bytes or batches.reference.limit or self._packs:
+                    batches.state_bytes = batches.reference.limit = 0
+                    batches.reference.clear()
+                    self._packs = False
+                    for worker in self.pool.workers:
+                        worker.forget_packed()
+                else:
+                    raise MemoryError(str(error)) from error
+                _log.warning("out of memory: going on with %d sequences a batch", batches.batch_size)
+
+    # ------------------------------------------------------------------ held-out data
+
+    def evaluate_held_out(self, assignment: Assignment | None, tokens: Tensor) -> dict[str, Any]:
+        """Figures on other data; None: the uncompressed model.
+
+        Args:
+            tokens: int64, sequences x length.
+
+        Returns:
+            loss (KL from the uncompressed model, nats a token), cross_entropy (nats a token), perplexity, and the
+            means of each sequence: losses, cross_entropies (lists).
+        """
+        ids = tokens.to(self.device, torch.int64)
+        key = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
+        rows = torch.split(ids, self._batches.batch_size)
+        if key not in self._held_out:
+            make = [lambda w, r=row: w.dense(r, self._batches.dense_bits, self._batches.top_k, "kl") for row in rows]
+            self._held_out[key] = self.pool.map(make)
+        sides = self._held_out[key]
+        tasks = [lambda w, r=row, d=side: w.both(assignment, r, d) for row, side in zip(rows, sides, strict=True)]
+        sums = torch.cat(self.pool.map(tasks), dim=1).cpu().numpy() / (ids.shape[1] - 1)
+        loss, entropy = (float(x) for x in sums.mean(axis=1))
+        return {
+            "loss": loss,
+            "cross_entropy": entropy,
+            "perplexity": math.exp(entropy) if entropy < 700 else math.inf,
+            "losses": sums[0].tolist(),
+            "cross_entropies": sums[1].tolist(),
+        }
+
+    # ------------------------------------------------------------------ identity and report
+
+    def context(self) -> str:
+        """Hash of everything a loss depends on besides assignment and minibatch."""
+        settings = (self.fitness, self._batches.dense_bits, self._batches.top_k)
+        return context_hash(self._model_hash, self.levels.fingerprint, settings, self.tokens)
+
+    @property
+    def dense(self) -> dict[int, DenseSide | PackedSide]:
+        """What is kept of the uncompressed model, by sequence of the pool."""
+        return self._batches.dense
+
+    def close(self) -> None:
+        """Ends the threads and closes the cache file."""
+        self.pool.close()
+        self.cache.close()
+
+    def report(self) -> Mapping[str, Any]:
+        """Settings in force, what was counted, and where the time of all replicas went (seconds)."""
+        return {
+            "device": str(self.device),
+            "dtype": str(self.pool.workers[0].head.weight.dtype).removeprefix("torch."),
+            "threads": len(self.pool),
+            "batch_size": self._batches.batch_size,
+            "chunk": (self.chunk.tokens, self.chunk.vocabulary),
+            "compiled": self.compiled.parts,
+            "keeps_memory": self.keeps_memory,
+            "measured": (() if self.measured is None else self.measured.rows) + self.compiled.rows,
+            "dense_bytes": sum(d.bytes for d in self.dense.values()),
+            "seconds": self.seconds,
+            **vars(self.pool.timing()),
+            **self.counts,
+        }
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text or "allocate memory" in text
+    )

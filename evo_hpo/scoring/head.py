@@ -1,0 +1,131 @@
+"""The output head: log-normalisers over the vocabulary, never more than a chunk of logits at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from evo_hpo.errors import ModelError
+from evo_hpo.scoring.kernels import Kernels, Part, logits_of
+from evo_hpo.scoring.prepacking import Prepacked
+
+__all__ = ["Chunk", "OutputHead"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Logits that exist at one time: tokens x vocabulary entries."""
+
+    tokens: int = 512
+    vocabulary: int = 1024
+
+
+class OutputHead:
+    """logits = cap(scale x (W h + b)), with cap(z) = c tanh(z / c) where the architecture has one.
+
+    Scale and cap are recognised by comparing the model's own logits with those of the bare weight matrix.
+
+    Args:
+        model: the model, ungated.
+        hidden: final hidden states of ``ids`` (the head's input).
+        ids: token ids, sequences x length.
+        head: module whose weight (vocabulary x hidden) and bias are used.
+        packed_bytes: memory for a packed copy of the weight (see :mod:`evo_hpo.scoring.prepacking`).
+
+    Raises:
+        ModelError: the logits are neither a multiple of W h + b nor a soft-capped one.
+    """
+
+    def __init__(self, model: nn.Module, hidden: Tensor, ids: Tensor, head: nn.Module, packed_bytes: int = 0) -> None:
+        weight, bias = head.weight, getattr(head, "bias", None)
+        assert isinstance(weight, Tensor)
+        self.weight = weight.data
+        self.bias = None if bias is None else bias.data
+        self.chunk = Chunk()
+        self.kernels = Kernels()
+        self.packed = Prepacked(packed_bytes)
+        config = getattr(model, "config", None)
+        text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+        self.cap: float | None = getattr(text, "final_logit_softcapping", None) or None
+        with torch.inference_mode():
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            raw = functional.linear(hidden, self.weight, self.bias).float()
+        uncapped = (
+            logits if self.cap is None else self.cap * torch.atanh((logits / self.cap).clamp(-0.999999, 0.999999))
+        )
+        self.scale = float((raw * uncapped).sum().double() / raw.square().sum().double())
+        self.scale = 1.0 if abs(self.scale - 1) < 1e-4 else self.scale
+        worst = float((self._activate(raw * self.scale) - logits).abs().max())
+        limit = (1e-4 if self.weight.dtype == torch.float32 else 5e-2) * max(1.0, float(logits.abs().max()))
+        if not worst <= limit:
+            raise ModelError(
+                f"{type(model).__name__}: its logits differ by {worst:.2g} from scale x head (soft cap {self.cap}):"
+                " this output head is not supported"
+            )
+
+    @property
+    def linear(self) -> bool:
+        """Whether logits are linear in the hidden state: no soft cap, and not rounded to 16 bits."""
+        return self.cap is None and self.weight.dtype == torch.float32
+
+    def expect(self, positions: int) -> None:
+        """Packs the weight for so many final hidden states at a time (at most a chunk of them)."""
+        if self.packed.expect(min(positions, self.chunk.tokens)):
+            for entries in self.entries():
+                self.packed.keep(str(entries.start), self.weight[entries])
+
+    def logits(self, hidden: Tensor, entries: slice) -> Tensor:
+        """Logits of some vocabulary entries (tokens x entries), float32. ``hidden`` comes from :meth:`scaled`."""
+        return logits_of(hidden, self.part(entries))
+
+    def part(self, entries: slice) -> Part:
+        """The rows of the head for some vocabulary entries."""
+        return self.weight[entries], None if self.bias is None else self.bias[entries] * self.scale, self.cap
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Hidden states with the architecture's logit scale multiplied in."""
+        return hidden if self.scale == 1.0 else hidden * self.scale
+
+    def parts(self) -> Iterator[Part]:
+        """The head in chunks of the vocabulary."""
+        for entries in self.entries():
+            yield self.part(entries)
+
+    def entries(self) -> Iterator[slice]:
+        """The vocabulary in chunks."""
+        size = self.weight.shape[0]
+        for first in range(0, size, self.chunk.vocabulary):
+            yield slice(first, min(first + self.chunk.vocabulary, size))
+
+    def log_normaliser(self, hidden: Tensor) -> Tensor:
+        """log sum exp of the logits (tokens), float32."""
+        parts = [self._log_normaliser(part) for part in torch.split(hidden, self.chunk.tokens)]
+        return torch.cat(parts)
+
+    def _log_normaliser(self, hidden: Tensor) -> Tensor:
+        total = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        if hidden.device.type == "cpu":  # logits rarely need a shift, and finding out costs no wait on a CPU
+            for part in self.parts():
+                total += self.kernels.exp_sums(hidden, part)
+            if bool(torch.isfinite(total).all()) and float(total.min()) > 1e-20:
+                return total.log_()
+        top, total = torch.full_like(total, -1e30), torch.zeros_like(total)
+        for part in self.parts():
+            top, total = self.kernels.running_sums(hidden, part, top, total)
+        return top + total.log()
+
+    def selected(self, hidden: Tensor, entries: Tensor) -> Tensor:
+        """Logits of chosen entries (tokens x k) for entry numbers (tokens x k)."""
+        step = max(1, 4_000_000 // (entries.shape[1] * hidden.shape[1]))
+        parts = []
+        for h, e in zip(torch.split(hidden, step), torch.split(entries, step), strict=True):
+            logits = torch.einsum("tkh,th->tk", self.weight[e].float(), h.float())
+            parts.append(logits if self.bias is None else logits + self.bias[e] * self.scale)
+        return self._activate(torch.cat(parts))
+
+    def _activate(self, logits: Tensor) -> Tensor:
+        return logits if self.cap is None else (logits / self.cap).tanh_().mul_(self.cap)

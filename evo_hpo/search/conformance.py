@@ -1,0 +1,272 @@
+"""The conformance suite: what every searcher must do, as tests that a third party inherits.
+
+    from evo_hpo.search.conformance import SearcherConformance
+
+    class TestMySearcher(SearcherConformance):
+        names = ("my_searcher", "my_searcher:variant")      # registered names, or override ``searcher``
+        settings = {"batch": 4}
+
+Needs pytest. Nothing else of this package imports this module.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from typing import Any, ClassVar
+
+import pytest
+
+from evo_hpo.search.budget import Allowance, Budget
+from evo_hpo.search.loop import Checkpoint, SearchResult, search
+from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
+from evo_hpo.search.registry import make_searcher
+from evo_hpo.search.searcher import Searcher
+from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
+
+__all__ = ["SPACES", "SearcherConformance", "TokenProblem", "loss"]
+
+
+def _spaces() -> dict[str, CompressionSpace]:
+    sizes = (3, 1, 1, 3, 8)
+    unequal = [
+        Unit(f"layers.{b}.m{i}", tuple(s * k for k in (2, 3, 4)), size=s) for b in range(2) for i, s in enumerate(sizes)
+    ]
+    uneven = [
+        Unit("layers.0.a", (4, 8), levels=("4", "8")),
+        Unit("layers.0.b", (2, 3, 4, 8), fixed=1),
+        *(Unit(f"layers.{i}.c", (1, 3, 4, 6, 7)[: 2 + i % 4]) for i in range(1, 9)),
+    ]
+    two = [Unit(f"layers.{i}.m", ((1, 0), (2, 1), (5, 1))) for i in range(8)]
+    return {
+        "equal": CompressionSpace([Unit(f"layers.{i}.m", (2, 3, 4, 5)) for i in range(10)], 32),
+        "unequal": CompressionSpace.from_average(unequal, 3),
+        "exact": CompressionSpace([Unit(f"layers.{i}.m", (0, 1)) for i in range(10)], 6, floor=6),
+        "uneven": CompressionSpace(uneven, 32),
+        "uneven steps": CompressionSpace([Unit(f"layers.{i}.m", (2, 4, 8)) for i in range(10)], 40),
+        "two resources": CompressionSpace(two, (20, 5), resources=("bits", "kept")),
+        "three assignments": CompressionSpace([Unit(f"m{i}", (0, 1)) for i in range(3)], 1, floor=1),
+        "one assignment": CompressionSpace([Unit(f"m{i}", (1, 2)) for i in range(3)], 3),
+    }
+
+
+SPACES = _spaces()
+"""Equal and unequal sizes, an exact cost, fixed units, missing levels, steps of unequal cost, two resources, next to
+nothing to search."""
+
+
+def loss(levels: Assignment) -> float:
+    """A loss with interactions between neighbouring units; lower is better."""
+    errors = [(1 + i % 3) * 0.5**k for i, k in enumerate(levels)]
+    return sum(errors) + 0.3 * sum(math.sin(7 * i) * a * b for i, (a, b) in enumerate(itertools.pairwise(errors)))
+
+
+class TokenProblem(Problem):
+    """A loss that depends a little on the minibatch; trials cost tokens, chosen ones fail, and calls are counted."""
+
+    name = "tokens"
+    tokens = 64
+
+    def __init__(self, space: CompressionSpace, fails: str = "none") -> None:
+        self.space = space
+        self.fails = fails
+        self.scored = 0
+
+    def score(
+        self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
+    ) -> Sequence[Score]:
+        """Scores, or fails by the levels alone."""
+        self.scored += len(assignments)
+        return [self._score(a, minibatch) for a in assignments]
+
+    def _score(self, levels: Assignment, minibatch: Minibatch) -> Score:
+        if self.fails == "all" or (self.fails == "some" and sum(i * k for i, k in enumerate(levels)) % 3 == 0):
+            return Score(math.nan, minibatch.tokens, reason="chosen to fail")
+        wiggle = sum(math.sin(minibatch.seed % 1000 + i) * k for i, k in enumerate(levels))
+        return Score(loss(levels) + 0.1 * wiggle / math.sqrt(minibatch.tokens), minibatch.tokens)
+
+
+class _Tape:
+    """A recorder in memory that knows the first outcomes of another search."""
+
+    def __init__(self, known: Sequence[Outcome]) -> None:
+        self.known = list(known)
+
+    def recall(self, trials: Sequence[Trial], minibatch: Minibatch) -> list[Outcome]:
+        """The next known outcomes; they must be of these very trials."""
+        found = [self.known.pop(0) for _ in trials[: len(self.known)]]
+        assert [o.trial for o in found] == list(trials[: len(found)])
+        assert all(o.minibatch == minibatch.seed for o in found)
+        return found
+
+    def recall_checkpoint(self, fraction: float, levels: Assignment) -> Checkpoint | None:
+        """None are kept."""
+        return None
+
+    def record(self, outcomes: Sequence[Outcome]) -> None:
+        """Not needed."""
+
+    def record_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Not needed."""
+
+    def finish(self, result: SearchResult) -> None:
+        """Not needed."""
+
+
+def _facts(outcomes: Sequence[Outcome]) -> list[tuple[Trial, float, int]]:
+    return [(o.trial, o.loss, o.minibatch) for o in outcomes]
+
+
+def _trace(
+    suite: type[SearcherConformance], name: str, space: str, seed: int, evaluations: int
+) -> list[tuple[Trial, float, int]]:
+    """Trials and losses of a search; runs in spawned processes too."""
+    problem = TokenProblem(SPACES[space])
+    searcher = suite().searcher(name, problem.space, seed)
+    return _facts(search(searcher, problem, budget=Budget(evaluations=evaluations), seed=3).outcomes)
+
+
+@cache
+def _spawned() -> ProcessPoolExecutor:
+    """A fresh interpreter with another hash seed, kept for all tests."""
+    before = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = "12345"
+    try:
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(os.getpid).result()
+    finally:
+        os.environ.pop("PYTHONHASHSEED")
+        if before is not None:
+            os.environ["PYTHONHASHSEED"] = before
+    return pool
+
+
+class SearcherConformance:
+    """Inherit, and name the searchers; every test runs for each of them.
+
+    Attributes:
+        names: registered names, or keys that your ``searcher`` understands.
+        settings: given to every searcher.
+        evaluations: trials of a search; enough for several batches.
+        skip_spaces: names of :data:`SPACES` that the searchers do not support.
+    """
+
+    names: ClassVar[Sequence[str]] = ()
+    settings: ClassVar[Mapping[str, Any]] = {}
+    evaluations: ClassVar[int] = 40
+    skip_spaces: ClassVar[Sequence[str]] = ()
+
+    def searcher(self, name: str, space: CompressionSpace, seed: int) -> Searcher:
+        """A new searcher; override for one that is not registered."""
+        return make_searcher(name, space, seed=seed, **self.settings)
+
+    @classmethod
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+
+        @pytest.fixture(params=cls.names, name="name")
+        def name(self: Any, request: pytest.FixtureRequest) -> str:
+            return str(request.param)
+
+        cls.name = name  # type: ignore[attr-defined]
+
+    def _run(self, name: str, problem: Problem, seed: int = 0, **budget: Any) -> SearchResult:
+        return search(self.searcher(name, problem.space, seed), problem, budget=Budget(**budget), seed=3)
+
+    @pytest.mark.parametrize("space", SPACES)
+    def test_asks_only_feasible_assignments_and_ends(self, name: str, space: str) -> None:
+        """Also on spaces with nothing, or next to nothing, to choose."""
+        if space in self.skip_spaces:
+            pytest.skip("not supported")
+        problem = FunctionProblem(SPACES[space], loss)
+        searcher = self.searcher(name, problem.space, 0)
+        assert searcher.recommend() is None or problem.space.feasible(searcher.recommend() or ())
+        result = search(searcher, problem, budget=Budget(evaluations=self.evaluations))
+        assert result.outcomes or searcher.stop_reason
+        assert all(problem.space.feasible(o.trial.levels) for o in result.outcomes)
+        assert result.best is not None
+        assert problem.space.feasible(result.best)
+        assert result.stop_reason
+
+    @pytest.mark.parametrize("evaluations", [1, 2, 7, 23])
+    def test_never_overspends_and_is_told_exactly_what_was_paid(self, name: str, evaluations: int) -> None:
+        """A budget that ends inside a batch cuts the batch; without a reason to stop, all of it is spent."""
+        problem = TokenProblem(SPACES["equal"])
+        searcher = self.searcher(name, problem.space, 0)
+        asked: list[tuple[Trial, ...]] = []
+        told: list[list[Trial]] = []
+        ask, tell = searcher.ask, searcher.tell
+
+        def spy_ask(allowance: Allowance) -> tuple[Trial, ...]:
+            asked.append(ask(allowance))
+            return asked[-1]
+
+        def spy_tell(outcomes: Sequence[Outcome]) -> None:
+            told.append([o.trial for o in outcomes])
+            tell(outcomes)
+
+        searcher.ask, searcher.tell = spy_ask, spy_tell  # type: ignore[method-assign]
+        result = search(searcher, problem, budget=Budget(evaluations=evaluations))
+        assert problem.scored == len(result.outcomes) <= evaluations
+        assert len(result.outcomes) == evaluations or searcher.stop_reason
+        assert all(batch == list(of[: len(batch)]) for batch, of in zip(told, asked, strict=False))
+        assert [t for batch in told for t in batch] == [o.trial for o in result.outcomes]
+        numbers = [o.trial.number for o in result.outcomes]
+        assert numbers == sorted(set(numbers))
+
+    def test_keeps_to_its_allowance(self, name: str) -> None:
+        """Of trials and of tokens."""
+        for allowance in (Allowance(evaluations=3, default_tokens=64), Allowance(tokens=3 * 64, default_tokens=64)):
+            trials = self.searcher(name, SPACES["equal"], 0).ask(allowance)
+            assert 1 <= len(trials) <= allowance.affords(len(trials), trials[0].tokens)
+
+    def test_spends_no_more_tokens_than_it_has(self, name: str) -> None:
+        """Whatever fidelity it asks for."""
+        problem = TokenProblem(SPACES["unequal"])
+        result = self._run(name, problem, tokens=64 * 20 + 17)
+        assert sum(o.tokens for o in result.outcomes) <= 64 * 20 + 17
+
+    def test_survives_failed_trials(self, name: str) -> None:
+        """And does not recommend one."""
+        problem = TokenProblem(SPACES["equal"], fails="some")
+        result = self._run(name, problem, evaluations=self.evaluations)
+        if any(o.usable for o in result.outcomes):
+            assert result.best is not None
+            assert any(o.usable and o.trial.levels == result.best for o in result.outcomes)
+
+    def test_survives_when_every_trial_fails(self, name: str) -> None:
+        """Whatever it recommends then is feasible."""
+        result = self._run(name, TokenProblem(SPACES["equal"], fails="all"), evaluations=self.evaluations)
+        assert result.best is None or SPACES["equal"].feasible(result.best)
+
+    def test_same_seed_same_trials_also_in_a_spawned_process(self, name: str) -> None:
+        """Another interpreter, another hash seed."""
+        here = _trace(type(self), name, "unequal", 5, self.evaluations)
+        assert here == _trace(type(self), name, "unequal", 5, self.evaluations)
+        assert here == _spawned().submit(_trace, type(self), name, "unequal", 5, self.evaluations).result()
+
+    def test_different_seeds_differ(self, name: str) -> None:
+        """Unless the searcher says that it is not random."""
+        traces = [[t.levels for t, _, _ in _trace(type(self), name, "unequal", s, self.evaluations)] for s in range(4)]
+        if self.searcher(name, SPACES["unequal"], 0).random:
+            assert any(trace != traces[0] for trace in traces[1:])
+        else:
+            assert all(trace == traces[0] for trace in traces[1:])
+
+    @pytest.mark.parametrize("share", [0.0, 0.37, 0.8, 1.0])
+    def test_resumed_by_replay_equals_uninterrupted(self, name: str, share: float) -> None:
+        """Known outcomes go through ask and tell; only the rest is scored."""
+        whole = self._run(name, TokenProblem(SPACES["unequal"]), evaluations=self.evaluations)
+        known = whole.outcomes[: round(share * len(whole.outcomes))]
+        problem = TokenProblem(SPACES["unequal"])
+        searcher = self.searcher(name, problem.space, 0)
+        resumed = search(searcher, problem, budget=Budget(evaluations=self.evaluations), seed=3, journal=_Tape(known))
+        assert _facts(resumed.outcomes) == _facts(whole.outcomes)
+        assert problem.scored == len(whole.outcomes) - len(known)
+        assert resumed.best == whole.best

@@ -1,0 +1,125 @@
+"""What is searched: a space and a way to score its assignments."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
+
+__all__ = ["FunctionProblem", "Minibatch", "Problem", "Score"]
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """Calibration data of one batch of trials.
+
+    The seed orders the pool; the minibatch is its first ``tokens`` tokens. So the same seed with more tokens is a
+    superset (nested minibatches), and the same seed with the same tokens is the same data in any process.
+    """
+
+    seed: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Loss of one assignment on one minibatch.
+
+    Attributes:
+        loss: lower is better; NaN or infinite: the assignment failed and ``reason`` says why.
+        tokens: tokens that the model read for it, and that are charged; 0 where the problem has a fidelity: the whole
+            minibatch is charged.
+        stopped: scoring stopped early and the loss is a lower bound.
+        reason: why it failed.
+    """
+
+    loss: float
+    tokens: int = 0
+    stopped: bool = False
+    reason: str = ""
+
+
+class Problem(ABC):
+    """A space, a loss (lower is better), and held-out figures that are outside every budget.
+
+    Attributes:
+        name: shown in tables and run names.
+        space: the assignments that may be scored; the loop never passes an infeasible one.
+        tokens: calibration tokens of a trial that names none; 0: the problem has no fidelity.
+        pool_tokens: the most calibration tokens that a minibatch may hold; 0: no limit.
+    """
+
+    name: str
+    space: CompressionSpace
+    tokens: int = 0
+    pool_tokens: int = 0
+
+    @abstractmethod
+    def score(
+        self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
+    ) -> Sequence[Score]:
+        """Scores all assignments on the same minibatch, in order.
+
+        ``keep=s`` allows exact early stopping: only the best s of the batch have to be complete.
+        """
+
+    def validate(self, assignment: Assignment) -> dict[str, float]:
+        """Held-out figures of an assignment, at least ``loss`` (lower is better); never charged to a budget."""
+        return {"loss": float(self.score([assignment], Minibatch(seed=0, tokens=self.tokens))[0].loss)}
+
+    def reference(self) -> dict[str, float]:
+        """Held-out figures of the uncompressed model, where there is one."""
+        return {}
+
+    def check(self, tokens: int) -> None:  # noqa: B027 - most problems can draw any minibatch
+        """Raises an EvoHpoError when a minibatch of this many tokens cannot be drawn; called before any work."""
+
+    def report(self) -> dict[str, Any]:
+        """How trials were scored: measured settings, counted failures; JSON for people, compared with nothing."""
+        return {}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that must be equal for two searches to be comparable: space, data, model, store."""
+        space = json.dumps(self.space.to_json(), sort_keys=True)
+        return {"problem": self.name, "space": hashlib.sha256(space.encode()).hexdigest()[:16]}
+
+
+class FunctionProblem(Problem):
+    """Any function of a level vector as a problem; no language model needed.
+
+    Args:
+        space: its space.
+        function: assignment -> loss, lower is better. An exception or a value that is not finite is a failed trial.
+        name: shown in tables.
+        optimum: the least loss that any feasible assignment has, where it is known.
+    """
+
+    def __init__(
+        self,
+        space: CompressionSpace,
+        function: Callable[[Assignment], float],
+        name: str = "function",
+        *,
+        optimum: float | None = None,
+    ) -> None:
+        self.space = space
+        self.function = function
+        self.name = name
+        self.optimum = optimum
+
+    def score(
+        self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
+    ) -> Sequence[Score]:
+        """Calls the function once for each assignment."""
+        return [self._score(a) for a in assignments]
+
+    def _score(self, assignment: Assignment) -> Score:
+        try:
+            return Score(float(self.function(assignment)))
+        except Exception as error:  # a failing evaluation is a result, the search goes on
+            return Score(float("nan"), reason=f"{type(error).__name__}: {error}")

@@ -1,0 +1,251 @@
+"""Searchers and problems by name, found through the entry-point groups ``evo_hpo.searchers`` and ``evo_hpo.problems``.
+
+A searcher's entry point is a :class:`Searcher` class, or a :class:`Family` whose members are named
+``family:member`` (``optuna:tpe``). A problem's entry point is a function that takes keyword settings and returns a
+:class:`Problem`. Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, runtime_checkable
+
+from evo_hpo.errors import EvoHpoError, InvalidSettingError, UnknownNameError
+from evo_hpo.search.problem import Problem
+from evo_hpo.search.searcher import Searcher, check_settings, settings_of
+from evo_hpo.space.compression_space import CompressionSpace
+
+__all__ = [
+    "Description",
+    "Family",
+    "Prepared",
+    "Preview",
+    "available_problems",
+    "available_searchers",
+    "describe_problem",
+    "describe_searcher",
+    "make_problem",
+    "make_searcher",
+    "prepare_problem",
+    "preview_problem",
+    "problem_factory",
+    "searcher_class",
+]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a name stands for: a one-line summary, its settings with defaults and meanings, and whether seeds matter."""
+
+    name: str
+    summary: str
+    settings: dict[str, Any]
+    random: bool = True
+    meanings: dict[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Family(Protocol):
+    """Many searchers of one library under one prefix."""
+
+    def members(self) -> tuple[str, ...]:
+        """Names after the colon."""
+
+    def member(self, name: str) -> type[Searcher]:
+        """The searcher class of a member, or UnknownNameError."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What can be checked of a problem before it is built.
+
+    Attributes:
+        space: its space, or a small stand-in with the same levels.
+        tokens: calibration tokens of a trial that names none; 0: the problem has no fidelity.
+        check: raises an EvoHpoError when a minibatch of so many tokens cannot be drawn.
+    """
+
+    space: CompressionSpace
+    tokens: int
+    check: Callable[[int], None]
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A problem's factory that has something to build (a level store) before the problem can be made."""
+
+    def preview(self, settings: dict[str, Any]) -> Preview:
+        """What can be checked without building; raises an EvoHpoError for settings that cannot work."""
+
+    def prepare(self, settings: dict[str, Any], progress: Callable[..., None]) -> None:
+        """Builds what is missing."""
+
+
+@cache
+def _entries(group: str) -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=group):
+        if entry.name in found and found[entry.name].value != entry.value:
+            raise InvalidSettingError(
+                f"two packages register {entry.name!r} in {group}: {found[entry.name].value} and {entry.value};"
+                " uninstall one of them"
+            )
+        found[entry.name] = entry
+    return dict(sorted(found.items()))
+
+
+def _unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownNameError:
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    shown = [k for k in known if ":" not in k] if len(known) > 40 else known
+    prefix = name.partition(":")[0]
+    where = f"known: {', '.join(shown)} (see `evo-hpo list`)" if shown else f"`evo-hpo list {prefix}` shows all"
+    return UnknownNameError(f"unknown {kind} {name!r}; {hint}{where}")
+
+
+def available_searchers() -> tuple[str, ...]:
+    """Names of all searchers, members of families included."""
+    names: list[str] = []
+    for name, entry in _entries("evo_hpo.searchers").items():
+        try:
+            target = entry.load()
+        except ImportError:  # a plugin that is broken or lacks a package must not hide the others
+            names.append(name)
+            continue
+        names += [name] if isinstance(target, type) else [f"{name}:{m}" for m in target.members()]
+    return tuple(names)
+
+
+def _load(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except ImportError as error:
+        raise InvalidSettingError(f"{entry.name!r} ({entry.value}) cannot be loaded: {error}") from error
+
+
+def searcher_class(name: str) -> type[Searcher]:
+    """The class behind a searcher's name.
+
+    Raises:
+        UnknownNameError: no such searcher; the message names near matches.
+    """
+    prefix, _, member = name.partition(":")
+    entry = _entries("evo_hpo.searchers").get(prefix)
+    if entry is None:
+        raise _unknown("searcher", name, tuple(_entries("evo_hpo.searchers")))
+    target = _load(entry)
+    if isinstance(target, type) and issubclass(target, Searcher):
+        if member:
+            raise _unknown("searcher", name, available_searchers())
+        return target
+    if member not in target.members():
+        try:
+            found: type[Searcher] = target.member(member)
+        except UnknownNameError:
+            raise _unknown("searcher", name, tuple(f"{prefix}:{m}" for m in target.members())) from None
+        return found
+    return target.member(member)  # type: ignore[no-any-return]
+
+
+def make_searcher(name: str, space: CompressionSpace, *, seed: int = 0, **settings: Any) -> Searcher:
+    """A searcher by name, on a space, with its settings.
+
+    Raises:
+        UnknownNameError: no such searcher or setting.
+        InvalidSettingError: a setting outside its range.
+    """
+    cls = searcher_class(name)
+    check_settings(name, cls, settings)
+    try:
+        return cls(space, seed=seed, **settings)
+    except EvoHpoError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InvalidSettingError(f"a setting of {name} has the wrong type or value: {error}") from error
+
+
+def describe_searcher(name: str) -> Description:
+    """Summary and settings of a searcher."""
+    cls = searcher_class(name)
+    meanings = {k: v for base in reversed(cls.__mro__) for k, v in _meanings(base).items()}
+    return Description(name, _summary(cls), settings_of(cls), cls.random, meanings)
+
+
+def _summary(target: object) -> str:
+    return (inspect.getdoc(target) or "").split("\n\n")[0].replace("\n", " ").replace("``", "`")
+
+
+def _meanings(target: object) -> dict[str, str]:
+    """What the docstring says about each argument, in its section ``Args:`` or ``Attributes:``."""
+    section = re.search(
+        r"(?ms)^(?:Args|Attributes):\n(.*?)(?=^\S|\Z)", inspect.cleandoc(getattr(target, "__doc__", None) or "")
+    )
+    entries = re.findall(r"(?ms)^    ([\w, ]+): (.*?)(?=^    \w|\Z)", section[1]) if section else []
+    return {name: " ".join(text.split()).replace("``", "`") for names, text in entries for name in names.split(", ")}
+
+
+def available_problems() -> tuple[str, ...]:
+    """Names of all problems."""
+    return tuple(_entries("evo_hpo.problems"))
+
+
+def problem_factory(name: str) -> Callable[..., Problem]:
+    """The function behind a problem's name.
+
+    Raises:
+        UnknownNameError: no such problem; the message names near matches.
+    """
+    entry = _entries("evo_hpo.problems").get(name)
+    if entry is None:
+        raise _unknown("problem", name, available_problems())
+    factory: Callable[..., Problem] = _load(entry)
+    return factory
+
+
+def make_problem(name: str, **settings: Any) -> Problem:
+    """A problem by name with its settings.
+
+    Raises:
+        UnknownNameError: no such problem or setting.
+    """
+    factory = problem_factory(name)
+    known = _parameters(factory)
+    for key in settings:
+        if key not in known:
+            raise UnknownNameError(
+                f"problem {name!r} has no setting {key!r}; it has: {', '.join(sorted(known)) or 'none'}"
+            )
+    return factory(**settings)
+
+
+def preview_problem(name: str, settings: dict[str, Any]) -> Preview:
+    """What a problem says of itself before anything is built; one that has nothing to build is simply made."""
+    factory = problem_factory(name)
+    if isinstance(factory, Prepared):
+        return factory.preview(settings)
+    made = make_problem(name, **settings)
+    return Preview(made.space, made.tokens, made.check)
+
+
+def prepare_problem(name: str, settings: dict[str, Any], progress: Callable[..., None]) -> None:
+    """Lets a problem build what it needs, once, before searches start."""
+    factory = problem_factory(name)
+    if isinstance(factory, Prepared):
+        factory.prepare(settings, progress)
+
+
+def describe_problem(name: str) -> Description:
+    """Summary and settings of a problem."""
+    factory = problem_factory(name)
+    meanings = _meanings(getattr(factory, "documented_by", factory))
+    return Description(name, _summary(factory), _parameters(factory), meanings=meanings)
+
+
+def _parameters(factory: Callable[..., Problem]) -> dict[str, Any]:
+    return {p.name: p.default for p in inspect.signature(factory).parameters.values()}

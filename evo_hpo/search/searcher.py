@@ -1,0 +1,169 @@
+"""The interface of every search algorithm: ask, tell, recommend.
+
+The loop calls ``ask``, scores the batch, calls ``tell`` with its outcomes, and again. Both are called from one thread,
+strictly alternating. A searcher is a deterministic function of its space, seed, settings and the outcomes it was told:
+that is what makes a search resumable by replaying its journal.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import numpy as np
+
+from evo_hpo.errors import InvalidSettingError, UnknownNameError
+from evo_hpo.search.budget import Allowance
+from evo_hpo.search.trial import Draw, Outcome, Trial
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
+
+__all__ = ["Searcher", "boolean", "positive", "probability", "settings_of"]
+
+
+class Searcher(ABC):
+    """Base of all searchers. Subclasses take the space and keyword-only settings, all with defaults.
+
+    Attributes:
+        space: the space that is searched.
+        rng: the searcher's own random stream, a function of the seed alone.
+        stop_reason: why ``ask`` returned nothing.
+    """
+
+    random: ClassVar[bool] = True
+    """False: the seed changes nothing, one run says all."""
+
+    def __init__(self, space: CompressionSpace, *, seed: int = 0) -> None:
+        self.space = space
+        self.seed = seed
+        self.rng = np.random.default_rng(seed)
+        self.stop_reason = ""
+        self._asked = 0
+        self._best: Outcome | None = None
+
+    @abstractmethod
+    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
+        """One batch of trials that are scored on one minibatch; ``()`` ends the search and sets ``stop_reason``.
+
+        A searcher should keep within the allowance; the loop drops trials off the end that it cannot pay.
+        """
+
+    @abstractmethod
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        """The outcomes of the batch asked last, in order; fewer where the budget ended inside the batch."""
+
+    def recommend(self) -> Assignment | None:
+        """The assignment to take if the search ended now; None before the first outcome.
+
+        By default the least loss among complete trials of the largest fidelity, which compares fairly only where all
+        trials see the same data; searchers on fresh minibatches say what their incumbent is.
+        """
+        return None if self._best is None else self._best.trial.levels
+
+    # ------------------------------------------------------------------ for subclasses
+
+    def trial(self, levels: Sequence[int], **fields: Any) -> Trial:
+        """The next trial, numbered."""
+        self._asked += 1
+        return Trial(self._asked - 1, tuple(levels), **fields)
+
+    def remember(self, outcomes: Sequence[Outcome]) -> None:
+        """Keeps the best outcome for the default ``recommend``."""
+        for outcome in outcomes:
+            if outcome.usable and (self._best is None or self._rank(outcome) < self._rank(self._best)):
+                self._best = outcome
+
+    @staticmethod
+    def _rank(outcome: Outcome) -> tuple[int, float]:
+        return -outcome.tokens, outcome.loss
+
+    @classmethod
+    def setting_names(cls) -> tuple[str, ...]:
+        """Names of the settings that this searcher takes."""
+        return tuple(settings_of(cls))
+
+
+def settings_of(cls: type) -> dict[str, Any]:
+    """Settings (keyword-only parameters but the seed) of a searcher class with their defaults, own class first."""
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        for p in parameters:
+            if p.kind is p.KEYWORD_ONLY and p.name != "seed":
+                found.setdefault(p.name, p.default)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def check_settings(name: str, cls: type, settings: dict[str, Any]) -> None:
+    """Raises UnknownNameError for a setting that the searcher does not have."""
+    known = settings_of(cls)
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise UnknownNameError(
+                f"searcher {name!r} has no setting {key!r}{hint}; it has: {', '.join(sorted(known)) or 'none'}"
+            )
+
+
+def positive(name: str, value: int, least: int = 1) -> int:
+    """``value`` as an integer of at least ``least``.
+
+    Raises:
+        InvalidSettingError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise InvalidSettingError(f"{name}={value!r} must be an integer of at least {least}")
+    return int(value)
+
+
+def boolean(name: str, value: bool) -> bool:
+    """``value`` where it is a truth value; text such as "False" is not.
+
+    Raises:
+        InvalidSettingError: it is something else.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise InvalidSettingError(f"{name}={value!r} must be true or false")
+    return bool(value)
+
+
+def number(name: str, value: float, *, zero: bool = False) -> float:
+    """``value`` where it is a finite number above 0, or with ``zero`` of at least 0.
+
+    Raises:
+        InvalidSettingError: it is something else.
+    """
+    known = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not (known and math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        raise InvalidSettingError(f"{name}={value!r} must be a number {'of at least' if zero else 'above'} 0")
+    return float(value)
+
+
+def probability(name: str, value: float) -> float:
+    """``value`` where it is a number from 0 to 1.
+
+    Raises:
+        InvalidSettingError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
+        raise InvalidSettingError(f"{name}={value!r} must be a probability, 0 to 1")
+    return float(value)
+
+
+def draw(name: str, value: str) -> Draw:
+    """``value`` as the minibatch rule of a searcher whose trials all have one fidelity: ``fixed`` or ``fresh``.
+
+    Raises:
+        InvalidSettingError: another rule.
+    """
+    if value not in ("fixed", "fresh"):
+        raise InvalidSettingError(f"{name}={value!r} must be fixed or fresh")
+    return cast(Draw, value)

@@ -1,0 +1,1 @@
+"""Searchers that fit an additive model of the loss and solve it exactly."""

@@ -1,0 +1,1 @@
+"""EvoPress: mutation, selection, starts, published presets."""

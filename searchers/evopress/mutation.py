@@ -1,0 +1,303 @@
+"""How EvoPress makes an offspring: small named strategies, each a function of a parent and a random stream.
+
+All keep the budget. The distributions follow EvoPress (arXiv 2410.14649, section 3.2 and appendix); :class:`Exchange`
+is ours: level switches inside groups of equal size can never move budget from one group to another.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.search.searcher import probability
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+__all__ = [
+    "Exchange",
+    "LevelSwitch",
+    "Uniforms",
+    "UnrestrictedSwitch",
+    "heavy_tailed",
+    "mutation",
+    "switch_counts",
+]
+
+ATTEMPTS = 64  # random picks before looking at every unit
+MOST_CHANGES = 10  # of the unrestricted switch, as published
+TAIL = 2.5  # exponent of the heavy-tailed number of switches
+LEAST_RETURNED = 0.8  # share of the freed cost that the unrestricted switch must spend again, as published
+
+
+class Uniforms:
+    """A stream of random integers, drawn from the generator in blocks: twenty times cheaper than one at a time."""
+
+    def __init__(self, rng: Generator, block: int = 4096) -> None:
+        self._rng = rng
+        self._block = block
+        self._buffer: list[float] = []
+
+    def below(self, n: int) -> int:
+        """An integer in 0..n-1, uniform."""
+        if not self._buffer:
+            self._buffer = self._rng.random(self._block).tolist()
+        return int(self._buffer.pop() * n)
+
+    def chance(self, probability: float) -> bool:
+        """True with this probability."""
+        if not self._buffer:
+            self._buffer = self._rng.random(self._block).tolist()
+        return self._buffer.pop() < probability
+
+
+SwitchCount = Callable[[Uniforms], int]
+Mutation = Callable[[Assignment, Uniforms, int], Assignment | None]
+"""(parent, stream, number of switches) -> offspring, or None where this draw led to none."""
+
+
+def switch_counts(rule: str, most: int) -> SwitchCount:
+    """Number of switches an offspring takes: ``min_of_two`` uniform draws from 1..most, or ``fixed`` at most.
+
+    Raises:
+        InvalidSettingError: another rule.
+    """
+    if rule == "min_of_two":  # P(1, 2, 3) = 5/9, 3/9, 1/9 for most = 3
+        return lambda stream: 1 + min(stream.below(most), stream.below(most))
+    if rule == "fixed":
+        return lambda stream: most
+    raise InvalidSettingError(f"switch_rule={rule!r} must be one of: min_of_two, fixed")
+
+
+def heavy_tailed(most: int) -> SwitchCount:
+    """Number of switches r from 1..most with probability proportional to r^-2.5: mostly few, now and then very many.
+
+    A power law leaves local optima without giving up the neighbourhood (Doerr, Le, Makhmara, Nguyen, "Fast Genetic
+    Algorithms", GECCO 2017, whose exponents are above 1).
+    """
+    shares = list(itertools.accumulate(r**-TAIL for r in range(1, most + 1)))
+    fine = 2**30
+    return lambda stream: 1 + bisect.bisect_right(shares, stream.below(fine) / fine * shares[-1])
+
+
+def mutation(space: CompressionSpace, group: str, cross_group: float) -> Mutation:
+    """The mutation that the settings name.
+
+    ``group`` is ``size``, ``name`` or ``none``; with several groups, an offspring is made by cross-group exchanges
+    with probability ``cross_group``. Where the steps of a group differ in cost (levels of 2, 4 and 8 bits), a switch
+    seldom meets the budget; what it fails to make is made by exchanges within a group.
+
+    Raises:
+        InvalidSettingError: a value outside the above.
+    """
+    if group not in ("size", "name", "none"):
+        raise InvalidSettingError(f"group={group!r} must be one of: size, name, none")
+    cross_group = probability("cross_group", cross_group)
+    within = UnrestrictedSwitch(space) if group == "none" else _within_groups(space, group)
+    several = group != "none" and len(space.groups(group)) > 1
+    if not several or not cross_group:
+        return within
+    across = Exchange(space)
+    return lambda parent, stream, switches: (across if stream.chance(cross_group) else within)(parent, stream, switches)
+
+
+def _within_groups(space: CompressionSpace, rule: str) -> Mutation:
+    """Level switches, and exchanges within a group where steps differ in cost and no switch was made."""
+    switch = LevelSwitch(space, rule)
+    if all(group.exact for group in switch.groups):
+        return switch
+    exchange = Exchange(space, rule)
+    return lambda parent, stream, switches: switch(parent, stream, switches) or exchange(parent, stream, switches)
+
+
+@dataclass(frozen=True)
+class _Group:
+    members: tuple[int, ...]
+    exact: bool  # all steps of all members cost the same, so a switch needs no check
+
+
+class LevelSwitch:
+    """The published mutation: one unit of a group a level down, another one a level up.
+
+    A group is picked with probability proportional to its number of units, then a unit that can go down and a different
+    one that can go up, both uniformly.
+    """
+
+    def __init__(self, space: CompressionSpace, rule: str = "size") -> None:
+        self.space = space
+        self.groups = [_Group(members, _equal_steps(space, members)) for members in space.groups(rule).values()]
+        self._group_of_pick = [g for g in self.groups for _ in g.members]  # uniform pick = proportional to size
+
+    def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
+        """An offspring after ``switches`` switches, or None where a group had none."""
+        if not self._group_of_pick:
+            return None
+        levels = list(parent)
+        exact = True
+        for _ in range(switches):
+            group = self._group_of_pick[stream.below(len(self._group_of_pick))]
+            down = _pick(group.members, levels, self.space.lowest, -1, stream)
+            up = _pick(group.members, levels, self.space.highest, down, stream) if down >= 0 else -1
+            if up < 0:
+                return None
+            levels[down] -= 1
+            levels[up] += 1
+            exact = exact and group.exact
+        offspring = tuple(levels)
+        return offspring if exact or self.space.feasible(offspring) else None
+
+
+class UnrestrictedSwitch:
+    """The published mutation without groups: raises anywhere, then lowers anywhere until the budget holds again.
+
+    Rejected where more than 10 levels change in all, or less than 0.8 of the cost that was freed is spent again.
+    """
+
+    def __init__(self, space: CompressionSpace) -> None:
+        self.space = space
+        self.members = tuple(i for m in space.groups("none").values() for i in m)
+        self._slack = _Slack(space)
+
+    def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
+        """An offspring that starts with ``switches`` raises, or None where it was rejected."""
+        space, steps, levels = self.space, self._slack.steps, list(parent)
+        before = slack = self._slack.of(parent)
+        raised: set[int] = set()
+        for _ in range(switches):
+            up = _pick(self.members, levels, space.highest, -1, stream)
+            if up < 0:
+                return None
+            slack -= steps[up][levels[up]]
+            levels[up] += 1
+            raised.add(up)
+        added = before - slack
+        changes = switches
+        while slack < 0:
+            down = _pick(self.members, levels, space.lowest, -1, stream, barred=raised)
+            if down < 0 or changes >= MOST_CHANGES:
+                return None
+            levels[down] -= 1
+            slack += steps[down][levels[down]]
+            changes += 1
+        removed = added + slack - before
+        return self._slack.offspring(levels, slack) if added >= LEAST_RETURNED * removed else None
+
+
+class Exchange:
+    """Moves budget between units of unequal steps; with ``rule`` "none", between groups, so that no share is frozen.
+
+    With another rule a group keeps about its share: what an exchange leaves unspent, another group's may spend.
+
+    An exchange raises a unit and lowers others until the budget holds. What is left in the end is spent by raising
+    units that were not lowered, in random order, while they fit, so the offspring stays close to the budget. Units of
+    unequal size make an exchange change more units than a switch does, so an offspring takes half as many, rounded up:
+    the more units change at once, the more seldom all of it is good.
+
+    Args:
+        space: of the assignments.
+        rule: all units of an offspring are of one group of this rule, picked with probability proportional to its size.
+    """
+
+    def __init__(self, space: CompressionSpace, rule: str = "none") -> None:
+        self.space = space
+        self.groups = list(space.groups(rule).values())
+        self._group_of_pick = [g for g in self.groups for _ in g]
+        self._slack = _Slack(space)
+        self.least_step = space.least_step
+
+    def unspent(self, parent: Assignment) -> bool:
+        """True where the budget pays for another step of some unit."""
+        slack, steps = self._slack.of(parent), self._slack.steps
+        if slack < self.least_step:
+            return False
+        return any(parent[i] < self.space.highest[i] and steps[i][parent[i]] <= slack for g in self.groups for i in g)
+
+    def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
+        """An offspring after half of ``switches`` exchanges, rounded up, or None where units ran out."""
+        if not self.groups:
+            return None
+        members = self.groups[0]
+        if len(self.groups) > 1:
+            members = self._group_of_pick[stream.below(len(self._group_of_pick))]
+        space, steps, levels = self.space, self._slack.steps, list(parent)
+        slack = self._slack.of(parent)
+        raised: set[int] = set()
+        lowered: set[int] = set()
+        for _ in range((switches + 1) // 2):
+            up = _pick(members, levels, space.highest, -1, stream, barred=lowered)
+            if up < 0:
+                return None
+            slack -= steps[up][levels[up]]
+            levels[up] += 1
+            raised.add(up)
+            while slack < 0:
+                down = _pick(members, levels, space.lowest, -1, stream, barred=raised)
+                if down < 0:
+                    return None
+                levels[down] -= 1
+                lowered.add(down)
+                slack += steps[down][levels[down]]
+        for _ in range(ATTEMPTS):
+            if slack < self.least_step:
+                break
+            up = members[stream.below(len(members))]
+            if up not in lowered and levels[up] < space.highest[up] and steps[up][levels[up]] <= slack:
+                slack -= steps[up][levels[up]]
+                levels[up] += 1
+        return self._slack.offspring(levels, slack)
+
+
+class _Slack:
+    """What is left of the first resource, followed from a parent to its offspring instead of summed over all units.
+
+    Attributes:
+        steps: what raising each unit from each of its levels costs.
+    """
+
+    def __init__(self, space: CompressionSpace) -> None:
+        self.space = space
+        self.steps = [tuple(b[0] - a[0] for a, b in itertools.pairwise(unit)) for unit in space.vectors]
+        self._most = space.budget - space.floor
+        self._parent: Assignment = ()
+        self._left = 0
+
+    def of(self, parent: Assignment) -> int:
+        """The slack of an assignment; that of the last one asked for is remembered."""
+        if parent is not self._parent:
+            self._parent, self._left = parent, self.space.slack(parent)
+        return self._left
+
+    def offspring(self, levels: list[int], slack: int) -> Assignment | None:
+        """The assignment where it is feasible; ``levels`` lie within their limits and leave ``slack``."""
+        within = 0 <= slack <= self._most if self.space.dimensions == 1 else self.space.feasible(levels)
+        return tuple(levels) if within else None
+
+
+def _pick(
+    members: Sequence[int],
+    levels: Sequence[int],
+    limits: Sequence[int],
+    other: int,
+    stream: Uniforms,
+    barred: set[int] | frozenset[int] = frozenset(),
+) -> int:
+    """A uniform pick among members that are not at their limit, not ``other`` and not barred; -1: there is none."""
+    n = len(members)
+    for _ in range(ATTEMPTS):
+        i = members[stream.below(n)]
+        if levels[i] != limits[i] and i != other and i not in barred:
+            return i
+    able = [i for i in members if levels[i] != limits[i] and i != other and i not in barred]
+    return able[stream.below(len(able))] if able else -1
+
+
+def _equal_steps(space: CompressionSpace, members: Sequence[int]) -> bool:
+    if space.dimensions > 1:
+        return False
+    steps = {b[0] - a[0] for i in members for a, b in itertools.pairwise(space.vectors[i])}
+    return len(steps) <= 1

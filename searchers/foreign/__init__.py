@@ -1,0 +1,1 @@
+"""Optuna's samplers and Nevergrad's optimizers as searchers of compression spaces."""

@@ -1,0 +1,346 @@
+"""How the proposals of optimizers that know no budget become feasible assignments.
+
+A foreign optimizer moves in its own coordinates, one for each unit that may change: an integer level, or a continuous
+key. An encoding turns a proposal into the feasible assignment that is scored, and says which point the optimizer is
+told the loss of. Which encoding is used matters more than which optimizer; ``docs/encodings.md`` has the measurements.
+
+=============== =========== ============================================ ====================================
+name            coordinates the assignment that is scored                what the optimizer is told
+=============== =========== ============================================ ====================================
+repaired        levels      random steps to the budget                   the repaired point
+projection      levels      nearest (Euclid), ties at random             the projected point
+native          levels      nearest (Euclid), ties fixed in the search   its own point
+penalty         levels      as ``native``                                its own point, loss + penalty
+set_constraint  levels      as ``native``                                its own point, marked infeasible
+keys            keys        budget poured over units in order of keys    its own point
+sequential      levels      as proposed: each unit is offered only the   the assignment
+                            levels that the rest of the budget allows
+=============== =========== ============================================ ====================================
+"""
+
+from __future__ import annotations
+
+import heapq
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.random import Generator
+
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
+
+__all__ = ["ENCODINGS", "Decoded", "Encoding", "make_encoding"]
+
+Point = tuple[float, ...]
+"""One coordinate a unit that may change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What became of a proposal.
+
+    Attributes:
+        levels: the feasible assignment to score.
+        told: the point whose loss the optimizer is told.
+        excess: by how much the proposal was over the budget, as a fraction of it; 0 where it was within.
+    """
+
+    levels: Assignment
+    told: Point
+    excess: float = 0.0
+
+
+class Encoding(ABC):
+    """Coordinates of the units that may change, and the way from a proposal to an assignment.
+
+    Args:
+        space: where the assignments are feasible.
+        rng: for random repairs and ties.
+        fill: spend what a repair or a modest proposal leaves of the budget.
+    """
+
+    name: ClassVar[str]
+    continuous: ClassVar[bool] = False
+    """True: coordinates are keys in [0, 1]; False: integer levels."""
+    one_to_one: ClassVar[bool] = False
+    """True: the same point always gives the same assignment."""
+
+    def __init__(self, space: CompressionSpace, rng: Generator, *, fill: bool = True) -> None:
+        self.space = space
+        self.rng = rng
+        self.fill = fill
+        self.free = tuple(i for i in range(len(space)) if space.lowest[i] < space.highest[i])
+        """The units that may change, in the order of the coordinates."""
+        self.low = tuple(space.lowest[i] for i in self.free)
+        self.high = tuple(space.highest[i] for i in self.free)
+        self._enough = -1 if fill else space.budget - space.floor  # slack at which steps up end; -1: when nothing fits
+        self._costs = [[level[0] for level in unit] for unit in space.vectors]
+        self._seed = int(rng.spawn(1)[0].integers(2**31))
+
+    @abstractmethod
+    def decode(self, point: Sequence[float]) -> Decoded:
+        """The assignment for a proposal."""
+
+    def encode(self, levels: Assignment) -> Point:
+        """A point whose assignment is ``levels``, or as near as filling the budget allows."""
+        return tuple(float(levels[i]) for i in self.free)
+
+    # ------------------------------------------------------------------ for subclasses
+
+    def _levels(self, point: Sequence[float]) -> list[int]:
+        """The proposal as levels of all units, rounded into range; feasible or not."""
+        levels = list(self.space.lowest)
+        for i, x, low, high in zip(self.free, point, self.low, self.high, strict=True):
+            levels[i] = min(max(round(float(x)), low), high)
+        return levels
+
+    def _excess(self, levels: Sequence[int]) -> float:
+        """Largest relative excess over a resource's budget, or shortfall below a floor."""
+        worst = 0.0
+        for cost, budget, floor in zip(self.space.costs(levels), self.space.budgets, self.space.floors, strict=True):
+            worst = max(worst, (cost - budget) / max(budget, 1), (floor - cost) / max(floor, 1))
+        return worst
+
+    def _settle(self, levels: list[int]) -> Assignment:
+        """The levels, or where several resources or a floor still object, the nearest assignment that they allow."""
+        several = self.space.dimensions > 1
+        if self.space.feasible(levels) and not (several and self.fill):
+            return tuple(levels)
+        ties = np.random.default_rng(self._seed) if self.one_to_one else self.rng
+        return self.space.repair(levels, ties, fill=several and self.fill)
+
+
+class Repaired(Encoding):
+    """Random single steps down to the budget (and up to it); told the repaired point."""
+
+    name = "repaired"
+
+    def decode(self, point: Sequence[float]) -> Decoded:
+        """Steps of units drawn uniformly from those that can still take one."""
+        levels = self._levels(point)
+        excess = self._excess(levels)
+        if self.space.dimensions == 1:
+            self._walk(levels)
+        settled = self._settle(levels)
+        return Decoded(settled, self.encode(settled), excess)
+
+    def _walk(self, levels: list[int]) -> None:
+        slack = self.space.slack(levels)
+        if slack < 0:
+            slack = self._steps(levels, slack, -1)
+        if slack > max(self._enough, 0):
+            self._steps(levels, slack, +1)
+
+    def _steps(self, levels: list[int], slack: int, sign: int) -> int:
+        """Random steps down until nothing is over the budget, or up until nothing more fits or has to; the slack."""
+        end = self.space.lowest if sign < 0 else self.space.highest
+        pool = [i for i in self.free if levels[i] != end[i]]
+        draws: list[float] = []
+        while pool and (slack > self._enough if sign > 0 else slack < 0):
+            if not draws:
+                draws = self.rng.random(len(pool) + 8).tolist()
+            pick = int(draws.pop() * len(pool))
+            i = pool[pick]
+            after = slack + self._costs[i][levels[i]] - self._costs[i][levels[i] + sign]
+            fits = sign < 0 or after >= 0
+            if fits:
+                slack = after
+                levels[i] += sign
+            if not fits or levels[i] == end[i]:
+                pool[pick] = pool[-1]
+                pool.pop()
+        return slack
+
+
+class Projection(Encoding):
+    """The nearest assignment within the budget (greedy in squared distance for the cost), ties at random."""
+
+    name = "projection"
+
+    def decode(self, point: Sequence[float]) -> Decoded:
+        """Fresh ties each time; told the projected point."""
+        excess = self._excess(self._levels(point))
+        settled = self._project(point, self.rng.random(len(self.free)).tolist())
+        return Decoded(settled, self.encode(settled), excess)
+
+    def _project(self, point: Sequence[float], ties: Sequence[float]) -> Assignment:
+        levels = self._levels(point)
+        if self.space.dimensions == 1:
+            slack = self.space.slack(levels)
+            if slack < 0:
+                slack = self._steps(levels, point, ties, slack, -1)
+            if slack > max(self._enough, 0):
+                self._steps(levels, point, ties, slack, +1)
+        return self._settle(levels)
+
+    def _steps(self, levels: list[int], point: Sequence[float], ties: Sequence[float], slack: int, sign: int) -> int:
+        """Steps in order of added squared distance for each unit of cost; the slack after."""
+        end = self.space.lowest if sign < 0 else self.space.highest
+        costs = self._costs
+
+        def entry(position: int) -> tuple[float, float, int]:
+            i = self.free[position]
+            added = 2 * sign * (levels[i] - float(point[position])) + 1
+            moved = abs(costs[i][levels[i] + sign] - costs[i][levels[i]]) or 1
+            return added / moved, ties[position], position
+
+        heap = [entry(p) for p, i in enumerate(self.free) if levels[i] != end[i]]
+        heapq.heapify(heap)
+        while heap and (slack > self._enough if sign > 0 else slack < 0):
+            position = heapq.heappop(heap)[2]
+            i = self.free[position]
+            after = slack + costs[i][levels[i]] - costs[i][levels[i] + sign]
+            if sign > 0 and after < 0:
+                continue
+            slack = after
+            levels[i] += sign
+            if levels[i] != end[i]:
+                heapq.heappush(heap, entry(position))
+        return slack
+
+
+class Native(Projection):
+    """As ``projection``, but the optimizer is told its own point, and equal proposals give equal assignments."""
+
+    name = "native"
+    one_to_one = True
+
+    def __init__(self, space: CompressionSpace, rng: Generator, *, fill: bool = True) -> None:
+        super().__init__(space, rng, fill=fill)
+        self._ties = rng.random(len(self.free)).tolist()  # fixed, but in no order of position
+
+    def decode(self, point: Sequence[float]) -> Decoded:
+        """The proposal's fixed projection."""
+        told = tuple(map(float, point))
+        return Decoded(self._project(point, self._ties), told, self._excess(self._levels(point)))
+
+
+class Penalty(Native):
+    """As ``native``; the loss told grows with the proposal's excess over the budget."""
+
+    name = "penalty"
+
+
+class SetConstraint(Native):
+    """As ``native``; the optimizer is told by how much the proposal broke the budget (Optuna's constraints)."""
+
+    name = "set_constraint"
+
+
+class Keys(Encoding):
+    """Random keys and water-filling: the budget is poured over the units in the order of their keys.
+
+    A unit with key x and L + 1 levels wishes for level x L; its step from level k to k + 1 has priority x L - k, and
+    steps are taken in descending priority while they fit. So all keys rise or sink together until the budget is spent.
+    """
+
+    name = "keys"
+    continuous = True
+    one_to_one = True
+
+    def decode(self, point: Sequence[float]) -> Decoded:
+        """Pours from the cheapest assignment; told its own point."""
+        levels = list(self.space.lowest)
+        steps = sorted(
+            (k - x * (high - low), position, low + k)
+            for position, (x, low, high) in enumerate(zip(map(float, point), self.low, self.high, strict=True))
+            for k in range(high - low)
+        )
+        if self.space.dimensions == 1:
+            self._pour(levels, steps)
+        else:
+            self._pour_several(levels, steps)
+        return Decoded(self._settle(levels), tuple(map(float, point)))
+
+    def _pour(self, levels: list[int], steps: Sequence[tuple[float, int, int]]) -> None:
+        costs, slack = self._costs, self.space.slack(levels)
+        for _, position, level in steps:
+            i = self.free[position]
+            if levels[i] == level:
+                after = slack + costs[i][level] - costs[i][level + 1]
+                if after >= 0:
+                    slack = after
+                    levels[i] = level + 1
+
+    def _pour_several(self, levels: list[int], steps: Sequence[tuple[float, int, int]]) -> None:
+        """With several resources: a step is taken where it needs no more of any than there is, or than before."""
+        spent = self.space.costs(levels)
+        for _, position, level in steps:
+            i = self.free[position]
+            now, then = self.space.vectors[i][level : level + 2]
+            after = tuple(s + b - a for s, a, b in zip(spent, now, then, strict=True))
+            if levels[i] == level and all(
+                a <= max(b, s) for a, b, s in zip(after, self.space.budgets, spent, strict=True)
+            ):
+                levels[i], spent = level + 1, after
+
+    def encode(self, levels: Assignment) -> Point:
+        """Keys that wish for exactly these levels."""
+        return tuple(
+            (levels[i] - low) / (high - low) for i, low, high in zip(self.free, self.low, self.high, strict=True)
+        )
+
+
+class Sequential(Encoding):
+    """Units are offered one after the other, in a fresh random order, what the rest of the budget allows."""
+
+    name = "sequential"
+
+    def decode(self, point: Sequence[float]) -> Decoded:
+        """The point itself; settled only where several resources, or a floor between gaps, make the ranges too wide."""
+        settled = self._settle(self._levels(point))
+        return Decoded(settled, self.encode(settled))
+
+    def suggest(self, offer: Callable[[int, int, int], int]) -> Decoded:
+        """Calls ``offer(coordinate, low, high)`` for each unit and returns the assignment of its answers."""
+        units = self.space.vectors
+        resources = range(self.space.dimensions)
+        most = list(self.space.budgets)  # what may still be spent, were all open units at their cheapest
+        least = list(self.space.floors)  # what must still be spent, were all open units at their dearest
+        for i, (low, high) in enumerate(zip(self.space.lowest, self.space.highest, strict=True)):
+            for r in resources:
+                spread = [unit_cost[r] for unit_cost in units[i][low : high + 1]]
+                most[r] -= min(spread)
+                least[r] -= max(spread)
+        point = [0] * len(self.free)
+        for position in self.rng.permutation(len(self.free)).tolist():
+            i, low, high = self.free[position], self.low[position], self.high[position]
+            options = range(low, high + 1)
+            cheapest = [min(units[i][k][r] for k in options) for r in resources]
+            dearest = [max(units[i][k][r] for k in options) for r in resources]
+            allowed = [
+                k
+                for k in options
+                if all(
+                    units[i][k][r] - cheapest[r] <= most[r] and units[i][k][r] - dearest[r] >= least[r]
+                    for r in resources
+                )
+            ] or [low]
+            level = offer(position, allowed[0], allowed[-1])
+            point[position] = level
+            for r in resources:
+                most[r] -= units[i][level][r] - cheapest[r]
+                least[r] -= units[i][level][r] - dearest[r]
+        return self.decode(point)
+
+
+ENCODINGS: dict[str, type[Encoding]] = {
+    cls.name: cls for cls in (Repaired, Projection, Native, Penalty, SetConstraint, Keys, Sequential)
+}
+"""Encodings by name."""
+
+
+def make_encoding(
+    name: str, space: CompressionSpace, rng: Generator, *, fill: bool = True, allowed: Sequence[str] = tuple(ENCODINGS)
+) -> Encoding:
+    """An encoding by name.
+
+    Raises:
+        InvalidSettingError: no such encoding, or not one of ``allowed``.
+    """
+    if name not in allowed:
+        raise InvalidSettingError(f"encoding={name!r} must be one of: {', '.join(allowed)}")
+    return ENCODINGS[name](space, rng, fill=fill)

@@ -1,0 +1,1 @@
+"""EvoPress inside ordinary Optuna studies and Nevergrad parametrizations."""

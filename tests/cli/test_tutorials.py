@@ -1,0 +1,82 @@
+"""Every tutorial, run as its reader would: files written, Python executed, commands given."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from evo_hpo.run.plan import load_plan
+
+TUTORIALS = Path(__file__).parents[2] / "docs" / "tutorials"
+README = Path(__file__).parents[2] / "README.md"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: its language, the file that it is to be saved as, its text."""
+
+    language: str
+    file: str
+    text: str
+
+
+def blocks(path: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    found = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+    return [Block(*b) for b in found]
+
+
+def follow(path: Path, folder: Path) -> str:
+    """Does what the page says, in a folder; the output of everything."""
+    shown = ""
+    for block in blocks(path):
+        if block.file:
+            (folder / block.file).write_text(block.text, encoding="utf-8")
+            if block.file.startswith("test_"):
+                shown += run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", block.file], folder)
+        elif block.language == "python":
+            shown += run([sys.executable, "-c", block.text], folder)
+        elif block.language == "console":
+            for line in block.text.splitlines():
+                words = shlex.split(line)
+                assert words[0] == "evo-hpo"
+                shown += run([sys.executable, "-m", "evo_hpo.cli.commands", *words[1:]], folder)
+    return shown
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Output of a command that must succeed."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("compare-two-algorithms", "uniform"),
+        ("add-a-searcher", "passed"),
+        ("add-a-problem", "layers.9.mlp"),
+        ("ablate-evopress", "fixed 7"),
+    ],
+)
+def test_tutorials_do_what_they_say(name: str, expected: str, tmp_path: Path) -> None:
+    assert expected in follow(TUTORIALS / f"{name}.md", tmp_path)
+
+
+def test_the_plan_for_a_large_model_is_valid(tmp_path: Path) -> None:
+    plan = next(b for b in blocks(TUTORIALS / "seven-billion.md") if b.file)
+    (tmp_path / plan.file).write_text(plan.text, encoding="utf-8")
+    load_plan(tmp_path / plan.file).check()
+
+
+def test_the_example_in_the_readme_runs_and_is_short(tmp_path: Path) -> None:
+    example = next(b for b in blocks(README) if b.language == "python")
+    assert len(example.text.splitlines()) < 25
+    assert "evopress" in run([sys.executable, "-c", example.text], tmp_path)

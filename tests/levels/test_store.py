@@ -1,0 +1,195 @@
+"""Opening stores: what is damaged is refused by name, memory modes agree, spaces count what they say."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+
+from evo_hpo.errors import InvalidSettingError, StoreError
+from evo_hpo.levels import joined, open_store
+from evo_hpo.levels.blockwise import build_store
+from evo_hpo.levels.pruners import Magnitude
+from evo_hpo.levels.quantizers import RTN
+from evo_hpo.models.loading import LoadedModel
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stores")
+    llama = LoadedModel.from_model(tiny_model("llama"))
+    build_store(llama, path / "rtn", RTN([2, 3, 4], group_size=16))
+    build_store(llama, path / "magnitude", Magnitude([0, 0.25, 0.5]))
+    return path
+
+
+def copy(source: Path, target: Path) -> Path:
+    (target / "units").mkdir(parents=True)
+    for path in source.rglob("*.*"):
+        (target / path.relative_to(source)).write_bytes(path.read_bytes())
+    return target
+
+
+def test_memory_modes_give_the_same_weights(folder: Path) -> None:
+    modes = [open_store(folder / "rtn", memory=memory) for memory in ("resident", "packed", 20_000)]
+    modes[0].preload()
+    for unit in range(len(modes[0].units)):
+        for level in (2, 0, 1, 2):
+            found = [next(iter(store.weights(unit, level).values())) for store in modes]
+            assert all(torch.equal(found[0], other) for other in found[1:])  # type: ignore[arg-type]
+    assert modes[0].weights(0, 0) is not None
+    first, again = (modes[0].weights(0, 1)[modes[0].units[0].name] for _ in range(2))
+    assert first is again  # resident: a reference, not a copy
+    assert modes[2]._bytes <= 20_000
+
+
+def test_weights_come_in_the_compute_dtype(folder: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = next(iter(open_store(folder / "magnitude", dtype=dtype).weights(3, 1).values()))
+        assert weight is not None
+        assert weight.dtype == dtype
+
+
+def test_a_short_file_is_refused_by_name_at_once(folder: Path, tmp_path: Path) -> None:
+    damaged = copy(folder / "rtn", tmp_path / "s")
+    path = damaged / "units" / "model.layers.1.mlp.up_proj.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(StoreError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        open_store(damaged)
+    path.unlink()
+    with pytest.raises(StoreError, match="missing"):
+        open_store(damaged)
+
+
+def test_a_flipped_bit_is_refused_by_name_when_read(folder: Path, tmp_path: Path) -> None:
+    damaged = copy(folder / "rtn", tmp_path / "s")
+    path = damaged / "units" / "model.layers.0.mlp.up_proj.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(bytes(data))
+    store = open_store(damaged)
+    with pytest.raises(StoreError, match=r"model\.layers\.0\.mlp\.up_proj"):
+        store.verify()
+    with pytest.raises(StoreError, match=r"model\.layers\.0\.mlp\.up_proj"):
+        store.preload()
+
+
+def test_a_damaged_or_missing_manifest_is_refused(folder: Path, tmp_path: Path) -> None:
+    damaged = copy(folder / "rtn", tmp_path / "s")
+    (damaged / "manifest.json").write_text((damaged / "manifest.json").read_text()[:200])
+    with pytest.raises(StoreError, match="damaged manifest"):
+        open_store(damaged)
+    with pytest.raises(StoreError, match="build one first"):
+        open_store(tmp_path / "nothing")
+
+
+def test_another_models_store_is_refused(folder: Path) -> None:
+    with pytest.raises(StoreError, match="another|rebuild"):
+        open_store(folder / "rtn", model_fingerprint="0" * 16)
+
+
+def test_fingerprints_follow_content(folder: Path, tmp_path: Path) -> None:
+    assert open_store(folder / "rtn").fingerprint == open_store(copy(folder / "rtn", tmp_path / "s")).fingerprint
+    assert open_store(folder / "rtn").fingerprint != open_store(folder / "magnitude").fingerprint
+
+
+def test_average_bits_become_an_exact_budget(folder: Path) -> None:
+    store = open_store(folder / "rtn")
+    size = sum(unit.size for unit in store.units)
+    space = store.space(2.7)
+    assert space.budget == int(Fraction("2.7") * size)
+    assert space.cost((1,) * len(store.units)) == 3 * size
+    assert [unit.levels for unit in store.units[:1]] == [("2", "3", "4")]
+
+
+def test_sparsity_becomes_a_number_of_weights(folder: Path) -> None:
+    store = open_store(folder / "magnitude")
+    size = sum(unit.size for unit in store.units)
+    assert store.space(0.3).budget == store.space(sparsity=0.3).budget == int(Fraction("0.7") * size)
+    assert store.units[0].levels == ("0.5", "0.25", "0")
+    assert store.units[0].costs[2] == store.units[0].size
+
+
+def test_storage_bits_can_be_the_budget(folder: Path) -> None:
+    levels = open_store(folder / "rtn").levels.counted_in("storage")
+    stored = json.loads((folder / "rtn" / "manifest.json").read_text())["units"][0]["levels"]
+    assert levels.units[0].costs == tuple(level["storage"] for level in stored)
+    assert stored[0]["storage"] > 2 * levels.units[0].size
+
+
+def test_tied_units_share_a_level(folder: Path) -> None:
+    store = open_store(folder / "rtn")
+    tied = store.levels.tied()
+    assert [unit.name.split(".", 3)[3] for unit in tied.units[:4]] == [
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        "mlp.gate_up_proj",
+        "mlp.down_proj",
+    ]
+    assert len(tied.units[0].members) == 3
+    assert tied.units[0].size == sum(store.units[i].size for i in range(3))
+    assert sum(unit.size for unit in tied.units) == sum(unit.size for unit in store.units)
+    weights = tied.weights(0, 1)
+    for number in range(3):
+        name = store.units[number].name
+        assert torch.equal(weights[name], store.weights(number, 1)[name])  # type: ignore[arg-type]
+
+
+def test_stores_join_into_one_space_with_dropped_units(folder: Path) -> None:
+    rtn, magnitude = open_store(folder / "rtn"), open_store(folder / "magnitude")
+    both = joined([rtn.levels.with_dropped(), magnitude.levels.select(labels=["0.5"])])
+    unit = both.units[0]
+    assert unit.levels == ("dropped", "2", "3", "4", "0.5")
+    assert unit.costs == (0, 2 * unit.size, 3 * unit.size, 4 * unit.size, 8 * unit.size)
+    assert both.weights(0, 0) == {unit.name: None}
+    assert torch.equal(both.weights(0, 2)[unit.name], rtn.weights(0, 1)[unit.name])  # type: ignore[arg-type]
+    assert torch.equal(both.weights(0, 4)[unit.name], magnitude.weights(0, 0)[unit.name])  # type: ignore[arg-type]
+    assert both.space(3).feasible((2,) * len(both.units))
+    twice = joined([rtn.levels, rtn.levels], prefixes=["a", "b"])
+    assert twice.units[0].levels == ("a2", "b2", "a3", "b3", "a4", "b4")
+    with pytest.raises(StoreError, match="prefixes"):
+        joined([rtn.levels, rtn.levels])
+
+
+def test_levels_and_units_can_be_selected(folder: Path) -> None:
+    levels = open_store(folder / "rtn").levels.select(labels=["2", "4"], include=r"layers\.1\.")
+    assert {unit.levels for unit in levels.units} == {("2", "4")}
+    assert len(levels.units) == 7
+    with pytest.raises(InvalidSettingError, match="leave nothing"):
+        levels.select(labels=["7"])
+
+
+def test_a_budget_in_the_wrong_resource_is_refused(folder: Path) -> None:
+    with pytest.raises(InvalidSettingError, match="weights"):
+        open_store(folder / "rtn").space(sparsity=0.5)
+    with pytest.raises(InvalidSettingError, match="exactly one"):
+        open_store(folder / "rtn").space()
+
+
+def test_levels_of_equal_cost_are_the_ones_they_are_labelled(tmp_path: Path) -> None:
+    llama = LoadedModel.from_model(tiny_model("llama"))
+    build_store(llama, tmp_path, Magnitude(["2:4", 0.5, "1:2"]))
+    store = open_store(tmp_path)
+    for number, unit in enumerate(store.units):
+        assert len(set(unit.costs)) == 1
+        for level, label in enumerate(unit.levels):
+            weight = store.weights(number, level)[unit.name]
+            assert weight is not None
+            kept = set((weight != 0).view(len(weight), -1, 2).sum(2).flatten().tolist())
+            assert (kept == {1}) == (label == "1:2")
+        assert list(store.errors[number]) == sorted(store.errors[number], reverse=True)
+
+
+def test_uniform_compression_at_a_stored_sparsity_fits_the_budget_of_that_sparsity(tmp_path: Path) -> None:
+    loaded = LoadedModel.from_model(tiny_model("llama"))
+    build_store(loaded, tmp_path / "sparse", Magnitude([0.3, 0.7]))
+    space = open_store(tmp_path / "sparse").space(sparsity=0.3)
+    exact = 0.7 * space.total_size
+    assert {space.units[i].levels[level] for i, level in enumerate(space.uniform())} == {"0.3"}
+    assert exact < space.budget < exact + len(space.units)  # each layer rounds up what it keeps
+    between = open_store(tmp_path / "sparse").space(sparsity=0.5)
+    assert between.budget == between.total_size // 2

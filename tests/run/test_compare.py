@@ -1,0 +1,90 @@
+"""Comparisons end to end on a synthetic problem: workers, resume, failures, profiles."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evo_hpo.errors import JournalError, PlanError
+from evo_hpo.record.journal import read_journals
+from evo_hpo.record.profiles import read_profile
+from evo_hpo.run.compare import compare, comparison_folder
+from evo_hpo.run.plan import make_plan
+from evo_hpo.space.compression_space import CompressionSpace
+from tests.run.test_plan import plan_data
+
+
+def trials(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """What every search asked and got, without times."""
+    return {
+        r.search: [(o.trial.number, o.trial.levels, o.loss, o.tokens, o.minibatch, o.trial.parent) for o in r.outcomes]
+        for r in read_journals(folder)
+    }
+
+
+def test_one_and_two_workers_give_identical_results(tmp_path: Path) -> None:
+    one = compare(make_plan(plan_data(workers=1)), root=tmp_path / "one")
+    two = compare(make_plan(plan_data(workers=2)), root=tmp_path / "two")
+    assert trials(one) == trials(two)
+    assert set(trials(one)) == {"uniform-s0", "evopress-s0", "evopress-s1"}
+    record = json.loads((one / "comparison.json").read_text())
+    assert record["problems"]["additive"]["space"]["units"]
+    winner, levels = read_profile(one / "profiles" / "winner.json")
+    space = CompressionSpace.from_json(record["problems"]["additive"]["space"])
+    assert space.feasible(levels)
+    assert space.from_labels(winner["units"]) == levels
+    finals = [json.loads(p.read_text())["held_out"]["loss"] for p in (one / "profiles").glob("*-s?.json")]
+    assert winner["held_out"]["loss"] == min(finals)
+
+
+def test_a_killed_comparison_resumes_to_the_same_trials(tmp_path: Path) -> None:
+    data = plan_data(budget={"evaluations": 3000}, seeds=[0], workers=1, name="killed")
+    data["problems"] = [{"name": "interacting", "settings": {"units": 40}}]
+    whole = compare(make_plan(data), root=tmp_path / "whole")
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(data))
+    script = (
+        "import json, sys; from pathlib import Path; from evo_hpo.run.compare import compare\n"
+        "from evo_hpo.run.plan import make_plan\n"
+        "if __name__ == '__main__': compare(make_plan(json.load(open(sys.argv[1]))), root=Path(sys.argv[2]))\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    arguments = [sys.executable, str(tmp_path / "run.py"), str(plan), str(tmp_path / "cut")]
+    process = subprocess.Popen(arguments, start_new_session=True)
+    journal = tmp_path / "cut" / "killed" / "journals" / "evopress-s0.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (journal.exists() and journal.stat().st_size > 30_000):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    partial = trials(tmp_path / "cut" / "killed").get("evopress-s0", [])
+    assert 0 < len(partial) < 3000
+    resumed = compare(make_plan(data), root=tmp_path / "cut", resume=True)
+    assert trials(resumed) == trials(whole)
+
+
+def test_a_finished_comparison_is_never_overwritten_and_a_changed_plan_not_resumed(tmp_path: Path) -> None:
+    plan = make_plan(plan_data(seeds=[0], budget={"evaluations": 10}))
+    first = compare(plan, root=tmp_path)
+    assert comparison_folder(plan, tmp_path, resume=False) != first
+    assert comparison_folder(plan, tmp_path, resume=True) == first
+    with pytest.raises(JournalError, match=r"budget: was .*10.* is .*20"):
+        comparison_folder(make_plan(plan_data(seeds=[0], budget={"evaluations": 20})), tmp_path, resume=True)
+    with pytest.raises(PlanError, match="nothing to resume"):
+        comparison_folder(make_plan(plan_data(name="other")), tmp_path, resume=True)
+
+
+def test_resuming_a_finished_comparison_scores_nothing_again(tmp_path: Path) -> None:
+    plan = make_plan(plan_data(seeds=[0]))
+    folder = compare(plan, root=tmp_path)
+    before = {p.name: p.read_bytes() for p in (folder / "journals").iterdir()}
+    compare(plan, root=tmp_path, resume=True)
+    assert {p.name: p.read_bytes() for p in (folder / "journals").iterdir()} == before

@@ -1,0 +1,105 @@
+"""Plans: what is accepted, and that every fault is one clear line before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evo_hpo.errors import EvoHpoError, PlanError
+from evo_hpo.run.plan import load_plan, make_plan
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan_data(**changes: Any) -> dict[str, Any]:
+    """A small valid plan."""
+    data: dict[str, Any] = {
+        "name": "small",
+        "seeds": [0, 1],
+        "budget": {"evaluations": 40},
+        "problems": [{"name": "additive", "settings": {"units": 8}}],
+        "searchers": [{"name": "uniform"}, {"name": "evopress", "settings": {"offspring": 4}}],
+    }
+    return data | changes
+
+
+def test_the_grid_is_problems_times_searchers_times_seeds_and_uniform_runs_once() -> None:
+    assert [t.id for t in make_plan(plan_data()).tasks()] == ["uniform-s0", "evopress-s0", "evopress-s1"]
+
+
+def test_the_final_checkpoint_is_always_there_and_seeds_may_be_a_count() -> None:
+    plan = make_plan(plan_data(checkpoints=[0.5], seeds=3))
+    assert plan.checkpoints == (0.5, 1.0)
+    assert plan.seeds == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgett": {}}, "unknown key 'budgett' (did you mean 'budget'?)"),
+        ({"budget": {"token": 5}}, "unknown key 'budget.token'"),
+        ({"budget": {}}, "exactly one of tokens, evaluations or seconds"),
+        ({"budget": {"tokens": 5, "evaluations": 5}}, "exactly one"),
+        ({"budget": {"tokens": -5}}, "must be positive"),
+        ({"searchers": [{"name": "evopress"}, {"name": "evopress"}]}, "label of its own"),
+        ({"searchers": []}, "searchers"),
+        ({"checkpoints": [2.0]}, "fractions of the budget"),
+        ({"name": "../up"}, "names a folder"),
+        ({"seeds": []}, "at least one"),
+        ({"ablation": {"searcher": "nobody", "vary": {"offspring": [1]}}}, "not in the plan"),
+        ({"ablation": {"searcher": "evopress"}}, "nothing to vary"),
+    ],
+)
+def test_malformed_plans_are_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(plan_data(**changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"searchers": [{"name": "evopres"}]}, "did you mean 'evopress'"),
+        ({"searchers": [{"name": "optuna:tpee"}]}, "did you mean 'optuna:tpe'"),
+        ({"searchers": [{"name": "evopress", "settings": {"lambda": 3}}]}, "no setting 'lambda'"),
+        ({"searchers": [{"name": "evopress", "settings": {"offspring": "many"}}]}, "offspring='many'"),
+        ({"problems": [{"name": "smollm3"}]}, "unknown problem 'smollm3'"),
+        ({"problems": [{"name": "additive", "settings": {"unit": 3}}]}, "did you mean 'units'"),
+    ],
+)
+def test_wrong_names_and_settings_are_refused_before_any_work(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(EvoHpoError) as caught:
+        make_plan(plan_data(**changes)).check()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no plan at"):
+        load_plan(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("name = ", encoding="utf-8")
+    with pytest.raises(PlanError, match="not valid TOML"):
+        load_plan(broken)
+    with pytest.raises(PlanError, match="is a folder"):
+        load_plan(tmp_path)
+
+
+def test_ablations_vary_one_setting_at_a_time_or_all_combinations() -> None:
+    vary = {"offspring": [4, 8], "max_switches": [1, 3]}
+    single = make_plan(plan_data(ablation={"searcher": "evopress", "vary": vary}))
+    assert [s.key for s in single.searchers][2:] == [
+        "evopress offspring=8",
+        "evopress max_switches=1",
+        "evopress max_switches=3",
+    ]
+    grid = make_plan(plan_data(ablation={"searcher": "evopress", "vary": vary, "grid": True}))
+    assert len(grid.searchers) == 2 + 4
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "plans").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_plan_that_ships_is_valid(path: Path) -> None:
+    load_plan(path).check()

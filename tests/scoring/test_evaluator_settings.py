@@ -1,0 +1,126 @@
+"""Cached scores, measured settings and compilation: what they keep, and that bits stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from evo_hpo.scoring import compiling
+from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.tuning import fastest_dtype
+from evo_hpo.scoring.worker import Worker
+from evo_hpo.search.problem import Minibatch
+from tests.scoring.evaluators import LARGE, LENGTH, Parts, losses_of, make_evaluator
+from tests.tiny import VOCABULARY, RoundedLevels, random_assignments, random_model, tiny_tokens
+
+
+def test_nothing_is_paid_for_twice(llama: Parts, tmp_path: Path) -> None:
+    candidates = random_assignments(3, len(llama[1].units), 3)
+    first, second = (make_evaluator(llama, cache=tmp_path / "scores.db") for _ in range(2))
+    losses = losses_of(first, candidates)
+    assert losses_of(second, candidates) == losses
+    assert second.counts["cached"] == 3
+    assert second.counts["tokens"] == 0
+    exported = {(a, m): s for a, m, s in second.cache.export()}
+    assert set(exported) == {(c, LARGE) for c in candidates}
+    assert exported[candidates[0], LARGE].mean() / (LENGTH - 1) == pytest.approx(losses[0], rel=1e-12)
+    other = make_evaluator(llama, cache=tmp_path / "scores.db", fitness="perplexity")
+    assert losses_of(other, candidates) != losses
+
+
+def test_measured_settings_are_kept_so_that_bits_stay(llama: Parts, tmp_path: Path) -> None:
+    first, second = (make_evaluator(llama, cache=tmp_path / "scores.db", measure=True, threads=None) for _ in range(2))
+    names = ("batch_size", "chunk", "threads")
+    assert [first.report()[n] for n in names] == [second.report()[n] for n in names]
+    assert any(what.startswith("chunk") and rate > 0 for what, rate in first.report()["measured"])
+    assert not second.report()["measured"]
+    candidates = random_assignments(3, len(llama[1].units), 3)
+    np.testing.assert_allclose(losses_of(second, candidates), losses_of(make_evaluator(llama), candidates), rtol=1e-6)
+
+
+def test_the_compute_dtype_is_one_that_this_machine_multiplies_fast() -> None:
+    assert fastest_dtype() in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_a_compiler_the_blocks_stay_eager(
+    llama: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_compiler(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no working C++ compiler\nsecond line")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    evaluator = make_evaluator(llama, compile=True)
+    assert evaluator.report()["compiled"] == ()
+    assert caplog.messages == [
+        f"{part} are not compiled: RuntimeError: no working C++ compiler"
+        for part in ("decoder blocks", "chunks of logits")
+    ]
+    candidates = random_assignments(2, len(llama[1].units), 3)
+    assert losses_of(evaluator, candidates) == losses_of(make_evaluator(llama), candidates)
+
+
+class _Clock:
+    """Says that what is compiled takes ``factor`` times as long; the runs before it are the eager ones."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+        self.factor, self.runs = factor, dict[Any, int]()
+        monkeypatch.setattr(torch, "compile", lambda code, **_: code)
+        monkeypatch.setattr(compiling, "_seconds", self.seconds)
+
+    def seconds(self, _: Worker, work: Any, __: Tensor) -> float:
+        self.runs[work] = self.runs.get(work, 0) + 1
+        return 1.0 if self.runs[work] <= compiling.REPEATS else self.factor
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(0.5, ("blocks", "chunk")), (0.99, ())])
+def test_what_is_compiled_is_kept_where_it_is_faster_and_the_decision_stays(
+    llama: Parts,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    factor: float,
+    kept: tuple[str, ...],
+) -> None:
+    for time in (factor, 1 / factor):  # the second time, the clock says the opposite
+        _Clock(monkeypatch, time)
+        evaluator = make_evaluator(llama, compile=True, cache=tmp_path / "scores.db")
+        assert evaluator.report()["compiled"] == kept
+
+
+# ---------------------------------------------------------------------- packed weights
+
+
+@pytest.fixture(scope="module")
+def wide() -> Parts:
+    """A Llama with matrices of 64 inputs, which packing leaves alone to the bit, and of 896, which it may not."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=896, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = random_model(config, spread=0.25)
+    return model, RoundedLevels(model)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_no_loss_depends_on_what_was_packed(wide: Parts, batch_size: int) -> None:
+    candidates, minibatch = random_assignments(6, len(wide[1].units), 3), Minibatch(5, 4 * 33)
+
+    def made(packed_bytes: int) -> Evaluator:
+        return Evaluator(*wide, tiny_tokens(length=33), threads=1, batch_size=batch_size, packed_bytes=packed_bytes)
+
+    expected = losses_of(made(0), candidates, minibatch)
+    for packed_bytes in (40_000, 1 << 30):  # a weight of 64 x 64 takes 16 384 bytes
+        evaluator = made(packed_bytes)
+        for order in (candidates, candidates[::-1], candidates[:1]):
+            evaluator.score(order, Minibatch(6, 4 * 33))
+            evaluator.evaluate_held_out(order[0], tiny_tokens(2, 9))
+        assert losses_of(evaluator, candidates, minibatch) == expected
+        assert losses_of(made(packed_bytes), candidates[:1], minibatch) == expected[:1]
+    packs = evaluator.pool.workers[0].switch.packed
+    assert packs.rows == batch_size * 33
+    assert not torch.backends.mkl.is_available() or len(packs) >= 8  # type: ignore[no-untyped-call]

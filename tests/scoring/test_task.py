@@ -1,0 +1,223 @@
+"""A comparison on a (tiny, random) language model, from model folder to exported model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from evo_hpo.errors import EvoHpoError
+from evo_hpo.export.folder import export_profile
+from evo_hpo.record.journal import read_journals
+from evo_hpo.report import Comparison
+from evo_hpo.report.scoring import scoring_sheet
+from evo_hpo.run.compare import compare
+from evo_hpo.run.plan import Plan, make_plan
+from evo_hpo.run.rehearsal import rehearse
+from evo_hpo.scoring import task
+from evo_hpo.scoring.task import language_model
+from evo_hpo.search.problem import Minibatch
+from evo_hpo.search.registry import make_problem, prepare_problem, preview_problem
+from tests.tiny import random_model
+
+
+def rehearse_and_prepare(problem: dict[str, Any], plan: Plan) -> None:
+    """What every command does before it searches."""
+    rehearse(plan, preview_problem("language_model", problem))
+    prepare_problem("language_model", problem, lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-block Llama with random weights and a byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=270,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat"] * 10, trainer)
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=280,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    model: Any = random_model(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def settings(folder: Path, store: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of a problem on the tiny model."""
+    return {
+        "model": str(folder),
+        "store": str(store),
+        "build": {"group_size": 16},
+        "levels": [2, 3, 4],
+        "average": 3.0,
+        "sequence_length": 16,
+        "calibration_tokens": 512,
+        "held_out_tokens": 128,
+        "tokens": 64,
+    } | changes
+
+
+def plan_of(problem: dict[str, Any], **changes: Any) -> Plan:
+    """Uniform and EvoPress on it."""
+    data = {
+        "name": "tiny",
+        "seeds": [0],
+        "workers": 1,
+        "budget": {"tokens": 2048},
+        "problems": [{"name": "language_model", "label": "tiny", "settings": problem}],
+        "searchers": [
+            {"name": "uniform"},
+            {"name": "evopress", "settings": {"offspring": 4, "survivors": [2, 1], "tokens": [32, 64]}},
+        ],
+    }
+    return make_plan(data | changes)
+
+
+def test_from_model_to_winning_profile_to_exported_model(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    problem = settings(model_folder, tmp_path / "store")
+    plan = plan_of(problem)
+    plan.check()
+    rehearse_and_prepare(problem, plan)
+    folder = compare(plan, root=tmp_path / "runs")
+    record = json.loads((folder / "comparison.json").read_text())
+    assert record["problems"]["tiny"]["reference"]["loss"] == pytest.approx(0.0, abs=1e-6)
+    comparison = Comparison.load(folder)
+    sheet = scoring_sheet(comparison, "tiny")
+    assert sheet is not None
+    assert len(sheet.rows) == len(comparison.runs)
+    assert all("float32" in row[1] or "bfloat16" in row[1] for row in sheet.rows)
+    assert "not finite, in all: 0;" in sheet.note
+    assert "memory ran out: 0;" in sheet.note
+    winner = folder / "profiles" / "winner.json"
+    data = json.loads(winner.read_text())
+    assert data["average"] <= 3.0
+
+    export_profile(winner, tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    made = make_problem("language_model", **problem)
+    held_out = made.held_out  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        logits = exported(held_out).logits[:, :-1].double()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), held_out[:, 1:].flatten())
+    assert float(losses.exp()) == pytest.approx(data["held_out"]["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"average": 1.5}, "outside what levels"),
+        ({"average": 7.0}, "outside what levels"),
+        ({"model": "/nowhere"}, "/nowhere"),
+        ({"fitness": "accuracy"}, "one of: kl"),
+        ({"held_out_tokens": 100}, "multiples of sequence_length"),
+        ({"tokens": 100}, "100"),
+        ({"levels": [2, 3, 99]}, "99"),
+        ({"dtype": "int4"}, "float32"),
+        ({"cache": "losses.sqlite"}, "early_stopping = false"),
+        ({"method": "gguf"}, "gguf"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(
+    changes: dict[str, Any], message: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    problem = settings(model_folder, tmp_path / "store", **changes)
+    with pytest.raises(EvoHpoError) as caught:
+        rehearse_and_prepare(problem, plan_of(problem))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_budget_that_pays_for_no_stage_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    problem = settings(model_folder, tmp_path / "store")
+    with pytest.raises(EvoHpoError, match="does not pay"):
+        rehearse_and_prepare(problem, plan_of(problem, budget={"tokens": 40}))
+
+
+def test_a_warm_cache_changes_no_trial(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    changes: dict[str, Any] = {"method": "rtn", "build": {"group_size": 16}, "cache": str(tmp_path / "losses.sqlite")}
+    changes |= {"early_stopping": False}
+    problem = settings(model_folder, tmp_path / "store", **changes)
+    plan = plan_of(problem)
+    rehearse_and_prepare(problem, plan)
+    cold, warm = (read_journals(compare(plan, root=tmp_path / name)) for name in ("cold", "warm"))
+    assert (tmp_path / "losses.sqlite").exists()
+    for a, b in zip(cold, warm, strict=True):
+        assert [(o.trial, o.loss, o.tokens) for o in a.outcomes] == [(o.trial, o.loss, o.tokens) for o in b.outcomes]
+
+
+@pytest.mark.parametrize(("dtype", "used"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_the_dtype_is_the_named_one_or_the_one_measured_fastest(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, used: str
+) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(task, "fastest_dtype", lambda _: torch.bfloat16)
+    problem = settings(model_folder, tmp_path / "store", method="rtn", dtype=dtype, measure=True)
+    rehearse_and_prepare(problem, plan_of(problem))
+    made = make_problem("language_model", **problem)
+    assert made.score([made.space.uniform()], Minibatch(0, 64))[0].loss > 0
+    told = made.report()
+    assert told["dtype"] == used
+    assert any(what.startswith("threads") for what, _ in told["measured"])
+
+
+def test_a_store_of_another_model_is_refused(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    changes = {"method": "rtn", "build": {"group_size": 16}}
+    problem = settings(model_folder, tmp_path / "store", **changes)
+    rehearse_and_prepare(problem, plan_of(problem))
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    model.save_pretrained(other)
+    problem = settings(other, tmp_path / "store", **changes)
+    with pytest.raises(EvoHpoError, match="another"):
+        rehearse_and_prepare(problem, plan_of(problem))
+
+
+def test_a_missing_model_setting_is_named() -> None:
+    with pytest.raises(EvoHpoError, match="'model' is required"):
+        language_model()
+
+
+def test_storage_bits_can_be_the_budget(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    nominal = settings(model_folder, tmp_path / "store", method="rtn")
+    rehearse_and_prepare(nominal, plan_of(nominal))
+    stored = make_problem("language_model", **nominal | {"resource": "storage", "average": 5.0})
+    a_group = 16 + 8  # bits of its scale and zero point, beside the codes of its 16 weights
+    for unit in stored.space.units:
+        assert unit.costs == tuple(bits * unit.size + a_group * unit.size // 16 for bits in (2, 3, 4))
+    assert stored.space.budget == 5 * stored.space.total_size
+    assert stored.score([stored.space.uniform()], Minibatch(0, 32))[0].loss > 0
+    with pytest.raises(EvoHpoError, match="resource='weights' must be empty or 'storage'"):
+        make_problem("language_model", **nominal | {"resource": "weights"})

@@ -353,7 +353,7 @@ def list_names(
 
     [bold]Example:[/bold] evo-hpo list evopress
     """
-    from evo_hpo import registry
+    from evo_hpo.search import registry
 
     members = [m for m in registry.available_searchers() if m.startswith(f"{name}:")] if name else []
     if members:

@@ -221,7 +221,7 @@ def lineage_sheet(comparison: Comparison, problem: str, *, most: int = 40) -> Sh
 def render(comparison: Comparison, sections: Sequence[Section], verdict: str) -> str:
     """The page."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("evo_hpo", "analysis"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("evo_hpo", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("report.html").render(
         comparison=comparison,

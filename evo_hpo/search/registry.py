@@ -226,7 +226,7 @@ def make_problem(name: str, **settings: Any) -> Problem:
 
 def preview_problem(name: str, settings: dict[str, Any]) -> Preview:
     """What a problem says of itself before anything is built; one that has nothing to build is simply made."""
-    factory = problem_factory(name)
+    factory: object = problem_factory(name)
     if isinstance(factory, Prepared):
         return factory.preview(settings)
     made = make_problem(name, **settings)
@@ -235,7 +235,7 @@ def preview_problem(name: str, settings: dict[str, Any]) -> Preview:
 
 def prepare_problem(name: str, settings: dict[str, Any], progress: Callable[..., None]) -> None:
     """Lets a problem build what it needs, once, before searches start."""
-    factory = problem_factory(name)
+    factory: object = problem_factory(name)
     if isinstance(factory, Prepared):
         factory.prepare(settings, progress)
 

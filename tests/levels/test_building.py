@@ -20,7 +20,7 @@ from evo_hpo.levels.quantizers import GPTQ, RTN
 from evo_hpo.levels.store import open_store
 from evo_hpo.models.loading import LoadedModel
 from evo_hpo.models.structure import decoder_blocks, is_transposed, linear_modules
-from tests.levels.conftest import mixtral
+from tests.conftest import mixtral
 from tests.tiny import ARCHITECTURES, tiny_model
 
 CPU = torch.device("cpu")

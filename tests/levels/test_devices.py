@@ -18,8 +18,8 @@ from evo_hpo.levels.quantizers import GPTQ
 from evo_hpo.levels.store import open_store
 from evo_hpo.models.loading import LoadedModel
 from evo_hpo.models.structure import decoder_blocks, linear_modules
+from tests.conftest import mixtral
 from tests.levels.accelerator import StandIn, on_accelerator
-from tests.levels.conftest import mixtral
 from tests.tiny import tiny_model
 
 COMPRESSORS = [

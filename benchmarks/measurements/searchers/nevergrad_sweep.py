@@ -20,7 +20,7 @@ import numpy as np
 
 from evo_hpo import Budget, CompressionSpace, FunctionProblem, Unit, search
 from evo_hpo.space.compression_space import Assignment
-from searchers import nevergrad_adapter
+from searchers.foreign import nevergrad_adapter
 
 TRIALS = 60
 

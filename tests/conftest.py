@@ -1,4 +1,4 @@
-"""Small random models of several architectures, and text for them."""
+"""A tiny random model and text for it."""
 
 from __future__ import annotations
 

@@ -95,15 +95,15 @@ class Genetic(Procedure):
 
     def _cross(self, one: Assignment, other: Assignment) -> Assignment:
         coins = self.rng.random(len(one)) < 0.5
-        child = [a if coin else b for a, b, coin in zip(one, other, coins, strict=True)]
+        cursor = self.space.knapsack.cursor([a if coin else b for a, b, coin in zip(one, other, coins, strict=True)])
         differing = [int(i) for i in self.rng.permutation(len(one)) if one[i] != other[i]]
         for i in differing:
-            if self.moves.fits(child):
+            if cursor.within:
                 break
-            child[i] = min(one[i], other[i])
+            cursor.step(i, min(one[i], other[i]) - cursor.levels[i])
         for i in differing:
-            before = child[i]
-            child[i] = max(one[i], other[i])
-            if not self.moves.fits(child):
-                child[i] = before
-        return tuple(child) if self.space.feasible(child) else one
+            rise = max(one[i], other[i]) - cursor.levels[i]
+            cursor.step(i, rise)
+            if not cursor.within:
+                cursor.step(i, -rise)
+        return cursor.assignment() or one

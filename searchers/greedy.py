@@ -88,11 +88,10 @@ class Greedy(Procedure):
     def _measured(self, current: Assignment, direction: int) -> Steps[list[Assignment]]:
         """Feasible single steps from the current assignment, best measured rate first, only those measured now."""
         steps: dict[int, Assignment] = {}
+        cursor = self.space.knapsack.cursor(current)
         for unit in self.rng.permutation(self.moves.free).tolist():
-            levels = list(current)
-            levels[unit] += direction
-            if self.space.lowest[unit] <= levels[unit] <= self.space.highest[unit] and self.space.feasible(levels):
-                steps[unit] = tuple(levels)
+            if (levels := cursor.peek((unit, direction))) is not None:
+                steps[unit] = levels
         new = [u for u in steps if (u, direction) not in self._rates]
         known = sorted((u for u in steps if (u, direction) in self._rates), key=lambda u: self._rates[u, direction])
         chosen = [*new, *known[: self.lazy]]

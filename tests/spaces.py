@@ -41,7 +41,7 @@ def all_feasible(space: CompressionSpace) -> list[Assignment]:
     found = []
     for levels in itertools.product(*(range(len(u.costs)) for u in space.units)):
         costs = [u.costs[k] for u, k in zip(space.units, levels, strict=True)]
-        totals = [sum(c[r] if isinstance(c, tuple) else c for c in costs) for r in range(space.dimensions)]
+        totals = [sum(c[r] if isinstance(c, tuple) else c for c in costs) for r in range(len(space.budgets))]
         allowed = all(u.fixed in (None, k) for u, k in zip(space.units, levels, strict=True))
         if allowed and all(f <= t <= b for f, t, b in zip(space.floors, totals, space.budgets, strict=True)):
             found.append(levels)

@@ -64,21 +64,13 @@ def exchanged(
     Args:
         lowered, raised: how readily each unit is chosen; units with weight 0 are never changed.
     """
-    levels = list(start)
-    for unit in _order(rng, lowered)[:changes]:
-        levels[unit] = max(levels[unit] - 1, space.lowest[unit])
-    down = {u for u, (a, b) in enumerate(zip(start, levels, strict=True)) if b < a}
-    slack = space.slack(levels)
+    cursor = space.knapsack.cursor(start)
+    down = {unit for unit in _order(rng, lowered)[:changes] if cursor.can(unit, -1)}
+    for unit in down:
+        cursor.step(unit, -1)
     for _ in range(3):
-        for unit in _order(rng, raised):
-            level = levels[unit]
-            if unit in down or level == space.highest[unit]:
-                continue
-            step = space.vectors[unit][level + 1][0] - space.vectors[unit][level][0]
-            if step <= slack:
-                levels[unit] += 1
-                slack -= step
-    return space.check(levels)
+        cursor.spend(unit for unit in _order(rng, raised) if unit not in down)
+    return space.check(cursor.levels)
 
 
 def _weights(rng: Generator, first: int, spread: float) -> np.ndarray:

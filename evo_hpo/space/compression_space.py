@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from fractions import Fraction
@@ -18,7 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from evo_hpo.errors import InfeasibleError, InvalidSpaceError
-from evo_hpo.space.counting import Counter
+from evo_hpo.space.knapsack import Assignment, Knapsack
 from evo_hpo.space.repair import repair
 from evo_hpo.space.uniform import uniform
 from evo_hpo.space.unit import Unit, integer
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from numpy.random import Generator
 
 __all__ = ["Assignment", "CompressionSpace", "Unit"]
-
-Assignment = tuple[int, ...]
-"""One level index per unit, 0 = cheapest."""
 
 
 class CompressionSpace:
@@ -69,26 +65,26 @@ class CompressionSpace:
                         f"module {member!r} belongs to units {other!r} and {unit.name!r}: tie it to one of them"
                     )
         first = self.units[0].costs[0]
-        self.dimensions = len(first) if isinstance(first, tuple) else 1
+        count = len(first) if isinstance(first, tuple) else 1
         if resources is None:
-            resources = ("cost",) if self.dimensions == 1 else [f"resource {r}" for r in range(self.dimensions)]
-        if isinstance(resources, str) or len(resources) != self.dimensions:
+            resources = ("cost",) if count == 1 else [f"resource {r}" for r in range(count)]
+        if isinstance(resources, str) or len(resources) != count:
             raise InvalidSpaceError(
-                f"resources={resources!r} must name each of the {self.dimensions} resources that the levels cost"
+                f"resources={resources!r} must name each of the {count} resources that the levels cost"
             )
         self.resources: tuple[str, ...] = tuple(resources)
         self.vectors: tuple[tuple[tuple[int, ...], ...], ...] = tuple(
             tuple(c if isinstance(c, tuple) else (c,) for c in u.costs) for u in self.units
         )
         """Cost of each unit's levels, a tuple of resources each."""
-        if any(len(level) != self.dimensions for unit in self.vectors for level in unit):
-            raise InvalidSpaceError(f"every unit needs costs for the same {self.dimensions} resource(s)")
+        if any(len(level) != count for unit in self.vectors for level in unit):
+            raise InvalidSpaceError(f"every unit needs costs for the same {count} resource(s)")
         self.budgets: tuple[int, ...] = self._limits(budget, "budget")
-        self.floors: tuple[int, ...] = self._limits(floor, "floor") if floor != 0 else (0,) * self.dimensions
+        self.floors: tuple[int, ...] = self._limits(floor, "floor") if floor != 0 else (0,) * count
         self.lowest: Assignment = tuple(0 if u.fixed is None else u.fixed for u in self.units)
         self.highest: Assignment = tuple(len(u.costs) - 1 if u.fixed is None else u.fixed for u in self.units)
-        self._fixed = tuple((i, u.fixed) for i, u in enumerate(self.units) if u.fixed is not None)
-        self._costs = tuple(tuple(level[0] for level in unit) for unit in self.vectors)
+        self.knapsack = Knapsack(self.vectors, self.lowest, self.highest, self.budgets, self.floors)
+        """Costs and limits alone: what walks from assignment to assignment need."""
         self._check_reachable()
 
     @classmethod
@@ -132,17 +128,13 @@ class CompressionSpace:
 
     def _limits(self, value: int | Sequence[int], what: str) -> tuple[int, ...]:
         limits = tuple(map(integer, value)) if isinstance(value, Sequence) else (integer(value),)
-        if len(limits) != self.dimensions:
+        if len(limits) != len(self.resources):
             raise InvalidSpaceError(f"{what} {value!r} must give one integer for each of: {', '.join(self.resources)}")
         return limits
 
     def _check_reachable(self) -> None:
         for r, name in enumerate(self.resources):
-            costs = [
-                [unit[k][r] for k in range(low, high + 1)]
-                for unit, low, high in zip(self.vectors, self.lowest, self.highest, strict=True)
-            ]
-            least, most = sum(map(min, costs)), sum(map(max, costs))
+            least, most = (sum(unit[r] for unit in units) for units in (self.knapsack.cheapest, self.knapsack.dearest))
             if self.budgets[r] < least:
                 raise InfeasibleError(
                     f"budget {self.budgets[r]} {name} is below the cheapest assignment, "
@@ -175,20 +167,6 @@ class CompressionSpace:
         """Number of weights in all units."""
         return sum(u.size for u in self.units)
 
-    @cached_property
-    def least_step(self) -> int:
-        """The least cost above 0 of a level step (first resource) of units that may change; 1: there is none."""
-        return min(
-            (
-                b - a
-                for unit, low, high in zip(self._costs, self.lowest, self.highest, strict=True)
-                if low < high
-                for a, b in itertools.pairwise(unit)
-                if b > a
-            ),
-            default=1,
-        )
-
     @property
     def two_levels(self) -> bool:
         """True where no unit has more than two levels to choose from, as in depth pruning."""
@@ -208,18 +186,15 @@ class CompressionSpace:
 
     def cost(self, levels: Sequence[int]) -> int:
         """Total cost of the first resource."""
-        return sum(map(operator.getitem, self._costs, levels))
+        return self.knapsack.cost(levels)
 
     def costs(self, levels: Sequence[int]) -> tuple[int, ...]:
         """Total cost of every resource."""
-        if self.dimensions == 1:
-            return (self.cost(levels),)
-        chosen = list(map(operator.getitem, self.vectors, levels))
-        return tuple(sum(c[r] for c in chosen) for r in range(self.dimensions))
+        return self.knapsack.spent(levels)
 
     def slack(self, levels: Sequence[int]) -> int:
         """Unspent budget of the first resource; negative: over the budget."""
-        return self.budgets[0] - self.cost(levels)
+        return self.budgets[0] - self.knapsack.cost(levels)
 
     def average(self, levels: Sequence[int]) -> float:
         """Cost of the first resource a weight, for example average bits."""
@@ -227,16 +202,7 @@ class CompressionSpace:
 
     def feasible(self, levels: Sequence[int]) -> bool:
         """True when every level exists, fixed units are untouched, and every resource is within floor and budget."""
-        if len(levels) != len(self.units) or min(levels) < 0:
-            return False
-        try:
-            if self.dimensions == 1:
-                within = self.floors[0] <= self.cost(levels) <= self.budgets[0]
-            else:
-                within = all(f <= c <= b for f, c, b in zip(self.floors, self.costs(levels), self.budgets, strict=True))
-        except IndexError:
-            return False
-        return within and all(levels[i] == level for i, level in self._fixed)
+        return self.knapsack.feasible(levels)
 
     def check(self, levels: Sequence[int]) -> Assignment:
         """The assignment as a tuple.
@@ -287,37 +253,19 @@ class CompressionSpace:
         if rule not in keys:
             raise InvalidSpaceError(f"group rule {rule!r} must be one of: size, name, none")
         found: dict[str, list[int]] = {}
-        for i, unit in enumerate(self.units):
-            if self.lowest[i] < self.highest[i]:
-                found.setdefault(keys[rule](unit), []).append(i)
+        for i in self.knapsack.free:
+            found.setdefault(keys[rule](self.units[i]), []).append(i)
         return {name: tuple(members) for name, members in found.items()}
 
     def switches(self, levels: Sequence[int], rule: str = "size") -> Iterator[Assignment]:
         """Every feasible assignment that lowers one unit by a step and raises another of its group by a step."""
-        current = list(levels)
+        cursor = self.knapsack.cursor(levels)
         for members in self.groups(rule).values():
-            for down in members:
-                if current[down] <= self.lowest[down]:
-                    continue
-                for up in members:
-                    if up == down or current[up] >= self.highest[up]:
-                        continue
-                    current[down] -= 1
-                    current[up] += 1
-                    if self.feasible(current):
-                        yield tuple(current)
-                    current[down] += 1
-                    current[up] -= 1
+            for down, up in itertools.permutations(members, 2):
+                if (found := cursor.peek((down, -1), (up, +1))) is not None:
+                    yield found
 
     # ------------------------------------------------------------------ counting, sampling, enumerating
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the tables of the sampler, which are hundreds of megabytes and made anew where needed."""
-        return {name: value for name, value in self.__dict__.items() if name != "_counter"}
-
-    @cached_property
-    def _counter(self) -> Counter:
-        return Counter(self.vectors, self.lowest, self.highest, self.budgets, self.floors)
 
     def count(self) -> int:
         """Exact number of feasible assignments, by dynamic programming over costs.
@@ -325,7 +273,7 @@ class CompressionSpace:
         Raises:
             InvalidSpaceError: costs too many and too fine to count exactly.
         """
-        return self._counter.count()
+        return self.knapsack.counter.count()
 
     def sample(self, rng: Generator) -> Assignment:
         """A feasible assignment, uniform over all of them (to floating-point precision of the counts, 1e-12).
@@ -334,21 +282,21 @@ class CompressionSpace:
         resource, fewer where several are fine, and the draw is uniform over the assignments that fit the rounded
         budget: some of those nearest to the budget are left out.
         """
-        return self._counter.sample(rng)
+        return self.knapsack.counter.sample(rng)
 
     def enumerate(self) -> Iterator[Assignment]:
         """Every feasible assignment, in lexicographic order."""
-        return self._counter.enumerate()
+        return self.knapsack.counter.enumerate()
 
     # ------------------------------------------------------------------ special assignments
 
     def uniform(self) -> Assignment:
         """Uniform compression; see :func:`evo_hpo.space.uniform.uniform`."""
-        return uniform(self)
+        return uniform(self.knapsack, [u.size for u in self.units], self.groups().values())
 
     def repair(self, levels: Sequence[float], rng: Generator | None = None, *, fill: bool = False) -> Assignment:
         """The feasible assignment near ``levels``; see :func:`evo_hpo.space.repair.repair`."""
-        return repair(self, levels, rng, fill=fill)
+        return repair(self.knapsack, levels, rng, fill=fill)
 
     # ------------------------------------------------------------------ in and out
 
@@ -378,8 +326,8 @@ class CompressionSpace:
         for name, members in self.groups().items():
             labels = sorted({self.units[i].levels for i in members}, key=lambda levels: (len(levels), levels))
             lines.append(f"  group {name}: {len(members)} units, levels {' | '.join(', '.join(ls) for ls in labels)}")
-        if self._fixed:
-            lines.append(f"  fixed: {len(self._fixed)} units")
+        if fixed := sum(u.fixed is not None for u in self.units):
+            lines.append(f"  fixed: {fixed} units")
         for name, floor, budget in zip(self.resources, self.floors, self.budgets, strict=True):
             average = f" ({budget / self.total_size:.4g} a weight)" if self.total_size > len(self.units) else ""
             lines.append(f"  {name}: at most {budget}{average}" + (f", at least {floor}" if floor else ""))

@@ -114,7 +114,7 @@ class Counter:
     # ------------------------------------------------------------------ sample
 
     @cached_property
-    def _table(self) -> tuple[list[list[tuple[int, ...]]], list[Any], bool]:
+    def table(self) -> tuple[list[list[tuple[int, ...]]], list[Any], bool]:
         """Options in table units; for each unit, ways to finish from each spent cost; whether the grid is exact."""
         options, budgets, floors = self.options, self.budgets, self.floors
         exact = self.cells <= MOST_CELLS
@@ -146,7 +146,7 @@ class Counter:
 
     def sample(self, rng: Generator) -> tuple[int, ...]:
         """One assignment, uniform over the feasible ones."""
-        options, tables, exact = self._table
+        options, tables, exact = self.table
         if not tables[0].flat[0]:
             raise InfeasibleError("no assignment is within floor and budget: widen them")
         for _ in range(10_000):

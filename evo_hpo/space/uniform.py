@@ -2,80 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
+from evo_hpo.space.knapsack import Assignment, Cursor, Knapsack
 from evo_hpo.space.repair import repair
-
-if TYPE_CHECKING:
-    from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["uniform"]
 
 
-def uniform(space: CompressionSpace) -> Assignment:
+def uniform(knapsack: Knapsack, sizes: Sequence[int], groups: Iterable[Sequence[int]]) -> Assignment:
     """The highest cost a weight that all units can share within the budget, one resource.
 
     What is left of a fractional budget raises units by one step each: every kind of unit in the same share, each kind
     spread evenly over the depth. With several resources, units are raised from their cheapest levels in that order,
     round by round, as far as every budget allows.
+
+    Args:
+        knapsack: where the result is feasible.
+        sizes: number of weights of each unit.
+        groups: the units of each kind that can change, in order of depth.
     """
-    if space.dimensions > 1:
-        levels = list(space.lowest)
-        while _raise_once(space, levels):
-            pass
-        if not space.feasible(levels):
-            levels = list(repair(space, levels))
-            while _raise_once(space, levels):
-                pass
-        return tuple(levels)
-    sizes = _sizes(space)
-    ratios = sorted({Fraction(v[0], size) for size, unit in zip(sizes, space.vectors, strict=True) for v in unit})
+    order = _order(groups)
+    if knapsack.several:
+        levels = _raised(knapsack, knapsack.lowest, order)
+        return levels if knapsack.feasible(levels) else _raised(knapsack, repair(knapsack, levels), order)
+    if len(set(knapsack.costs)) == 1:  # a level costs the same in all units, as a dropped module does
+        sizes = [1] * len(sizes)
+    ratios = sorted({Fraction(c, size) for size, unit in zip(sizes, knapsack.first_costs, strict=True) for c in unit})
     low, high = 0, len(ratios) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        affordable = space.cost(_up_to(space, sizes, ratios[middle])) <= space.budget
+        affordable = knapsack.cost(_up_to(knapsack, sizes, ratios[middle])) <= knapsack.budgets[0]
         low, high = (middle, high) if affordable else (low, middle - 1)
-    levels = list(_up_to(space, sizes, ratios[low]))
-    if space.cost(levels) > space.budget:
-        levels = list(repair(space, levels))
-    _raise_once(space, levels)  # also where a floor is not met yet: repair would not spread what it raises
-    return tuple(levels) if space.feasible(levels) else repair(space, levels)
+    levels = _up_to(knapsack, sizes, ratios[low])
+    if knapsack.cost(levels) > knapsack.budgets[0]:
+        levels = repair(knapsack, levels)
+    cursor = knapsack.cursor(levels)
+    cursor.spend(order)  # also where a floor is not met yet: repair would not spread what it raises
+    return cursor.assignment() or repair(knapsack, cursor.levels)
 
 
-def _sizes(space: CompressionSpace) -> list[int]:
-    """Number of weights of each unit; 1 where a level costs the same in all of them, as a dropped module does."""
-    same = len(set(space.vectors)) == 1
-    return [1 if same else unit.size for unit in space.units]
-
-
-def _up_to(space: CompressionSpace, sizes: list[int], ratio: Fraction) -> Assignment:
+def _up_to(knapsack: Knapsack, sizes: Sequence[int], ratio: Fraction) -> Assignment:
     """The dearest level of each unit whose cost a weight is at most ``ratio``."""
+    units = zip(sizes, knapsack.first_costs, knapsack.lowest, knapsack.highest, strict=True)
     return tuple(
-        max([k for k in range(low, high + 1) if costs[k][0] <= ratio * size], default=low)
-        for size, costs, low, high in zip(sizes, space.vectors, space.lowest, space.highest, strict=True)
+        max([k for k in range(low, high + 1) if costs[k] <= ratio * size], default=low)
+        for size, costs, low, high in units
     )
 
 
-def _raise_once(space: CompressionSpace, levels: list[int]) -> bool:
-    """Raises each unit by at most one step, in spread order, as far as all budgets allow; False: none was raised.
-
-    A resource that the step does not need more of is no obstacle, even if it is over its budget: keeping a module costs
-    bits, but none of the modules that may be dropped.
-    """
-    spent, raised = list(space.costs(levels)), False
-    for i in _order(space):
-        if levels[i] < space.highest[i]:
-            now, then = space.vectors[i][levels[i]], space.vectors[i][levels[i] + 1]
-            after = [s + b - a for s, a, b in zip(spent, now, then, strict=True)]
-            if all(a <= max(b, s) for a, b, s in zip(after, space.budgets, spent, strict=True)):
-                levels[i], spent, raised = levels[i] + 1, after, True
-    return raised
+def _raised(knapsack: Knapsack, levels: Assignment, order: Sequence[int]) -> Assignment:
+    """All units raised by a step each, in order, round after round, as far as all budgets allow."""
+    cursor = knapsack.cursor(levels)
+    while _raise_once(cursor, order):
+        pass
+    return tuple(cursor.levels)
 
 
-def _order(space: CompressionSpace) -> list[int]:
-    """Units that can change, so that any first part of them holds the kinds in equal shares, each spread over depth."""
-    keys = {i: (_spread(rank), i) for members in space.groups().values() for rank, i in enumerate(members)}
+def _raise_once(cursor: Cursor, order: Sequence[int]) -> bool:
+    """One round; False: none was raised."""
+    before = list(cursor.levels)
+    for unit in order:
+        if cursor.eases(unit):
+            cursor.step(unit)
+    return cursor.levels != before
+
+
+def _order(groups: Iterable[Sequence[int]]) -> list[int]:
+    """The units, so that any first part of them holds the kinds in equal shares, each spread over depth."""
+    keys = {i: (_spread(rank), i) for members in groups for rank, i in enumerate(members)}
     return sorted(keys, key=keys.__getitem__)
 
 

@@ -138,29 +138,22 @@ class Probing(Procedure):
     def _down(self, centre: Assignment, unit: int, step: int) -> Assignment | None:
         if centre[unit] - step < self.space.lowest[unit]:
             return None
-        levels = list(centre)
-        levels[unit] -= step
+        cursor = self.space.knapsack.cursor(centre)
+        cursor.step(unit, -step)
         for peer in self.rng.permutation(self.moves.free).tolist():
-            if self.space.feasible(levels):
-                return tuple(levels)
-            if peer != unit and levels[peer] < self.space.highest[peer]:
-                levels[peer] += 1
-                if not self.moves.fits(levels):
-                    levels[peer] -= 1
-        return tuple(levels) if self.space.feasible(levels) else None
+            if cursor.feasible:
+                break
+            if peer != unit and cursor.fits(peer):
+                cursor.step(peer)
+        return cursor.assignment()
 
     def _up(self, centre: Assignment, unit: int, step: int, payers: list[int]) -> Assignment | None:
         if centre[unit] + step > self.space.highest[unit]:
             return None
-        levels = list(centre)
-        levels[unit] += step
-        others = [int(u) for u in self.rng.permutation(self.moves.free)]
+        cursor = self.space.knapsack.cursor(centre)
+        cursor.step(unit, step)
+        others = self.rng.permutation(self.moves.free).tolist()
         for _ in range(step):
-            for payer in [*payers, *others]:
-                if self.moves.fits(levels):
-                    break
-                if payer != unit and levels[payer] > self.space.lowest[payer]:
-                    levels[payer] -= 1
-        if not self.space.feasible(levels):
-            levels = list(self.space.repair(levels))
-        return tuple(levels) if levels[unit] > centre[unit] else None
+            cursor.pay([u for u in [*payers, *others] if u != unit])
+        levels = cursor.assignment() or self.space.repair(cursor.levels)
+        return levels if levels[unit] > centre[unit] else None

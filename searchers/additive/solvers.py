@@ -37,7 +37,7 @@ def solve_many(
     """:func:`solve` for several effects at once, which shares the work of the table."""
     start = space.lowest if start is None else start
     changes = changes if changes is None else min(changes, len(space))
-    if space.dimensions == 1:
+    if not space.knapsack.several:
         low, high = _range(space, batch, start, changes)
         if (high - low + 1) * (1 if changes is None else changes + 1) * len(space) * len(batch) <= MOST_CELLS:
             return _tabulate(space, batch, start, changes)
@@ -56,7 +56,7 @@ def solve_by_dynamic_programming(
 
 def _steps(space: CompressionSpace, start: Assignment) -> list[list[int]]:
     """Cost of each allowed level above the start's level, in units of the greatest common divisor."""
-    options = space._counter.options
+    options = space.knapsack.counter.options
     return [
         [unit[k][0] - unit[s - low][0] for k in range(len(unit))]
         for unit, s, low in zip(options, start, space.lowest, strict=True)
@@ -74,7 +74,7 @@ def _range(
     most = len(steps) if changes is None else changes
     ups = sum(sorted((max(s) for s in steps), reverse=True)[:most])
     downs = -sum(sorted(min(s) for s in steps)[:most])
-    slack = space.slack(start) // space._counter.steps[0]
+    slack = space.slack(start) // space.knapsack.counter.steps[0]
     return -downs, max(0, min(ups, slack + downs))
 
 
@@ -85,7 +85,7 @@ def _tabulate(
     if changes is not None:
         changes = min(changes, len(space))
     low, high = _range(space, batch, start, changes)
-    steps, divisor = _steps(space, start), space._counter.steps[0]
+    steps, divisor = _steps(space, start), space.knapsack.counter.steps[0]
     spent, width = space.cost(start), high - low + 1
     layers = 1 if changes is None else changes + 1
     costs = np.arange(low, high + 1) * divisor + spent
@@ -149,14 +149,14 @@ def solve_by_integer_programming(
         if np.isfinite(effects[u][k])
     ]
     units = np.array([u for u, _ in pairs])
-    options = space._counter.options
-    costs = np.array([options[u][k - space.lowest[u]] for u, k in pairs], dtype=float).T
+    counter = space.knapsack.counter
+    costs = np.array([counter.options[u][k - space.lowest[u]] for u, k in pairs], dtype=float).T
     columns = np.arange(len(pairs))
     one_level = coo_array((np.ones(len(pairs)), (units, columns)), shape=(len(space), len(pairs)))
     rows = [LinearConstraint(one_level, 1, 1)]
     rows += [
         LinearConstraint(cost[None, :], floor, budget)
-        for cost, floor, budget in zip(costs, space._counter.floors, space._counter.budgets, strict=True)
+        for cost, floor, budget in zip(costs, counter.floors, counter.budgets, strict=True)
     ]
     if changes is not None and start is not None:
         changed = np.array([float(start[u] != k) for u, k in pairs])

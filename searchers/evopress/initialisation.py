@@ -140,16 +140,12 @@ def initialisation(rule: str, space: CompressionSpace, *, count: int, tokens: in
 
 def random_and_spent(space: CompressionSpace, rng: Generator) -> Assignment:
     """A uniform draw, then random steps up while the budget pays for any: switches never spend what a start leaves."""
-    levels = list(space.sample(rng))
-
-    def raised(i: int) -> list[int]:
-        return [*levels[:i], levels[i] + 1, *levels[i + 1 :]]
-
-    while able := [i for i in range(len(levels)) if levels[i] < space.highest[i] and space.feasible(raised(i))]:
+    cursor = space.knapsack.cursor(space.sample(rng))
+    while able := [i for i in space.knapsack.free if cursor.allows(i, +1)]:
         for i in rng.permutation(able).tolist():
-            if space.feasible(raised(i)):
-                levels[i] += 1
-    return tuple(levels)
+            if cursor.allows(i, +1):
+                cursor.step(i)
+    return tuple(cursor.levels)
 
 
 def rounded_up_and_decremented(space: CompressionSpace, rng: Generator) -> Assignment:
@@ -160,10 +156,11 @@ def rounded_up_and_decremented(space: CompressionSpace, rng: Generator) -> Assig
     levels = list(space.highest)
     for k in range(max(space.highest) + 1):
         shared = [min(max(k, low), high) for low, high in zip(space.lowest, space.highest, strict=True)]
-        if space.cost(shared) > space.budget - space.least_step:
+        if space.slack(shared) < space.knapsack.least_step:
             levels = shared
             break
-    while space.cost(levels) > space.budget:
-        able = [i for i, level in enumerate(levels) if level > space.lowest[i]]
-        levels[able[int(rng.integers(len(able)))]] -= 1
-    return tuple(levels) if space.feasible(levels) else space.repair(levels, rng, fill=True)
+    cursor = space.knapsack.cursor(levels)
+    while cursor.slack < 0:
+        able = [i for i in space.knapsack.free if cursor.can(i, -1)]
+        cursor.step(able[int(rng.integers(len(able)))], -1)
+    return cursor.assignment() or space.repair(cursor.levels, rng, fill=True)

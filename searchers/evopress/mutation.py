@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.searcher import probability
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
+from evo_hpo.space.knapsack import Cursor, Knapsack
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -129,8 +130,10 @@ class LevelSwitch:
     """
 
     def __init__(self, space: CompressionSpace, rule: str = "size") -> None:
-        self.space = space
-        self.groups = [_Group(members, _equal_steps(space, members)) for members in space.groups(rule).values()]
+        self.knapsack = space.knapsack
+        self.groups = [
+            _Group(members, _equal_steps(space.knapsack, members)) for members in space.groups(rule).values()
+        ]
         self._group_of_pick = [g for g in self.groups for _ in g.members]  # uniform pick = proportional to size
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
@@ -141,15 +144,15 @@ class LevelSwitch:
         exact = True
         for _ in range(switches):
             group = self._group_of_pick[stream.below(len(self._group_of_pick))]
-            down = _pick(group.members, levels, self.space.lowest, -1, stream)
-            up = _pick(group.members, levels, self.space.highest, down, stream) if down >= 0 else -1
+            down = _pick(group.members, levels, self.knapsack.lowest, -1, stream)
+            up = _pick(group.members, levels, self.knapsack.highest, down, stream) if down >= 0 else -1
             if up < 0:
                 return None
             levels[down] -= 1
             levels[up] += 1
             exact = exact and group.exact
         offspring = tuple(levels)
-        return offspring if exact or self.space.feasible(offspring) else None
+        return offspring if exact or self.knapsack.feasible(offspring) else None
 
 
 class UnrestrictedSwitch:
@@ -159,33 +162,29 @@ class UnrestrictedSwitch:
     """
 
     def __init__(self, space: CompressionSpace) -> None:
-        self.space = space
-        self.members = tuple(i for m in space.groups("none").values() for i in m)
-        self._slack = _Slack(space)
+        self.knapsack = space.knapsack
+        self.members = space.knapsack.free
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
         """An offspring that starts with ``switches`` raises, or None where it was rejected."""
-        space, steps, levels = self.space, self._slack.steps, list(parent)
-        before = slack = self._slack.of(parent)
-        raised: set[int] = set()
+        cursor, raised = self.knapsack.first.cursor(parent), set[int]()
+        before = cursor.slack
         for _ in range(switches):
-            up = _pick(self.members, levels, space.highest, -1, stream)
+            up = _pick(self.members, cursor.levels, self.knapsack.highest, -1, stream)
             if up < 0:
                 return None
-            slack -= steps[up][levels[up]]
-            levels[up] += 1
+            cursor.step(up)
             raised.add(up)
-        added = before - slack
+        added = before - cursor.slack
         changes = switches
-        while slack < 0:
-            down = _pick(self.members, levels, space.lowest, -1, stream, barred=raised)
+        while cursor.slack < 0:
+            down = _pick(self.members, cursor.levels, self.knapsack.lowest, -1, stream, barred=raised)
             if down < 0 or changes >= MOST_CHANGES:
                 return None
-            levels[down] -= 1
-            slack += steps[down][levels[down]]
+            cursor.step(down, -1)
             changes += 1
-        removed = added + slack - before
-        return self._slack.offspring(levels, slack) if added >= LEAST_RETURNED * removed else None
+        removed = added + cursor.slack - before
+        return _offspring(self.knapsack, cursor) if added >= LEAST_RETURNED * removed else None
 
 
 class Exchange:
@@ -204,18 +203,14 @@ class Exchange:
     """
 
     def __init__(self, space: CompressionSpace, rule: str = "none") -> None:
-        self.space = space
+        self.knapsack = space.knapsack
         self.groups = list(space.groups(rule).values())
         self._group_of_pick = [g for g in self.groups for _ in g]
-        self._slack = _Slack(space)
-        self.least_step = space.least_step
 
     def unspent(self, parent: Assignment) -> bool:
         """True where the budget pays for another step of some unit."""
-        slack, steps = self._slack.of(parent), self._slack.steps
-        if slack < self.least_step:
-            return False
-        return any(parent[i] < self.space.highest[i] and steps[i][parent[i]] <= slack for g in self.groups for i in g)
+        cursor = self.knapsack.first.cursor(parent)
+        return cursor.slack >= self.knapsack.least_step and any(map(cursor.fits, self.knapsack.free))
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
         """An offspring after half of ``switches`` exchanges, rounded up, or None where units ran out."""
@@ -224,58 +219,28 @@ class Exchange:
         members = self.groups[0]
         if len(self.groups) > 1:
             members = self._group_of_pick[stream.below(len(self._group_of_pick))]
-        space, steps, levels = self.space, self._slack.steps, list(parent)
-        slack = self._slack.of(parent)
-        raised: set[int] = set()
-        lowered: set[int] = set()
+        cursor, raised, lowered = self.knapsack.first.cursor(parent), set[int](), set[int]()
         for _ in range((switches + 1) // 2):
-            up = _pick(members, levels, space.highest, -1, stream, barred=lowered)
+            up = _pick(members, cursor.levels, self.knapsack.highest, -1, stream, barred=lowered)
             if up < 0:
                 return None
-            slack -= steps[up][levels[up]]
-            levels[up] += 1
+            cursor.step(up)
             raised.add(up)
-            while slack < 0:
-                down = _pick(members, levels, space.lowest, -1, stream, barred=raised)
+            while cursor.slack < 0:
+                down = _pick(members, cursor.levels, self.knapsack.lowest, -1, stream, barred=raised)
                 if down < 0:
                     return None
-                levels[down] -= 1
+                cursor.step(down, -1)
                 lowered.add(down)
-                slack += steps[down][levels[down]]
-        for _ in range(ATTEMPTS):
-            if slack < self.least_step:
-                break
-            up = members[stream.below(len(members))]
-            if up not in lowered and levels[up] < space.highest[up] and steps[up][levels[up]] <= slack:
-                slack -= steps[up][levels[up]]
-                levels[up] += 1
-        return self._slack.offspring(levels, slack)
+        picks = (members[stream.below(len(members))] for _ in range(ATTEMPTS))
+        cursor.spend((i for i in picks if i not in lowered), self.knapsack.least_step)
+        return _offspring(self.knapsack, cursor)
 
 
-class _Slack:
-    """What is left of the first resource, followed from a parent to its offspring instead of summed over all units.
-
-    Attributes:
-        steps: what raising each unit from each of its levels costs.
-    """
-
-    def __init__(self, space: CompressionSpace) -> None:
-        self.space = space
-        self.steps = [tuple(b[0] - a[0] for a, b in itertools.pairwise(unit)) for unit in space.vectors]
-        self._most = space.budget - space.floor
-        self._parent: Assignment = ()
-        self._left = 0
-
-    def of(self, parent: Assignment) -> int:
-        """The slack of an assignment; that of the last one asked for is remembered."""
-        if parent is not self._parent:
-            self._parent, self._left = parent, self.space.slack(parent)
-        return self._left
-
-    def offspring(self, levels: list[int], slack: int) -> Assignment | None:
-        """The assignment where it is feasible; ``levels`` lie within their limits and leave ``slack``."""
-        within = 0 <= slack <= self._most if self.space.dimensions == 1 else self.space.feasible(levels)
-        return tuple(levels) if within else None
+def _offspring(knapsack: Knapsack, cursor: Cursor) -> Assignment | None:
+    """Where a walk in the first resource ended, if all resources allow it."""
+    levels = cursor.assignment()
+    return levels if levels is None or not knapsack.several or knapsack.feasible(levels) else None
 
 
 def _pick(
@@ -296,8 +261,7 @@ def _pick(
     return able[stream.below(len(able))] if able else -1
 
 
-def _equal_steps(space: CompressionSpace, members: Sequence[int]) -> bool:
-    if space.dimensions > 1:
+def _equal_steps(knapsack: Knapsack, members: Sequence[int]) -> bool:
+    if knapsack.several:
         return False
-    steps = {b[0] - a[0] for i in members for a, b in itertools.pairwise(space.vectors[i])}
-    return len(steps) <= 1
+    return len({b - a for i in members for a, b in itertools.pairwise(knapsack.first_costs[i])}) <= 1

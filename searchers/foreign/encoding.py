@@ -20,7 +20,6 @@ sequential      levels      as proposed: each unit is offered only the   the ass
 
 from __future__ import annotations
 
-import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from numpy.random import Generator
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
+from evo_hpo.space.knapsack import Cursor
 
 __all__ = ["ENCODINGS", "Decoded", "Encoding", "make_encoding"]
 
@@ -72,12 +72,12 @@ class Encoding(ABC):
         self.space = space
         self.rng = rng
         self.fill = fill
-        self.free = tuple(i for i in range(len(space)) if space.lowest[i] < space.highest[i])
+        self.knapsack = space.knapsack
+        self.free = space.knapsack.free
         """The units that may change, in the order of the coordinates."""
         self.low = tuple(space.lowest[i] for i in self.free)
         self.high = tuple(space.highest[i] for i in self.free)
-        self._enough = -1 if fill else space.budget - space.floor  # slack at which steps up end; -1: when nothing fits
-        self._costs = [[level[0] for level in unit] for unit in space.vectors]
+        self._enough = -1 if fill else space.knapsack.room[0]  # slack at which steps up end; -1: when nothing fits
         self._seed = int(rng.spawn(1)[0].integers(2**31))
 
     @abstractmethod
@@ -106,11 +106,22 @@ class Encoding(ABC):
 
     def _settle(self, levels: list[int]) -> Assignment:
         """The levels, or where several resources or a floor still object, the nearest assignment that they allow."""
-        several = self.space.dimensions > 1
-        if self.space.feasible(levels) and not (several and self.fill):
+        fill = self.knapsack.several and self.fill
+        if not fill and self.space.feasible(levels):
             return tuple(levels)
         ties = np.random.default_rng(self._seed) if self.one_to_one else self.rng
-        return self.space.repair(levels, ties, fill=several and self.fill)
+        return self.space.repair(levels, ties, fill=fill)
+
+    def _walk(self, levels: list[int], steps: Callable[[Cursor, int], None]) -> Assignment:
+        """The levels settled; with one resource, after ``steps`` down to the budget (by -1) and up to it (by 1)."""
+        if not self.knapsack.several:
+            cursor = self.knapsack.cursor(levels)
+            if cursor.slack < 0:
+                steps(cursor, -1)
+            if cursor.slack > max(self._enough, 0):
+                steps(cursor, +1)
+            levels = cursor.levels
+        return self._settle(levels)
 
 
 class Repaired(Encoding):
@@ -121,38 +132,23 @@ class Repaired(Encoding):
     def decode(self, point: Sequence[float]) -> Decoded:
         """Steps of units drawn uniformly from those that can still take one."""
         levels = self._levels(point)
-        excess = self._excess(levels)
-        if self.space.dimensions == 1:
-            self._walk(levels)
-        settled = self._settle(levels)
-        return Decoded(settled, self.encode(settled), excess)
+        settled = self._walk(levels, self._steps)
+        return Decoded(settled, self.encode(settled), self._excess(levels))
 
-    def _walk(self, levels: list[int]) -> None:
-        slack = self.space.slack(levels)
-        if slack < 0:
-            slack = self._steps(levels, slack, -1)
-        if slack > max(self._enough, 0):
-            self._steps(levels, slack, +1)
-
-    def _steps(self, levels: list[int], slack: int, sign: int) -> int:
-        """Random steps down until nothing is over the budget, or up until nothing more fits or has to; the slack."""
-        end = self.space.lowest if sign < 0 else self.space.highest
-        pool = [i for i in self.free if levels[i] != end[i]]
+    def _steps(self, cursor: Cursor, by: int) -> None:
+        """Random steps down until nothing is over the budget, or up until nothing more fits or has to."""
+        pool = [i for i in self.free if cursor.can(i, by)]
         draws: list[float] = []
-        while pool and (slack > self._enough if sign > 0 else slack < 0):
+        while pool and (cursor.slack > self._enough if by > 0 else cursor.slack < 0):
             if not draws:
                 draws = self.rng.random(len(pool) + 8).tolist()
             pick = int(draws.pop() * len(pool))
-            i = pool[pick]
-            after = slack + self._costs[i][levels[i]] - self._costs[i][levels[i] + sign]
-            fits = sign < 0 or after >= 0
+            fits = by < 0 or cursor.fits(pool[pick])
             if fits:
-                slack = after
-                levels[i] += sign
-            if not fits or levels[i] == end[i]:
+                cursor.step(pool[pick], by)
+            if not fits or not cursor.can(pool[pick], by):
                 pool[pick] = pool[-1]
                 pool.pop()
-        return slack
 
 
 class Projection(Encoding):
@@ -167,39 +163,14 @@ class Projection(Encoding):
         return Decoded(settled, self.encode(settled), excess)
 
     def _project(self, point: Sequence[float], ties: Sequence[float]) -> Assignment:
-        levels = self._levels(point)
-        if self.space.dimensions == 1:
-            slack = self.space.slack(levels)
-            if slack < 0:
-                slack = self._steps(levels, point, ties, slack, -1)
-            if slack > max(self._enough, 0):
-                self._steps(levels, point, ties, slack, +1)
-        return self._settle(levels)
+        wish, order = dict(zip(self.free, point, strict=True)), dict(zip(self.free, ties, strict=True))
 
-    def _steps(self, levels: list[int], point: Sequence[float], ties: Sequence[float], slack: int, sign: int) -> int:
-        """Steps in order of added squared distance for each unit of cost; the slack after."""
-        end = self.space.lowest if sign < 0 else self.space.highest
-        costs = self._costs
+        def steps(cursor: Cursor, by: int) -> None:
+            """Steps in order of added squared distance for each unit of cost."""
+            levels = cursor.levels
+            cursor.follow(by, lambda i: 2 * by * (levels[i] - float(wish[i])) + 1, order, self._enough)
 
-        def entry(position: int) -> tuple[float, float, int]:
-            i = self.free[position]
-            added = 2 * sign * (levels[i] - float(point[position])) + 1
-            moved = abs(costs[i][levels[i] + sign] - costs[i][levels[i]]) or 1
-            return added / moved, ties[position], position
-
-        heap = [entry(p) for p, i in enumerate(self.free) if levels[i] != end[i]]
-        heapq.heapify(heap)
-        while heap and (slack > self._enough if sign > 0 else slack < 0):
-            position = heapq.heappop(heap)[2]
-            i = self.free[position]
-            after = slack + costs[i][levels[i]] - costs[i][levels[i] + sign]
-            if sign > 0 and after < 0:
-                continue
-            slack = after
-            levels[i] += sign
-            if levels[i] != end[i]:
-                heapq.heappush(heap, entry(position))
-        return slack
+        return self._walk(self._levels(point), steps)
 
 
 class Native(Projection):
@@ -243,39 +214,16 @@ class Keys(Encoding):
 
     def decode(self, point: Sequence[float]) -> Decoded:
         """Pours from the cheapest assignment; told its own point."""
-        levels = list(self.space.lowest)
         steps = sorted(
-            (k - x * (high - low), position, low + k)
-            for position, (x, low, high) in enumerate(zip(map(float, point), self.low, self.high, strict=True))
+            (k - x * (high - low), i, low + k)
+            for i, x, low, high in zip(self.free, map(float, point), self.low, self.high, strict=True)
             for k in range(high - low)
         )
-        if self.space.dimensions == 1:
-            self._pour(levels, steps)
-        else:
-            self._pour_several(levels, steps)
-        return Decoded(self._settle(levels), tuple(map(float, point)))
-
-    def _pour(self, levels: list[int], steps: Sequence[tuple[float, int, int]]) -> None:
-        costs, slack = self._costs, self.space.slack(levels)
-        for _, position, level in steps:
-            i = self.free[position]
-            if levels[i] == level:
-                after = slack + costs[i][level] - costs[i][level + 1]
-                if after >= 0:
-                    slack = after
-                    levels[i] = level + 1
-
-    def _pour_several(self, levels: list[int], steps: Sequence[tuple[float, int, int]]) -> None:
-        """With several resources: a step is taken where it needs no more of any than there is, or than before."""
-        spent = self.space.costs(levels)
-        for _, position, level in steps:
-            i = self.free[position]
-            now, then = self.space.vectors[i][level : level + 2]
-            after = tuple(s + b - a for s, a, b in zip(spent, now, then, strict=True))
-            if levels[i] == level and all(
-                a <= max(b, s) for a, b, s in zip(after, self.space.budgets, spent, strict=True)
-            ):
-                levels[i], spent = level + 1, after
+        cursor = self.knapsack.cursor(self.knapsack.lowest)
+        for _, i, level in steps:
+            if cursor.levels[i] == level and cursor.eases(i):
+                cursor.step(i)
+        return Decoded(self._settle(cursor.levels), tuple(map(float, point)))
 
     def encode(self, levels: Assignment) -> Point:
         """Keys that wish for exactly these levels."""
@@ -296,34 +244,27 @@ class Sequential(Encoding):
 
     def suggest(self, offer: Callable[[int, int, int], int]) -> Decoded:
         """Calls ``offer(coordinate, low, high)`` for each unit and returns the assignment of its answers."""
-        units = self.space.vectors
-        resources = range(self.space.dimensions)
-        most = list(self.space.budgets)  # what may still be spent, were all open units at their cheapest
-        least = list(self.space.floors)  # what must still be spent, were all open units at their dearest
-        for i, (low, high) in enumerate(zip(self.space.lowest, self.space.highest, strict=True)):
-            for r in resources:
-                spread = [unit_cost[r] for unit_cost in units[i][low : high + 1]]
-                most[r] -= min(spread)
-                least[r] -= max(spread)
+        costs, cheapest, dearest = self.knapsack.costs, self.knapsack.cheapest, self.knapsack.dearest
+        resources = range(len(self.knapsack.budgets))
+        # What may still be spent, were all open units at their cheapest; what must be, were they at their dearest.
+        most = [budget - sum(unit[r] for unit in cheapest) for r, budget in enumerate(self.knapsack.budgets)]
+        least = [floor - sum(unit[r] for unit in dearest) for r, floor in enumerate(self.knapsack.floors)]
         point = [0] * len(self.free)
         for position in self.rng.permutation(len(self.free)).tolist():
             i, low, high = self.free[position], self.low[position], self.high[position]
-            options = range(low, high + 1)
-            cheapest = [min(units[i][k][r] for k in options) for r in resources]
-            dearest = [max(units[i][k][r] for k in options) for r in resources]
             allowed = [
                 k
-                for k in options
+                for k in range(low, high + 1)
                 if all(
-                    units[i][k][r] - cheapest[r] <= most[r] and units[i][k][r] - dearest[r] >= least[r]
+                    costs[i][k][r] - cheapest[i][r] <= most[r] and costs[i][k][r] - dearest[i][r] >= least[r]
                     for r in resources
                 )
             ] or [low]
             level = offer(position, allowed[0], allowed[-1])
             point[position] = level
             for r in resources:
-                most[r] -= units[i][level][r] - cheapest[r]
-                least[r] -= units[i][level][r] - dearest[r]
+                most[r] -= costs[i][level][r] - cheapest[i][r]
+                least[r] -= costs[i][level][r] - dearest[i][r]
         return self.decode(point)
 
 

@@ -142,7 +142,7 @@ def test_many_units_with_two_resources_are_repaired_without_a_table() -> None:
     sizes = rng.integers(1000, 9000, 210).tolist()
     units = [Unit(f"m{i}", tuple((b * size, (b - 2) * 7) for b in (2, 3, 4))) for i, size in enumerate(sizes)]
     space = CompressionSpace(units, (3 * sum(sizes), 1000))
-    assert space._counter.cells > 10**9
+    assert space.knapsack.counter.cells > 10**9
     for _ in range(5):
         assert space.feasible(space.repair(rng.uniform(0, 2, 210).tolist(), rng, fill=True))
-    assert "_table" not in vars(space._counter)
+    assert "table" not in vars(space.knapsack.counter)

@@ -137,9 +137,9 @@ def test_from_average_counts_exactly_and_rounds_down() -> None:
 def test_least_step_and_two_levels_look_at_units_that_may_change() -> None:
     fixed = Unit("fixed", (1, 2, 3), fixed=1)
     space = CompressionSpace([fixed, Unit("a", (20, 20, 28)), Unit("b", (5, 10))], 100)
-    assert (space.least_step, space.two_levels) == (5, False)
+    assert (space.knapsack.least_step, space.two_levels) == (5, False)
     assert CompressionSpace([fixed, Unit("b", (5, 10))], 100).two_levels
-    assert CompressionSpace([fixed], 100).least_step == 1
+    assert CompressionSpace([fixed], 100).knapsack.least_step == 1
 
 
 def test_a_module_belongs_to_one_unit() -> None:

@@ -160,7 +160,7 @@ class Cursor:
     def __init__(self, knapsack: Knapsack, levels: Sequence[int], left: Costs) -> None:
         self.knapsack = knapsack
         self.levels = list(levels)
-        self.slack, *self._others = left  # the others stay empty with one resource
+        self.slack, self._others = left[0], left[1:]  # the others are () with one resource
         self._costs = knapsack.first_costs
 
     # ------------------------------------------------------------------ reading
@@ -210,11 +210,11 @@ class Cursor:
         A resource that the step does not need more of is no obstacle, even if it is over its budget: keeping a module
         costs bits, but none of the modules that may be dropped.
         """
-        if not self._others:
-            return self.fits(unit)
-        return self.can(unit, +1) and all(
-            after >= min(0, left) for after, left in zip(self.after(unit, +1), self.left, strict=True)
-        )
+        costs, level = self._costs[unit], self.levels[unit]
+        if level == self.knapsack.highest[unit] or costs[level + 1] - costs[level] > max(self.slack, 0):
+            return False
+        others = zip(self.after(unit, +1), self.left, strict=True) if self._others else ()
+        return all(after >= min(0, left) for after, left in others)
 
     def allows(self, unit: int, by: int) -> bool:
         """True when there is a step after which the assignment is feasible."""
@@ -239,7 +239,7 @@ class Cursor:
         """Moves a unit by so many levels, whatever that costs."""
         level, costs = self.levels[unit], self._costs[unit]
         if self._others:
-            self._others = list(self.after(unit, by)[1:])
+            self._others = self.after(unit, by)[1:]
         self.levels[unit] = level + by
         self.slack += costs[level] - costs[level + by]
 

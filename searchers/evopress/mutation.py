@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,14 @@ class Uniforms:
         if not self._buffer:
             self._buffer = self._rng.random(self._block).tolist()
         return int(self._buffer.pop() * n)
+
+    def among(self, members: Sequence[int]) -> Iterator[int]:
+        """Members for ever, each uniform; draws nothing before it is asked."""
+        n = len(members)
+        while True:
+            if not self._buffer:
+                self._buffer = self._rng.random(self._block).tolist()
+            yield members[int(self._buffer.pop() * n)]
 
     def chance(self, probability: float) -> bool:
         """True with this probability."""
@@ -167,7 +175,8 @@ class UnrestrictedSwitch:
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
         """An offspring that starts with ``switches`` raises, or None where it was rejected."""
-        cursor, raised = self.knapsack.first.cursor(parent), set[int]()
+        cursor = self.knapsack.first.cursor(parent)
+        raised: set[int] = set()
         before = cursor.slack
         for _ in range(switches):
             up = _pick(self.members, cursor.levels, self.knapsack.highest, -1, stream)
@@ -219,28 +228,31 @@ class Exchange:
         members = self.groups[0]
         if len(self.groups) > 1:
             members = self._group_of_pick[stream.below(len(self._group_of_pick))]
-        cursor, raised, lowered = self.knapsack.first.cursor(parent), set[int](), set[int]()
+        cursor, lowest, highest = self.knapsack.first.cursor(parent), self.knapsack.lowest, self.knapsack.highest
+        levels = cursor.levels
+        raised: set[int] = set()
+        lowered: set[int] = set()
         for _ in range((switches + 1) // 2):
-            up = _pick(members, cursor.levels, self.knapsack.highest, -1, stream, barred=lowered)
+            up = _pick(members, levels, highest, -1, stream, barred=lowered)
             if up < 0:
                 return None
             cursor.step(up)
             raised.add(up)
             while cursor.slack < 0:
-                down = _pick(members, cursor.levels, self.knapsack.lowest, -1, stream, barred=raised)
+                down = _pick(members, levels, lowest, -1, stream, barred=raised)
                 if down < 0:
                     return None
                 cursor.step(down, -1)
                 lowered.add(down)
-        picks = (members[stream.below(len(members))] for _ in range(ATTEMPTS))
-        cursor.spend((i for i in picks if i not in lowered), self.knapsack.least_step)
+        picks = itertools.islice(stream.among(members), ATTEMPTS)
+        cursor.spend(itertools.filterfalse(lowered.__contains__, picks), self.knapsack.least_step)
         return _offspring(self.knapsack, cursor)
 
 
 def _offspring(knapsack: Knapsack, cursor: Cursor) -> Assignment | None:
     """Where a walk in the first resource ended, if all resources allow it."""
     levels = cursor.assignment()
-    return levels if levels is None or not knapsack.several or knapsack.feasible(levels) else None
+    return levels if not knapsack.several or (levels and knapsack.feasible(levels)) else None
 
 
 def _pick(

@@ -134,7 +134,9 @@ class CompressionSpace:
 
     def _check_reachable(self) -> None:
         for r, name in enumerate(self.resources):
-            least, most = (sum(unit[r] for unit in units) for units in (self.knapsack.cheapest, self.knapsack.dearest))
+            units = zip(self.vectors, self.lowest, self.highest, strict=True)
+            costs = [[level[r] for level in unit[low : high + 1]] for unit, low, high in units]
+            least, most = sum(map(min, costs)), sum(map(max, costs))
             if self.budgets[r] < least:
                 raise InfeasibleError(
                     f"budget {self.budgets[r]} {name} is below the cheapest assignment, "
@@ -329,8 +331,8 @@ class CompressionSpace:
         if fixed := sum(u.fixed is not None for u in self.units):
             lines.append(f"  fixed: {fixed} units")
         for name, floor, budget in zip(self.resources, self.floors, self.budgets, strict=True):
-            average = f" ({budget / self.total_size:.4g} a weight)" if self.total_size > len(self.units) else ""
-            lines.append(f"  {name}: at most {budget}{average}" + (f", at least {floor}" if floor else ""))
+            least = f", at least {floor}" if floor else ""
+            lines.append(f"  {name}: at most {budget}{self._per_weight(budget)}{least}")
         return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, product
+from operator import floordiv, sub
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,14 +46,9 @@ class Counter:
         options = [unit[low : high + 1] for unit, low, high in zip(vectors, lowest, highest, strict=True)]
         least = [[min(level[r] for level in unit) for r in range(dimensions)] for unit in options]
         base = [sum(unit[r] for unit in least) for r in range(dimensions)]
-        shifted = [
-            [tuple(level[r] - low[r] for r in range(dimensions)) for level in unit]
-            for unit, low in zip(options, least, strict=True)
-        ]
+        shifted = [[tuple(map(sub, v, low)) for v in unit] for unit, low in zip(options, least, strict=True)]
         self.steps = [math.gcd(*(level[r] for unit in shifted for level in unit)) or 1 for r in range(dimensions)]
-        self.options = [
-            [tuple(c // g for c, g in zip(level, self.steps, strict=True)) for level in unit] for unit in shifted
-        ]
+        self.options = [[tuple(map(floordiv, level, self.steps)) for level in unit] for unit in shifted]
         """Cost of each allowed level above the unit's cheapest, in units of the greatest common divisor."""
         self.budgets = [(b - c) // g for b, c, g in zip(budgets, base, self.steps, strict=True)]
         self.floors = [max(0, -((c - f) // g)) for f, c, g in zip(floors, base, self.steps, strict=True)]
@@ -136,9 +132,7 @@ class Counter:
                     source = tuple(slice(c, None) for c in level)
                     target = tuple(slice(None, s - c) for c, s in zip(level, shape, strict=True))
                     following[target] += ways[source]
-            for axis, limit in enumerate(
-                reach.tolist()
-            ):  # what the units before cannot spend would dwarf what they can
+            for axis, limit in enumerate(reach.tolist()):  # what units before cannot spend would dwarf what they can
                 following[(slice(None),) * axis + (slice(limit + 1, None),)] = 0.0
             ways = following / max(following.max(), 1e-300)
             tables.append(ways)

@@ -25,9 +25,6 @@ Assignment = tuple[int, ...]
 Costs = tuple[int, ...]
 """One exact integer a resource."""
 
-Ties = Sequence[float] | Mapping[int, float]
-"""Order of the units where nothing else decides."""
-
 
 @dataclass(frozen=True)
 class Knapsack:
@@ -85,20 +82,6 @@ class Knapsack:
         """The least cost above 0 of a level step (first resource) of units that may change; 1: there is none."""
         steps = (b - a for i in self.free for a, b in itertools.pairwise(self.first_costs[i]) if b > a)
         return min(steps, default=1)
-
-    @cached_property
-    def cheapest(self) -> tuple[Costs, ...]:
-        """The least that each unit may cost of each resource."""
-        return self._extremes(min)
-
-    @cached_property
-    def dearest(self) -> tuple[Costs, ...]:
-        """The most that each unit may cost of each resource."""
-        return self._extremes(max)
-
-    def _extremes(self, pick: Callable[[Iterable[int]], int]) -> tuple[Costs, ...]:
-        limits = zip(self.costs, self.lowest, self.highest, strict=True)
-        return tuple(tuple(map(pick, zip(*unit[low : high + 1], strict=True))) for unit, low, high in limits)
 
     @cached_property
     def _narrowed(self) -> tuple[tuple[int, int, int], ...]:
@@ -218,9 +201,7 @@ class Cursor:
 
     def allows(self, unit: int, by: int) -> bool:
         """True when there is a step after which the assignment is feasible."""
-        return self.can(unit, by) and all(
-            0 <= after <= most for after, most in zip(self.after(unit, by), self.knapsack.room, strict=True)
-        )
+        return self.peek((unit, by)) is not None
 
     def peek(self, *steps: tuple[int, int]) -> Assignment | None:
         """The assignment after all of these steps (of different units) if it is feasible; the cursor stays."""
@@ -266,7 +247,9 @@ class Cursor:
                 if self.slack < least:
                     return
 
-    def follow(self, by: int, added: Callable[[int], float], ties: Ties, enough: int) -> None:
+    def follow(
+        self, by: int, added: Callable[[int, int], float], ties: Sequence[float] | Mapping[int, float], enough: int
+    ) -> None:
         """Steps of least distance for each unit of cost moved (first resource): down while over budget, or up.
 
         With several resources the assignment must be feasible, and stays so.
@@ -274,7 +257,7 @@ class Cursor:
         Args:
             by: -1: down, until the first resource is within its budget; 1: up, what fits, while more is left than
                 ``enough``.
-            added: distance that the next step of a unit adds.
+            added: distance that a step of a unit by -1 or 1 adds.
             ties: order of the units where rates are equal, one a unit; then the earlier unit.
             enough: slack at which steps up end.
         """
@@ -282,7 +265,7 @@ class Cursor:
 
         def entry(unit: int) -> tuple[float, float, int]:
             moved = abs(costs[unit][levels[unit] + by] - costs[unit][levels[unit]]) or 1
-            return added(unit) / moved, ties[unit], unit
+            return added(unit, by) / moved, ties[unit], unit
 
         heap = [entry(unit) for unit in self.knapsack.free if self.can(unit, by)]
         heapq.heapify(heap)

@@ -54,14 +54,14 @@ def repair(
         return abs(cursor.levels[unit] + by - wish[unit]) - abs(cursor.levels[unit] - wish[unit])
 
     if not knapsack.several:
-        cursor.follow(-1, lambda i: farther(i, -1), ties, 0)
-        cursor.follow(+1, lambda i: farther(i, +1), ties, 0 if fill else knapsack.room[0])
+        cursor.follow(-1, farther, ties, 0)
+        cursor.follow(+1, farther, ties, 0 if fill else knapsack.room[0])
     elif knapsack.counter.cells > SMALL:
         _walk_several(cursor, farther, ties)
     if not cursor.feasible:
         cursor = knapsack.cursor(_nearest(knapsack, wish, ties))
     if fill and knapsack.several:
-        cursor.follow(+1, lambda i: farther(i, +1), ties, -1)
+        cursor.follow(+1, farther, ties, -1)
     return tuple(cursor.levels)
 
 
@@ -76,10 +76,7 @@ def _walk_several(cursor: Cursor, farther: Callable[[int, int], float], ties: Se
 
     def outside(left: Sequence[int]) -> list[float]:
         """How far each resource is out of its limits."""
-        return [
-            max(-unspent, unspent - most, 0) / limit
-            for unspent, most, limit in zip(left, knapsack.room, limits, strict=True)
-        ]
+        return [max(-u, u - most, 0) / limit for u, most, limit in zip(left, knapsack.room, limits, strict=True)]
 
     def step(i: int, by: int) -> tuple[float, float, int, int] | None:
         if not cursor.can(i, by):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
-from evo_hpo.space.knapsack import Assignment, Cursor, Knapsack
+from evo_hpo.space.knapsack import Assignment, Knapsack
 from evo_hpo.space.repair import repair
 
 __all__ = ["uniform"]
@@ -54,19 +54,13 @@ def _up_to(knapsack: Knapsack, sizes: Sequence[int], ratio: Fraction) -> Assignm
 
 def _raised(knapsack: Knapsack, levels: Assignment, order: Sequence[int]) -> Assignment:
     """All units raised by a step each, in order, round after round, as far as all budgets allow."""
-    cursor = knapsack.cursor(levels)
-    while _raise_once(cursor, order):
-        pass
+    cursor, before = knapsack.cursor(levels), [-1]
+    while cursor.levels != before:
+        before = list(cursor.levels)
+        for unit in order:
+            if cursor.eases(unit):
+                cursor.step(unit)
     return tuple(cursor.levels)
-
-
-def _raise_once(cursor: Cursor, order: Sequence[int]) -> bool:
-    """One round; False: none was raised."""
-    before = list(cursor.levels)
-    for unit in order:
-        if cursor.eases(unit):
-            cursor.step(unit)
-    return cursor.levels != before
 
 
 def _order(groups: Iterable[Sequence[int]]) -> list[int]:

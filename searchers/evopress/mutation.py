@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evo_hpo.errors import InvalidSettingError
@@ -118,16 +117,10 @@ def mutation(space: CompressionSpace, group: str, cross_group: float) -> Mutatio
 def _within_groups(space: CompressionSpace, rule: str) -> Mutation:
     """Level switches, and exchanges within a group where steps differ in cost and no switch was made."""
     switch = LevelSwitch(space, rule)
-    if all(group.exact for group in switch.groups):
+    if all(equal for _, equal in switch.groups):
         return switch
     exchange = Exchange(space, rule)
     return lambda parent, stream, switches: switch(parent, stream, switches) or exchange(parent, stream, switches)
-
-
-@dataclass(frozen=True)
-class _Group:
-    members: tuple[int, ...]
-    exact: bool  # all steps of all members cost the same, so a switch needs no check
 
 
 class LevelSwitch:
@@ -139,10 +132,8 @@ class LevelSwitch:
 
     def __init__(self, space: CompressionSpace, rule: str = "size") -> None:
         self.knapsack = space.knapsack
-        self.groups = [
-            _Group(members, _equal_steps(space.knapsack, members)) for members in space.groups(rule).values()
-        ]
-        self._group_of_pick = [g for g in self.groups for _ in g.members]  # uniform pick = proportional to size
+        self.groups = [(members, _equal_steps(space.knapsack, members)) for members in space.groups(rule).values()]
+        self._group_of_pick = [g for g in self.groups for _ in g[0]]  # uniform pick = proportional to size
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
         """An offspring after ``switches`` switches, or None where a group had none."""
@@ -151,14 +142,14 @@ class LevelSwitch:
         levels = list(parent)
         exact = True
         for _ in range(switches):
-            group = self._group_of_pick[stream.below(len(self._group_of_pick))]
-            down = _pick(group.members, levels, self.knapsack.lowest, -1, stream)
-            up = _pick(group.members, levels, self.knapsack.highest, down, stream) if down >= 0 else -1
+            members, equal = self._group_of_pick[stream.below(len(self._group_of_pick))]
+            down = _pick(members, levels, self.knapsack.lowest, -1, stream)
+            up = _pick(members, levels, self.knapsack.highest, down, stream) if down >= 0 else -1
             if up < 0:
                 return None
             levels[down] -= 1
             levels[up] += 1
-            exact = exact and group.exact
+            exact = exact and equal
         offspring = tuple(levels)
         return offspring if exact or self.knapsack.feasible(offspring) else None
 
@@ -274,6 +265,7 @@ def _pick(
 
 
 def _equal_steps(knapsack: Knapsack, members: Sequence[int]) -> bool:
+    """True where all steps of all members cost the same, so that a switch needs no check."""
     if knapsack.several:
         return False
     return len({b - a for i in members for a, b in itertools.pairwise(knapsack.first_costs[i])}) <= 1

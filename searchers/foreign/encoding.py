@@ -167,8 +167,7 @@ class Projection(Encoding):
 
         def steps(cursor: Cursor, by: int) -> None:
             """Steps in order of added squared distance for each unit of cost."""
-            levels = cursor.levels
-            cursor.follow(by, lambda i: 2 * by * (levels[i] - float(wish[i])) + 1, order, self._enough)
+            cursor.follow(by, lambda i, by: 2 * by * (cursor.levels[i] - float(wish[i])) + 1, order, self._enough)
 
         return self._walk(self._levels(point), steps)
 
@@ -244,27 +243,21 @@ class Sequential(Encoding):
 
     def suggest(self, offer: Callable[[int, int, int], int]) -> Decoded:
         """Calls ``offer(coordinate, low, high)`` for each unit and returns the assignment of its answers."""
-        costs, cheapest, dearest = self.knapsack.costs, self.knapsack.cheapest, self.knapsack.dearest
-        resources = range(len(self.knapsack.budgets))
-        # What may still be spent, were all open units at their cheapest; what must be, were they at their dearest.
-        most = [budget - sum(unit[r] for unit in cheapest) for r, budget in enumerate(self.knapsack.budgets)]
-        least = [floor - sum(unit[r] for unit in dearest) for r, floor in enumerate(self.knapsack.floors)]
+        counter = self.knapsack.counter
+        most = list(counter.budgets)  # what may still be spent above the cheapest levels
+        least = [f - t for f, t in zip(counter.floors, counter.totals, strict=True)]  # and below the dearest
         point = [0] * len(self.free)
         for position in self.rng.permutation(len(self.free)).tolist():
-            i, low, high = self.free[position], self.low[position], self.high[position]
+            low, options = self.low[position], counter.options[self.free[position]]
+            dearest = list(map(max, zip(*options, strict=True)))
             allowed = [
                 k
-                for k in range(low, high + 1)
-                if all(
-                    costs[i][k][r] - cheapest[i][r] <= most[r] and costs[i][k][r] - dearest[i][r] >= least[r]
-                    for r in resources
-                )
+                for k, costs in enumerate(options, low)
+                if all(c <= m and c - d >= f for c, m, d, f in zip(costs, most, dearest, least, strict=True))
             ] or [low]
-            level = offer(position, allowed[0], allowed[-1])
-            point[position] = level
-            for r in resources:
-                most[r] -= costs[i][level][r] - cheapest[i][r]
-                least[r] -= costs[i][level][r] - dearest[i][r]
+            level = point[position] = offer(position, allowed[0], allowed[-1])
+            most = [m - c for m, c in zip(most, options[level - low], strict=True)]
+            least = [f - c + d for f, c, d in zip(least, options[level - low], dearest, strict=True)]
         return self.decode(point)
 
 

@@ -166,6 +166,8 @@ class UnrestrictedSwitch:
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
         """An offspring that starts with ``switches`` raises, or None where it was rejected."""
+        if not self.members:
+            return None
         cursor = self.knapsack.first.cursor(parent)
         raised: set[int] = set()
         before = cursor.slack

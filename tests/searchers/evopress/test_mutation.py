@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from evo_hpo import Assignment, CompressionSpace
+from evo_hpo import Assignment, CompressionSpace, Unit
 from searchers.evopress.mutation import (
     Exchange,
     LevelSwitch,
@@ -223,3 +223,11 @@ def test_the_unrestricted_switch_spends_most_of_what_it_frees() -> None:
         removed = sum(s * (a - b) for s, a, b in zip(SIZES, parent, child, strict=True) if b < a)
         assert added >= 0.8 * removed
         assert sum(abs(a - b) for a, b in zip(parent, child, strict=True)) <= 10
+
+
+@pytest.mark.parametrize("mutate", [LevelSwitch, Exchange, UnrestrictedSwitch])
+def test_where_no_unit_may_change_there_is_no_offspring(
+    mutate: type[LevelSwitch | Exchange | UnrestrictedSwitch],
+) -> None:
+    space = CompressionSpace([Unit("a", (1, 2), fixed=0), Unit("b", (1, 2), fixed=1)], 3)
+    assert mutate(space)((0, 1), Uniforms(np.random.default_rng(0)), 1) is None

@@ -10,14 +10,14 @@ from evo_hpo.search.searcher import boolean, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.model import AdditiveModel, Effects
 from searchers.exchange import Exchanges
-from searchers.procedure import Procedure, Steps
+from evo_hpo.search.procedure import OneFidelity, Steps
 
 __all__ = ["Probing"]
 
 PROBE_SHARE = 0.6  # of the budget, at most, for the probes that come first
 
 
-class Probing(Procedure):
+class Probing(OneFidelity):
     """Probe every unit, fit the additive model, solve it, measure the solution, learn from it; again until it repeats.
 
     A unit is probed down by lowering it (which is always within the budget; where the floor forbids it, other units
@@ -30,7 +30,7 @@ class Probing(Procedure):
             as 60 % of the budget pays. A budget that does not even pay for one level probes random units.
         changes: the most units that a solution may change; None: any number (the plain optimum of the model).
         refine: False: one round of probes and one solution, as published methods do (SPDY, arXiv 2201.13096).
-        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`evo_hpo.search.procedure.OneFidelity`.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ import numpy as np
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.searcher import Searcher, boolean, draw, number, positive
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.trial import Batch, Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.foreign.encoding import Decoded, Encoding, make_encoding
 
@@ -79,15 +79,19 @@ class ForeignSearcher(Searcher):
         again = len(self._again)
         return max(1, allowance.affords(self.batch + again, self.tokens)) - again
 
-    def _only(self) -> tuple[Trial, ...]:
+    def _only(self) -> Batch | None:
         """Where no unit may change: the one assignment, then the end."""
         self.stop_reason = "the space has one assignment"
-        return () if self._asked else self._trials([self._start()])
+        return None if self._asked else self._batch([self._start()])
 
-    def _trials(self, proposals: Iterable[Decoded]) -> tuple[Trial, ...]:
-        """The batch: the proposals, behind the incumbent where the minibatch is fresh."""
+    def _batch(self, proposals: Iterable[Decoded]) -> Batch:
+        """The proposals, behind the incumbent where the minibatch is fresh."""
         levels = (*self._again, *(decoded.levels for decoded in proposals))
-        return tuple(self.trial(a, tokens=self.tokens, minibatch=self.minibatch) for a in levels)
+        return self.propose(levels, tokens=self.tokens, draw=self.minibatch)
+
+    def fidelities(self) -> tuple[int | None, ...]:
+        """The one."""
+        return (self.tokens,)
 
     def _start(self) -> Decoded:
         """The uniform assignment and its point."""

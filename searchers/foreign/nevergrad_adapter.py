@@ -21,7 +21,7 @@ import numpy as np
 from evo_hpo.errors import EvoHpoError, InvalidSettingError, MissingPackageError, UnknownNameError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.searcher import Searcher, number, positive
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.trial import Batch, Outcome
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.foreign.encoding import ENCODINGS, Decoded
 from searchers.foreign.foreign import ForeignSearcher
@@ -146,13 +146,13 @@ class NevergradSearcher(ForeignSearcher):
 
     # ------------------------------------------------------------------ ask and tell
 
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
+    def ask(self, allowance: Allowance) -> Batch | None:
         """A batch of the optimizer's candidates; the first batch is the uniform assignment where it starts there."""
         if not self.encoding.free:
             return self._only()
         if self._asked and not allowance.affords(1, self.tokens):  # designs of a fixed size refuse to be asked for more
             self.stop_reason = "the budget does not pay for another trial"
-            return ()
+            return None
         with self._lent("being asked"):
             if self.optimizer is None:
                 self.optimizer = self._make(allowance)
@@ -160,7 +160,7 @@ class NevergradSearcher(ForeignSearcher):
             count = self._count(allowance)
             while len(self._running) < count:
                 self._running.append(self._waiting.pop() if self._waiting else self._candidate())
-        return self._trials(decoded for _, decoded in self._running)
+        return self._batch(decoded for _, decoded in self._running)
 
     def _candidate(self) -> tuple[Any, Decoded]:
         candidate = self.optimizer.ask()

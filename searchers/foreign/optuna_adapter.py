@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from evo_hpo.errors import EvoHpoError, InvalidSettingError, MissingPackageError, UnknownNameError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.searcher import Searcher
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.trial import Batch, Outcome
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.foreign.encoding import ENCODINGS, Decoded, Encoding, Sequential
 from searchers.foreign.foreign import ForeignSearcher
@@ -172,13 +172,13 @@ class OptunaSearcher(ForeignSearcher):
                 f"optuna's {self.sampler_name} failed when {when} ({reason}): see its settings, sampler={self._given}"
             ) from error
 
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
+    def ask(self, allowance: Allowance) -> Batch | None:
         """A batch of the study's own trials."""
         if not self.encoding.free:
             return self._only()
         with quiet(), self._named("asked"):
             self._running = [self._ask() for _ in range(self._count(allowance))]
-        return self._trials(decoded for _, decoded in self._running)
+        return self._batch(decoded for _, decoded in self._running)
 
     def _ask(self) -> tuple[OptunaTrial, Decoded]:
         if self.start == "uniform" and not self.study.get_trials(deepcopy=False):

@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 
-from evo_hpo import Assignment, Budget, CompressionSpace, FunctionProblem, Minibatch, Outcome, SearchResult, Trial, Unit
+from evo_hpo import (
+    Assignment,
+    Budget,
+    CompressionSpace,
+    FunctionProblem,
+    Minibatch,
+    Outcome,
+    SearchResult,
+    Terms,
+    Trial,
+    Unit,
+)
 from evo_hpo.errors import JournalError
 from evo_hpo.record.journal import Journal, header_differences, read_journal, read_journals, search_header
 from evo_hpo.record.records import JournalTail, decode_levels, encode_levels

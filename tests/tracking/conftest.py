@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from evo_hpo import Budget, CompressionSpace, FunctionProblem, Outcome, SearchResult, Trial, Unit
+from evo_hpo import Budget, CompressionSpace, FunctionProblem, Outcome, SearchResult, Terms, Trial, Unit
 from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.search.loop import Checkpoint
 

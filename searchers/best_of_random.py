@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.exchange import Exchanges
-from evo_hpo.search.procedure import OneFidelity, Steps
 
 __all__ = ["BestOfRandom"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive
 from evo_hpo.space.compression_space import CompressionSpace
-from evo_hpo.search.procedure import OneFidelity, Steps
 
 __all__ = ["BruteForce"]
 

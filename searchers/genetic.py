@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive, probability
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.exchange import Exchanges
-from evo_hpo.search.procedure import OneFidelity, Steps
 
 __all__ = ["Genetic"]
 

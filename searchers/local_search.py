@@ -6,10 +6,10 @@ import itertools
 from typing import Any
 
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.exchange import Exchanges
-from evo_hpo.search.procedure import OneFidelity, Steps
 
 __all__ = ["LocalSearch"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import number, positive
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.exchange import Exchanges
-from evo_hpo.search.procedure import OneFidelity, Steps
 
 __all__ = ["SimulatedAnnealing"]
 

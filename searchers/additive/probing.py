@@ -6,11 +6,11 @@ import math
 from abc import abstractmethod
 from typing import Any
 
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import boolean, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.model import AdditiveModel, Effects
 from searchers.exchange import Exchanges
-from evo_hpo.search.procedure import OneFidelity, Steps
 
 __all__ = ["Probing"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive, probability
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.model import AdditiveModel
 from searchers.additive.solvers import solve_many
 from searchers.exchange import Exchanges
-from evo_hpo.search.procedure import OneFidelity, Steps
 
 __all__ = ["TrustRegion"]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from evo_hpo import Budget, CompressionSpace, FunctionProblem, Outcome, SearchResult, Terms, Trial, Unit
+from evo_hpo import Batch, Budget, CompressionSpace, FunctionProblem, Outcome, SearchResult, Terms, Trial, Unit
 from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.loop import search
@@ -36,8 +36,8 @@ class Repeat(Searcher):
         self.batch = batch
         self.levels = space.uniform()
 
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
-        return tuple(self.trial(self.levels) for _ in range(self.batch))
+    def ask(self, allowance: Allowance) -> Batch:
+        return self.propose([self.levels] * self.batch)
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         self.remember(outcomes)

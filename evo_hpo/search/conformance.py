@@ -216,7 +216,7 @@ class SearcherConformance:
         result = search(searcher, problem, budget=Budget(evaluations=evaluations))
         assert problem.scored == len(result.outcomes) <= evaluations
         assert len(result.outcomes) == evaluations or searcher.stop_reason
-        assert all(batch == list(of[: len(batch)]) for batch, of in zip(told, asked, strict=False))
+        assert all(batch == list(of.trials[: len(batch)]) for batch, of in zip(told, asked, strict=False))
         assert [t for batch in told for t in batch] == [o.trial for o in result.outcomes]
         numbers = [o.trial.number for o in result.outcomes]
         assert numbers == sorted(set(numbers))

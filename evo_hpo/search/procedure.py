@@ -12,7 +12,7 @@ from evo_hpo.search.searcher import Searcher, draw, positive
 from evo_hpo.search.trial import Batch, Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["OneFidelity", "Procedure", "Steps"]
+__all__ = ["OneFidelity", "Procedure", "Sampling", "Steps"]
 
 Result = TypeVar("Result")
 Steps = Generator[Batch | None, list[Outcome], Result]
@@ -40,8 +40,8 @@ class Procedure(Searcher):
     def __init__(self, space: CompressionSpace, *, seed: int = 0) -> None:
         super().__init__(space, seed=seed)
         self.allowance = Allowance()
-        self._running: Steps[None] | None = None
-        self._next: Batch | None = None
+        self._generator: Steps[None] | None = None
+        self._yielded: Batch | None = None
 
     @abstractmethod
     def steps(self) -> Steps[None]:
@@ -50,37 +50,37 @@ class Procedure(Searcher):
     def ask(self, allowance: Allowance) -> Batch | None:
         """The batch that the generator has yielded, no more of it than the allowance pays."""
         self.allowance = allowance
-        if self._running is None:
-            self._running = self.steps()
-        if self._next is None:
+        if self._generator is None:
+            self._generator = self.steps()
+        if self._yielded is None:
             self._advance()
-        if self._next is None:
+        if self._yielded is None:
             return None
-        yielded = self._next
-        self._next = yielded.first(max(1, allowance.affords(len(yielded), yielded.tokens)))
-        self._asked -= len(yielded) - len(self._next)
-        return self._next
+        whole = self._yielded
+        self._yielded = whole.first(max(1, allowance.affords(len(whole), whole.tokens)))
+        self._asked -= len(whole) - len(self._yielded)
+        return self._yielded
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Hands the outcomes to the generator."""
-        assert self._next is not None
-        self.allowance = self.allowance.less(len(outcomes), self._next.tokens)
-        self._next = None
+        assert self._yielded is not None
+        self.allowance = self.allowance.less(len(outcomes), self._yielded.tokens)
+        self._yielded = None
         self._advance(outcomes)
 
     def _advance(self, outcomes: Sequence[Outcome] | None = None) -> None:
         """Runs to the next batch; where outcomes are told, a pause before it lasts until the searcher is asked."""
-        assert self._running is not None
+        assert self._generator is not None
         try:
             if outcomes is not None:
-                self._next = self._running.send(list(outcomes))
+                self._yielded = self._generator.send(list(outcomes))
                 return
-            while self._next is None:
-                self._next = next(self._running)
+            while self._yielded is None:
+                self._yielded = next(self._generator)
         except StopIteration:
             self.stop_reason = self.stop_reason or "converged"
             if not self._asked:  # what finds nothing to try still scores where it would start
-                self._next = self.propose([self.space.uniform()])
+                self._yielded = self.propose([self.space.uniform()])
         except _Exhausted:
             self.stop_reason = f"no assignment that is new in {IDLE} tries"
 
@@ -178,3 +178,32 @@ class OneFidelity(Procedure):
         """Trials that the rest of the budget pays; ``default`` where the budget is in seconds."""
         left = self.allowance.affords(UNLIMITED, self.tokens)
         return default if left == UNLIMITED else left
+
+
+class Sampling(OneFidelity):
+    """Base of searchers that draw batch after batch; the best of a batch becomes the incumbent.
+
+    On fresh minibatches, where losses do not compare across batches, the incumbent is scored again at the head of each.
+    """
+
+    @abstractmethod
+    def sample(self, count: int) -> Sequence[Assignment] | None:
+        """Up to ``count`` assignments, which the allowance pays; None ends the search."""
+
+    def learn(self, outcomes: Sequence[Outcome]) -> None:
+        """What became of the assignments that were sampled last; fewer where the budget ended inside the batch."""
+
+    def steps(self) -> Steps[None]:
+        """Draws for ever."""
+        while True:
+            yield None  # no more is drawn than can be paid
+            again = [] if self.incumbent is None or self.minibatch == "fixed" else [self.incumbent]
+            count = max(1, self.allowance.affords(self.batch + len(again), self.tokens)) - len(again)
+            sampled = self.sample(count)
+            if sampled is None:
+                return
+            outcomes = (yield self.request([*again, *sampled])) or []
+            usable = [o for o in outcomes if o.usable]
+            if usable:
+                self.incumbent = min(usable, key=lambda o: o.loss).trial.levels
+            self.learn(outcomes[len(again) :])

@@ -160,6 +160,7 @@ def test_an_optimizer_that_breaks_in_the_middle_is_named(monkeypatch: pytest.Mon
     searcher = make_searcher("nevergrad:DE", SPACE)
     assert isinstance(searcher, NevergradSearcher)
     searcher.ask(Allowance(evaluations=10))
+    searcher.tell([])
 
     def broken() -> None:
         raise TypeError("only 0-dimensional arrays")

@@ -202,7 +202,7 @@ class Sampling(OneFidelity):
             sampled = self.sample(count)
             if sampled is None:
                 return
-            outcomes = (yield self.request([*again, *sampled])) or []
+            outcomes = yield self.request([*again, *sampled])
             usable = [o for o in outcomes if o.usable]
             if usable:
                 self.incumbent = min(usable, key=lambda o: o.loss).trial.levels

@@ -49,7 +49,7 @@ class Start:
         """Scores the points, as one batch of the owner's."""
         if len(self.points) == 1:
             return []
-        outcomes = (yield owner.propose(self.points, note="initial", tokens=self.tokens)) or []
+        outcomes = yield owner.propose(self.points, note="initial", tokens=self.tokens)
         self.chosen = min((o for o in outcomes if o.usable), key=lambda o: o.loss, default=None)
         return outcomes
 
@@ -86,7 +86,7 @@ class WarmStart(Start):
             if batch is None or not affordable:
                 break
             trials = tuple([owner.trial(t.levels, t.parent, t.note) for t in batch.trials[:affordable]])
-            outcomes = (yield Batch(trials, batch.terms)) or []
+            outcomes = yield Batch(trials, batch.terms)
             for outcome in outcomes:
                 self._numbers.setdefault(outcome.trial.levels, outcome.trial.number)
             self.searcher.tell(outcomes)

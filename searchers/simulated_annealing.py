@@ -70,7 +70,7 @@ class SimulatedAnnealing(OneFidelity):
 
     def _cool(self, hottest: float) -> Steps[None]:
         paid_each = 2 if self.minibatch == "fresh" else 1
-        length = max(1, self.horizon(self.cooling_steps * paid_each) // paid_each)
+        length = max(1, self.trials_left(self.cooling_steps * paid_each) // paid_each)
         current = self.incumbent
         assert current is not None
         idle = 0

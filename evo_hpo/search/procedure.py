@@ -174,7 +174,7 @@ class OneFidelity(Procedure):
             return current, 0.0, False
         return candidates[best], reference - losses[best], True
 
-    def horizon(self, default: int) -> int:
+    def trials_left(self, default: int) -> int:
         """Trials that the rest of the budget pays; ``default`` where the budget is in seconds."""
         left = self.allowance.affords(UNLIMITED, self.tokens)
         return default if left == UNLIMITED else left

@@ -66,8 +66,11 @@ class Searcher(ABC):
         return None if self._best is None else self._best.trial.levels
 
     def fidelities(self) -> tuple[int | None, ...]:
-        """Calibration tokens of every batch that it may ask for, as far as known (None: the problem's default)."""
-        return ()
+        """Calibration tokens of every batch that it may ask for, as far as known; None: the problem's default.
+
+        A plan is refused before any work where the problem cannot draw one of them.
+        """
+        return (None,)
 
     # ------------------------------------------------------------------ for subclasses
 

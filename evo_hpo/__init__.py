@@ -4,12 +4,13 @@ from evo_hpo.search.budget import Allowance, Budget, Ledger
 from evo_hpo.search.loop import Checkpoint, SearchResult, search
 from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
 from evo_hpo.search.searcher import Searcher
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.trial import Batch, Outcome, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 
 __all__ = [
     "Allowance",
     "Assignment",
+    "Batch",
     "Budget",
     "Checkpoint",
     "CompressionSpace",
@@ -21,6 +22,7 @@ __all__ = [
     "Score",
     "SearchResult",
     "Searcher",
+    "Terms",
     "Trial",
     "Unit",
     "search",

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.exchange import Exchanges
-from searchers.procedure import Procedure, Steps
 
 __all__ = ["BestOfRandom"]
 
 TRIES = 200
 
 
-class BestOfRandom(Procedure):
+class BestOfRandom(OneFidelity):
     """The best of random assignments a few exchanges away from uniform compression; uniform itself is the first.
 
     Like the random initialisation of EvoPress (arXiv 2410.14649), which rounds a fractional target up everywhere and
@@ -24,7 +24,7 @@ class BestOfRandom(Procedure):
     Args:
         exchanges: the most random exchanges between uniform and a draw (each draw takes 1 to this many, uniformly);
             None: half the number of units.
-        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`evo_hpo.search.procedure.OneFidelity`.
     """
 
     def __init__(

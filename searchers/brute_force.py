@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive
 from evo_hpo.space.compression_space import CompressionSpace
-from searchers.procedure import Procedure, Steps
 
 __all__ = ["BruteForce"]
 
 
-class BruteForce(Procedure):
+class BruteForce(OneFidelity):
     """Scores every feasible assignment once, in lexicographic order, on one minibatch; the best is the optimum there.
 
     Args:
@@ -46,5 +46,5 @@ class BruteForce(Procedure):
         """Enumerates."""
         assignments = self.space.enumerate()
         while chunk := list(itertools.islice(assignments, self.batch)):
-            yield chunk
+            yield self.request(chunk)
         self.stop_reason = "every feasible assignment is scored"

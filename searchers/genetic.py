@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive, probability
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.exchange import Exchanges
-from searchers.procedure import Procedure, Steps
 
 __all__ = ["Genetic"]
 
 TRIES = 50
 
 
-class Genetic(Procedure):
+class Genetic(OneFidelity):
     """Parents and offspring compete (mu + lambda); parents by tournament, uniform crossover, then random exchanges.
 
     Crossover takes each unit's level from either parent; units where the child is above the cheaper parent go back to
@@ -27,7 +27,7 @@ class Genetic(Procedure):
         mutation: the most random exchanges an offspring gets (1 to this many, the smaller of two uniform draws).
         tournament: assignments drawn for each parent, of which the best is taken.
         batch: offspring a generation.
-        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`evo_hpo.search.procedure.OneFidelity`.
     """
 
     def __init__(

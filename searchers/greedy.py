@@ -6,15 +6,15 @@ import math
 from typing import Any
 
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.exchange import Exchanges
-from searchers.procedure import Procedure, Steps
 
 __all__ = ["Greedy"]
 
 
-class Greedy(Procedure):
+class Greedy(OneFidelity):
     """Lowers the unit of least measured harm for the cost it frees, raises that of most measured gain, and so on.
 
     All units are measured once; later only the ``lazy`` most promising are measured again before each step (gains
@@ -26,7 +26,7 @@ class Greedy(Procedure):
             units from the cheapest assignment while the budget allows, then exchanges.
         lazy: units measured again before each step.
         patience: units lowered in vain before all are measured anew.
-        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`evo_hpo.search.procedure.OneFidelity`.
     """
 
     def __init__(

@@ -6,10 +6,10 @@ import itertools
 from typing import Any
 
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.exchange import Exchanges
-from searchers.procedure import Procedure, Steps
 
 __all__ = ["LocalSearch"]
 
@@ -18,7 +18,7 @@ VAIN = 200
 """Descents in a row that measure nothing new, before the search ends."""
 
 
-class LocalSearch(Procedure):
+class LocalSearch(OneFidelity):
     """Moves to the best neighbour (one unit a step up, one down, or both) until none is better, then kicks the best.
 
     Iterated local search: the kick is ``kick`` random exchanges, one more after each descent that found nothing better.
@@ -30,7 +30,7 @@ class LocalSearch(Procedure):
             first (steepest descent); ``first``: a batch of one.
         groups: between which units a step is exchanged: ``none`` (any two), ``size`` or ``name``.
         kick: exchanges of the first kick after a local optimum.
-        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`evo_hpo.search.procedure.OneFidelity`.
     """
 
     def __init__(

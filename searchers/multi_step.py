@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 from evo_hpo.errors import UnknownNameError
 from evo_hpo.search.budget import Allowance
+from evo_hpo.search.procedure import Procedure, Steps
 from evo_hpo.search.registry import searcher_class
 from evo_hpo.search.searcher import Searcher, draw, settings_of
-from evo_hpo.search.trial import Outcome, Status, Trial
+from evo_hpo.search.trial import Batch, Outcome, Status, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.evopress.selection import Selection
 
@@ -34,8 +35,43 @@ class _Candidate:
     spent: int = 0
     seconds: float = 0.0
 
+    def hear(self, stage: int, outcome: Outcome) -> None:
+        """Takes in the outcome of a stage."""
+        self.reached, self.loss = stage, outcome.loss
+        self.first = self.first or outcome
+        self.spent += outcome.tokens
+        self.seconds += outcome.seconds
 
-class MultiStep(Searcher):
+
+def _told(batch: Sequence[_Candidate], unique: dict[Assignment, _Candidate]) -> list[Outcome]:
+    """What the inner searcher hears of its batch: the first-stage losses, in the final order."""
+    ranked = sorted((c for c in unique.values() if c.first is not None), key=lambda c: (-c.reached, c.loss))
+    usable = [c for c in ranked if c.loss < math.inf]
+    losses = sorted(c.first.loss for c in usable if c.first is not None)
+    given = {c.trial.levels: loss for c, loss in zip(usable, losses, strict=True)}
+    told = []
+    for candidate in batch:
+        source = unique[candidate.trial.levels]
+        if source.first is None:
+            break
+        loss = given.get(candidate.trial.levels)
+        status: Status = "failed" if loss is None else "complete"
+        reason = (source.first.reason or "failed in a later stage") if loss is None else ""
+        told.append(
+            replace(
+                source.first,
+                trial=candidate.trial,
+                loss=math.inf if loss is None else loss,
+                tokens=source.spent,
+                seconds=source.seconds,
+                status=status,
+                reason=reason,
+            )
+        )
+    return told
+
+
+class MultiStep(Procedure):
     """Screens each batch of another searcher on few tokens, and only the survivors on more, beside the incumbent.
 
     The stages are those of EvoPress (arXiv 2410.14649, section 3.3). The inner searcher is told one loss a trial: the
@@ -73,67 +109,37 @@ class MultiStep(Searcher):
         self._least = math.inf  # loss of the incumbent in the last stage
         self._keeps = minibatch == "fixed" and elitism != "none"  # that loss stays what it is
         self._fallback: Assignment | None = None  # best of a first batch whose last stage was not reached
-        self._stage = 0
-        self._batch: list[_Candidate] = []
-        self._unique: dict[Assignment, _Candidate] = {}  # of the batch
-        self._alive: list[_Candidate] = []
-        self._asking: list[_Candidate] = []
         self._generation = -1
-        self._size = 0  # of the last batch: the next one is expected to be as large
+        self._size = self.searcher.batch  # of the last batch: the next one is expected to be as large
 
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
-        """The next stage of the batch, or the first stage of the inner searcher's next batch."""
-        if not self._batch:
-            if self._generation < 0:
-                self._settle_stages(allowance)
-            if not self._next_batch(allowance):
-                return ()
-        stage = self.selection.stages[self._stage]
-        last = self._stage == len(self.selection.stages) - 1
-        self._asking = list(self._alive)
-        if self.incumbent is not None and self.selection.joins(self._stage) and not (last and self._keeps):
-            others = [c for c in self._alive if c.trial.levels != self.incumbent]
-            again = next((c for c in self._alive if c.trial.levels == self.incumbent), None)
-            again = again or self._unique.get(self.incumbent)  # of this batch too, and screened out
-            self._asking = [again or _Candidate(Trial(-1, self.incumbent)), *others]
-        self._asking = self._asking[: max(1, allowance.affords(len(self._asking), stage.tokens))]
-        return tuple(
-            self.trial(
-                candidate.trial.levels,
-                tokens=stage.tokens,
-                minibatch=self.minibatch,
-                generation=self._generation,
-                stage=self._stage,
-            )
-            for candidate in self._asking
-        )
+    def fidelities(self) -> tuple[int | None, ...]:
+        """Those of the stages."""
+        return tuple(stage.tokens for stage in self.selection.stages)
 
-    def _settle_stages(self, allowance: Allowance) -> None:
+    def steps(self) -> Steps[None]:
+        """Batch after batch of the inner searcher, each through the stages."""
+        self._settle_stages()
+        while (batch := self.searcher.ask(self._inner(self.allowance))) is not None:
+            self._generation += 1
+            self._size = len(batch)
+            yield from self._screen(batch)
+            yield None  # the inner searcher is asked with what is left
+        self.stop_reason = self.searcher.stop_reason
+
+    def _settle_stages(self) -> None:
         survivors, tokens, elitism = self._given
-        if not allowance.default_tokens:
+        last = self.allowance.default_tokens
+        if not last:
             self._keeps = True
             self.selection = self.selection.in_one_stage()
         elif tokens is None:
-            last, count = allowance.default_tokens, len(survivors)
+            count = len(survivors)
             tokens = tuple(max(1, last // 8 ** (count - 1 - i)) for i in range(count))
             self.selection = Selection.of(survivors, tokens, elitism)
 
-    def _next_batch(self, allowance: Allowance) -> bool:
-        trials = self.searcher.ask(self._inner(allowance))
-        self.stop_reason = self.searcher.stop_reason
-        self._generation += 1
-        self._batch = [_Candidate(t) for t in trials]
-        self._size = len(trials)
-        self._unique = {c.trial.levels: c for c in reversed(self._batch)}
-        self._alive = list(self._unique.values())[::-1]
-        self._stage = 0
-        while self._batch and not self.selection.needed(len(self._alive), self._stage):
-            self._stage += 1
-        return bool(trials)
-
     def _inner(self, allowance: Allowance) -> Allowance:
         """What the inner searcher may spend: its trials at first-stage price, as many as all stages pay for."""
-        count = self._size or int(getattr(self.searcher, "batch", 1))
+        count = self._size
         parents = int(self._generation >= 0 and not self._keeps)
         trials, tokens = self.selection.price(count, parents, allowance.default_tokens)
         first = self.selection.stages[0].tokens or allowance.default_tokens
@@ -144,55 +150,41 @@ class MultiStep(Searcher):
             first,
         )
 
-    def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Ranks the stage; after the last one, moves to the winner and tells the inner searcher."""
-        told = list(zip(self._asking, outcomes, strict=False))
-        for candidate, outcome in told:
-            candidate.reached, candidate.loss = self._stage, outcome.loss
-            candidate.first = candidate.first or outcome
-            candidate.spent += outcome.tokens
-            candidate.seconds += outcome.seconds
-        told.sort(key=lambda pair: pair[1].loss)
-        self._alive = [c for c, o in told if o.usable][: self.selection.stages[self._stage].survivors]
-        last = self._stage == len(self.selection.stages) - 1
-        if last and self._alive and not (self._keeps and self._alive[0].loss >= self._least):
-            self.incumbent, self._least = self._alive[0].trial.levels, self._alive[0].loss
-        elif self.incumbent is None and self._alive:
-            self._fallback = self._alive[0].trial.levels
-        self._stage += 1
-        while not last and not self.selection.needed(len(self._alive), self._stage):
-            self._stage += 1
-        if last or not self._alive:
-            self._finish()
-
-    def _finish(self) -> None:
-        """Tells the inner searcher the first-stage losses in the final order."""
-        by_levels = {levels: c for levels, c in self._unique.items() if c.reached >= 0}
-        ranked = sorted(by_levels.values(), key=lambda c: (-c.reached, c.loss))
-        usable = [c for c in ranked if c.first is not None and c.loss < math.inf]
-        losses = sorted(c.first.loss for c in usable if c.first is not None)
-        given = {c.trial.levels: loss for c, loss in zip(usable, losses, strict=True)}
-        told = []
-        for candidate in self._batch:
-            source = by_levels.get(candidate.trial.levels)
-            if source is None or source.first is None:
-                break
-            loss = given.get(candidate.trial.levels, math.inf)
-            status: Status = "complete" if candidate.trial.levels in given else "failed"
-            told.append(
-                replace(
-                    source.first,
-                    trial=candidate.trial,
-                    loss=loss,
-                    tokens=source.spent,
-                    seconds=source.seconds,
-                    status=status,
-                    reason="" if status == "complete" else (source.first.reason or "failed in a later stage"),
-                )
+    def _screen(self, batch: Batch) -> Steps[None]:
+        """Ranks the batch in stages, moves to the winner of the last one, and tells the inner searcher."""
+        candidates = [_Candidate(t) for t in batch]
+        unique = {c.trial.levels: c for c in reversed(candidates)}
+        alive = list(unique.values())[::-1]
+        last = len(self.selection.stages) - 1
+        for number, stage in enumerate(self.selection.stages):
+            if not self.selection.needed(len(alive), number):
+                continue
+            if self.incumbent is not None and self.selection.joins(number) and not (number == last and self._keeps):
+                # It may be of this batch too, and screened out.
+                again = unique.get(self.incumbent) or _Candidate(Trial(-1, self.incumbent))
+                alive = [again, *(c for c in alive if c.trial.levels != self.incumbent)]
+            outcomes = yield self.propose(
+                [c.trial.levels for c in alive],
+                tokens=stage.tokens,
+                draw=self.minibatch,
+                generation=self._generation,
+                stage=number,
             )
-        self._batch = []
-        if told:
-            self.searcher.tell(told)
+            told = list(zip(alive, outcomes, strict=False))
+            for candidate, outcome in told:
+                candidate.hear(number, outcome)
+            told.sort(key=lambda pair: pair[1].loss)
+            alive = [c for c, o in told if o.usable][: stage.survivors]
+            if not alive:
+                break
+            best = alive[0]
+            if number == last and not (self._keeps and best.loss >= self._least):
+                self.incumbent, self._least = best.trial.levels, best.loss
+            elif self.incumbent is None:
+                self._fallback = best.trial.levels
+        told_inner = _told(candidates, unique)
+        if told_inner:
+            self.searcher.tell(told_inner)
 
     def recommend(self) -> Assignment | None:
         """The winner of the last stage of the last complete batch."""

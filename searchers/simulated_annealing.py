@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import number, positive
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.exchange import Exchanges
-from searchers.procedure import Procedure, Steps
 
 __all__ = ["SimulatedAnnealing"]
 
@@ -19,7 +19,7 @@ COOLEST = 1e-3  # last temperature, as a share of the first
 FROZEN = 400  # proposals in a row that were scored before, after which the next cooling begins
 
 
-class SimulatedAnnealing(Procedure):
+class SimulatedAnnealing(OneFidelity):
     """Metropolis acceptance under geometric cooling over the whole budget, from uniform (Kirkpatrick et al., 1983).
 
     The first temperature is ``heat`` times the median loss difference of ``probes`` random exchanges from uniform, so
@@ -32,7 +32,7 @@ class SimulatedAnnealing(Procedure):
         cooling_steps: proposals of one cooling under a budget of seconds.
         groups: between which units a step is exchanged: ``none`` (any two), ``size`` or ``name``.
         batch: trials a batch while probing; proposals are made one at a time.
-        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`evo_hpo.search.procedure.OneFidelity`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SimulatedAnnealing(Procedure):
 
     def _cool(self, hottest: float) -> Steps[None]:
         paid_each = 2 if self.minibatch == "fresh" else 1
-        length = max(1, self.horizon(self.cooling_steps * paid_each) // paid_each)
+        length = max(1, self.trials_left(self.cooling_steps * paid_each) // paid_each)
         current = self.incumbent
         assert current is not None
         idle = 0

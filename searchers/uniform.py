@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from evo_hpo.search.budget import Allowance
-from evo_hpo.search.searcher import Searcher
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.procedure import Procedure, Steps
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["Uniform"]
 
 
-class Uniform(Searcher):
+class Uniform(Procedure):
     """Scores the uniform assignment once; where the budget is fractional, the rest is spread evenly over the depth."""
 
     random = False
 
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
+    def steps(self) -> Steps[None]:
         """The uniform assignment, once."""
-        if self._asked:
-            self.stop_reason = "uniform compression has one assignment"
-            return ()
-        return (self.trial(self.space.uniform()),)
-
-    def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Nothing to learn."""
+        yield self.propose([self.space.uniform()])
+        self.stop_reason = "uniform compression has one assignment"
 
     def recommend(self) -> Assignment:
         """The uniform assignment, whatever its loss."""

@@ -12,7 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,7 +34,7 @@ from evo_hpo.record.records import (
 from evo_hpo.search.budget import Budget
 from evo_hpo.search.loop import Checkpoint, SearchResult
 from evo_hpo.search.problem import Minibatch, Problem
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.trial import Batch, Outcome, Terms, Trial
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["CONTEXT", "Journal", "SearchRecord", "header_differences", "read_journal", "read_journals", "search_header"]
@@ -163,7 +163,7 @@ class Journal:
 
     # ------------------------------------------------------------------ Recorder
 
-    def recall(self, trials: Sequence[Trial], minibatch: Minibatch) -> list[Outcome]:
+    def recall(self, batch: Batch, minibatch: Minibatch) -> list[Outcome]:
         """The recorded outcomes of this batch, all or none.
 
         Raises:
@@ -173,16 +173,16 @@ class Journal:
             return []
         size = self._batches.popleft()
         outcomes = [self._outcomes.popleft() for _ in range(size)]
-        for trial, outcome in zip(trials, outcomes, strict=False):
-            difference = _difference(trial, minibatch, outcome)
+        for trial, outcome in zip(batch, outcomes, strict=False):
+            difference = _difference(trial, batch.terms, minibatch, outcome)
             if difference:
                 raise JournalError(
                     f"{self.path}: trial {outcome.trial.number} is not what the searcher asks for now: {difference};"
                     " the search's code, model or data changed: start it anew under another name"
                 )
-        if size != len(trials):
+        if size != len(batch):
             raise JournalError(
-                f"{self.path}: at trial {outcomes[0].trial.number} a batch of {size} is recorded and {len(trials)} are"
+                f"{self.path}: at trial {outcomes[0].trial.number} a batch of {size} is recorded and {len(batch)} are"
                 " asked for now: the search's code changed: start it anew under another name"
             )
         self.replayed += size
@@ -346,10 +346,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
-def _difference(trial: Trial, minibatch: Minibatch, outcome: Outcome) -> str:
+def _difference(trial: Trial, terms: Terms, minibatch: Minibatch, outcome: Outcome) -> str:
     """What a trial and the recorded one do not share; empty when nothing."""
     recorded = outcome.trial
-    if recorded == trial and outcome.minibatch == minibatch.seed:
+    if recorded == trial and outcome.terms == terms and outcome.minibatch == minibatch.seed:
         return ""
     if recorded.levels != trial.levels:
         pairs = zip(recorded.levels, trial.levels, strict=False)
@@ -359,10 +359,8 @@ def _difference(trial: Trial, minibatch: Minibatch, outcome: Outcome) -> str:
         return f"unit {unit} recorded at level {recorded.levels[unit]}, asked at {trial.levels[unit]}"
     if outcome.minibatch != minibatch.seed:
         return f"recorded on minibatch {outcome.minibatch}, asked on {minibatch.seed}"
-    for field in fields(Trial):
-        if field.name == "note":
-            continue
-        old, new = getattr(recorded, field.name), getattr(trial, field.name)
-        if old != new:
-            return f"{field.name} recorded as {old!r}, asked as {new!r}"
+    was, asked = asdict(recorded) | asdict(outcome.terms), asdict(trial) | asdict(terms)
+    for name in was:
+        if name != "note" and (old := was[name]) != (new := asked[name]):
+            return f"{name} recorded as {old!r}, asked as {new!r}"
     return ""

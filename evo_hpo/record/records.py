@@ -18,7 +18,7 @@ from typing import Any
 
 from evo_hpo.errors import JournalError
 from evo_hpo.search.loop import Checkpoint
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.trial import Outcome, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["JournalTail", "SearchRecord", "decode_levels", "encode_levels", "read_journal", "read_journals"]
@@ -49,7 +49,7 @@ def encode_number(value: float) -> float | str:
 
 def encode_outcome(outcome: Outcome, search: str, time: float, more: int) -> dict[str, Any]:
     """One outcome line; fields at their defaults are left out."""
-    trial = outcome.trial
+    trial, terms = outcome.trial, outcome.terms
     line: dict[str, Any] = {
         "kind": "outcome",
         "search": search,
@@ -58,17 +58,17 @@ def encode_outcome(outcome: Outcome, search: str, time: float, more: int) -> dic
         "loss": encode_number(outcome.loss),
         "tokens": outcome.tokens,
         "minibatch": outcome.minibatch,
-        "draw": trial.minibatch,
+        "draw": terms.draw,
         "seconds": round(outcome.seconds, 9),
         "status": outcome.status,
-        "generation": trial.generation,
-        "stage": trial.stage,
+        "generation": terms.generation,
+        "stage": terms.stage,
         "parent": trial.parent,
         "time": time,
     }
-    optional = {"asked": trial.tokens, "keep": trial.keep, "note": trial.note, "reason": outcome.reason, "more": more}
+    optional = {"asked": terms.tokens, "keep": terms.keep, "note": trial.note, "reason": outcome.reason, "more": more}
     line.update({key: value for key, value in optional.items() if value not in (None, "", 0)})
-    if trial.tokens == 0:
+    if terms.tokens == 0:
         line["asked"] = 0
     return line
 
@@ -78,13 +78,15 @@ def decode_outcome(line: Mapping[str, Any]) -> Outcome:
     trial = Trial(
         number=line["trial"],
         levels=decode_levels(line["levels"]),
+        parent=line["parent"],
+        note=line.get("note", ""),
+    )
+    terms = Terms(
         tokens=line.get("asked"),
+        draw=line["draw"],
+        keep=line.get("keep"),
         generation=line["generation"],
         stage=line["stage"],
-        parent=line["parent"],
-        minibatch=line["draw"],
-        keep=line.get("keep"),
-        note=line.get("note", ""),
     )
     return Outcome(
         trial=trial,
@@ -94,6 +96,7 @@ def decode_outcome(line: Mapping[str, Any]) -> Outcome:
         minibatch=line["minibatch"],
         status=line["status"],
         reason=line.get("reason", ""),
+        terms=terms,
     )
 
 

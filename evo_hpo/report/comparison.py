@@ -254,8 +254,8 @@ def _trial_rows(run: SearchRun) -> Iterable[dict[str, Any]]:
         yield {
             **_identity(run),
             "trial": trial.number,
-            "generation": trial.generation,
-            "stage": trial.stage,
+            "generation": outcome.terms.generation,
+            "stage": outcome.terms.stage,
             "parent": trial.parent,
             "loss": outcome.loss,
             "status": outcome.status,

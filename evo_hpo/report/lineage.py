@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from evo_hpo.report.runs import SearchRun
 from evo_hpo.report.style import INK, clean, figure, thousands
-from evo_hpo.search.trial import Trial
+from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["Step", "lineage", "lineage_figure"]
@@ -44,20 +44,21 @@ def lineage(run: SearchRun, space: CompressionSpace) -> list[Step]:
     if run.final is None:
         return []
     spent, chain = 0, []
-    by_number: dict[int, tuple[Trial, int, int]] = {}
+    by_number: dict[int, tuple[Outcome, int, int]] = {}
     for position, outcome in enumerate(run.outcomes, start=1):
         spent += outcome.tokens
-        by_number.setdefault(outcome.trial.number, (outcome.trial, spent, position))
+        by_number.setdefault(outcome.trial.number, (outcome, spent, position))
     found = [o.trial for o in run.outcomes if o.trial.levels == run.final.levels]
     number = next((t.number for t in [*(t for t in found if t.parent is not None), *found]), None)
     seen: set[int] = set()
     while number is not None and number in by_number and number not in seen:
         seen.add(number)
         chain.append(by_number[number])
-        number = chain[-1][0].parent
+        number = chain[-1][0].trial.parent
     steps: list[Step] = []
     uniform = space.uniform()
-    for trial, tokens, evaluations in reversed(chain):
+    for outcome, tokens, evaluations in reversed(chain):
+        trial = outcome.trial
         if steps and steps[-1].levels == trial.levels:
             continue
         before = steps[-1].levels if steps else trial.levels
@@ -67,7 +68,7 @@ def lineage(run: SearchRun, space: CompressionSpace) -> list[Step]:
             if a != b
         )
         distance = sum(a != b for a, b in zip(uniform, trial.levels, strict=True))
-        steps.append(Step(trial.number, trial.generation, tokens, evaluations, trial.levels, changes, distance))
+        steps.append(Step(trial.number, outcome.terms.generation, tokens, evaluations, trial.levels, changes, distance))
     return steps
 
 

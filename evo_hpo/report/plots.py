@@ -181,7 +181,7 @@ def cost_figure(comparison: Comparison, problem: str) -> Figure:
     labels = shown_labels(comparison, problem, 2 * SHOWN)
     charged = axes(comparison, problem)[0] == "tokens"
     drawn, (left, right) = figure(11.0, 1.3 + 0.36 * len(labels), ncols=2, sharey=True)
-    stages = sorted({o.trial.stage for r in comparison.of(problem) for o in r.outcomes})
+    stages = sorted({o.terms.stage for r in comparison.of(problem) for o in r.outcomes})
     shades = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
     start = np.zeros(len(labels))
     for stage in stages:
@@ -204,7 +204,7 @@ def cost_figure(comparison: Comparison, problem: str) -> Figure:
 
 def _stage_cost(comparison: Comparison, problem: str, label: str, stage: int, charged: bool) -> float:
     runs = comparison.of(problem, label)
-    found = [o.tokens if charged else 1 for r in runs for o in r.outcomes if o.trial.stage == stage]
+    found = [o.tokens if charged else 1 for r in runs for o in r.outcomes if o.terms.stage == stage]
     return float(sum(found)) / len(runs)
 
 

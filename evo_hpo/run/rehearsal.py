@@ -25,17 +25,16 @@ def rehearse(plan: Plan, preview: Preview) -> None:
     for entry in plan.searchers:
         try:
             searcher = make_searcher(entry.name, preview.space, seed=0, **entry.settings)
-            trials = searcher.ask(ledger.allowance())
-            if not trials:
+            batch = searcher.ask(ledger.allowance())
+            if batch is None:
                 raise BudgetError(f"a budget of {budget.amount:g} {budget.kind}: {searcher.stop_reason}")
-            each = tokens if trials[0].tokens is None else trials[0].tokens
-            if not ledger.allowance().affords(len(trials), each):
+            each = tokens if batch.tokens is None else batch.tokens
+            if not ledger.allowance().affords(len(batch), each):
                 raise BudgetError(
                     f"a budget of {budget.amount:g} {budget.kind} does not pay for one trial of {each} tokens:"
                     " raise it or score on fewer tokens"
                 )
-            for stage in getattr(getattr(searcher, "selection", None), "stages", ()):
-                preview.check(stage.tokens or tokens)
-            preview.check(each)
+            for fidelity in (*searcher.fidelities(), each):
+                preview.check(fidelity or tokens)
         except EvoHpoError as error:
             raise PlanError(f"searcher {entry.key!r}: {error}") from error

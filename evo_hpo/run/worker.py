@@ -130,9 +130,9 @@ def _describe(problem: Problem) -> dict[str, Any]:
         "space": problem.space.to_json(),
         "fingerprint": problem.fingerprint(),
         "reference": problem.reference(),
-        "optimum": getattr(problem, "optimum", None),
+        "optimum": problem.optimum,
         "describe": problem.space.describe(),
-        "notes": list(getattr(problem, "notes", ())),
+        "notes": list(problem.notes),
     }
 
 

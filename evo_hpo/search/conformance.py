@@ -27,7 +27,7 @@ from evo_hpo.search.loop import Checkpoint, SearchResult, search
 from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
 from evo_hpo.search.registry import make_searcher
 from evo_hpo.search.searcher import Searcher
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.trial import Batch, Outcome, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 
 __all__ = ["SPACES", "SearcherConformance", "TokenProblem", "loss"]
@@ -98,11 +98,11 @@ class _Tape:
     def __init__(self, known: Sequence[Outcome]) -> None:
         self.known = list(known)
 
-    def recall(self, trials: Sequence[Trial], minibatch: Minibatch) -> list[Outcome]:
+    def recall(self, batch: Batch, minibatch: Minibatch) -> list[Outcome]:
         """The next known outcomes; they must be of these very trials."""
-        found = [self.known.pop(0) for _ in trials[: len(self.known)]]
-        assert [o.trial for o in found] == list(trials[: len(found)])
-        assert all(o.minibatch == minibatch.seed for o in found)
+        found = [self.known.pop(0) for _ in batch.trials[: len(self.known)]]
+        assert [o.trial for o in found] == list(batch.trials[: len(found)])
+        assert all(o.minibatch == minibatch.seed and o.terms == batch.terms for o in found)
         return found
 
     def recall_checkpoint(self, fraction: float, levels: Assignment) -> Checkpoint | None:
@@ -119,13 +119,13 @@ class _Tape:
         """Not needed."""
 
 
-def _facts(outcomes: Sequence[Outcome]) -> list[tuple[Trial, float, int]]:
-    return [(o.trial, o.loss, o.minibatch) for o in outcomes]
+def _facts(outcomes: Sequence[Outcome]) -> list[tuple[Trial, Terms, float, int]]:
+    return [(o.trial, o.terms, o.loss, o.minibatch) for o in outcomes]
 
 
 def _trace(
     suite: type[SearcherConformance], name: str, space: str, seed: int, evaluations: int
-) -> list[tuple[Trial, float, int]]:
+) -> list[tuple[Trial, Terms, float, int]]:
     """Trials and losses of a search; runs in spawned processes too."""
     problem = TokenProblem(SPACES[space])
     searcher = suite().searcher(name, problem.space, seed)
@@ -199,13 +199,14 @@ class SearcherConformance:
         """A budget that ends inside a batch cuts the batch; without a reason to stop, all of it is spent."""
         problem = TokenProblem(SPACES["equal"])
         searcher = self.searcher(name, problem.space, 0)
-        asked: list[tuple[Trial, ...]] = []
+        asked: list[Batch] = []
         told: list[list[Trial]] = []
         ask, tell = searcher.ask, searcher.tell
 
-        def spy_ask(allowance: Allowance) -> tuple[Trial, ...]:
-            asked.append(ask(allowance))
-            return asked[-1]
+        def spy_ask(allowance: Allowance) -> Batch | None:
+            batch = ask(allowance)
+            asked.extend([] if batch is None else [batch])
+            return batch
 
         def spy_tell(outcomes: Sequence[Outcome]) -> None:
             told.append([o.trial for o in outcomes])
@@ -215,7 +216,7 @@ class SearcherConformance:
         result = search(searcher, problem, budget=Budget(evaluations=evaluations))
         assert problem.scored == len(result.outcomes) <= evaluations
         assert len(result.outcomes) == evaluations or searcher.stop_reason
-        assert all(batch == list(of[: len(batch)]) for batch, of in zip(told, asked, strict=False))
+        assert all(batch == list(of.trials[: len(batch)]) for batch, of in zip(told, asked, strict=False))
         assert [t for batch in told for t in batch] == [o.trial for o in result.outcomes]
         numbers = [o.trial.number for o in result.outcomes]
         assert numbers == sorted(set(numbers))
@@ -223,8 +224,9 @@ class SearcherConformance:
     def test_keeps_to_its_allowance(self, name: str) -> None:
         """Of trials and of tokens."""
         for allowance in (Allowance(evaluations=3, default_tokens=64), Allowance(tokens=3 * 64, default_tokens=64)):
-            trials = self.searcher(name, SPACES["equal"], 0).ask(allowance)
-            assert 1 <= len(trials) <= allowance.affords(len(trials), trials[0].tokens)
+            batch = self.searcher(name, SPACES["equal"], 0).ask(allowance)
+            assert batch is not None
+            assert 1 <= len(batch) <= allowance.affords(len(batch), batch.tokens)
 
     def test_spends_no_more_tokens_than_it_has(self, name: str) -> None:
         """Whatever fidelity it asks for."""
@@ -253,7 +255,7 @@ class SearcherConformance:
 
     def test_different_seeds_differ(self, name: str) -> None:
         """Unless the searcher says that it is not random."""
-        traces = [[t.levels for t, _, _ in _trace(type(self), name, "unequal", s, self.evaluations)] for s in range(4)]
+        traces = [[t.levels for t, *_ in _trace(type(self), name, "unequal", s, self.evaluations)] for s in range(4)]
         if self.searcher(name, SPACES["unequal"], 0).random:
             assert any(trace != traces[0] for trace in traces[1:])
         else:

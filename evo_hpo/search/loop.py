@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from evo_hpo.errors import BudgetError, InfeasibleError, InvalidSettingError
+from evo_hpo.errors import BudgetError, InvalidSettingError
 from evo_hpo.search.budget import Budget, Ledger
 from evo_hpo.search.problem import Minibatch, Problem, Score
 from evo_hpo.search.searcher import Searcher
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.trial import Batch, Outcome, Status, Terms, Trial
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["Checkpoint", "Observer", "Recorder", "SearchResult", "search"]
@@ -81,7 +81,7 @@ class Observer(Protocol):
 class Recorder(Protocol):
     """Keeps what was paid for, and gives it back on resume. Implemented by :class:`evo_hpo.record.journal.Journal`."""
 
-    def recall(self, trials: Sequence[Trial], minibatch: Minibatch) -> list[Outcome]:
+    def recall(self, batch: Batch, minibatch: Minibatch) -> list[Outcome]:
         """Recorded outcomes of the first trials of this batch (all, some or none), in order.
 
         Raises:
@@ -133,113 +133,155 @@ def search(
     for fraction in checkpoints:
         if not 0 < fraction <= 1:
             raise BudgetError(f"checkpoint {fraction!r} must be a fraction of the budget, above 0 and at most 1")
-    ledger = Ledger(budget, problem.tokens)
-    draws = np.random.default_rng([seed, 0x6D62])
-    fixed = last = int(draws.integers(2**31))
-    due = sorted(checkpoints)
-    result = SearchResult(ledger=ledger)
-    watchers = tuple(observers)
-    losses: dict[Assignment, float] = {}
     start = time.perf_counter()
-
-    def take_checkpoints(spent: float) -> None:
-        while due and spent >= due[0] - 1e-12:
-            fraction = due.pop(0)
-            levels = searcher.recommend()
-            if levels is None:
-                continue
-            known = journal.recall_checkpoint(fraction, levels) if journal else None
-            if known is None:
-                figures = problem.validate(levels)
-                known = Checkpoint(fraction, ledger.tokens, ledger.evaluations, ledger.seconds, levels, figures)
-                if journal:
-                    journal.record_checkpoint(known)
-            result.checkpoints.append(known)
-            for watcher in watchers:
-                watcher.checkpoint(known)
-
-    while not ledger.exhausted:
-        allowance = ledger.allowance()
-        before = time.perf_counter()
-        trials = searcher.ask(allowance)
-        result.searcher_seconds += time.perf_counter() - before
-        if not trials:
-            result.stop_reason = searcher.stop_reason or "the searcher has nothing more to ask"
-            break
-        for trial in trials:
-            if not isinstance(trial, Trial):
-                raise InvalidSettingError(f"ask returned {trial!r}: return trials, made by self.trial(levels)")
-        affordable = allowance.affords(len(trials), trials[0].tokens)
-        if not affordable:
-            if not result.outcomes:
-                raise BudgetError(
-                    f"a budget of {budget.amount:g} {budget.kind} does not pay for one trial of "
-                    f"{trials[0].tokens or problem.tokens} tokens: raise it or score on fewer tokens"
-                )
-            result.stop_reason = "the budget does not pay for another trial"
-            break
-        trials = trials[:affordable]
-        _check(trials, problem)
-        if trials[0].minibatch == "fresh":
-            last = int(draws.integers(2**31))
-        minibatch_seed = fixed if trials[0].minibatch == "fixed" else last
-        minibatch = Minibatch(minibatch_seed, problem.tokens if trials[0].tokens is None else trials[0].tokens)
-        outcomes = journal.recall(trials, minibatch) if journal else []
-        ledger.charge([o.tokens for o in outcomes], sum(o.seconds for o in outcomes))
-        if len(outcomes) < len(trials):
-            fresh = _score(problem, trials[len(outcomes) :], minibatch)
-            ledger.charge([o.tokens for o in fresh], sum(o.seconds for o in fresh))
-            if journal:
-                journal.record(fresh)
-            outcomes = [*outcomes, *fresh]
-        failed = next((o for o in outcomes if o.status == "failed"), None)
-        if failed is not None and not any(o.status == "failed" for o in result.outcomes):
-            _log.warning("trial %d failed (later failures are only counted): %s", failed.trial.number, failed.reason)
-        result.outcomes.extend(outcomes)
-        for outcome in outcomes:
-            if outcome.usable:
-                losses[outcome.trial.levels] = min(outcome.loss, losses.get(outcome.trial.levels, math.inf))
-        before = time.perf_counter()
-        searcher.tell(outcomes)
-        result.searcher_seconds += time.perf_counter() - before
-        for watcher in watchers:
-            watcher.batch(outcomes, ledger)
-        take_checkpoints(min(ledger.spent / budget.amount, 0.999999))
-    take_checkpoints(1.0)
-    result.stop_reason = result.stop_reason or "the budget is spent"
-    result.best = searcher.recommend() if losses or not result.outcomes else None
-    result.best_loss = losses.get(result.best, math.inf) if result.best is not None else math.inf
+    run = _Run(searcher, problem, budget, seed, journal, tuple(observers), sorted(checkpoints))
+    while not run.ledger.exhausted and (batch := run.ask()) is not None:
+        run.tell(run.score(batch, run.minibatch(batch)))
+        run.take_checkpoints(min(run.ledger.spent / budget.amount, 0.999999))
+    run.take_checkpoints(1.0)
+    result = run.finish()
     result.seconds = time.perf_counter() - start
-    result.scoring = problem.report()
     if journal:
         journal.finish(result)
     return result
 
 
-def _check(trials: Sequence[Trial], problem: Problem) -> None:
-    first = trials[0]
-    for trial in trials:
-        if not problem.space.feasible(trial.levels):
-            problem.space.check(trial.levels)
-        if trial.tokens != first.tokens or trial.minibatch != first.minibatch:
-            raise InfeasibleError(f"trial {trial.number} asks for another minibatch than its batch: split the batch")
+class _Run:
+    """One search under way: the steps of :func:`search`, on what they share."""
+
+    def __init__(
+        self,
+        searcher: Searcher,
+        problem: Problem,
+        budget: Budget,
+        seed: int,
+        journal: Recorder | None,
+        observers: Sequence[Observer],
+        due: list[float],
+    ) -> None:
+        self.searcher = searcher
+        self.problem = problem
+        self.ledger = Ledger(budget, problem.tokens)
+        self.journal = journal
+        self.observers = observers
+        self.due = due  # fractions of the checkpoints that are not taken yet
+        self.result = SearchResult(ledger=self.ledger)
+        self.losses: dict[Assignment, float] = {}
+        self.draws = np.random.default_rng([seed, 0x6D62])
+        self.fixed = self.last = int(self.draws.integers(2**31))
+
+    def ask(self) -> Batch | None:
+        """The next batch, as much of it as can be paid; None: the search ends, and the result says why."""
+        allowance = self.ledger.allowance()
+        before = time.perf_counter()
+        batch = self.searcher.ask(allowance)
+        self.result.searcher_seconds += time.perf_counter() - before
+        if batch is None:
+            self.result.stop_reason = self.searcher.stop_reason or "the searcher has nothing more to ask"
+            return None
+        if not isinstance(batch, Batch):
+            raise InvalidSettingError(f"ask returned {batch!r}: return a Batch of trials, made by self.trial(levels)")
+        affordable = allowance.affords(len(batch), batch.tokens)
+        if not affordable:
+            if not self.result.outcomes:
+                budget = self.ledger.budget
+                raise BudgetError(
+                    f"a budget of {budget.amount:g} {budget.kind} does not pay for one trial of "
+                    f"{batch.tokens or self.problem.tokens} tokens: raise it or score on fewer tokens"
+                )
+            self.result.stop_reason = "the budget does not pay for another trial"
+            return None
+        batch = batch.first(affordable)
+        for trial in batch:
+            if not self.problem.space.feasible(trial.levels):
+                self.problem.space.check(trial.levels)
+        return batch
+
+    def minibatch(self, batch: Batch) -> Minibatch:
+        """The data that the batch asks for."""
+        if batch.terms.draw == "fresh":
+            self.last = int(self.draws.integers(2**31))
+        seed = self.fixed if batch.terms.draw == "fixed" else self.last
+        return Minibatch(seed, self.problem.tokens if batch.tokens is None else batch.tokens)
+
+    def score(self, batch: Batch, minibatch: Minibatch) -> list[Outcome]:
+        """Outcomes of the batch, charged: those that the journal holds, and new ones, which it keeps."""
+        outcomes = self.journal.recall(batch, minibatch) if self.journal else []
+        self._charge(outcomes)
+        if len(outcomes) < len(batch):
+            fresh = _score(self.problem, batch.trials[len(outcomes) :], batch.terms, minibatch)
+            self._charge(fresh)
+            if self.journal:
+                self.journal.record(fresh)
+            outcomes = [*outcomes, *fresh]
+        return outcomes
+
+    def _charge(self, outcomes: Sequence[Outcome]) -> None:
+        self.ledger.charge([o.tokens for o in outcomes], sum(o.seconds for o in outcomes))
+
+    def tell(self, outcomes: list[Outcome]) -> None:
+        """Keeps the outcomes, and lets the searcher and the observers hear of them."""
+        failed = next((o for o in outcomes if o.status == "failed"), None)
+        if failed is not None and not any(o.status == "failed" for o in self.result.outcomes):
+            _log.warning("trial %d failed (later failures are only counted): %s", failed.trial.number, failed.reason)
+        self.result.outcomes.extend(outcomes)
+        for outcome in outcomes:
+            if outcome.usable:
+                levels = outcome.trial.levels
+                self.losses[levels] = min(outcome.loss, self.losses.get(levels, math.inf))
+        before = time.perf_counter()
+        self.searcher.tell(outcomes)
+        self.result.searcher_seconds += time.perf_counter() - before
+        for observer in self.observers:
+            observer.batch(outcomes, self.ledger)
+
+    def take_checkpoints(self, spent: float) -> None:
+        """Validates the incumbent at every checkpoint that is due at this share of the budget."""
+        while self.due and spent >= self.due[0] - 1e-12:
+            fraction = self.due.pop(0)
+            levels = self.searcher.recommend()
+            if levels is None:
+                continue
+            checkpoint = self._checkpoint(fraction, levels)
+            self.result.checkpoints.append(checkpoint)
+            for observer in self.observers:
+                observer.checkpoint(checkpoint)
+
+    def _checkpoint(self, fraction: float, levels: Assignment) -> Checkpoint:
+        """The one that the journal holds, or a new one, which it keeps."""
+        known = self.journal.recall_checkpoint(fraction, levels) if self.journal else None
+        if known is None:
+            figures, spent = self.problem.validate(levels), self.ledger
+            known = Checkpoint(fraction, spent.tokens, spent.evaluations, spent.seconds, levels, figures)
+            if self.journal:
+                self.journal.record_checkpoint(known)
+        return known
+
+    def finish(self) -> SearchResult:
+        """The result, with what the searcher recommends."""
+        result = self.result
+        result.stop_reason = result.stop_reason or "the budget is spent"
+        result.best = self.searcher.recommend() if self.losses or not result.outcomes else None
+        result.best_loss = self.losses.get(result.best, math.inf) if result.best is not None else math.inf
+        result.scoring = self.problem.report()
+        return result
 
 
-def _score(problem: Problem, trials: Sequence[Trial], minibatch: Minibatch) -> list[Outcome]:
-    """Scores a batch; running out of memory fails its trials, any other exception ends the search: it is a fault."""
+def _score(problem: Problem, trials: Sequence[Trial], terms: Terms, minibatch: Minibatch) -> list[Outcome]:
+    """Scores trials; running out of memory fails them, any other exception ends the search: it is a fault."""
     start = time.perf_counter()
     try:
-        scores = problem.score([t.levels for t in trials], minibatch, keep=trials[0].keep)
+        scores = problem.score([t.levels for t in trials], minibatch, keep=terms.keep)
     except MemoryError as error:
         scores = [Score(math.nan, minibatch.tokens, reason=f"out of memory: {error}")] * len(trials)
     seconds = (time.perf_counter() - start) / len(trials)
     least = minibatch.tokens if problem.tokens else 0  # of a score that names no tokens: a search must come to its end
-    return [_outcome(t, s, s.tokens or least, seconds, minibatch) for t, s in zip(trials, scores, strict=True)]
+    return [_outcome(t, s, s.tokens or least, seconds, minibatch, terms) for t, s in zip(trials, scores, strict=True)]
 
 
-def _outcome(trial: Trial, score: Score, tokens: int, seconds: float, minibatch: Minibatch) -> Outcome:
+def _outcome(trial: Trial, score: Score, tokens: int, seconds: float, minibatch: Minibatch, terms: Terms) -> Outcome:
     if math.isfinite(score.loss):
-        status = "stopped" if score.stopped else "complete"
-        return Outcome(trial, score.loss, tokens, seconds, minibatch.seed, status)  # type: ignore[arg-type]
+        status: Status = "stopped" if score.stopped else "complete"
+        return Outcome(trial, score.loss, tokens, seconds, minibatch.seed, status, terms=terms)
     reason = score.reason or f"the loss is {score.loss}"
-    return Outcome(trial, math.inf, tokens, seconds, minibatch.seed, "failed", reason)
+    return Outcome(trial, math.inf, tokens, seconds, minibatch.seed, "failed", reason, terms)

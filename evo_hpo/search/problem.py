@@ -52,12 +52,16 @@ class Problem(ABC):
         space: the assignments that may be scored; the loop never passes an infeasible one.
         tokens: calibration tokens of a trial that names none; 0: the problem has no fidelity.
         pool_tokens: the most calibration tokens that a minibatch may hold; 0: no limit.
+        optimum: the least loss that any feasible assignment has, where it is known.
+        notes: sentences that a reader of its results should know.
     """
 
     name: str
     space: CompressionSpace
     tokens: int = 0
     pool_tokens: int = 0
+    optimum: float | None = None
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def score(

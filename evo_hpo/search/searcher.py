@@ -11,14 +11,14 @@ import difflib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
 
 from evo_hpo.errors import InvalidSettingError, UnknownNameError
 from evo_hpo.search.budget import Allowance
-from evo_hpo.search.trial import Draw, Outcome, Trial
+from evo_hpo.search.trial import Batch, Draw, Outcome, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["Searcher", "boolean", "positive", "probability", "settings_of"]
@@ -30,11 +30,13 @@ class Searcher(ABC):
     Attributes:
         space: the space that is searched.
         rng: the searcher's own random stream, a function of the seed alone.
+        batch: trials that it asks for at once, where that is a setting.
         stop_reason: why ``ask`` returned nothing.
     """
 
     random: ClassVar[bool] = True
     """False: the seed changes nothing, one run says all."""
+    batch: int = 1
 
     def __init__(self, space: CompressionSpace, *, seed: int = 0) -> None:
         self.space = space
@@ -45,8 +47,8 @@ class Searcher(ABC):
         self._best: Outcome | None = None
 
     @abstractmethod
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
-        """One batch of trials that are scored on one minibatch; ``()`` ends the search and sets ``stop_reason``.
+    def ask(self, allowance: Allowance) -> Batch | None:
+        """One batch; None ends the search and sets ``stop_reason``.
 
         A searcher should keep within the allowance; the loop drops trials off the end that it cannot pay.
         """
@@ -63,12 +65,23 @@ class Searcher(ABC):
         """
         return None if self._best is None else self._best.trial.levels
 
+    def fidelities(self) -> tuple[int | None, ...]:
+        """Calibration tokens of every batch that it may ask for, as far as known; None: the problem's default.
+
+        A plan is refused before any work where the problem cannot draw one of them.
+        """
+        return (None,)
+
     # ------------------------------------------------------------------ for subclasses
 
-    def trial(self, levels: Sequence[int], **fields: Any) -> Trial:
+    def trial(self, levels: Sequence[int], parent: int | None = None, note: str = "") -> Trial:
         """The next trial, numbered."""
         self._asked += 1
-        return Trial(self._asked - 1, tuple(levels), **fields)
+        return Trial(self._asked - 1, tuple(levels), parent, note)
+
+    def propose(self, assignments: Iterable[Sequence[int]], *, note: str = "", **terms: Any) -> Batch:
+        """A batch of these assignments as the next trials; ``terms`` as in :class:`evo_hpo.search.trial.Terms`."""
+        return Batch(tuple([self.trial(levels, note=note) for levels in assignments]), Terms(**terms))
 
     def remember(self, outcomes: Sequence[Outcome]) -> None:
         """Keeps the best outcome for the default ``recommend``."""

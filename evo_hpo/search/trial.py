@@ -1,14 +1,16 @@
-"""What a searcher asks for and what comes back. Both are values: frozen, never changed after they are made."""
+"""What a searcher asks for and what comes back. All are values: frozen, never changed after they are made."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from evo_hpo.errors import InvalidSettingError
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Draw", "Outcome", "Status", "Trial"]
+__all__ = ["Batch", "Draw", "Outcome", "Status", "Terms", "Trial"]
 
 Draw = Literal["fresh", "same", "fixed"]
 """Which minibatch a batch is scored on: a fresh one; the one before (with more tokens: a superset of it, nested);
@@ -25,23 +27,69 @@ class Trial:
     Attributes:
         number: the searcher's count of trials, from 0.
         levels: the assignment; must be feasible.
-        tokens: calibration tokens to score it on; None: the problem's default.
-        generation, stage: where in the search it was asked (0 where a searcher has none).
         parent: number of the trial it was made from.
-        minibatch: see :data:`Draw`; all trials of one batch agree in it and in ``tokens``.
-        keep: only the best ``keep`` of the batch matter, the others may be stopped early; None: all matter.
         note: the searcher's own remark, kept in the journal.
     """
 
     number: int
     levels: Assignment
+    parent: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How the trials of one batch are scored, the same for all of them, and where in the search they were asked.
+
+    Attributes:
+        tokens: calibration tokens of the minibatch; None: the problem's default.
+        draw: which minibatch, see :data:`Draw`.
+        keep: only the best ``keep`` of the batch matter, the others may be stopped early; None: all matter.
+        generation, stage: 0 where a searcher has none.
+    """
+
     tokens: int | None = None
+    draw: Draw = "fixed"
+    keep: int | None = None
     generation: int = 0
     stage: int = 0
-    parent: int | None = None
-    minibatch: Draw = "fixed"
-    keep: int | None = None
-    note: str = ""
+
+
+DEFAULT = Terms()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Trials that are scored on one minibatch, in order.
+
+    Raises:
+        InvalidSettingError: it holds no trial, or something else than trials.
+    """
+
+    trials: tuple[Trial, ...]
+    terms: Terms = DEFAULT
+
+    def __post_init__(self) -> None:
+        if not self.trials:
+            raise InvalidSettingError("a batch holds at least one trial: ask returns None to end a search")
+        for trial in self.trials:
+            if not isinstance(trial, Trial):
+                raise InvalidSettingError(f"a batch holds {trial!r}: it takes trials, made by self.trial(levels)")
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def __iter__(self) -> Iterator[Trial]:
+        return iter(self.trials)
+
+    @property
+    def tokens(self) -> int | None:
+        """Calibration tokens of the minibatch; None: the problem's default."""
+        return self.terms.tokens
+
+    def first(self, count: int) -> Batch:
+        """The batch without what follows its first ``count`` trials."""
+        return self if count >= len(self.trials) else Batch(self.trials[:count], self.terms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +104,7 @@ class Outcome:
         minibatch: seed of the minibatch it was scored on.
         status: see :data:`Status`.
         reason: why it failed.
+        terms: those of its batch.
     """
 
     trial: Trial
@@ -65,6 +114,7 @@ class Outcome:
     minibatch: int = 0
     status: Status = "complete"
     reason: str = ""
+    terms: Terms = DEFAULT
 
     @property
     def usable(self) -> bool:

@@ -193,8 +193,8 @@ class SearchRuns:
             metrics["average"] = self.space.average(trial.levels)
         params = {
             "levels": shown(encode_levels(trial.levels), LONGEST_PARAM, "the journal"),
-            "generation": str(trial.generation),
-            "stage": str(trial.stage),
+            "generation": str(outcome.terms.generation),
+            "stage": str(outcome.terms.stage),
             "minibatch": str(outcome.minibatch),
         }
         if len(self.unit_keys) <= UNITS_SHOWN:

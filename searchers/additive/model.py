@@ -10,6 +10,7 @@ effects from level to level and the noise are chosen by the marginal likelihood 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from scipy.linalg import cho_factor, cho_solve
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.solvers import Effects, solve_by_dynamic_programming, solve_by_integer_programming
 
-__all__ = ["AdditiveModel", "Effects", "solve_by_dynamic_programming", "solve_by_integer_programming"]
+__all__ = ["AdditiveModel", "Effects", "solve_by_dynamic_programming", "solve_by_integer_programming", "within_reach"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -162,3 +163,13 @@ class AdditiveModel:
         for u, k, effect in zip(self._unit.tolist(), self._step.tolist(), steps.tolist(), strict=True):
             found[u][k] = found[u][k - 1] + effect
         return found
+
+
+def within_reach(effects: list[list[float]], centre: Assignment, reach: int | None) -> list[list[float]]:
+    """The effects with levels more than ``reach`` from the centre's at infinity, so that no solution takes them."""
+    if reach is None:
+        return effects
+    return [
+        [e if abs(k - at) <= reach else math.inf for k, e in enumerate(unit)]
+        for unit, at in zip(effects, centre, strict=True)
+    ]

@@ -6,18 +6,18 @@ import math
 from abc import abstractmethod
 from typing import Any
 
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import boolean, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-from searchers.additive.model import AdditiveModel, Effects
+from searchers.additive.model import AdditiveModel, Effects, within_reach
 from searchers.exchange import Exchanges
-from searchers.procedure import Procedure, Steps
 
 __all__ = ["Probing"]
 
 PROBE_SHARE = 0.6  # of the budget, at most, for the probes that come first
 
 
-class Probing(Procedure):
+class Probing(OneFidelity):
     """Probe every unit, fit the additive model, solve it, measure the solution, learn from it; again until it repeats.
 
     A unit is probed down by lowering it (which is always within the budget; where the floor forbids it, other units
@@ -30,7 +30,7 @@ class Probing(Procedure):
             as 60 % of the budget pays. A budget that does not even pay for one level probes random units.
         changes: the most units that a solution may change; None: any number (the plain optimum of the model).
         refine: False: one round of probes and one solution, as published methods do (SPDY, arXiv 2201.13096).
-        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`searchers.procedure.Procedure`.
+        settings: ``batch``, ``tokens``, ``minibatch``, see :class:`evo_hpo.search.procedure.OneFidelity`.
     """
 
     def __init__(
@@ -71,50 +71,32 @@ class Probing(Procedure):
                 self.stop_reason = "no probe is feasible and succeeds"
                 return
             self.model.fit(self.incumbent)
-            found = self.solve(self._within_reach(self.model.effects(), self.incumbent), self.incumbent)
+            found = self.solve(within_reach(self.model.effects(), self.incumbent, self._reached), self.incumbent)
             if found is None or found in tried or found == self.incumbent:
                 if probed_at != self.incumbent and self.refine:
                     continue
                 self.stop_reason = "the model's optimum is measured already"
                 return
             tried.add(found)
-            yield from self._learn([found])
+            yield from self._rows([found], self.incumbent)
             if not self.refine:
                 self.stop_reason = "the model's optimum is measured"
                 return
-
-    def _learn(self, candidates: list[Assignment]) -> Steps[None]:
-        """Measures candidates beside the incumbent, adds the rows, and moves to the best."""
-        assert self.incumbent is not None
-        centre = self.incumbent
-        losses, reference = yield from self.measure(candidates, centre)
-        for levels, loss in zip(candidates, losses, strict=True):
-            self.model.add(levels, centre, loss - reference)
-        best = min(range(len(losses)), key=losses.__getitem__, default=None)
-        if best is not None and losses[best] < reference:
-            self.incumbent = candidates[best]
 
     # ------------------------------------------------------------------ probes
 
     def _reach(self) -> int:
         if self.probe_levels is not None:
             return min(self.probe_levels, max(len(u.costs) for u in self.space.units) - 1)
-        allowed = PROBE_SHARE * self.horizon(4 * len(self.space)) / max(1, 2 * len(self.moves.free))
+        allowed = PROBE_SHARE * self.trials_left(4 * len(self.space)) / max(1, 2 * len(self.moves.free))
         return max(1, min(int(allowed), max(len(u.costs) for u in self.space.units) - 1))
-
-    def _within_reach(self, effects: list[list[float]], centre: Assignment) -> list[list[float]]:
-        reach = self._reached
-        return [
-            [e if abs(k - at) <= reach else math.inf for k, e in enumerate(unit)]
-            for unit, at in zip(effects, centre, strict=True)
-        ]
 
     def _probe(self, centre: Assignment) -> Steps[None]:
         """Every unit down and up, in random order; the incumbent may move to a probe that is better."""
         self._reached = reach = self._reach()
         pairs = [(u, step) for u in self.moves.free for step in range(1, reach + 1)]
         pairs = [pairs[i] for i in self.rng.permutation(len(pairs))]
-        affordable = int(PROBE_SHARE * self.horizon(4 * len(pairs)))
+        affordable = int(PROBE_SHARE * self.trials_left(4 * len(pairs)))
         limit = max(2, affordable // 2)
         harm: dict[int, float] = {}
         downs = [(u, self._down(centre, u, step)) for u, step in pairs[:limit]]
@@ -128,6 +110,7 @@ class Probing(Procedure):
         yield from self._rows(ups, centre)
 
     def _rows(self, candidates: list[Assignment], centre: Assignment) -> Steps[tuple[list[float], float]]:
+        """Measures candidates beside the centre, adds the rows to the model, and moves to the best if it is better."""
         losses, reference = yield from self.measure(candidates, centre)
         for levels, loss in zip(candidates, losses, strict=True):
             self.model.add(levels, centre, loss - reference)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 
-from evo_hpo.search.budget import Allowance
+from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive, probability
-from evo_hpo.search.trial import Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-from searchers.additive.model import AdditiveModel
+from searchers.additive.model import AdditiveModel, within_reach
 from searchers.additive.solvers import solve_many
 from searchers.exchange import Exchanges
-from searchers.procedure import Procedure, Steps
 
 __all__ = ["TrustRegion"]
 
@@ -21,7 +19,7 @@ SUCCESS, FAILURE = 0.5, 0.1  # measured over predicted gain above which the regi
 GROWTH, SHRINKAGE = 1.6, 0.6
 
 
-class TrustRegion(Procedure):
+class TrustRegion(OneFidelity):
     """Measure, fit an additive model, solve it exactly within r changed units, measure what it says, adapt r, repeat.
 
     The optimum of an additive model is often worse than uniform on a real model, as effects of many changes do not add
@@ -68,17 +66,12 @@ class TrustRegion(Procedure):
         self.model = AdditiveModel(space, memory=positive("memory", memory, 8))
         self.moves = Exchanges(space)
 
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
-        """The next batch."""
-        if self._auto:
-            self.minibatch = "fresh" if allowance.default_tokens else "fixed"
-            self._auto = False
-        return super().ask(allowance)
-
     def steps(self) -> Steps[None]:
         """Probes, then region after region until the budget ends."""
+        if self._auto:
+            self.minibatch = "fresh" if self.allowance.default_tokens else "fixed"
         self.incumbent = self.space.uniform()
-        probes = self.probes or max(4, min(len(self.space), int(PROBE_SHARE * self.horizon(10 * len(self.space)))))
+        probes = self.probes or max(4, min(len(self.space), int(PROBE_SHARE * self.trials_left(10 * len(self.space)))))
         for first in range(0, probes, self.batch):
             yield from self._learn(self._exchanges(min(self.batch, probes - first), set()))
         radius = float(self.first_radius)
@@ -101,9 +94,9 @@ class TrustRegion(Procedure):
         effects: list[list[float]] = []
         if len(self.model):
             self.model.fit(centre)
-            effects = self._within_reach(self.model.effects(), centre)
+            effects = within_reach(self.model.effects(), centre, self.reach)
             draws = [
-                self._within_reach(self.model.effects(self.rng), centre)
+                within_reach(self.model.effects(self.rng), centre, self.reach)
                 for _ in range(round(self.explore * self.batch))
             ]
             proposals = solve_many(self.space, [effects, *draws], start=centre, changes=radius)
@@ -142,14 +135,6 @@ class TrustRegion(Procedure):
             if drawn != self.incumbent and drawn not in known:
                 found[drawn] = None
         return list(found)
-
-    def _within_reach(self, effects: list[list[float]], centre: Assignment) -> list[list[float]]:
-        if self.reach is None:
-            return effects
-        return [
-            [e if abs(k - at) <= self.reach else math.inf for k, e in enumerate(unit)]
-            for unit, at in zip(effects, centre, strict=True)
-        ]
 
     def _predict(self, effects: list[list[float]], centre: Assignment, levels: Assignment) -> float:
         """Gain that the effects promise; random exchanges beyond the reach count as infinitely bad."""

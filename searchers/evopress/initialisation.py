@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.budget import Allowance
+from evo_hpo.search.procedure import Procedure, Steps
 from evo_hpo.search.registry import make_searcher
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.searcher import Searcher, positive, probability
+from evo_hpo.search.trial import Batch, Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WARM_STARTS",
-    "Initialisation",
-    "WarmStart",
+    "Start",
     "initialisation",
     "random_and_spent",
     "rounded_up_and_decremented",
@@ -33,109 +32,109 @@ WARM_STARTS = ("dynamic_programming", "trust_region")
 UNMEASURED = 4  # trials a unit of such a searcher where the budget, in seconds, gives no share of trials
 
 
-class Initialisation:
-    """Draws ``count`` starting points; asks for their losses only where there is a choice to make."""
+class Start:
+    """One point, or the best of several, which are scored only where there is a choice to make.
 
-    note = "initial"
+    Attributes:
+        tokens: calibration tokens of a starting point; None: the problem's default.
+        chosen: the outcome that decided; None: none did.
+    """
 
-    def __init__(self, space: CompressionSpace, draw: Callable[[], Assignment], count: int, tokens: int | None) -> None:
-        self.space = space
+    def __init__(self, points: Sequence[Assignment], tokens: int | None) -> None:
+        self.points = points
         self.tokens = tokens
-        self.best_number: int | None = None
-        self.best_loss: float | None = None
-        self._points = list(dict.fromkeys(draw() for _ in range(count)))
-        self._best = self._points[0]
-        self._waiting = len(self._points) > 1
+        self.chosen: Outcome | None = None
 
-    def ask(self, allowance: Allowance) -> tuple[Assignment, ...]:
-        """The points to score, as one batch; () when the start is decided."""
-        if not self._waiting:
-            return ()
-        self._waiting = False
-        return tuple(self._points[: max(1, allowance.affords(len(self._points), self.tokens))])
-
-    def tell(self, outcomes: Sequence[Outcome], sign: float) -> None:
-        """Keeps the best."""
-        best = math.inf
-        for outcome in outcomes:
-            if outcome.usable and sign * outcome.loss < best:
-                best = sign * outcome.loss
-                self._best, self.best_number, self.best_loss = outcome.trial.levels, outcome.trial.number, best
+    def steps(self, owner: Procedure) -> Steps[list[Outcome]]:
+        """Scores the points, as one batch of the owner's."""
+        if len(self.points) == 1:
+            return []
+        outcomes = yield owner.propose(self.points, note="initial", tokens=self.tokens)
+        self.chosen = min((o for o in outcomes if o.usable), key=lambda o: o.loss, default=None)
+        return outcomes
 
     def best(self) -> Assignment:
         """The starting point."""
-        return self._best
+        return self.points[0] if self.chosen is None else self.chosen.trial.levels
+
+    @property
+    def number(self) -> int | None:
+        """Number of the best's first trial; None: it was not scored."""
+        return None if self.chosen is None else self.chosen.trial.number
 
 
-class WarmStart:
-    """Runs another searcher on a share of the budget; what it recommends is the start.
+class WarmStart(Start):
+    """What another searcher recommends after a share of the budget (under one of seconds, after 4 trials a unit)."""
 
-    Args:
-        name: of the searcher.
-        tokens: calibration tokens of its trials.
-        share: of what is left when it is first asked; under a budget of seconds, 4 trials a unit instead.
-    """
-
-    def __init__(self, name: str, space: CompressionSpace, *, tokens: int | None, share: float, seed: int) -> None:
-        self.searcher = make_searcher(name, space, seed=seed, tokens=tokens)
-        self.space = space
+    def __init__(self, searcher: Searcher, tokens: int | None, share: float) -> None:
+        super().__init__((searcher.space.uniform(),), tokens)
+        self.searcher = searcher
         self.share = share
-        self.asked = 0
         self._numbers: dict[Assignment, int] = {}
-        self._reserve: Allowance | None = None
 
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
-        """The searcher's next batch within its share; () when that is spent or it has nothing more to ask."""
-        if self._reserve is None:
-            self._reserve = Allowance(
-                None if allowance.tokens is None else int(allowance.tokens * (1 - self.share)),
-                None if allowance.evaluations is None else int(allowance.evaluations * (1 - self.share)),
-                allowance.default_tokens,
-            )
-        left = Allowance(
-            None if allowance.tokens is None else allowance.tokens - (self._reserve.tokens or 0),
-            None if allowance.evaluations is None else allowance.evaluations - (self._reserve.evaluations or 0),
-            allowance.default_tokens,
+    def steps(self, owner: Procedure) -> Steps[list[Outcome]]:
+        """The searcher's batches, within its share of what is left to the owner at first."""
+        most = UNMEASURED * len(owner.space)
+        first, told = owner.allowance, list[Outcome]()
+        spared = Allowance(
+            None if first.tokens is None else int(first.tokens * (1 - self.share)),
+            None if first.evaluations is None else int(first.evaluations * (1 - self.share)),
         )
-        if left.tokens is None and left.evaluations is None:
-            left = Allowance(None, UNMEASURED * len(self.space) - self.asked, allowance.default_tokens)
-        if (left.tokens is not None and left.tokens <= 0) or (left.evaluations is not None and left.evaluations <= 0):
-            return ()
-        trials = self.searcher.ask(left)
-        trials = trials[: left.affords(len(trials), trials[0].tokens)] if trials else ()
-        self.asked += len(trials)
-        return trials
-
-    def tell(self, outcomes: Sequence[Outcome], sign: float) -> None:
-        """Passes on what was scored, losses times ``sign``."""
-        for outcome in outcomes:
-            self._numbers.setdefault(outcome.trial.levels, outcome.trial.number)
-        self.searcher.tell([o if sign > 0 or not o.usable else replace(o, loss=sign * o.loss) for o in outcomes])
+        while (left := _without(owner.allowance, spared, most - len(told))).affords(1, 1):
+            batch = self.searcher.ask(left)
+            affordable = left.affords(len(batch), batch.tokens) if batch else 0
+            if batch is None or not affordable:
+                break
+            trials = tuple([owner.trial(t.levels, t.parent, t.note) for t in batch.trials[:affordable]])
+            outcomes = yield Batch(trials, batch.terms)
+            for outcome in outcomes:
+                self._numbers.setdefault(outcome.trial.levels, outcome.trial.number)
+            self.searcher.tell(outcomes)
+            told += outcomes
+            yield None
+        return told
 
     def best(self) -> Assignment:
         """What the searcher recommends; uniform compression before it recommends anything."""
-        return self.searcher.recommend() or self.space.uniform()
+        return self.searcher.recommend() or super().best()
 
     @property
-    def best_number(self) -> int | None:
-        """Number of the first trial of the best; None: it was not scored."""
+    def number(self) -> int | None:
+        """Number of the best's first trial; None: it was not scored."""
         return self._numbers.get(self.best())
 
 
-def initialisation(rule: str, space: CompressionSpace, *, count: int, tokens: int | None, seed: int) -> Initialisation:
-    """The start that a rule names: ``uniform``, ``decremented`` or ``random``.
+def _without(allowance: Allowance, spared: Allowance, most: int) -> Allowance:
+    """What is left without what is spared; ``most`` trials where neither tokens nor trials are limited."""
+    tokens = None if allowance.tokens is None else allowance.tokens - (spared.tokens or 0)
+    evaluations = None if allowance.evaluations is None else allowance.evaluations - (spared.evaluations or 0)
+    if tokens is None and evaluations is None:
+        evaluations = most
+    return Allowance(tokens, evaluations, allowance.default_tokens)
+
+
+def initialisation(
+    rule: str, space: CompressionSpace, *, count: int, tokens: int | None, share: float, seed: int
+) -> Start:
+    """The start that a rule names: ``uniform``, ``decremented``, ``random``, or a searcher of ``WARM_STARTS``.
 
     Raises:
-        InvalidSettingError: another rule.
+        InvalidSettingError: another rule, or a number outside its range.
     """
-    rng = np.random.default_rng([seed, 1])
+    if not 0 < probability("initial_share", share) < 1:
+        raise InvalidSettingError(f"initial_share={share!r} must be a share of the budget, above 0, below 1")
+    tokens = None if tokens is None else positive("initial_tokens", tokens)
+    if rule in WARM_STARTS:
+        return WarmStart(make_searcher(rule, space, seed=seed, tokens=tokens), tokens, share)
+    rng, count = np.random.default_rng([seed, 1]), positive("initial", count)
     if rule == "uniform":
-        return Initialisation(space, space.uniform, 1, tokens)
-    if rule == "decremented":
-        return Initialisation(space, lambda: rounded_up_and_decremented(space, rng), count, tokens)
-    if rule == "random":
-        return Initialisation(space, lambda: random_and_spent(space, rng), count, tokens)
-    raise InvalidSettingError(f"init={rule!r} must be one of: uniform, decremented, random, {', '.join(WARM_STARTS)}")
+        return Start((space.uniform(),), tokens)
+    if rule not in ("decremented", "random"):
+        raise InvalidSettingError(
+            f"init={rule!r} must be one of: uniform, decremented, random, {', '.join(WARM_STARTS)}"
+        )
+    draw = rounded_up_and_decremented if rule == "decremented" else random_and_spent
+    return Start(tuple(dict.fromkeys(draw(space, rng) for _ in range(count))), tokens)
 
 
 def random_and_spent(space: CompressionSpace, rng: Generator) -> Assignment:

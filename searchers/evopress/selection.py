@@ -101,6 +101,6 @@ class Selection:
 _ORDER = {"complete": 0, "stopped": 1, "failed": 2}
 
 
-def rank(outcome: Outcome, sign: float = 1.0) -> tuple[int, float]:
-    """Sorts best first: complete before stopped before failed, then by ``sign`` x loss."""
-    return _ORDER[outcome.status], sign * outcome.loss
+def rank(outcome: Outcome) -> tuple[int, float]:
+    """Sorts best first: complete before stopped before failed, then by loss."""
+    return _ORDER[outcome.status], outcome.loss

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
 from typing import ClassVar
 
 import numpy as np
 
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.search.budget import Allowance
-from evo_hpo.search.searcher import Searcher, boolean, draw, number, positive
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.procedure import Sampling
+from evo_hpo.search.searcher import boolean, number
+from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.foreign.encoding import Decoded, Encoding, make_encoding
 
 __all__ = ["ForeignSearcher"]
 
 
-class ForeignSearcher(Searcher):
+class ForeignSearcher(Sampling):
     """An optimizer of another library on a compression space.
 
     Args:
@@ -50,10 +50,8 @@ class ForeignSearcher(Searcher):
         fill: bool = True,
         penalty: float = 10.0,
     ) -> None:
-        super().__init__(space, seed=seed)
-        self.batch = positive("batch", self.default_batch if batch is None else batch)
-        self.tokens = tokens if tokens is None else positive("tokens", tokens)
-        self.minibatch = draw("minibatch", minibatch)
+        batch = self.default_batch if batch is None else batch
+        super().__init__(space, seed=seed, batch=batch, tokens=tokens, minibatch=minibatch)
         if start not in ("uniform", "none"):
             raise InvalidSettingError(f"start={start!r} must be one of: uniform, none")
         self.start = start
@@ -68,26 +66,19 @@ class ForeignSearcher(Searcher):
             allowed=self.encodings,
         )
         self._library_seed = int(streams[1].generate_state(1)[0] >> 1)
-        self._incumbent: Assignment | None = None
-        self._again: tuple[Assignment, ...] = ()
 
-    def _count(self, allowance: Allowance) -> int:
-        """Proposals of the next batch; the first is only the start, for all others to learn from."""
-        if self.start == "uniform" and not self._asked:
-            return 1
-        self._again = () if self.minibatch == "fixed" or self._incumbent is None else (self._incumbent,)
-        again = len(self._again)
-        return max(1, allowance.affords(self.batch + again, self.tokens)) - again
+    def sample(self, count: int) -> list[Assignment] | None:
+        """The optimizer's proposals; the first batch is only the start, for all others to learn from."""
+        if not self.encoding.free:
+            self.stop_reason = "the space has one assignment"
+            return None if self._asked else [self.space.uniform()]
+        first = self.start == "uniform" and not self._asked
+        proposals = self.proposals(1 if first else count)
+        return None if proposals is None else [decoded.levels for decoded in proposals]
 
-    def _only(self) -> tuple[Trial, ...]:
-        """Where no unit may change: the one assignment, then the end."""
-        self.stop_reason = "the space has one assignment"
-        return () if self._asked else self._trials([self._start()])
-
-    def _trials(self, proposals: Iterable[Decoded]) -> tuple[Trial, ...]:
-        """The batch: the proposals, behind the incumbent where the minibatch is fresh."""
-        levels = (*self._again, *(decoded.levels for decoded in proposals))
-        return tuple(self.trial(a, tokens=self.tokens, minibatch=self.minibatch) for a in levels)
+    @abstractmethod
+    def proposals(self, count: int) -> list[Decoded] | None:
+        """The optimizer's next ``count`` proposals; None ends the search."""
 
     def _start(self) -> Decoded:
         """The uniform assignment and its point."""
@@ -99,18 +90,3 @@ class ForeignSearcher(Searcher):
         if self.encoding.name == "penalty":
             return outcome.loss + self.penalty * decoded.excess * max(abs(outcome.loss), 1e-12)
         return outcome.loss
-
-    def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Remembers the best; the optimizer's own share, :meth:`_proposed`, is the subclass's."""
-        self.remember(outcomes)
-        usable = [o for o in outcomes if o.usable]
-        if usable:
-            self._incumbent = min(usable, key=lambda o: o.loss).trial.levels
-
-    def _proposed(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
-        """The outcomes of the optimizer's own proposals."""
-        return outcomes[len(self._again) :]
-
-    def recommend(self) -> Assignment | None:
-        """The best on the fixed minibatch; on fresh ones, where losses do not compare, the last batch's best."""
-        return super().recommend() if self.minibatch == "fixed" else self._incumbent

@@ -19,9 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from evo_hpo.errors import EvoHpoError, InvalidSettingError, MissingPackageError, UnknownNameError
-from evo_hpo.search.budget import Allowance
 from evo_hpo.search.searcher import Searcher, number, positive
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.foreign.encoding import ENCODINGS, Decoded
 from searchers.foreign.foreign import ForeignSearcher
@@ -106,7 +105,7 @@ class NevergradSearcher(ForeignSearcher):
             return np.zeros(len(self.encoding.free)), np.ones(len(self.encoding.free))
         return np.asarray(self.encoding.low, float), np.asarray(self.encoding.high, float)
 
-    def _make(self, allowance: Allowance) -> Any:
+    def _make(self) -> Any:
         ng = load()
         low, high = self._bounds
         first = np.asarray(self._start().told) if self.start == "uniform" else (low + high) / 2
@@ -115,7 +114,7 @@ class NevergradSearcher(ForeignSearcher):
         if not self.encoding.continuous:
             array.set_integer_casting()
         array.random_state = np.random.RandomState(self._library_seed)
-        horizon = self.horizon or allowance.affords(10**9, self.tokens)
+        horizon = self.horizon or self.allowance.affords(10**9, self.tokens)
         if horizon >= 10**9:
             horizon = 1000
         # Some cannot be made for a single trial.
@@ -144,23 +143,18 @@ class NevergradSearcher(ForeignSearcher):
             self._numpy_state = np.random.get_state()  # noqa: NPY002
             np.random.set_state(ours)  # noqa: NPY002
 
-    # ------------------------------------------------------------------ ask and tell
-
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
-        """A batch of the optimizer's candidates; the first batch is the uniform assignment where it starts there."""
-        if not self.encoding.free:
-            return self._only()
-        if self._asked and not allowance.affords(1, self.tokens):  # designs of a fixed size refuse to be asked for more
+    def proposals(self, count: int) -> list[Decoded] | None:
+        """The optimizer's candidates; the first batch is the uniform assignment where it starts there."""
+        if self._asked and not self.allowance.affords(1, self.tokens):  # designs of a fixed size have no more
             self.stop_reason = "the budget does not pay for another trial"
-            return ()
+            return None
         with self._lent("being asked"):
             if self.optimizer is None:
-                self.optimizer = self._make(allowance)
+                self.optimizer = self._make()
             self._running = self._first() if not self._asked and self.start == "uniform" else []
-            count = self._count(allowance)
             while len(self._running) < count:
                 self._running.append(self._waiting.pop() if self._waiting else self._candidate())
-        return self._trials(decoded for _, decoded in self._running)
+        return [decoded for _, decoded in self._running]
 
     def _candidate(self) -> tuple[Any, Decoded]:
         candidate = self.optimizer.ask()
@@ -188,14 +182,13 @@ class NevergradSearcher(ForeignSearcher):
             twin._meta.pop(stale, None)
         return twin
 
-    def tell(self, outcomes: Sequence[Outcome]) -> None:
+    def learn(self, outcomes: Sequence[Outcome]) -> None:
         """Tells every paid trial; a failed one with an infinite loss, as Nevergrad itself does."""
-        super().tell(outcomes)
         if not self.encoding.free:
             return
         unsupported = load().errors.TellNotAskedNotSupportedError
         with self._lent("being told"):
-            for (candidate, decoded), outcome in zip(self._running, self._proposed(outcomes), strict=False):
+            for (candidate, decoded), outcome in zip(self._running, outcomes, strict=False):
                 loss = self._loss(outcome, decoded) if outcome.usable else math.inf
                 try:
                     self.optimizer.tell(self._told(candidate, decoded), loss)

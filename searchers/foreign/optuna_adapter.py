@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from evo_hpo.errors import EvoHpoError, InvalidSettingError, MissingPackageError, UnknownNameError
-from evo_hpo.search.budget import Allowance
 from evo_hpo.search.searcher import Searcher
-from evo_hpo.search.trial import Outcome, Trial
+from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.foreign.encoding import ENCODINGS, Decoded, Encoding, Sequential
 from searchers.foreign.foreign import ForeignSearcher
@@ -172,13 +171,11 @@ class OptunaSearcher(ForeignSearcher):
                 f"optuna's {self.sampler_name} failed when {when} ({reason}): see its settings, sampler={self._given}"
             ) from error
 
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
-        """A batch of the study's own trials."""
-        if not self.encoding.free:
-            return self._only()
+    def proposals(self, count: int) -> list[Decoded]:
+        """The study's own trials."""
         with quiet(), self._named("asked"):
-            self._running = [self._ask() for _ in range(self._count(allowance))]
-        return self._trials(decoded for _, decoded in self._running)
+            self._running = [self._ask() for _ in range(count)]
+        return [decoded for _, decoded in self._running]
 
     def _ask(self) -> tuple[OptunaTrial, Decoded]:
         if self.start == "uniform" and not self.study.get_trials(deepcopy=False):
@@ -196,19 +193,17 @@ class OptunaSearcher(ForeignSearcher):
         decoded = encoding.suggest(lambda position, low, high: trial.suggest_int(names[position], low, high))
         return trial, decoded
 
-    def tell(self, outcomes: Sequence[Outcome]) -> None:
+    def learn(self, outcomes: Sequence[Outcome]) -> None:
         """Every paid trial is completed or failed; those that the budget did not pay for are failed."""
-        super().tell(outcomes)
-        proposed = self._proposed(outcomes)
         with quiet(), self._named("told"):
-            for (trial, decoded), outcome in zip(self._running, proposed, strict=False):
+            for (trial, decoded), outcome in zip(self._running, outcomes, strict=False):
                 if self.encoding.name == "set_constraint":
                     trial.set_constraint("budget", decoded.excess)
                 if outcome.usable:
                     self.study.tell(trial, self._loss(outcome, decoded))
                 else:
                     self.study.tell(trial, state=TrialState.FAIL)
-            for trial, _ in self._running[len(proposed) :]:
+            for trial, _ in self._running[len(outcomes) :]:
                 self.study.tell(trial, state=TrialState.FAIL)
         self.sampler.decoded.clear()
         self._running = []

@@ -8,12 +8,25 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from evo_hpo import Assignment, Budget, CompressionSpace, FunctionProblem, Minibatch, Outcome, SearchResult, Trial, Unit
+from evo_hpo import (
+    Assignment,
+    Batch,
+    Budget,
+    CompressionSpace,
+    FunctionProblem,
+    Minibatch,
+    Outcome,
+    SearchResult,
+    Terms,
+    Trial,
+    Unit,
+)
 from evo_hpo.errors import JournalError
 from evo_hpo.record.journal import Journal, header_differences, read_journal, read_journals, search_header
 from evo_hpo.record.records import JournalTail, decode_levels, encode_levels
@@ -32,20 +45,19 @@ class Walk(Searcher):
         self.batch = batch
         self.generation = 0
 
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
+    def ask(self, allowance: Allowance) -> Batch:
         self.generation += 1
         parent = self._best.trial if self._best else None
         around = parent.levels if parent else self.space.uniform()
-        return tuple(
+        trials = [
             self.trial(
                 self.space.repair([k + int(self.rng.integers(-1, 2)) for k in around]),
-                generation=self.generation,
                 parent=parent.number if parent else None,
-                minibatch="fresh",
                 note="a step",
             )
             for _ in range(self.batch)
-        )
+        ]
+        return Batch(tuple(trials), Terms(draw="fresh", generation=self.generation))
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         self.remember(outcomes)
@@ -175,7 +187,7 @@ def test_a_searcher_that_asks_for_something_else_is_refused(
     ("change", "message"),
     [
         ({"tokens": 7}, "tokens recorded as None, asked as 7"),
-        ({"minibatch": "same"}, "minibatch recorded as 'fixed', asked as 'same'"),
+        ({"draw": "same"}, "draw recorded as 'fixed', asked as 'same'"),
         ({"parent": 3}, "parent recorded as None, asked as 3"),
         ({"keep": 2}, "keep recorded as None, asked as 2"),
         ({"note": "other words"}, ""),
@@ -188,18 +200,20 @@ def test_recall_compares_every_field(
     trial = Trial(0, problem.space.uniform())
     with Journal.open(tmp_path / "j.jsonl", header) as journal:
         journal.record([Outcome(trial, 1.0, 5, 0.1, minibatch=11)])
-    asked = Trial(**{**{f: getattr(trial, f) for f in trial.__slots__}, **change})
+    of_trial = {key: value for key, value in change.items() if key in Trial.__slots__}
+    of_batch = {key: value for key, value in change.items() if key not in of_trial}
+    asked = Batch((replace(trial, **of_trial),), Terms(**of_batch))
     with Journal.open(tmp_path / "j.jsonl", header, resume=True) as journal:
         if message:
             with pytest.raises(JournalError, match=message):
-                journal.recall([asked], Minibatch(11, 5))
+                journal.recall(asked, Minibatch(11, 5))
         else:
-            assert journal.recall([asked], Minibatch(11, 5))[0].loss == 1.0
+            assert journal.recall(asked, Minibatch(11, 5))[0].loss == 1.0
     with (
         Journal.open(tmp_path / "j.jsonl", header, resume=True) as journal,
         pytest.raises(JournalError, match="recorded on minibatch 11, asked on 12"),
     ):
-        journal.recall([trial], Minibatch(12, 5))
+        journal.recall(Batch((trial,)), Minibatch(12, 5))
 
 
 def test_two_processes_cannot_write_one_journal(problem: FunctionProblem, tmp_path: Path) -> None:

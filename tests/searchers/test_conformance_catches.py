@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from evo_hpo import Allowance, Assignment, CompressionSpace, Outcome, Searcher, Trial
+from evo_hpo import Allowance, Assignment, Batch, CompressionSpace, Outcome, Searcher
 from evo_hpo.errors import InfeasibleError
 from evo_hpo.search.conformance import SearcherConformance
 
@@ -15,25 +15,25 @@ from evo_hpo.search.conformance import SearcherConformance
 class Sound(Searcher):
     """Random draws, kept within the allowance."""
 
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
-        return tuple(self.trial(self.space.sample(self.rng)) for _ in range(max(1, allowance.affords(4))))
+    def ask(self, allowance: Allowance) -> Batch:
+        return self.propose(self.space.sample(self.rng) for _ in range(max(1, allowance.affords(4))))
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         self.remember(outcomes)
 
 
 class Overdrawn(Sound):
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
+    def ask(self, allowance: Allowance) -> Batch:
         return super().ask(Allowance())
 
 
 class Unfeasible(Sound):
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
-        return (self.trial(tuple(len(u.costs) - 1 for u in self.space.units)),)
+    def ask(self, allowance: Allowance) -> Batch:
+        return self.propose([tuple(len(u.costs) - 1 for u in self.space.units)])
 
 
 class Unseeded(Sound):
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
+    def ask(self, allowance: Allowance) -> Batch:
         self.rng.bit_generator.advance(random.randrange(10**6))  # type: ignore[attr-defined]
         return super().ask(allowance)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.problems.synthetic import noisy
-from evo_hpo import Allowance, Assignment, Budget, Outcome, Trial, search
+from evo_hpo import Allowance, Assignment, Batch, Budget, Outcome, search
 from evo_hpo.search.registry import make_problem, make_searcher
 from searchers.multi_step import MultiStep
 
@@ -24,13 +24,13 @@ def test_stages_have_the_survivors_tokens_and_incumbent_that_were_asked_for() ->
     problem = noisy(units=12, levels=3)
     searcher = make(problem, batch=8, survivors=(4, 2, 1), tokens=(64, 256, 1024))
     result = search(searcher, problem, budget=Budget(evaluations=8 + 4 + 2 + 3 * (8 + 4 + 2 + 1)))
-    stages = [list(g) for _, g in groupby(result.outcomes, key=lambda o: (o.trial.generation, o.trial.stage))]
+    stages = [list(g) for _, g in groupby(result.outcomes, key=lambda o: (o.terms.generation, o.terms.stage))]
     assert [len(s) for s in stages] == [8, 4, 2] + [8, 4, 3] * 3
     assert [s[0].tokens for s in stages] == [64, 256, 1024] * 4
     assert len({s[0].minibatch for s in stages}) == 12
     for before, after in pairwise(stages):
-        if after[0].trial.stage:
-            best = sorted(before, key=lambda o: o.loss)[: (4, 2)[after[0].trial.stage - 1]]
+        if after[0].terms.stage:
+            best = sorted(before, key=lambda o: o.loss)[: (4, 2)[after[0].terms.stage - 1]]
             asked = {o.trial.levels for o in after}
             assert {o.trial.levels for o in best} <= asked
     winners = [min(s, key=lambda o: o.loss).trial.levels for s in stages[2::3]]
@@ -79,13 +79,13 @@ def test_the_inner_searcher_is_told_how_many_of_its_trials_all_stages_pay_for() 
     affords: list[int] = []
     ask = searcher.searcher.ask
 
-    def spy(allowance: Allowance) -> tuple[Trial, ...]:
+    def spy(allowance: Allowance) -> Batch | None:
         affords.append(allowance.affords(10**9))
         return ask(allowance)
 
     searcher.searcher.ask = spy  # type: ignore[method-assign]
     result = search(searcher, problem, budget=Budget(tokens=5120 + 4 * 6144))
-    assert sum(o.trial.stage == 0 for o in result.outcomes) == 40
+    assert sum(o.terms.stage == 0 for o in result.outcomes) == 40
     assert affords[0] == 8 * (5120 + 4 * 6144) // 5120
     assert affords[1:5] == [32, 24, 16, 8]
 

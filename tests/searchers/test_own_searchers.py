@@ -250,3 +250,27 @@ def test_a_start_that_fails_does_not_end_the_probing(name: str, refine: bool) ->
 def test_numbers_that_are_none_are_refused_by_name(name: str, setting: dict[str, Any]) -> None:
     with pytest.raises(InvalidSettingError, match=f"{next(iter(setting))}="):
         make_searcher(name, interacting(units=6).space, **setting)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("evopress", {"survivors": (2, 1), "tokens": (64, 256)}, (64, 256)),
+        ("evopress", {"survivors": (2, 1), "tokens": (64, 256), "init": "trust_region"}, (64, 256)),
+        ("evopress", {}, (None,)),
+        ("multi_step:random", {}, (128, 1024)),
+        ("multi_step:genetic", {"survivors": (1,), "tokens": 256}, (256,)),
+        ("random", {"tokens": 32}, (32,)),
+        ("local_search", {}, (None,)),
+        ("optuna:random", {"tokens": 32}, (32,)),
+        ("uniform", {}, (None,)),
+    ],
+)
+def test_a_searcher_says_on_how_many_tokens_it_may_ask(
+    name: str, settings: dict[str, Any], expected: tuple[int | None, ...]
+) -> None:
+    problem = noisy(units=12, levels=3, tokens=1024)
+    searcher = make_searcher(name, problem.space, seed=0, **settings)
+    outcomes = search(searcher, problem, budget=Budget(tokens=60 * 1024)).outcomes
+    assert searcher.fidelities() == expected
+    assert {o.terms.tokens for o in outcomes} == set(expected)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from evo_hpo import Budget, CompressionSpace, FunctionProblem, Outcome, SearchResult, Trial, Unit
+from evo_hpo import Budget, CompressionSpace, FunctionProblem, Outcome, SearchResult, Terms, Trial, Unit
 from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.search.loop import Checkpoint
 
@@ -44,9 +44,11 @@ class Script:
         with Journal.open(self.path, self.header, resume=True) as journal:
             outcomes = []
             for loss in losses:
-                trial = Trial(self.count, levels, generation=self.count // 3, parent=self.count - 1 or None, **fields)
+                trial = Trial(self.count, levels, parent=self.count - 1 or None, **fields)
+                terms = Terms(generation=self.count // 3)
                 status: Any = "complete" if abs(loss) < float("inf") else "failed"
-                outcomes.append(Outcome(trial, loss, 100, 0.25, 7, status, "" if status == "complete" else "broke"))
+                reason = "" if status == "complete" else "broke"
+                outcomes.append(Outcome(trial, loss, 100, 0.25, 7, status, reason, terms))
                 self.count += 1
             if outcomes:
                 journal.record(outcomes)

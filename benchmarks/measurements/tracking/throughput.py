@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from evo_hpo import Budget, CompressionSpace, FunctionProblem, Outcome, SearchResult, Trial, Unit
+from evo_hpo import Batch, Budget, CompressionSpace, FunctionProblem, Outcome, SearchResult, Terms, Trial, Unit
 from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.loop import search
@@ -36,8 +36,8 @@ class Repeat(Searcher):
         self.batch = batch
         self.levels = space.uniform()
 
-    def ask(self, allowance: Allowance) -> tuple[Trial, ...]:
-        return tuple(self.trial(self.levels) for _ in range(self.batch))
+    def ask(self, allowance: Allowance) -> Batch:
+        return self.propose([self.levels] * self.batch)
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         self.remember(outcomes)
@@ -77,8 +77,9 @@ def journal_of(units: int, trials: int, path: Path, seed: int = 0) -> None:
     with Journal.open(path, header) as journal:
         for at in range(0, trials, 16):
             levels = rng.integers(0, 4, (min(16, trials - at), units))
-            asked = [Trial(at + i, tuple(map(int, row)), generation=at // 16) for i, row in enumerate(levels)]
-            journal.record([Outcome(t, float(rng.random()), 1024, 0.1, 7) for t in asked])
+            asked = [Trial(at + i, tuple(map(int, row))) for i, row in enumerate(levels)]
+            terms = Terms(generation=at // 16)
+            journal.record([Outcome(t, float(rng.random()), 1024, 0.1, 7, terms=terms) for t in asked])
         journal.finish(SearchResult(stop_reason="the budget is spent"))
 
 

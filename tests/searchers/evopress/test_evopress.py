@@ -15,6 +15,7 @@ from searchers import make_searcher
 from searchers.evopress.evopress import PRESETS, EvoPress
 from searchers.evopress.initialisation import random_and_spent, rounded_up_and_decremented
 from searchers.evopress.mutation import Uniforms, mutation
+from tests.searchers.asking import asked
 from tests.searchers.landscapes import interacting, mixed_space, pruning_space
 
 
@@ -61,7 +62,7 @@ def test_generations_on_linear_losses_grow_like_the_bound() -> None:
                 budget=Budget(evaluations=6000),
             )
             best = next(o for o in result.outcomes if o.loss <= optimum + 1e-12)
-            generations.append(best.trial.generation)
+            generations.append(best.terms.generation)
         ratios.append(float(np.mean(generations)) / (k * (n - k) / 8))
     assert max(ratios) < 4
     assert max(ratios) < 3 * min(ratios)
@@ -71,28 +72,28 @@ def test_a_generation_is_scored_in_stages_and_the_parent_joins_the_last() -> Non
     space = mixed_space()
     searcher = make_searcher("evopress", space, seed=0, offspring=8, survivors=(3, 1), tokens=(64, 256))
     allowance = Allowance(tokens=10**6, default_tokens=64)
-    first = searcher.ask(allowance)
-    assert [t.tokens for t in first] == [64] * 8
+    first = asked(searcher, allowance)
+    assert (first.tokens, len(first)) == (64, 8)
     assert len({t.levels for t in first} | {space.uniform()}) == 9
     searcher.tell([Outcome(t, float(i)) for i, t in enumerate(first)])
-    second = searcher.ask(allowance)
-    assert [t.levels for t in second] == [space.uniform(), *(t.levels for t in first[:3])]
-    assert {t.tokens for t in second} == {256}
+    second = asked(searcher, allowance)
+    assert [t.levels for t in second] == [space.uniform(), *(t.levels for t in first.trials[:3])]
+    assert second.tokens == 256
     searcher.tell([Outcome(t, loss) for t, loss in zip(second, (1.0, 2.0, 0.5, 3.0), strict=True)])
-    assert searcher.recommend() == first[1].levels
+    assert searcher.recommend() == first.trials[1].levels
 
 
 def test_elitism_by_count_lets_the_parent_into_every_stage_that_keeps_one() -> None:
     space = mixed_space()
     for elitism, expected in (("index", 4), ("count", 5), ("none", 4)):
         searcher = make_searcher("evopress", space, offspring=4, survivors=(1, 1), tokens=(64, 128), elitism=elitism)
-        assert len(searcher.ask(Allowance(tokens=10**6, default_tokens=64))) == expected
+        assert len(asked(searcher, Allowance(tokens=10**6, default_tokens=64))) == expected
 
 
 def test_the_last_generation_shrinks_to_what_can_be_paid() -> None:
     space = mixed_space()
     searcher = make_searcher("evopress", space, offspring=16, survivors=(4, 1), tokens=(512, 2048))
-    trials = searcher.ask(Allowance(tokens=6 * 512 + 5 * 2048, default_tokens=512))
+    trials = asked(searcher, Allowance(tokens=6 * 512 + 5 * 2048, default_tokens=512))
     assert len(trials) == 6
 
 
@@ -105,7 +106,7 @@ def test_stagnation_cannot_be_told_where_no_parent_joins(settings: dict[str, Any
 def test_fewer_mutants_than_offspring_are_all_used_and_none_stops_the_search() -> None:
     space = CompressionSpace([Unit(name=f"layers.{i}.u", costs=(0, 1)) for i in range(3)], 1, floor=1)
     searcher = make_searcher("evopress", space, offspring=64)
-    trials = searcher.ask(Allowance(evaluations=1000))
+    trials = asked(searcher, Allowance(evaluations=1000))
     assert {t.levels for t in trials} == set(space.enumerate())  # the parent and its two neighbours
     alone = CompressionSpace([Unit(name="a", costs=(1, 2)), Unit(name="b", costs=(1, 2), fixed=0)], 3, floor=3)
     for settings in ({}, {"restart_after": 2}, {"survivors": (2, 1), "offspring": 4}, {"preset": "quantization"}):
@@ -149,13 +150,13 @@ def test_a_huge_number_of_offspring_does_not_hold_up_a_small_space(offspring: in
     space = CompressionSpace([Unit(f"m{i}", (0, 1)) for i in range(3)], 1)
     searcher = make_searcher("evopress", space, offspring=offspring)
     assert isinstance(searcher, EvoPress)
-    draws, mutate = [0], searcher.mutate
+    draws, mutate = [0], searcher.breeding.mutate
 
     def counted(*arguments: Any) -> Assignment | None:
         draws[0] += 1
         return mutate(*arguments)
 
-    searcher.mutate = counted
+    searcher.breeding.mutate = counted
     result = search(searcher, FunctionProblem(space, sum), budget=Budget(evaluations=10**12))
     assert len(result.outcomes) <= space.count()
     assert draws[0] < 500_000
@@ -229,7 +230,7 @@ def test_fresh_data_lets_an_assignment_be_measured_again() -> None:
     space, noise = pruning_space(5, 2), np.random.default_rng(0)  # ten assignments, soon all of them measured
     searcher = make_searcher("evopress", space, seed=0)
     for _ in range(30):
-        trials = searcher.ask(Allowance(tokens=10**6, default_tokens=64))
+        trials = asked(searcher, Allowance(tokens=10**6, default_tokens=64))
         assert len(trials) >= 2
         searcher.tell([Outcome(t, float(noise.normal())) for t in trials])
 
@@ -279,11 +280,10 @@ def test_presets_run(preset: str) -> None:
     allowance = Allowance(tokens=10**9, default_tokens=2048)
     rng = np.random.default_rng(0)
     for _ in range(12):
-        trials = searcher.ask(allowance)
-        assert trials
+        trials = asked(searcher, allowance)
         searcher.tell(
             [
-                Outcome(t, float(x), tokens=t.tokens or 2048)
+                Outcome(t, float(x), tokens=trials.tokens or 2048)
                 for t, x in zip(trials, rng.random(len(trials)), strict=True)
             ]
         )
@@ -295,14 +295,15 @@ def test_presets_start_from_uniform_or_the_best_of_32_rounded_up(preset: str) ->
     units = [Unit(f"layers.{i}.m", (2, 3, 4)) for i in range(30)]
     allowance = Allowance(tokens=10**9, default_tokens=2048)
     whole = make_searcher("evopress", CompressionSpace(units, 90), preset=preset)
-    assert {t.note for t in whole.ask(allowance)} <= {"", "parent"}
+    assert {t.note for t in asked(whole, allowance)} <= {"", "parent"}
     assert whole.recommend() == (1,) * 30
     between = make_searcher("evopress", CompressionSpace(units, 75), preset=preset)
-    starts = between.ask(allowance)
+    starts = asked(between, allowance)
     spare = make_searcher("evopress", CompressionSpace([Unit(u.name, (20, 30, 40)) for u in units], 909), preset=preset)
-    assert {t.note for t in spare.ask(allowance)} <= {"", "parent"}
+    assert {t.note for t in asked(spare, allowance)} <= {"", "parent"}
     assert spare.recommend() == (1,) * 30
-    assert [(t.note, t.tokens) for t in starts] == [("initial", PRESETS[preset]["tokens"][0])] * 32
+    assert starts.tokens == PRESETS[preset]["tokens"][0]
+    assert [t.note for t in starts] == ["initial"] * 32
     assert {(set(t.levels), sum(t.levels)) == ({0, 1}, 15) for t in starts} == {True}
 
 
@@ -353,7 +354,7 @@ def test_siblings_are_distinct_over_a_long_search() -> None:
         FunctionProblem(space, interacting(12, 0.2, 3)),
         budget=Budget(evaluations=400),
     )
-    for _, batch in itertools.groupby(result.outcomes, key=lambda o: o.trial.generation):
+    for _, batch in itertools.groupby(result.outcomes, key=lambda o: o.terms.generation):
         levels = [o.trial.levels for o in batch]
         assert len(set(levels)) == len(levels)
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from benchmarks.problems.synthetic import noisy
-from evo_hpo import Assignment, Budget, CompressionSpace, Outcome, Unit, search
+from evo_hpo import Allowance, Assignment, Budget, CompressionSpace, Outcome, Searcher, Unit, search
 from evo_hpo.errors import BudgetError
 from evo_hpo.search.problem import Minibatch, Problem, Score
 from searchers import make_searcher
+from searchers.evopress.evopress import EvoPress
+from tests.searchers.asking import asked
 from tests.searchers.landscapes import interacting, mixed_space, pruning_space
 
 
@@ -72,8 +74,8 @@ def ancestors(outcomes: Sequence[Outcome], number: int | None) -> list[Assignmen
 def test_every_chain_of_parents_leads_to_the_start(settings: dict[str, Any]) -> None:
     problem = Landscape(pruning_space(14, 5))
     outcomes = run(problem, **settings)
-    last = max(o.trial.stage for o in outcomes)
-    bred = [o.trial for o in outcomes if o.trial.generation and o.trial.stage == last]
+    last = max(o.terms.stage for o in outcomes)
+    bred = [o.trial for o in outcomes if o.terms.generation and o.terms.stage == last]
     numbers = {o.trial.number for o in outcomes}
     starts = set()
     for trial in bred:
@@ -95,7 +97,7 @@ def test_stopping_early_changes_no_search(settings: dict[str, Any]) -> None:
     """Neither where a champion of earlier starts is scored beside the offspring, nor where the worst are wanted."""
     chosen: dict[str, Any] = {"offspring": 6, "survivors": (1,)} | settings
     plain, stopped = (run(Landscape(pruning_space(12, 4), stops=stops), **chosen) for stops in (False, True))
-    assert [o.trial for o in stopped] == [o.trial for o in plain]
+    assert [(o.trial, o.terms) for o in stopped] == [(o.trial, o.terms) for o in plain]
     assert any(o.status == "stopped" for o in stopped) != bool(settings.get("invert"))
 
 
@@ -110,7 +112,7 @@ def test_a_start_scored_on_few_tokens_is_scored_again_on_many() -> None:
         "minibatch": "fixed",
     }
     outcomes = run(problem, **settings)
-    first = next(o for o in outcomes if o.trial.stage == 1)
+    first = next(o for o in outcomes if o.terms.stage == 1)
     assert first.trial.note == "parent"
     assert first.trial.parent in {o.trial.number for o in outcomes[:6]}
     assert min(o.loss for o in outcomes if o.tokens == 1024) < first.loss
@@ -133,19 +135,18 @@ def test_the_worst_is_also_sought_from_where_another_searcher_ends() -> None:
 def test_under_a_budget_of_seconds_another_searchers_start_ends_too(init: str) -> None:
     problem = Landscape(pruning_space(12, 4))
     searcher = make_searcher("evopress", problem.space, seed=0, init=init)
+    assert isinstance(searcher, EvoPress)
     taken = 0
     for o in itertools.islice(iter(lambda: step(searcher, problem), None), 200):
         taken += o
-        if getattr(searcher, "warm", None) is None:
+        if searcher.parents:
             break
     assert taken <= 4 * 12 + 17
 
 
-def step(searcher: Any, problem: Landscape) -> int:
+def step(searcher: Searcher, problem: Landscape) -> int:
     """One batch under a budget that limits no batch; the number of its trials."""
-    from evo_hpo import Allowance
-
-    trials = searcher.ask(Allowance(default_tokens=1024))
+    trials = asked(searcher, Allowance(default_tokens=1024))
     searcher.tell([Outcome(t, problem.loss(t.levels), 1024) for t in trials])
     return len(trials)
 
@@ -156,9 +157,9 @@ def test_the_preset_of_depth_pruning_ends_after_its_published_generations() -> N
     problem = Landscape(CompressionSpace(units, 12, floor=12))
     settings: dict[str, Any] = {"preset": "depth_pruning", "offspring": 4, "initial": 2, "tokens": (64, 1024)}
     outcomes = run(problem, 10_000, **settings)
-    assert max(o.trial.generation for o in outcomes) == math.ceil(2 * 6 / 1.5)
+    assert max(o.terms.generation for o in outcomes) == math.ceil(2 * 6 / 1.5)
     longer = run(problem, 10_000, **settings, generations=11)
-    assert max(o.trial.generation for o in longer) == 11
+    assert max(o.terms.generation for o in longer) == 11
     assert make_searcher("evopress", mixed_space(), preset="depth_pruning").generations == math.inf  # type: ignore[attr-defined]
 
 
@@ -184,8 +185,8 @@ def test_nested_minibatches_start_afresh_in_each_generation_even_where_the_first
     result = search(make_searcher("evopress", problem.space, **settings), problem, budget=Budget(evaluations=30))
     generations: dict[int, list[Outcome]] = {}
     for outcome in result.outcomes:
-        generations.setdefault(outcome.trial.generation, []).append(outcome)
-    assert all(o.trial.minibatch == "fresh" for outcomes in generations.values() for o in outcomes)
+        generations.setdefault(outcome.terms.generation, []).append(outcome)
+    assert all(o.terms.draw == "fresh" for outcomes in generations.values() for o in outcomes)
     assert len({outcomes[0].minibatch for outcomes in generations.values()}) == len(generations) > 5
 
 
@@ -196,6 +197,6 @@ def test_a_champion_takes_no_place_of_an_offspring_in_early_stages() -> None:
     result = search(searcher, problem, budget=Budget(evaluations=600))
     batches: dict[tuple[int, int], list[Assignment]] = {}
     for outcome in result.outcomes:
-        batches.setdefault((outcome.trial.generation, outcome.trial.stage), []).append(outcome.trial.levels)
+        batches.setdefault((outcome.terms.generation, outcome.terms.stage), []).append(outcome.trial.levels)
     complete = [levels for key, levels in batches.items() if key != max(batches)]
     assert all(len(set(levels)) == len(levels) for levels in complete)

@@ -17,6 +17,7 @@ from evo_hpo.search.trial import Outcome
 from searchers import make_searcher
 from searchers.foreign.encoding import ENCODINGS
 from searchers.foreign.optuna_adapter import OptunaSearcher, family
+from tests.searchers.asking import asked
 
 SPACE = CompressionSpace(
     [Unit(f"u{i}", tuple(c * (1 + i % 2) for c in (2, 3, 4, 5)), fixed=1 if i == 4 else None) for i in range(7)],
@@ -114,23 +115,23 @@ def test_a_failed_trial_is_told_as_failed(name: str) -> None:
 def test_trials_that_the_budget_does_not_pay_for_are_closed() -> None:
     searcher = make_searcher("optuna:random", SPACE, batch=5, start="none")
     assert isinstance(searcher, OptunaSearcher)
-    trials = searcher.ask(ASK)
-    searcher.tell([Outcome(t, loss(t.levels)) for t in trials[:3]])
+    trials = asked(searcher, ASK)
+    searcher.tell([Outcome(t, loss(t.levels)) for t in trials.trials[:3]])
     assert [t.state.name for t in searcher.study.trials] == ["COMPLETE"] * 3 + ["FAIL"] * 2
 
 
 def test_batches_and_the_last_batch_keep_the_allowance() -> None:
     searcher = make_searcher("optuna:tpe", SPACE, batch=4)
-    assert len(searcher.ask(ASK)) == 1  # the start is told before anything else is asked
+    assert len(asked(searcher, ASK)) == 1  # the start is told before anything else is asked
     searcher.tell([])
-    assert len(searcher.ask(ASK)) == 4
+    assert len(asked(searcher, ASK)) == 4
     searcher.tell([])
-    assert len(searcher.ask(Allowance(evaluations=3))) == 3
+    assert len(asked(searcher, Allowance(evaluations=3))) == 3
 
 
 def test_tokens_and_minibatch_are_passed_on() -> None:
-    trial = make_searcher("optuna:random", SPACE, tokens=512, minibatch="fresh").ask(ASK)[0]
-    assert (trial.tokens, trial.minibatch) == (512, "fresh")
+    terms = asked(make_searcher("optuna:random", SPACE, tokens=512, minibatch="fresh"), ASK).terms
+    assert (terms.tokens, terms.draw) == (512, "fresh")
 
 
 def test_sampler_settings_are_passed_through_and_unknown_ones_refused() -> None:

@@ -76,7 +76,7 @@ def _tables(comparison: Comparison) -> Iterator[str]:
     if len(keys) == 1:
         found = rows(comparison, keys[0])
         shown = columns(comparison, keys[0], found)
-        yield from _table([h for h, _ in shown], list(zip(*(cells for _, cells in shown), strict=True)))
+        yield from _table([c.title for c in shown], list(zip(*(c.cells for c in shown), strict=True)))
         yield from ("", interval_note(found), "", "![Held-out loss of the incumbent](anytime.png)")
         return
     summary = summarise(comparison, keys)

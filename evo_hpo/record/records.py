@@ -216,6 +216,16 @@ class SearchRecord:
         return str(self.header.get("searcher", self.search))
 
     @property
+    def label(self) -> str:
+        """Shown name of the searcher, which tells its variants apart."""
+        return str(self.header.get("label") or self.searcher)
+
+    @property
+    def problem(self) -> str:
+        """Key of the problem in its comparison."""
+        return str(self.header.get("problem", ""))
+
+    @property
     def seed(self) -> int:
         """Seed of the searcher."""
         return int(self.header.get("seed", 0))
@@ -237,6 +247,12 @@ class SearchRecord:
     def best_loss(self) -> float:
         """Calibration loss of :attr:`best` (lower is better); inf while the search runs."""
         return math.inf if self.end is None else float(self.end["best_loss"])
+
+    @property
+    def loss(self) -> float:
+        """Held-out loss of the last checkpoint (lower is better); inf when there is none."""
+        loss = self.checkpoints[-1].held_out.get("loss", math.inf) if self.checkpoints else math.inf
+        return math.inf if math.isnan(loss) else loss
 
     @property
     def tokens(self) -> int:

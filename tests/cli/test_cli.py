@@ -14,7 +14,7 @@ import pytest
 
 from evo_hpo.cli.commands import app, main, parse_settings
 from evo_hpo.errors import PlanError
-from evo_hpo.run.plan import load_plan
+from evo_hpo.run.plan_file import load_plan
 from evo_hpo.search.registry import available_problems, describe_problem, describe_searcher
 
 PLAN = """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from evo_hpo.run.plan import load_plan
+from evo_hpo.run.plan_file import load_plan
 
 TUTORIALS = Path(__file__).parents[2] / "docs" / "tutorials"
 README = Path(__file__).parents[2] / "README.md"

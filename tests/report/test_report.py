@@ -14,7 +14,7 @@ from rich.console import Console
 
 from evo_hpo import Budget, CompressionSpace, FunctionProblem, Unit
 from evo_hpo.report import Comparison, final_table, write_report
-from evo_hpo.report.profiles import grid_of, profile_figure
+from evo_hpo.report.heat_maps import layout_of, profile_figure
 from evo_hpo.report.style import save
 from evo_hpo.report.tables import figure_text
 from tests.report.synthetic import model_space, write_folder
@@ -140,7 +140,7 @@ def test_figures_are_rounded_to_four_digits() -> None:
 def test_grid_averages_are_weighted_by_size() -> None:
     space = model_space(2)
     levels = tuple(0 if u.role == "self_attn.q_proj" else 1 for u in space.units)
-    grid = grid_of(space, levels)
+    grid = layout_of(space, levels)
     assert grid.row_names[0] == "q_proj"
     assert grid.column_names == ["0", "1"]
     assert grid.row_means[0] == 2.0

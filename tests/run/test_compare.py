@@ -15,9 +15,9 @@ import pytest
 
 from evo_hpo.errors import JournalError, PlanError
 from evo_hpo.record.journal import read_journals
-from evo_hpo.record.profiles import read_profile
-from evo_hpo.run.compare import compare, comparison_folder
+from evo_hpo.record.profiles import open_profile
 from evo_hpo.run.plan import make_plan
+from evo_hpo.run.schedule import compare, comparison_folder
 from evo_hpo.space.compression_space import CompressionSpace
 from tests.run.test_plan import plan_data
 
@@ -37,7 +37,7 @@ def test_one_and_two_workers_give_identical_results(tmp_path: Path) -> None:
     assert set(trials(one)) == {"uniform-s0", "evopress-s0", "evopress-s1"}
     record = json.loads((one / "comparison.json").read_text())
     assert record["problems"]["additive"]["space"]["units"]
-    winner, levels = read_profile(one / "profiles" / "winner.json")
+    winner, levels = open_profile(one / "profiles" / "winner.json")
     space = CompressionSpace.from_json(record["problems"]["additive"]["space"])
     assert space.feasible(levels)
     assert space.from_labels(winner["units"]) == levels
@@ -52,7 +52,7 @@ def test_a_killed_comparison_resumes_to_the_same_trials(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(data))
     script = (
-        "import json, sys; from pathlib import Path; from evo_hpo.run.compare import compare\n"
+        "import json, sys; from pathlib import Path; from evo_hpo.run.schedule import compare\n"
         "from evo_hpo.run.plan import make_plan\n"
         "if __name__ == '__main__': compare(make_plan(json.load(open(sys.argv[1]))), root=Path(sys.argv[2]))\n"
     )

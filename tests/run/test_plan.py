@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from evo_hpo.errors import EvoHpoError, PlanError
-from evo_hpo.run.plan import load_plan, make_plan
+from evo_hpo.run.plan import make_plan
+from evo_hpo.run.plan_file import load_plan
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,7 +1,7 @@
 """A process that runs searches of a comparison one after the other and reports what happens.
 
-Each worker makes each problem once and keeps it. What it reports are small plain tuples; what must survive is in the
-journals, which it writes itself.
+Each process makes each problem once and keeps it. What it reports are the values of :mod:`evo_hpo.run.events`, and
+None when it is done; what must survive is in the journals, which it writes itself.
 """
 
 from __future__ import annotations
@@ -17,6 +17,16 @@ from typing import Any, Protocol
 
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.record.journal import Journal, search_header
+from evo_hpo.record.problem_record import ProblemRecord
+from evo_hpo.run.events import (
+    BatchScored,
+    CheckpointTaken,
+    ProblemLoading,
+    ProblemMade,
+    SearchEnded,
+    SearchFailed,
+    SearchStarted,
+)
 from evo_hpo.run.plan import Plan, SearchTask
 from evo_hpo.search.budget import Ledger
 from evo_hpo.search.loop import Checkpoint, search
@@ -24,10 +34,7 @@ from evo_hpo.search.problem import Problem
 from evo_hpo.search.registry import make_problem, make_searcher
 from evo_hpo.search.trial import Outcome
 
-__all__ = ["Event", "run_worker"]
-
-Event = tuple[str, str, dict[str, Any]]
-"""(kind, search id or problem key, details)."""
+__all__ = ["run_searches"]
 
 
 class _Queue(Protocol):
@@ -39,34 +46,20 @@ class _Queue(Protocol):
 class _Reporter:
     """Observer that sends each batch and checkpoint to the parent process."""
 
-    def __init__(self, task: SearchTask, events: _Queue) -> None:
-        self.task = task
+    def __init__(self, search: str, events: _Queue) -> None:
+        self.search = search
         self.events = events
-        self.best: dict[tuple[int, int], float] = {}
 
     def batch(self, outcomes: Sequence[Outcome], ledger: Ledger) -> None:
-        losses = [o.loss for o in outcomes if o.usable]
-        self.events.put(
-            (
-                "batch",
-                self.task.id,
-                {
-                    "spent": ledger.spent,
-                    "trials": ledger.evaluations,
-                    "loss": min(losses, default=None),
-                    "failed": sum(o.status == "failed" for o in outcomes),
-                    "reason": next((o.reason for o in outcomes if o.status == "failed"), ""),
-                },
-            )
-        )
+        loss = min((o.loss for o in outcomes if o.usable), default=None)
+        failed = sum(o.status == "failed" for o in outcomes)
+        self.events.put(BatchScored(self.search, ledger.spent, ledger.evaluations, loss, failed))
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
-        self.events.put(
-            ("checkpoint", self.task.id, {"fraction": checkpoint.fraction, "held_out": checkpoint.held_out})
-        )
+        self.events.put(CheckpointTaken(self.search, checkpoint.held_out))
 
 
-def run_worker(plan: Plan, folder: Path, resume: bool, cores: int, tasks: _Queue, events: _Queue) -> None:
+def run_searches(plan: Plan, folder: Path, resume: bool, cores: int, tasks: _Queue, events: _Queue) -> None:
     """Entry point of the process: takes tasks until it gets None; evaluators in it may use so many cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     _die_with_parent()
@@ -78,11 +71,10 @@ def run_worker(plan: Plan, folder: Path, resume: bool, cores: int, tasks: _Queue
         try:
             _run(plan, folder, resume, task, problems, events)
         except EvoHpoError as error:
-            events.put(("error", task.id, {"message": str(error), "trace": ""}))
+            events.put(SearchFailed(task.id, str(error)))
         except Exception as error:
-            trace = traceback.format_exc()
-            events.put(("error", task.id, {"message": f"{type(error).__name__}: {error}", "trace": trace}))
-    events.put(("done", "", {}))
+            events.put(SearchFailed(task.id, f"{type(error).__name__}: {error}", traceback.format_exc()))
+    events.put(None)
 
 
 def _run(
@@ -90,9 +82,9 @@ def _run(
 ) -> None:
     key = task.problem.key
     if key not in problems:
-        events.put(("loading", key, {}))
+        events.put(ProblemLoading(key))
         problems[key] = make_problem(task.problem.name, **task.problem.settings)
-        events.put(("problem", key, _describe(problems[key])))
+        events.put(ProblemMade(ProblemRecord.of(key, problems[key])))
     problem = problems[key]
     searcher = make_searcher(task.searcher.name, problem.space, seed=task.seed, **task.searcher.settings)
     budget = plan.budget.budget()
@@ -109,7 +101,7 @@ def _run(
         label=task.searcher.key,
     )
     header["problem"] = key
-    events.put(("start", task.id, {}))
+    events.put(SearchStarted(task.id))
     with Journal.open(folder / "journals" / f"{task.id}.jsonl", header, resume=resume) as journal:
         result = search(
             searcher,
@@ -117,23 +109,10 @@ def _run(
             budget=budget,
             seed=task.seed,
             journal=journal,
-            observers=[_Reporter(task, events)],
+            observers=[_Reporter(task.id, events)],
             checkpoints=plan.checkpoints,
         )
-    events.put(
-        ("end", task.id, {"reason": result.stop_reason, "best_loss": result.best_loss, "seconds": result.seconds})
-    )
-
-
-def _describe(problem: Problem) -> dict[str, Any]:
-    return {
-        "space": problem.space.to_json(),
-        "fingerprint": problem.fingerprint(),
-        "reference": problem.reference(),
-        "optimum": getattr(problem, "optimum", None),
-        "describe": problem.space.describe(),
-        "notes": list(getattr(problem, "notes", ())),
-    }
+    events.put(SearchEnded(task.id, result.stop_reason))
 
 
 def _die_with_parent() -> None:

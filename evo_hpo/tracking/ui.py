@@ -122,7 +122,7 @@ def _wait_until_up(server: subprocess.Popen[bytes], port: int, limit: float = 12
 
 
 def _say_links(uri: str, address: str, say: Callable[[str], None]) -> None:
-    from evo_hpo.tracking.mlflow_tracker import comparisons
+    from evo_hpo.tracking.mlflow_store import comparisons
 
     found = comparisons(uri)
     for experiment, name in found[:20]:

@@ -20,14 +20,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evo_hpo.errors import EvoHpoError, JournalError, TrackingError
+from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.records import JournalTail, check_header, journal_paths
 from evo_hpo.tracking.store import file_lock
-
-if TYPE_CHECKING:
-    from evo_hpo.tracking import SearchTracker, Tracker
+from evo_hpo.tracking.tracker import SearchTracker, Tracker
 
 __all__ = ["JournalReplay", "Replayer", "replay"]
 
@@ -156,8 +155,8 @@ def replay(folder: Path, uri: str, *, follow: bool = False) -> int:
                     time.sleep(1.0)
         finally:
             replayer.leave()
-    if (folder / "comparison.json").is_file():
-        from evo_hpo.tracking.comparison import upload
+    if Comparison.lies_in(folder):
+        from evo_hpo.tracking.own_run import upload
 
         upload(folder, uri)
     return total

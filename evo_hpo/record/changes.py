@@ -38,5 +38,5 @@ def _change(old: object, new: object) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = "absent" if value == "absent" else repr(value)
     return text if len(text) <= 120 else f"{text[:90]}... ({len(text)} characters)"

@@ -61,7 +61,7 @@ class PlanFile:
         return make_plan(self.data | changes, self.source)
 
     def varied(self, name: str, ablation: Mapping[str, Any]) -> PlanFile:
-        """The plan under another name with another ablation, or one where it had none; comments and all else stay."""
+        """The plan under another name with another ablation, or one where it had none; all else stays, comments too."""
         document = tomlkit.parse(self.text)
         document["name"] = name
         document.pop("ablation", None)

@@ -14,9 +14,12 @@ from rich.console import Console
 
 from evo_hpo import Budget, CompressionSpace, FunctionProblem, Unit
 from evo_hpo.report import Comparison, final_table, write_report
+from evo_hpo.report.final_table import LAST
 from evo_hpo.report.heat_maps import layout_of, profile_figure
+from evo_hpo.report.results import Results
 from evo_hpo.report.style import save
-from evo_hpo.report.tables import figure_text
+from evo_hpo.report.summary import summarise
+from evo_hpo.report.tables import columns, figure_text, rows
 from tests.report.synthetic import model_space, write_folder
 from tests.report.test_comparison import partial
 
@@ -130,6 +133,27 @@ def test_the_table_fits_its_terminal(demo: Path, width: int) -> None:
     assert "…" not in text
     for name in ("perplexity", "tokens", "trials", "model", "seeds"):
         assert name in text
+
+
+def test_narrow_headers_break_the_wide_ones_where_they_may_be_broken(demo: Path, suite: Path) -> None:
+    for folder in (demo, suite):
+        results = Results.load(folder)
+        for key in results.problems:
+            found = columns(results, key, rows(results, key))
+            assert [c.short.replace("\n", " ") for c in found] == [c.title for c in found]
+            priorities = [c.priority for c in found if c.priority]
+            assert len(set(priorities)) == len(priorities)
+            assert max(priorities) <= LAST
+            assert {c.key for c in found if not c.priority} >= {"searcher", "loss", "average", "seeds"}
+    assert [c.short for c in columns(results, key, rows(results, key))][-3:] == ["model\ns", "searcher\ns", "seeds"]
+
+
+def test_a_notebook_has_figures_and_statistics_a_method_away(demo: Path) -> None:
+    comparison = Comparison.load(demo)
+    assert comparison.anytime().axes
+    assert comparison.profile(label="evopress").axes
+    assert comparison.summary().verdict == summarise(Results.load(demo)).verdict
+    assert comparison.summary("stand-in").problems == ("stand-in",)
 
 
 def test_figures_are_rounded_to_four_digits() -> None:

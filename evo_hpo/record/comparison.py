@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -176,6 +177,13 @@ class Comparison:
             raise JournalError(
                 f"{self.folder} was started with another plan ({told(changed)}): restore it, or start anew"
             )
+
+    @property
+    def started(self) -> str:
+        """When it was created, readable, in UTC."""
+        if isinstance(self.created, str):
+            return self.created
+        return datetime.fromtimestamp(self.created, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
     @property
     def plan_text(self) -> str:

@@ -219,6 +219,7 @@ def lineage_sheet(results: Results, problem: str, *, most: int = 40) -> Sheet | 
 
 def render(results: Results, sections: Sequence[Section], verdict: str) -> str:
     """The page."""
+    recorded = results.recorded
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("evo_hpo", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -227,10 +228,10 @@ def render(results: Results, sections: Sequence[Section], verdict: str) -> str:
         sections=sections,
         verdict=verdict,
         facts=_facts(results),
-        plan=results.plan_text,
+        plan=recorded.plan_text,
         unfinished={r.id: f"{r.progress:.0%} of its budget spent" for r in results.runs if not r.finished}
         | dict(results.missing),
-        machine={**_flat("", results.machine), **_flat("git ", results.git), **results.versions},
+        machine={**_flat("", recorded.machine), **_flat("git ", recorded.git), **recorded.versions},
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,21 +27,14 @@ class Results:
         problems: what was searched, by key.
         runs: the searches that have a readable journal, finished or not.
         missing: id of a planned search without a readable journal -> why.
-        plan, plan_text, created, machine, versions, git: as recorded when the comparison was made.
-        folder: where it lies, if on disk.
+        recorded: the comparison's folder with its plan and machine; one in memory has none.
     """
 
     name: str
     problems: Mapping[str, ProblemRecord]
     runs: tuple[SearchRun, ...]
     missing: Mapping[str, str] = field(default_factory=dict)
-    plan: Mapping[str, Any] = field(default_factory=dict)
-    plan_text: str = ""
-    created: str = ""
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, Any] = field(default_factory=dict)
-    git: Mapping[str, Any] = field(default_factory=dict)
-    folder: Path | None = None
+    recorded: Comparison = field(default_factory=lambda: Comparison(Path()))
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -58,13 +50,7 @@ class Results:
             problems=recorded.problems,
             runs=tuple(SearchRun.of(planned, held) for planned, held in found if isinstance(held, SearchRecord)),
             missing={planned.id: held for planned, held in found if isinstance(held, str)},
-            plan=recorded.plan,
-            plan_text=recorded.plan_text,
-            created=_moment(recorded.created),
-            machine=recorded.machine,
-            versions=recorded.versions,
-            git=recorded.git,
-            folder=recorded.folder,
+            recorded=recorded,
         )
 
     # ------------------------------------------------------------------ selecting
@@ -200,13 +186,6 @@ class Results:
         """How far above a target a loss may lie and still have reached it: the last digit."""
         best, width = self.scale(problem)
         return 1e-12 * max(abs(best), width)
-
-
-def _moment(created: object) -> str:
-    """A time as recorded (seconds since 1970, or text), readable, in UTC."""
-    if isinstance(created, (int, float)):
-        return datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return str(created or "")
 
 
 def _identity(run: SearchRun) -> dict[str, Any]:

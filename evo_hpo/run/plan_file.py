@@ -13,7 +13,7 @@ import tomlkit
 from evo_hpo.errors import PlanError
 from evo_hpo.run.plan import Plan, make_plan
 
-__all__ = ["PlanFile", "load_plan"]
+__all__ = ["PlanFile"]
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,3 @@ class PlanFile:
         document.pop("ablation", None)
         document.append("ablation", tomlkit.item(dict(ablation)))
         return PlanFile(tomlkit.dumps(document), self.source)
-
-
-def load_plan(path: str | Path, **changes: Any) -> Plan:
-    """The plan in a TOML file; ``changes`` replace top-level keys.
-
-    Raises:
-        PlanError: no such file, malformed TOML, unknown keys or values out of range, in one line.
-    """
-    return PlanFile.read(path).plan(**changes)

@@ -10,7 +10,7 @@ import pytest
 
 from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.run.plan import make_plan
-from evo_hpo.run.plan_file import PlanFile, load_plan
+from evo_hpo.run.plan_file import PlanFile
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,13 +81,13 @@ def test_wrong_names_and_settings_are_refused_before_any_work(changes: dict[str,
 
 def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no plan at"):
-        load_plan(tmp_path / "none.toml")
+        PlanFile.read(tmp_path / "none.toml").plan()
     broken = tmp_path / "broken.toml"
     broken.write_text("name = ", encoding="utf-8")
     with pytest.raises(PlanError, match="not valid TOML"):
-        load_plan(broken)
+        PlanFile.read(broken).plan()
     with pytest.raises(PlanError, match="is a folder"):
-        load_plan(tmp_path)
+        PlanFile.read(tmp_path).plan()
 
 
 def test_ablations_vary_one_setting_at_a_time_or_all_combinations() -> None:
@@ -151,4 +151,4 @@ def test_a_plan_of_plain_data_can_be_read_again() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "plans").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_plan_that_ships_is_valid(path: Path) -> None:
-    load_plan(path).check()
+    PlanFile.read(path).plan().check()

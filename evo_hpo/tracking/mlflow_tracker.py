@@ -40,6 +40,24 @@ def experiment_name(folder: Path) -> str:
     return folder.parent.name if folder.name == "journals" else folder.name
 
 
+def write(
+    client: MlflowClient,
+    run: str,
+    points: Sequence[Point] = (),
+    params: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Points, parameters and tags of a run, in calls of allowed size."""
+    metrics = [Metric(p.key, p.value, p.when, p.step) for p in points]
+    for at in range(0, len(metrics), METRICS_A_CALL):
+        client.log_batch(run, metrics=metrics[at : at + METRICS_A_CALL])
+    entries = [Param(k, v) for k, v in (params or {}).items()]
+    for at in range(0, len(entries), PARAMS_A_CALL):
+        client.log_batch(run, params=entries[at : at + PARAMS_A_CALL])
+    if tags:
+        client.log_batch(run, tags=[RunTag(k, v) for k, v in tags.items()])
+
+
 class MlflowTracker:
     """The searches of one comparison in one experiment.
 
@@ -112,12 +130,8 @@ class MlflowTracker:
         with translated("the comparison's run"):
             now = milliseconds(time.time())
             known = self.client.get_run(run).data.params
-            entries = [Param(k, v) for k, v in params.items() if k not in known]
-            for at in range(0, len(entries), PARAMS_A_CALL):
-                self.client.log_batch(run, params=entries[at : at + PARAMS_A_CALL])
-            self.client.log_batch(
-                run, [Metric(k, v, now, 0) for k, v in metrics.items()], tags=[RunTag(k, v) for k, v in tags.items()]
-            )
+            points = [Point(k, v, now, 0) for k, v in metrics.items()]
+            write(self.client, run, points, {k: v for k, v in params.items() if k not in known}, tags)
             for file in files:
                 self.client.log_artifact(run, str(file))
             for folder in folders:
@@ -227,35 +241,19 @@ class MlflowSearch:
             self.status = "RUNNING"
         if header is not None:
             self.client.log_dict(self.run_id, dict(header), "header.json")
-            self._batch(params=self.runs.params())
+            write(self.client, self.run_id, params=self.runs.params())
         if end is not None:
             last, params, tags = self.runs.end(end)
             points += last
-            self._batch(params=params, tags=tags)
+            write(self.client, self.run_id, params=params, tags=tags)
         if self.rows is not None and not self.known:
             self.rows.write(self.run_id, children, points, {COMMITTED: str(self.seen)})
         else:
             for child in children:
                 self._child(child)
-            self._batch(points=points)
+            write(self.client, self.run_id, points)
             self.client.set_tag(self.run_id, COMMITTED, str(self.seen))
         self.committed, self.known = self.seen, {}
-
-    def _batch(
-        self,
-        points: Sequence[Point] = (),
-        params: Mapping[str, str] | None = None,
-        tags: Mapping[str, str] | None = None,
-    ) -> None:
-        """Points, parameters and tags of the parent run, in calls of allowed size."""
-        metrics = [Metric(p.key, p.value, p.when, p.step) for p in points]
-        for at in range(0, len(metrics), METRICS_A_CALL):
-            self.client.log_batch(self.run_id, metrics=metrics[at : at + METRICS_A_CALL])
-        entries = [Param(k, v) for k, v in (params or {}).items()]
-        for at in range(0, len(entries), PARAMS_A_CALL):
-            self.client.log_batch(self.run_id, params=entries[at : at + PARAMS_A_CALL])
-        if tags:
-            self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def leave(self, *, running: bool) -> None:
         """Marks a search that neither ended nor runs as interrupted (status KILLED); resuming it undoes that."""

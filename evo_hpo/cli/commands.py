@@ -56,13 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = list(sys.argv[1:] if arguments is None else arguments)
         with _ended_like_interrupted():
             code = app(args=words, standalone_mode=False, obj=words)
-    except EvoHpoError as error:
-        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except UsageError as error:
-        if not _usage(error):  # no command: the help was printed
-            sys.exit(2)
-        errors.print(f"error: {_usage(error)}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    except (EvoHpoError, UsageError) as error:
+        text = str(getattr(error, "format_message", error.__str__)())
+        if text:  # or else there was no command, and the help was printed
+            errors.print(f"error: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted", style="bold")
@@ -86,10 +83,6 @@ def _ended_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _usage(error: Exception) -> str:
-    return str(getattr(error, "format_message", lambda: error)())
 
 
 def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from evo_hpo.cli.progress import BuildProgress, ComparisonProgress
+from evo_hpo.cli.progress import BuildProgress, ComparisonProgress, say
 from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.run.plan import Plan
@@ -54,19 +53,14 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"cannot make the folder {folder}: {error.strerror}; choose another --root") from None
-    console.print(f"comparison: {folder}", markup=False, highlight=False)
+    say(console, f"comparison: {folder}")
     try:
         with _tracking(folder, tracking_uri, track), ComparisonProgress(plan, console) as progress_of_all:
             compare(plan, root=root, resume=resume, listener=progress_of_all, plan_text=text, folder=folder)
     except KeyboardInterrupt:
-        console.print(
-            f"\ninterrupted: everything scored so far is in {folder}/journals"
-            + ("; MLflow has it too, except for what a message above names" if track else "")
-            + f"\nresume with: {command}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        tracked = "; MLflow has it too, except for what a message above names" if track else ""
+        say(console, f"\ninterrupted: everything scored so far is in {folder}/journals{tracked}")
+        say(console, f"resume with: {command}")
         raise
     except ComparisonFailed as error:
         raise ComparisonFailed(f"{error}; what is done is kept, resume with: {command}") from error
@@ -75,7 +69,7 @@ def run(
     show_report(folder, console)
     if track:
         _upload(folder, tracking_uri, console)
-        console.print("browse the runs: evo-hpo ui", markup=False, highlight=False)
+        say(console, "browse the runs: evo-hpo ui")
     return folder
 
 
@@ -96,14 +90,14 @@ def _upload(folder: Path, tracking_uri: str | None, console: Console) -> None:
     try:
         log_comparison(folder, tracking_uri)
     except EvoHpoError as error:
-        console.print(f"not in MLflow: {error}; repeat with: evo-hpo track {folder}", markup=False, soft_wrap=True)
+        say(console, f"not in MLflow: {error}; repeat with: evo-hpo track {folder}")
 
 
 @contextlib.contextmanager
 def _waiting(what: str, console: Console) -> Iterator[None]:
     """A bar that moves while something of unknown length goes on; a line where there is no terminal."""
     if not console.is_terminal:
-        console.print(what, markup=False, highlight=False)
+        say(console, what)
         yield
         return
     columns = (TextColumn("{task.description}", style="bold"), BarColumn(bar_width=24), TimeElapsedColumn())
@@ -126,8 +120,7 @@ def show_report(folder: Path, console: Console) -> None:
         page = write_report(folder)
     console.print(final_table(Results.load(folder)))
     names = sorted(p.name for p in page.parent.iterdir() if p.suffix == ".png")
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    say(f"pictures: {page.parent}/ {' '.join(names)}")
-    say(f"report: {page}")
+    say(console, f"pictures: {page.parent}/ {' '.join(names)}")
+    say(console, f"report: {page}")
     for path in comparison.winner_files():
-        say(f"winning profile: {path}")
+        say(console, f"winning profile: {path}")

@@ -23,7 +23,14 @@ from evo_hpo.run.events import (
 )
 from evo_hpo.run.plan import Plan
 
-__all__ = ["BuildProgress", "ComparisonProgress"]
+__all__ = ["BuildProgress", "ComparisonProgress", "say"]
+
+
+def say(console: Console, line: str) -> None:
+    """One line as it is: no markup, no colours, not broken; at once, also into a pipe."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        sys.stdout.flush()
 
 
 def _amount(value: float) -> str:
@@ -84,10 +91,10 @@ class ComparisonProgress:
         """Hears an event of the comparison."""
         match event:
             case ProblemLoading(problem):
-                self._say(f"{problem}: loading")
+                say(self.console, f"{problem}: loading")
             case ProblemMade(made):
                 for note in made.notes:
-                    self._say(f"{made.key}: {note}")
+                    say(self.console, f"{made.key}: {note}")
             case SearchStarted(search):
                 self._start(search)
             case BatchScored():
@@ -97,14 +104,14 @@ class ComparisonProgress:
             case SearchEnded(search, reason):
                 self._end(search, reason)
             case SearchFailed(search, message):
-                self._say(f"{search}: failed: {message}")
+                say(self.console, f"{search}: failed: {message}")
 
     def _start(self, key: str) -> None:
         running = self.searches[key] = _Running()
         if self._bars:
             running.bar = self._bars.add_task(key, total=self.total, used="", loss="")
         else:
-            self._say(f"{key}: started")
+            say(self.console, f"{key}: started")
 
     def _batch(self, event: BatchScored) -> None:
         running = self.searches[event.search]
@@ -120,7 +127,7 @@ class ComparisonProgress:
             elapsed = time.monotonic() - running.started
             left = elapsed * (self.total / running.spent - 1) if running.spent else 0.0
             used = f"{_amount(running.spent)} of {_amount(self.total)} {self.kind}, {running.trials} trials"
-            self._say(f"{event.search}: {used}, {self._loss(running)}, {left:.0f} s left")
+            say(self.console, f"{event.search}: {used}, {self._loss(running)}, {left:.0f} s left")
 
     def _end(self, key: str, reason: str) -> None:
         running = self.searches[key]
@@ -130,16 +137,11 @@ class ComparisonProgress:
             self._bars.update(self._all, completed=self.done, used=f"{self.done}/{self.tasks} searches")
         failed = f", {running.failed} failed" if running.failed else ""
         used = f"{_amount(running.spent)} {self.kind}, {running.trials} trials{failed}"
-        self._say(f"{key}: finished, {used}, {self._loss(running)} ({reason})")
+        say(self.console, f"{key}: finished, {used}, {self._loss(running)} ({reason})")
 
     def _loss(self, running: _Running) -> str:
         best = "" if running.best is None else f"best {running.best:.4g}"
         return best if running.held_out is None else f"{best} held-out {running.held_out:.4g}"
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if not self.console.is_terminal:
-            sys.stdout.flush()
 
 
 class BuildProgress:
@@ -165,9 +167,7 @@ class BuildProgress:
         elif total and (tenth := 10 * done // total) > self._said:
             self._said = tenth
             elapsed = time.monotonic() - self._started
-            self.console.print(
-                f"{self.title}: {done} of {total} {what} ({elapsed:.0f} s)", markup=False, highlight=False
-            )
+            say(self.console, f"{self.title}: {done} of {total} {what} ({elapsed:.0f} s)")
 
     def close(self) -> None:
         """Removes the bar."""

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -296,19 +296,13 @@ def _planned(entries: Sequence[Mapping[str, Any]]) -> tuple[PlannedSearch, ...]:
     pairs = [(str(e["problem"]), label) for e, label in zip(entries, labels, strict=True)]
     seeds = Counter(pairs)
     most = {problem: max(n for (p, _), n in seeds.items() if p == problem) for problem, _ in seeds}
-    return tuple(
-        PlannedSearch(
-            str(e["id"]),
-            pair[0],
-            str(e["searcher"]),
-            pair[1],
-            dict(e.get("settings") or {}),
-            int(e["seed"]),
-            str(e["journal"]),
-            bool(e.get("deterministic", seeds[pair] == 1 < most[pair[0]])),
-        )
-        for e, pair in zip(entries, pairs, strict=True)
-    )
+    names = {f.name for f in fields(PlannedSearch)}
+    found = []
+    for entry, (problem, label) in zip(entries, pairs, strict=True):
+        known: dict[str, Any] = {"settings": {}, "deterministic": seeds[problem, label] == 1 < most[problem]}
+        known |= {k: v for k, v in entry.items() if k in names}
+        found.append(PlannedSearch(**(known | {"label": label})))
+    return tuple(found)
 
 
 def disambiguate(entries: Sequence[Mapping[str, Any]]) -> list[str]:

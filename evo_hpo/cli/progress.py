@@ -11,16 +11,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from evo_hpo.run.events import (
-    BatchScored,
-    CheckpointTaken,
-    Event,
-    ProblemLoading,
-    ProblemMade,
-    SearchEnded,
-    SearchFailed,
-    SearchStarted,
-)
+from evo_hpo.run import events
 from evo_hpo.run.plan import Plan
 
 __all__ = ["BuildProgress", "ComparisonProgress", "say"]
@@ -87,23 +78,23 @@ class ComparisonProgress:
         if self._bars:
             self._bars.stop()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Hears an event of the comparison."""
         match event:
-            case ProblemLoading(problem):
+            case events.ProblemLoading(problem):
                 say(self.console, f"{problem}: loading")
-            case ProblemMade(made):
+            case events.ProblemMade(made):
                 for note in made.notes:
                     say(self.console, f"{made.key}: {note}")
-            case SearchStarted(search):
+            case events.SearchStarted(search):
                 self._start(search)
-            case BatchScored():
+            case events.BatchScored():
                 self._batch(event)
-            case CheckpointTaken(search, held_out):
+            case events.CheckpointTaken(search, held_out):
                 self.searches[search].held_out = held_out.get("loss")
-            case SearchEnded(search, reason):
+            case events.SearchEnded(search, reason):
                 self._end(search, reason)
-            case SearchFailed(search, message):
+            case events.SearchFailed(search, message):
                 say(self.console, f"{search}: failed: {message}")
 
     def _start(self, key: str) -> None:
@@ -113,7 +104,7 @@ class ComparisonProgress:
         else:
             say(self.console, f"{key}: started")
 
-    def _batch(self, event: BatchScored) -> None:
+    def _batch(self, event: events.BatchScored) -> None:
         running = self.searches[event.search]
         running.spent, running.trials = event.spent, event.trials
         running.failed += event.failed

@@ -126,9 +126,12 @@ class Comparison:
         if not cls.lies_in(folder):
             raise PlanError(f"{folder} is not a comparison's folder: it has no {RECORD}")
         try:
-            data = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PlanError(f"{folder / RECORD} cannot be read ({error}): give the folder of a comparison") from None
+            return cls._of(folder, json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{folder / RECORD} cannot be read ({error!r}): give the folder of a comparison") from None
+
+    @classmethod
+    def _of(cls, folder: Path, data: Mapping[str, Any]) -> Comparison:
         machine = data.get("machine") or {}
         return cls(
             folder,

@@ -34,8 +34,8 @@ class BudgetEntry(Strict):
         return Budget(tokens=self.tokens, evaluations=self.evaluations, seconds=self.seconds)
 
 
-class ProblemEntry(Strict):
-    """A registered problem with its settings; ``label`` is what tables show."""
+class NamedEntry(Strict):
+    """Something registered, with its settings; ``label`` is what tables show."""
 
     name: str
     label: str = ""
@@ -47,18 +47,14 @@ class ProblemEntry(Strict):
         return self.label or self.name
 
 
-class SearcherEntry(Strict):
-    """A registered searcher with its settings; ``seeds`` replaces the plan's."""
+class ProblemEntry(NamedEntry):
+    """A problem of the plan."""
 
-    name: str
-    label: str = ""
-    settings: dict[str, Any] = Field(default_factory=dict)
+
+class SearcherEntry(NamedEntry):
+    """A searcher of the plan; ``seeds`` replaces the plan's."""
+
     seeds: tuple[int, ...] | None = None
-
-    @property
-    def key(self) -> str:
-        """Label, or else name."""
-        return self.label or self.name
 
 
 class VariantEntry(Strict):

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from evo_hpo.tracking.background import BackgroundTracker
-from evo_hpo.tracking.store import default_uri, quiet_environment
+from evo_hpo.tracking.location import default_uri, quiet_environment
 from evo_hpo.tracking.tracker import SearchTracker, Tracker
 from evo_hpo.tracking.ui import launch_ui
 

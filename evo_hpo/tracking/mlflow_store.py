@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy import event
 
 from evo_hpo.errors import MissingPackageError, TrackingError
-from evo_hpo.tracking.store import artifact_root, database_path, file_lock
+from evo_hpo.tracking.location import artifact_root, database_path, file_lock
 
 __all__ = ["comparisons", "connect", "prepare_store", "translated"]
 

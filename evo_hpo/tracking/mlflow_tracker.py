@@ -17,10 +17,10 @@ from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from evo_hpo.errors import TrackingError
+from evo_hpo.tracking.location import database_path, experiment_location
 from evo_hpo.tracking.mlflow_store import connect, translated
 from evo_hpo.tracking.rows import RowWriter
 from evo_hpo.tracking.runs import LONGEST_NAME, ChildRun, Point, SearchRuns, milliseconds
-from evo_hpo.tracking.store import database_path, experiment_location
 from evo_hpo.tracking.views import trials_link
 
 __all__ = ["MlflowSearch", "MlflowTracker", "experiment_name"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evo_hpo.errors import TrackingError
-from evo_hpo.tracking.store import artifact_root, database_path, default_uri, quiet_environment
+from evo_hpo.tracking.location import artifact_root, database_path, default_uri, quiet_environment
 from evo_hpo.tracking.views import link
 
 __all__ = ["launch_ui", "server_command"]

@@ -25,7 +25,7 @@ from typing import Any
 from evo_hpo.errors import EvoHpoError, JournalError, TrackingError
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.records import JournalTail, check_header, journal_paths
-from evo_hpo.tracking.store import file_lock
+from evo_hpo.tracking.location import file_lock
 from evo_hpo.tracking.tracker import SearchTracker, Tracker
 
 __all__ = ["JournalReplay", "Replayer", "replay"]

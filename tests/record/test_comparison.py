@@ -125,6 +125,16 @@ def test_another_plan_and_another_problem_are_refused(tmp_path: Path) -> None:
         comparison.with_problem(replace(same, fingerprint={**same.fingerprint, "data": 7}))
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"searches": [{}]}', '{"searches": [{"id": "a", "problem": "p"}]}'])
+def test_a_damaged_record_is_said_to_be_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / "comparison.json").write_text(text)
+    with pytest.raises(
+        PlanError, match=r"comparison\.json cannot be read .*: give the folder of a comparison"
+    ) as caught:
+        Comparison.read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_changes_are_told_in_a_line() -> None:
     old: dict[str, Any] = {"a": 1, "b": {"c": [1, 2], "d": {}}, "e": "x" * 500}
     assert flat(old) == {"a": 1, "b/c": [1, 2], "b/d": {}, "e": "x" * 500}

@@ -20,9 +20,9 @@ import pytest
 from evo_hpo.errors import TrackingError
 from evo_hpo.record.journal import read_journals
 from evo_hpo.tracking import BackgroundTracker, log_comparison, track
+from evo_hpo.tracking.location import default_uri, experiment_location, file_lock
 from evo_hpo.tracking.mlflow_tracker import MlflowTracker
 from evo_hpo.tracking.runs import safe_key, shown
-from evo_hpo.tracking.store import default_uri, experiment_location, file_lock
 from evo_hpo.tracking.ui import launch_ui, server_command
 from evo_hpo.tracking.views import differing_units, link, views
 from tests.tracking.conftest import Script

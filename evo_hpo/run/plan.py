@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,18 +157,13 @@ PARTS: dict[str, type[BaseModel]] = {"budget": BudgetEntry, "problems": ProblemE
 PARTS |= {"ablation": AblationEntry, "variants": VariantEntry}
 
 
-class _at:
+@contextmanager
+def _at(place: str) -> Iterator[None]:
     """Prefixes the place to any error of ours raised inside."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, EvoHpoError):
-            raise PlanError(f"{self.place}: {error}") from error
+    try:
+        yield
+    except EvoHpoError as error:
+        raise PlanError(f"{place}: {error}") from error
 
 
 def _near(key: str, known: dict[str, Any]) -> str:

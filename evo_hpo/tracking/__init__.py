@@ -27,13 +27,12 @@ __all__ = [
 os.environ.update(quiet_environment())  # here, so that it is done before any module of this package imports MLflow
 
 
-def track(folder: Path | str, tracking_uri: str | None = None, follow: bool = False) -> int:
+def track(folder: Path | str, tracking_uri: str | None = None) -> int:
     """Replays the journals of a comparison's folder, or one journal, into MLflow; what is there is not written again.
 
     Args:
         folder: a comparison's folder or a journal.
         tracking_uri: where to; default: :func:`default_uri`.
-        follow: goes on until interrupted, as journals grow.
 
     Returns:
         The number of journal lines that were new.
@@ -44,7 +43,7 @@ def track(folder: Path | str, tracking_uri: str | None = None, follow: bool = Fa
     """
     from evo_hpo.tracking.writer import replay
 
-    return replay(Path(folder), tracking_uri or default_uri(folder), follow=follow)
+    return replay(Path(folder), tracking_uri or default_uri(folder))
 
 
 def log_comparison(folder: Path | str, tracking_uri: str | None = None) -> str:

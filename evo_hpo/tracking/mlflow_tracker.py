@@ -144,9 +144,6 @@ class MlflowTracker:
             for key, value in tags.items():
                 self.client.set_experiment_tag(self.experiment, key, value)
 
-    def close(self) -> None:
-        """Nothing is held open."""
-
 
 class MlflowSearch:
     """One search as a parent run with a child run a trial.

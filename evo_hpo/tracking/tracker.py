@@ -33,6 +33,3 @@ class Tracker(Protocol):
 
     def search(self, header: Mapping[str, Any]) -> SearchTracker:
         """The tracker of one search, found again if it was tracked before."""
-
-    def close(self) -> None:
-        """Lets go of the store."""

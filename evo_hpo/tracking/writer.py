@@ -139,7 +139,7 @@ class Replayer:
             replay.leave()
 
 
-def replay(folder: Path, uri: str, *, follow: bool = False) -> int:
+def replay(folder: Path, uri: str) -> int:
     """See :func:`evo_hpo.tracking.track`."""
     if not journal_paths(folder) or (folder.is_file() and folder.suffix != ".jsonl"):
         raise JournalError(f"{folder}: no journals (*.jsonl) here: name a comparison's folder or a journal")
@@ -149,10 +149,8 @@ def replay(folder: Path, uri: str, *, follow: bool = False) -> int:
             raise TrackingError(f"{folder}: another process is tracking it already: wait for it to end")
         total = 0
         try:
-            while replayer.read() or follow:
+            while replayer.read():
                 total += replayer.step()
-                if follow and not replayer.waiting:
-                    time.sleep(1.0)
         finally:
             replayer.leave()
     if Comparison.lies_in(folder):

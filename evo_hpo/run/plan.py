@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -20,27 +19,9 @@ from evo_hpo.search.registry import describe_problem, make_searcher, searcher_cl
 from evo_hpo.search.searcher import check_settings
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 
-__all__ = ["SAFE_NAME", "Plan", "SearchTask", "make_plan"]
+__all__ = ["SAFE_NAME", "Plan", "make_plan"]
 
 SAFE_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
-
-
-@dataclass(frozen=True)
-class SearchTask:
-    """One search of the grid: a problem, a searcher, a seed."""
-
-    id: str
-    problem: ProblemEntry
-    searcher: SearcherEntry
-    seed: int
-
-    def planned(self) -> PlannedSearch:
-        """As the comparison's folder records it."""
-        entry, fixed = self.searcher, not searcher_class(self.searcher.name).random
-        journal = f"journals/{self.id}.jsonl"
-        return PlannedSearch(
-            self.id, self.problem.key, entry.name, entry.key, entry.settings, self.seed, journal, fixed
-        )
 
 
 class Plan(Strict):
@@ -105,7 +86,7 @@ class Plan(Strict):
             return self
         return self.model_copy(update={"searchers": (*self.searchers, SearcherEntry(name="uniform"))})
 
-    def tasks(self) -> Iterator[SearchTask]:
+    def tasks(self) -> Iterator[PlannedSearch]:
         """Every search, seeds outermost so that partial results already compare all searchers.
 
         A searcher whose seed changes nothing runs once.
@@ -115,17 +96,18 @@ class Plan(Strict):
         for position in range(len(longest)):
             for problem in self.problems:
                 for entry in self.searchers:
-                    seeds = entry.seeds or self.seeds
-                    if not searcher_class(entry.name).random:
-                        seeds = seeds[:1]
+                    fixed = not searcher_class(entry.name).random
+                    seeds = (entry.seeds or self.seeds)[: 1 if fixed else None]
                     if position >= len(seeds):
                         continue
+                    seed = seeds[position]
                     parts = [problem.key] if len(self.problems) > 1 else []
-                    name = SAFE_NAME.sub("-", "-".join([*parts, entry.key, f"s{seeds[position]}"]))
+                    name = SAFE_NAME.sub("-", "-".join([*parts, entry.key, f"s{seed}"]))
                     while name in seen:
                         name += "x"
                     seen.add(name)
-                    yield SearchTask(name, problem, entry, seeds[position])
+                    what = (problem.key, entry.name, entry.key, entry.settings)
+                    yield PlannedSearch(name, *what, seed, f"journals/{name}.jsonl", fixed)
 
     def plain(self) -> dict[str, Any]:
         """As plain data, settings that are not given left out."""

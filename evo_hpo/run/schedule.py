@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from evo_hpo.errors import EvoHpoError, JournalError, PlanError
-from evo_hpo.record.comparison import Comparison
+from evo_hpo.record.comparison import Comparison, PlannedSearch
 from evo_hpo.run.events import Event, Listener, ProblemMade, SearchFailed
-from evo_hpo.run.plan import Plan, SearchTask
+from evo_hpo.run.plan import Plan
 from evo_hpo.run.search_process import run_searches
 
 __all__ = ["DEFAULT_ROOT", "ComparisonFailed", "compare", "comparison_folder"]
@@ -78,7 +78,7 @@ def compare(
     plan.check()
     folder = folder or comparison_folder(plan, root, resume=resume)
     tasks = list(plan.tasks())
-    comparison = Comparison.start(folder, plan.plain(), [task.planned() for task in tasks], plan_text)
+    comparison = Comparison.start(folder, plan.plain(), tasks, plan_text)
     failures: list[str] = []
     with _processes(plan, folder, resume, tasks) as events:
         for event in events:
@@ -104,7 +104,7 @@ def process_count(plan: Plan, tasks: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _processes(plan: Plan, folder: Path, resume: bool, tasks: Sequence[SearchTask]) -> Iterator[Iterator[Event]]:
+def _processes(plan: Plan, folder: Path, resume: bool, tasks: Sequence[PlannedSearch]) -> Iterator[Iterator[Event]]:
     """Starts the processes, hands out the tasks, gives the stream of events; leaves no process behind."""
     context = multiprocessing.get_context("spawn")
     waiting, events = context.Queue(), context.Queue()

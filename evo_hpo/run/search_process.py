@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evo_hpo.errors import EvoHpoError
+from evo_hpo.record.comparison import PlannedSearch
 from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.run.events import (
@@ -27,7 +28,7 @@ from evo_hpo.run.events import (
     SearchFailed,
     SearchStarted,
 )
-from evo_hpo.run.plan import Plan, SearchTask
+from evo_hpo.run.plan import Plan
 from evo_hpo.search.budget import Ledger
 from evo_hpo.search.loop import Checkpoint, search
 from evo_hpo.search.problem import Problem
@@ -78,31 +79,32 @@ def run_searches(plan: Plan, folder: Path, resume: bool, cores: int, tasks: _Que
 
 
 def _run(
-    plan: Plan, folder: Path, resume: bool, task: SearchTask, problems: dict[str, Problem], events: _Queue
+    plan: Plan, folder: Path, resume: bool, task: PlannedSearch, problems: dict[str, Problem], events: _Queue
 ) -> None:
-    key = task.problem.key
+    key = task.problem
     if key not in problems:
         events.put(ProblemLoading(key))
-        problems[key] = make_problem(task.problem.name, **task.problem.settings)
+        entry = next(p for p in plan.problems if p.key == key)
+        problems[key] = make_problem(entry.name, **entry.settings)
         events.put(ProblemMade(ProblemRecord.of(key, problems[key])))
     problem = problems[key]
-    searcher = make_searcher(task.searcher.name, problem.space, seed=task.seed, **task.searcher.settings)
+    searcher = make_searcher(task.searcher, problem.space, seed=task.seed, **task.settings)
     budget = plan.budget.budget()
     header = search_header(
         task.id,
-        task.searcher.name,
+        task.searcher,
         problem,
         budget,
         seed=task.seed,
-        settings=task.searcher.settings,
+        settings=task.settings,
         minibatch_seed=task.seed,
         checkpoints=plan.checkpoints,
         plan={"name": plan.name},
-        label=task.searcher.key,
+        label=task.label,
     )
     header["problem"] = key
     events.put(SearchStarted(task.id))
-    with Journal.open(folder / "journals" / f"{task.id}.jsonl", header, resume=resume) as journal:
+    with Journal.open(folder / task.journal, header, resume=resume) as journal:
         result = search(
             searcher,
             problem,

@@ -186,7 +186,7 @@ class SearchRecord:
         outcomes: every trial that was paid for, in order.
         times: seconds since the epoch at which each outcome was written.
         batches: size of each scored batch, in order.
-        checkpoints: held-out figures along the budget; ``checkpoint_times`` likewise.
+        checkpoints: held-out figures along the budget.
         end: the end line (``stop_reason``, ``best``, ``best_loss``, ``seconds``, ``searcher_seconds``); None: the
             search is running or was interrupted.
     """
@@ -197,7 +197,6 @@ class SearchRecord:
     times: list[float] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
-    checkpoint_times: list[float] = field(default_factory=list)
     end: dict[str, Any] | None = None
 
     @property
@@ -254,11 +253,6 @@ class SearchRecord:
         loss = self.checkpoints[-1].held_out.get("loss", math.inf) if self.checkpoints else math.inf
         return math.inf if math.isnan(loss) else loss
 
-    @property
-    def tokens(self) -> int:
-        """Calibration tokens charged so far."""
-        return sum(o.tokens for o in self.outcomes)
-
     def add(self, line: Mapping[str, Any]) -> None:
         """Takes in one line."""
         kind = line["kind"]
@@ -271,7 +265,6 @@ class SearchRecord:
             self.times.append(float(line["time"]))
         elif kind == "checkpoint":
             self.checkpoints.append(decode_checkpoint(line))
-            self.checkpoint_times.append(float(line["time"]))
         elif kind == "end":
             self.end = dict(line)
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from evo_hpo.report.results import Results
 from evo_hpo.report.search_run import SearchRun
-from evo_hpo.report.statistics import FEW, Interval, bootstrap
+from evo_hpo.report.statistics import FEW, Interval, spread
 
 __all__ = [
     "Band",
@@ -168,9 +168,7 @@ def speed_up(results: Results, problem: str, a: str, b: str, axis: str = "tokens
         factors.append(spent / needed if needed > 0 and math.isfinite(needed) else 0.0)
     if not factors:
         return None
-    array = np.array(factors)
-    few = Interval(float(np.median(array)), float(array.min()), float(array.max()), "range", len(array))
-    return SpeedUp(a, b, bootstrap(array) if len(array) >= FEW else few, int((array > 0).sum()), len(array))
+    return SpeedUp(a, b, spread(factors), sum(f > 0 for f in factors), len(factors))
 
 
 def axes(results: Results, problem: str) -> tuple[str, ...]:

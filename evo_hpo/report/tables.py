@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,17 +114,13 @@ def _search_row(results: Results, problem: str, label: str) -> Row:
         trials=_median(r.evaluations for r in all_runs),
         failed=_median(sum(o.status == "failed" for o in r.outcomes) for r in all_runs),
         model_seconds=_median(r.model_seconds for r in all_runs),
-        searcher_seconds=_median(_known([r.searcher_seconds for r in all_runs])),
+        searcher_seconds=_median(r.searcher_seconds for r in all_runs),
     )
 
 
-def _known(values: Sequence[float]) -> list[float]:
-    return [v for v in values if not math.isnan(v)]
-
-
-def _median(values: Any) -> float:
-    found = list(values)
-    return float(np.median(found)) if found else math.nan
+def _median(values: Iterable[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return float(np.median(known)) if known else math.nan
 
 
 # ---------------------------------------------------------------------- text

@@ -152,7 +152,11 @@ class Journal:
             os.ftruncate(descriptor, tail.position)
         if lines:
             held = SearchRecord(path, check_header(path, lines))
-            _refuse_other(path, held.header, header)
+            if found := header_differences(held.header, header):
+                raise JournalError(
+                    f"{path}: belongs to another search ({told(found)}): restore what it was made with, or take another"
+                    " name"
+                )
             for line in lines[1:]:
                 held.add(line)
             return cls(path, descriptor, held, tail.position, dropped)
@@ -320,13 +324,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _refuse_other(path: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    if found := header_differences(recorded, current):
-        raise JournalError(
-            f"{path}: belongs to another search ({told(found)}): restore what it was made with, or take another name"
-        )
 
 
 def _difference(trial: Trial, minibatch: Minibatch, outcome: Outcome) -> str:

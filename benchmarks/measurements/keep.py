@@ -54,11 +54,11 @@ def keep(folder: Path, target: Path, command: str, note: str = "") -> None:
 def _head(comparison: Comparison, command: str) -> Iterator[str]:
     keys = list(comparison.problems)
     summary = summarise(comparison, keys)
-    machine, versions = comparison.machine, comparison.versions
-    yield from (f"# {comparison.name}", "", str(comparison.plan.get("description") or ""), "")
+    recorded, machine, versions = comparison.recorded, comparison.recorded.machine, comparison.recorded.versions
+    yield from (f"# {comparison.name}", "", str(recorded.plan.get("description") or ""), "")
     yield from ("```console", command, "```", "")
     yield (
-        f"{comparison.created}, on {machine.get('cores')} cores of {machine.get('processor')}; Python"
+        f"{recorded.started}, on {machine.get('cores')} cores of {machine.get('processor')}; Python"
         f" {versions.get('python')}, numpy {versions.get('numpy')}, torch {versions.get('torch', 'not installed')},"
         f" Optuna {versions.get('optuna')}, Nevergrad {versions.get('nevergrad')}."
     )
@@ -76,7 +76,7 @@ def _tables(comparison: Comparison) -> Iterator[str]:
     if len(keys) == 1:
         found = rows(comparison, keys[0])
         shown = columns(comparison, keys[0], found)
-        yield from _table([h for h, _ in shown], list(zip(*(cells for _, cells in shown), strict=True)))
+        yield from _table([c.title for c in shown], list(zip(*(c.cells for c in shown), strict=True)))
         yield from ("", interval_note(found), "", "![Held-out loss of the incumbent](anytime.png)")
         return
     summary = summarise(comparison, keys)

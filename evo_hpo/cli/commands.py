@@ -5,25 +5,24 @@ Bad input ends with one line on standard error and exit code 2; an interrupt wit
 
 from __future__ import annotations
 
-import inspect
 import os
-import shlex
 import signal
 import sys
 import threading
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from evo_hpo.errors import EvoHpoError, PlanError
+
+if TYPE_CHECKING:
+    from evo_hpo.run.plan_file import PlanFile
 
 __all__ = ["app", "main"]
 
@@ -44,6 +43,7 @@ errors = Console(stderr=True)
 RootOption = Annotated[Path, typer.Option(help="Folder that holds the comparisons.")]
 UriOption = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: sqlite under mlruns/.")]
 TrackOption = Annotated[bool, typer.Option(help="Write every trial to MLflow while searching.")]
+WorkersOption = Annotated[int | None, typer.Option(help="Processes; changes no result. Default: the plan's.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; repeatable.")]
 DEFAULT_ROOT = Path("mlruns") / "comparisons"
 
@@ -56,13 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = list(sys.argv[1:] if arguments is None else arguments)
         with _ended_like_interrupted():
             code = app(args=words, standalone_mode=False, obj=words)
-    except EvoHpoError as error:
-        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except UsageError as error:
-        if not _usage(error):  # no command: the help was printed
-            sys.exit(2)
-        errors.print(f"error: {_usage(error)}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    except (EvoHpoError, UsageError) as error:
+        text = str(getattr(error, "format_message", error.__str__)())
+        if text:  # or else there was no command, and the help was printed
+            errors.print(f"error: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted", style="bold")
@@ -86,15 +83,6 @@ def _ended_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _usage(error: Exception) -> str:
-    return str(getattr(error, "format_message", lambda: error)())
-
-
-def resume_command(words: Sequence[str]) -> str:
-    """What the user types to go on with what these words started."""
-    return shlex.join(["evo-hpo", *(w for w in words if w != "--resume"), "--resume"])
 
 
 def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -133,7 +121,7 @@ def compare(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(help="TOML file; copy one from benchmarks/plans.")],
     resume: Annotated[bool, typer.Option(help="Go on with the newest comparison of this name.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes; changes no result. Default: the plan's.")] = None,
+    workers: WorkersOption = None,
     root: RootOption = DEFAULT_ROOT,
     track: TrackOption = True,
     tracking_uri: UriOption = None,
@@ -142,22 +130,30 @@ def compare(
 
     [bold]Example:[/bold] evo-hpo compare benchmarks/plans/smollm2-3bit.toml
     """
-    from evo_hpo.cli.session import run
-    from evo_hpo.run.plan import load_plan
+    from evo_hpo.run.plan_file import PlanFile
 
-    changes = {} if workers is None else {"workers": workers}
-    text = plan.read_text(encoding="utf-8") if plan.is_file() else None
-    loaded = load_plan(plan, **changes).with_uniform()
-    run(
-        loaded,
-        console,
-        root=root,
-        resume=resume,
-        track=track,
-        tracking_uri=tracking_uri,
-        command=resume_command(context.obj),
-        text=text,
-    )
+    _run(context, PlanFile.read(plan), root, resume, track, tracking_uri, workers)
+
+
+def _run(
+    context: typer.Context,
+    file: PlanFile,
+    root: Path,
+    resume: bool,
+    track: bool,
+    tracking_uri: str | None,
+    workers: int | None = None,
+    *,
+    uniform: bool = True,
+) -> None:
+    """Runs the plan in a file, with uniform compression among its searchers where it is to be the measure."""
+    from evo_hpo.cli.comparing import run
+
+    plan = file.plan(**({} if workers is None else {"workers": workers}))
+    if uniform:
+        plan = plan.with_uniform()
+    words, text = context.obj, file.text
+    run(plan, console, words, text, root=root, resume=resume, track=track, tracking_uri=tracking_uri)
 
 
 @app.command()
@@ -183,29 +179,18 @@ def search(
 
     [bold]Example:[/bold] evo-hpo search evopress --problem additive --evaluations 800 --set offspring=32
     """
-    from evo_hpo.cli.session import run
-    from evo_hpo.run.plan import SAFE_NAME, make_plan
-    from evo_hpo.run.plan_text import search_text
+    from evo_hpo.run.plan import SAFE_NAME
+    from evo_hpo.run.plan_file import PlanFile
 
     budget = {"tokens": tokens, "evaluations": evaluations, "seconds": seconds}
-    given = {k: v for k, v in budget.items() if v is not None}
     data = {
         "name": name or SAFE_NAME.sub("-", f"{problem}-{searcher}-s{seed}"),
         "seeds": [seed],
-        "budget": given,
+        "budget": {k: v for k, v in budget.items() if v is not None},
         "problems": [{"name": problem, "settings": parse_settings(problem_settings)}],
         "searchers": [{"name": searcher, "settings": parse_settings(settings)}],
     }
-    run(
-        make_plan(data, "search"),
-        console,
-        root=root,
-        resume=resume,
-        track=track,
-        tracking_uri=tracking_uri,
-        command=resume_command(context.obj),
-        text=search_text(data),
-    )
+    _run(context, PlanFile.of(data, "search"), root, resume, track, tracking_uri, uniform=False)
 
 
 @app.command()
@@ -218,7 +203,7 @@ def ablate(
     searcher: Annotated[str | None, typer.Option(help="Which searcher of the plan; default: its first.")] = None,
     grid: Annotated[bool, typer.Option(help="Every combination instead of one setting at a time.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with the newest ablation of this name.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes; changes no result. Default: the plan's.")] = None,
+    workers: WorkersOption = None,
     root: RootOption = DEFAULT_ROOT,
     track: TrackOption = True,
     tracking_uri: UriOption = None,
@@ -229,32 +214,19 @@ def ablate(
 
     [bold]Example:[/bold] evo-hpo ablate benchmarks/plans/suite.toml --searcher evopress --vary offspring=4,16,64
     """
-    from evo_hpo.cli.session import run
-    from evo_hpo.run.plan import load_plan
-    from evo_hpo.run.plan_text import varied_text
+    from evo_hpo.run.plan_file import PlanFile
 
-    changes: dict[str, Any] = {} if workers is None else {"workers": workers}
-    loaded = load_plan(plan)
-    text = plan.read_text(encoding="utf-8")
+    file = PlanFile.read(plan)
     if vary:
+        base = file.plan()
         values = {k: list(_values(v)) for k, v in (pair.partition("=")[::2] for pair in vary)}
-        changes["ablation"] = {"searcher": searcher or loaded.searchers[0].key, "vary": values, "grid": grid}
-        changes["name"] = f"{loaded.name}-ablation"
-        text = varied_text(text, changes["name"], changes["ablation"])
-    elif "[ablation" not in text:
+        ablation = {"searcher": searcher or base.searchers[0].key, "vary": values, "grid": grid}
+        file = file.varied(f"{base.name}-ablation", ablation)
+    elif "ablation" not in file.data:
         raise PlanError(
             f"{plan} has no [ablation] table: add one, or give --vary, for example --vary offspring=4,16,64"
         )
-    run(
-        load_plan(plan, **changes).with_uniform(),
-        console,
-        root=root,
-        resume=resume,
-        track=track,
-        tracking_uri=tracking_uri,
-        command=resume_command(context.obj),
-        text=text,
-    )
+    _run(context, file, root, resume, track, tracking_uri, workers)
 
 
 def _values(text: str) -> list[Any]:
@@ -294,7 +266,7 @@ def report(
 
     [bold]Example:[/bold] evo-hpo report mlruns/comparisons/smollm2-3bit
     """
-    from evo_hpo.cli.session import show_report
+    from evo_hpo.cli.comparing import show_report
 
     show_report(folder, console)
 
@@ -353,45 +325,12 @@ def list_names(
 
     [bold]Example:[/bold] evo-hpo list evopress
     """
-    from evo_hpo.search import registry
+    from evo_hpo.cli.listing import show_names, show_settings
 
-    members = [m for m in registry.available_searchers() if m.startswith(f"{name}:")] if name else []
-    if members:
-        console.print("  ".join(members), highlight=False)
-        return
-    if name is not None:
-        known_problem = name in registry.available_problems()
-        described = registry.describe_problem(name) if known_problem else registry.describe_searcher(name)
-        console.print(f"[bold]{described.name}[/bold]: {escape(described.summary)}")
-        table = Table("setting", "default", "what it does")
-        for key, value in described.settings.items():
-            default = "required" if value is inspect.Parameter.empty else repr(value)
-            table.add_row(key, escape(default), escape(described.meanings.get(key, "")))
-        console.print(table)
-        return
-    for title, names, describe in (
-        ("searcher", registry.available_searchers(), registry.describe_searcher),
-        ("problem", registry.available_problems(), registry.describe_problem),
-    ):
-        table = Table(title, "what it is")
-        families: dict[str, list[str]] = {}
-        for entry in names:
-            prefix, colon, member = entry.partition(":")
-            if colon:
-                families.setdefault(prefix, []).append(member)
-            else:
-                table.add_row(entry, _summary(describe, entry))
-        for prefix, members in families.items():
-            shown = ", ".join(members) if len(members) <= 12 else f"{len(members)}; all: evo-hpo list {prefix}"
-            table.add_row(f"{prefix}:<name>", shown)
-        console.print(table)
-
-
-def _summary(describe: Callable[[str], Any], name: str) -> str:
-    try:
-        return str(describe(name).summary)
-    except EvoHpoError as error:
-        return str(error)
+    if name is None:
+        show_names(console)
+    else:
+        show_settings(name, console)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from evo_hpo.run import events
 from evo_hpo.run.plan import Plan
-from evo_hpo.run.worker import Event
 
-__all__ = ["BuildProgress", "ComparisonProgress"]
+__all__ = ["BuildProgress", "ComparisonProgress", "say"]
+
+
+def say(console: Console, line: str) -> None:
+    """One line as it is: no markup, no colours, not broken; at once, also into a pipe."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        sys.stdout.flush()
 
 
 def _amount(value: float) -> str:
@@ -24,6 +30,13 @@ def _amount(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:g}"
+
+
+def _bars(console: Console, *texts: str) -> Progress:
+    """Bars with these texts, the time that passed and the time that is left."""
+    head = (TextColumn("{task.description}", style="bold"), BarColumn(bar_width=24))
+    time_left = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*head, *map(TextColumn, texts), *time_left, console=console)
 
 
 @dataclass
@@ -48,20 +61,10 @@ class ComparisonProgress:
         self.console = console
         self.searches: dict[str, _Running] = {}
         self.done = 0
-        self.failed = 0
         self._bars: Progress | None = None
         self._all: TaskID | None = None
         if console.is_terminal:
-            self._bars = Progress(
-                TextColumn("{task.description}", style="bold"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[used]}"),
-                TextColumn("{task.fields[loss]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            self._bars = _bars(console, "{task.fields[used]}", "{task.fields[loss]}")
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -75,34 +78,38 @@ class ComparisonProgress:
         if self._bars:
             self._bars.stop()
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Hears an event of the comparison."""
-        kind, key, details = event
-        handler: Callable[[str, dict[str, Any]], None] | None = getattr(self, f"_{kind}", None)
-        if handler:
-            handler(key, details)
+        match event:
+            case events.ProblemLoading(problem):
+                say(self.console, f"{problem}: loading")
+            case events.ProblemMade(made):
+                for note in made.notes:
+                    say(self.console, f"{made.key}: {note}")
+            case events.SearchStarted(search):
+                self._start(search)
+            case events.BatchScored():
+                self._batch(event)
+            case events.CheckpointTaken(search, held_out):
+                self.searches[search].held_out = held_out.get("loss")
+            case events.SearchEnded(search, reason):
+                self._end(search, reason)
+            case events.SearchFailed(search, message):
+                say(self.console, f"{search}: failed: {message}")
 
-    def _loading(self, key: str, details: dict[str, Any]) -> None:
-        self._say(f"{key}: loading")
-
-    def _problem(self, key: str, details: dict[str, Any]) -> None:
-        for note in details.get("notes", ()):
-            self._say(f"{key}: {note}")
-
-    def _start(self, key: str, details: dict[str, Any]) -> None:
+    def _start(self, key: str) -> None:
         running = self.searches[key] = _Running()
         if self._bars:
             running.bar = self._bars.add_task(key, total=self.total, used="", loss="")
         else:
-            self._say(f"{key}: started")
+            say(self.console, f"{key}: started")
 
-    def _batch(self, key: str, details: dict[str, Any]) -> None:
-        running = self.searches[key]
-        running.spent, running.trials = details["spent"], details["trials"]
-        running.failed += details["failed"]
-        self.failed += details["failed"]
-        if details["loss"] is not None:
-            running.best = details["loss"] if running.best is None else min(running.best, details["loss"])
+    def _batch(self, event: events.BatchScored) -> None:
+        running = self.searches[event.search]
+        running.spent, running.trials = event.spent, event.trials
+        running.failed += event.failed
+        if event.loss is not None:
+            running.best = event.loss if running.best is None else min(running.best, event.loss)
         if self._bars and running.bar is not None:
             used = f"{_amount(running.spent)}/{_amount(self.total)} {self.kind}"
             self._bars.update(running.bar, completed=running.spent, used=used, loss=self._loss(running))
@@ -111,12 +118,9 @@ class ComparisonProgress:
             elapsed = time.monotonic() - running.started
             left = elapsed * (self.total / running.spent - 1) if running.spent else 0.0
             used = f"{_amount(running.spent)} of {_amount(self.total)} {self.kind}, {running.trials} trials"
-            self._say(f"{key}: {used}, {self._loss(running)}, {left:.0f} s left")
+            say(self.console, f"{event.search}: {used}, {self._loss(running)}, {left:.0f} s left")
 
-    def _checkpoint(self, key: str, details: dict[str, Any]) -> None:
-        self.searches[key].held_out = details["held_out"].get("loss")
-
-    def _end(self, key: str, details: dict[str, Any]) -> None:
+    def _end(self, key: str, reason: str) -> None:
         running = self.searches[key]
         self.done += 1
         if self._bars and running.bar is not None and self._all is not None:
@@ -124,19 +128,11 @@ class ComparisonProgress:
             self._bars.update(self._all, completed=self.done, used=f"{self.done}/{self.tasks} searches")
         failed = f", {running.failed} failed" if running.failed else ""
         used = f"{_amount(running.spent)} {self.kind}, {running.trials} trials{failed}"
-        self._say(f"{key}: finished, {used}, {self._loss(running)} ({details['reason']})")
-
-    def _error(self, key: str, details: dict[str, Any]) -> None:
-        self._say(f"{key}: failed: {details['message']}")
+        say(self.console, f"{key}: finished, {used}, {self._loss(running)} ({reason})")
 
     def _loss(self, running: _Running) -> str:
         best = "" if running.best is None else f"best {running.best:.4g}"
         return best if running.held_out is None else f"{best} held-out {running.held_out:.4g}"
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if not self.console.is_terminal:
-            sys.stdout.flush()
 
 
 class BuildProgress:
@@ -154,15 +150,7 @@ class BuildProgress:
         """``done`` of ``total`` are finished; ``what`` is being worked on."""
         if self.console.is_terminal:
             if self._bars is None:
-                self._bars = Progress(
-                    TextColumn("{task.description}", style="bold"),
-                    BarColumn(bar_width=24),
-                    TextColumn("{task.completed:g}/{task.total:g} {task.fields[what]}"),
-                    TimeElapsedColumn(),
-                    TextColumn("left"),
-                    TimeRemainingColumn(),
-                    console=self.console,
-                )
+                self._bars = _bars(self.console, "{task.completed:g}/{task.total:g} {task.fields[what]}")
                 self._bars.start()
                 self._bar = self._bars.add_task(self.title, total=total, what="")
             if self._bar is not None:
@@ -170,9 +158,7 @@ class BuildProgress:
         elif total and (tenth := 10 * done // total) > self._said:
             self._said = tenth
             elapsed = time.monotonic() - self._started
-            self.console.print(
-                f"{self.title}: {done} of {total} {what} ({elapsed:.0f} s)", markup=False, highlight=False
-            )
+            say(self.console, f"{self.title}: {done} of {total} {what} ({elapsed:.0f} s)")
 
     def close(self) -> None:
         """Removes the bar."""

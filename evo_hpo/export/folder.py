@@ -12,7 +12,7 @@ from evo_hpo.errors import ModelError, PlanError
 from evo_hpo.export.published_layout import write_profile
 from evo_hpo.models.experts import fuse_experts
 from evo_hpo.models.loading import load_model, load_tokenizer
-from evo_hpo.record.profiles import read_profile
+from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.task import Factory
 from evo_hpo.search.registry import problem_factory
 
@@ -38,7 +38,7 @@ def export_profile(profile: Path, output: Path) -> dict[str, Any]:
     """
     if output.exists():
         raise PlanError(f"{output} exists already: name a new folder")
-    data, _ = read_profile(profile)
+    data, _ = open_profile(profile)
     factory = problem_factory(data["problem"]["name"])
     if not isinstance(factory, Factory):
         raise PlanError(f"{profile} is of problem {data['problem']['name']!r}, which has no model to export")

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from evo_hpo.errors import JournalError
+from evo_hpo.record.changes import changes, flat, told
 from evo_hpo.record.environment import environment
 from evo_hpo.record.records import (
     FORMAT,
@@ -87,12 +88,11 @@ def search_header(
 
 def header_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (recorded, current) for everything that identifies a search and is not equal."""
-    old = _flatten({k: v for k, v in recorded.items() if k not in CONTEXT})
-    new = _flatten({k: v for k, v in json.loads(_dump(current)).items() if k not in CONTEXT})
-    keys = [*old, *(k for k in new if k not in old)]
-    return {
-        k: (old.get(k, "absent"), new.get(k, "absent")) for k in keys if old.get(k, "absent") != new.get(k, "absent")
-    }
+    old, new = (
+        flat({k: v for k, v in header.items() if k not in CONTEXT}, joint=".")
+        for header in (recorded, json.loads(_dump(current)))
+    )
+    return changes(old, new)
 
 
 class Journal:
@@ -152,7 +152,11 @@ class Journal:
             os.ftruncate(descriptor, tail.position)
         if lines:
             held = SearchRecord(path, check_header(path, lines))
-            _refuse_other(path, held.header, header)
+            if found := header_differences(held.header, header):
+                raise JournalError(
+                    f"{path}: belongs to another search ({told(found)}): restore what it was made with, or take another"
+                    " name"
+                )
             for line in lines[1:]:
                 held.add(line)
             return cls(path, descriptor, held, tail.position, dropped)
@@ -320,30 +324,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in _flatten(inner, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: value}
-
-
-def _refuse_other(path: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    differences = header_differences(recorded, current)
-    if not differences:
-        return
-    shown = "; ".join(
-        f"{key}: was {_short(old)}, is {_short(new)}" for key, (old, new) in list(differences.items())[:6]
-    )
-    more = f"; and {len(differences) - 6} more" if len(differences) > 6 else ""
-    raise JournalError(
-        f"{path}: belongs to another search ({shown}{more}): restore what it was made with, or take another name"
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def _difference(trial: Trial, terms: Terms, minibatch: Minibatch, outcome: Outcome) -> str:

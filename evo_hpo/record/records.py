@@ -189,7 +189,7 @@ class SearchRecord:
         outcomes: every trial that was paid for, in order.
         times: seconds since the epoch at which each outcome was written.
         batches: size of each scored batch, in order.
-        checkpoints: held-out figures along the budget; ``checkpoint_times`` likewise.
+        checkpoints: held-out figures along the budget.
         end: the end line (``stop_reason``, ``best``, ``best_loss``, ``seconds``, ``searcher_seconds``); None: the
             search is running or was interrupted.
     """
@@ -200,7 +200,6 @@ class SearchRecord:
     times: list[float] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
-    checkpoint_times: list[float] = field(default_factory=list)
     end: dict[str, Any] | None = None
 
     @property
@@ -217,6 +216,16 @@ class SearchRecord:
     def searcher(self) -> str:
         """Name of the searcher."""
         return str(self.header.get("searcher", self.search))
+
+    @property
+    def label(self) -> str:
+        """Shown name of the searcher, which tells its variants apart."""
+        return str(self.header.get("label") or self.searcher)
+
+    @property
+    def problem(self) -> str:
+        """Key of the problem in its comparison."""
+        return str(self.header.get("problem", ""))
 
     @property
     def seed(self) -> int:
@@ -242,9 +251,10 @@ class SearchRecord:
         return math.inf if self.end is None else float(self.end["best_loss"])
 
     @property
-    def tokens(self) -> int:
-        """Calibration tokens charged so far."""
-        return sum(o.tokens for o in self.outcomes)
+    def loss(self) -> float:
+        """Held-out loss of the last checkpoint (lower is better); inf when there is none."""
+        loss = self.checkpoints[-1].held_out.get("loss", math.inf) if self.checkpoints else math.inf
+        return math.inf if math.isnan(loss) else loss
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Takes in one line."""
@@ -258,7 +268,6 @@ class SearchRecord:
             self.times.append(float(line["time"]))
         elif kind == "checkpoint":
             self.checkpoints.append(decode_checkpoint(line))
-            self.checkpoint_times.append(float(line["time"]))
         elif kind == "end":
             self.end = dict(line)
 

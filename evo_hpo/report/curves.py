@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from evo_hpo.report.comparison import Comparison
-from evo_hpo.report.runs import SearchRun
-from evo_hpo.report.statistics import FEW, Interval, bootstrap
+from evo_hpo.report.results import Results
+from evo_hpo.report.search_run import SearchRun
+from evo_hpo.report.statistics import FEW, Interval, spread
 
 __all__ = [
     "Band",
@@ -127,9 +127,9 @@ def expected_running_time(curves: Iterable[Curve], target: float) -> float:
     return spent / hits if hits else math.inf
 
 
-def targets(comparison: Comparison, problem: str, count: int = 51) -> Floats:
+def targets(results: Results, problem: str, count: int = 51) -> Floats:
     """Losses from just below uniform's (hardest last) to the best known, evenly spaced."""
-    best, width = comparison.scale(problem)
+    best, width = results.scale(problem)
     return np.asarray(best + width * np.linspace(1, 0, count + 1)[1:])
 
 
@@ -153,13 +153,13 @@ class SpeedUp:
     pairs: int
 
 
-def speed_up(comparison: Comparison, problem: str, a: str, b: str, axis: str = "tokens") -> SpeedUp | None:
+def speed_up(results: Results, problem: str, a: str, b: str, axis: str = "tokens") -> SpeedUp | None:
     """Speed-up of ``a`` over ``b`` to b's final loss, pair by pair; None without common finished searches.
 
     As fine as the checkpoints are: a is charged up to the checkpoint at which it was first seen to be there. A search
     that stopped on its own counts with what it spent.
     """
-    first, second = comparison.by_seed(problem, a), comparison.by_seed(problem, b)
+    first, second = results.by_seed(problem, a), results.by_seed(problem, b)
     common = [s for s in first if s in second and first[s].finished and second[s].finished]
     factors = []
     for seed in common:
@@ -168,12 +168,10 @@ def speed_up(comparison: Comparison, problem: str, a: str, b: str, axis: str = "
         factors.append(spent / needed if needed > 0 and math.isfinite(needed) else 0.0)
     if not factors:
         return None
-    array = np.array(factors)
-    few = Interval(float(np.median(array)), float(array.min()), float(array.max()), "range", len(array))
-    return SpeedUp(a, b, bootstrap(array) if len(array) >= FEW else few, int((array > 0).sum()), len(array))
+    return SpeedUp(a, b, spread(factors), sum(f > 0 for f in factors), len(factors))
 
 
-def axes(comparison: Comparison, problem: str) -> tuple[str, ...]:
+def axes(results: Results, problem: str) -> tuple[str, ...]:
     """The axes that mean something: tokens where they are charged, else evaluations; and seconds."""
-    charged = any(run.tokens for run in comparison.of(problem))
+    charged = any(run.tokens for run in results.of(problem))
     return ("tokens" if charged else "evaluations", "seconds")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from evo_hpo.report.runs import SearchRun
+from evo_hpo.report.search_run import SearchRun
 from evo_hpo.report.style import INK, clean, figure, thousands
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ from typing import Any
 
 import jinja2
 
-from evo_hpo.report.comparison import Comparison
 from evo_hpo.report.lineage import lineage
-from evo_hpo.report.runs import AXES
+from evo_hpo.report.results import Results
+from evo_hpo.report.search_run import AXES
 from evo_hpo.report.statistics import PairedTest
 from evo_hpo.report.style import DPI
 from evo_hpo.report.summary import GOALS, Standing, Summary
@@ -77,13 +76,13 @@ class Section:
     more: tuple[Sheet, ...] = field(default=())
 
 
-def problem_sheets(comparison: Comparison, problem: str) -> tuple[Sheet, ...]:
+def problem_sheets(results: Results, problem: str) -> tuple[Sheet, ...]:
     """The table of results."""
-    found = rows(comparison, problem)
-    shown = columns(comparison, problem, found)
+    found = rows(results, problem)
+    shown = columns(results, problem, found)
     best = next((i for i, r in enumerate(found) if r.kind != "dense"), None)
-    body = tuple(zip(*(cells for _, cells in shown), strict=True))
-    headers = tuple(h for h, _ in shown)
+    body = tuple(zip(*(c.cells for c in shown), strict=True))
+    headers = tuple(c.title for c in shown)
     strong = () if best is None else (best,)
     return (Sheet("Results on held-out data", headers, body, interval_note(found) + FAIR, strong),)
 
@@ -177,11 +176,11 @@ def _spent(s: Standing) -> tuple[str, ...]:
     return s.label, interval_text(s.area) if s.area else "–", *times, speed
 
 
-def medians_sheet(comparison: Comparison, summaries: Mapping[str, Summary], order: Sequence[str]) -> Sheet:
+def medians_sheet(results: Results, summaries: Mapping[str, Summary], order: Sequence[str]) -> Sheet:
     """Median loss of every searcher on every problem."""
     found = {key: {s.label: s.median.estimate for s in summary.standings} for key, summary in summaries.items()}
     best = {key: min(medians.values(), default=math.nan) for key, medians in found.items()}
-    known = {k: info.optimum for k, info in comparison.problems.items() if info.optimum is not None}
+    known = {k: info.optimum for k, info in results.problems.items() if info.optimum is not None}
 
     def cell(key: str, label: str) -> str:
         value = found[key].get(label, math.nan)
@@ -194,10 +193,10 @@ def medians_sheet(comparison: Comparison, summaries: Mapping[str, Summary], orde
     return Sheet("Median on each problem", ("searcher", *found), tuple(body), note)
 
 
-def lineage_sheet(comparison: Comparison, problem: str, *, most: int = 40) -> Sheet | None:
+def lineage_sheet(results: Results, problem: str, *, most: int = 40) -> Sheet | None:
     """The steps from the first ancestor to the winner."""
-    run = comparison.winner(problem)
-    steps = lineage(run, comparison.problems[problem].space) if run else []
+    run = results.winner(problem)
+    steps = lineage(run, results.problems[problem].space) if run else []
     if run is None or len(steps) < 2:
         return None
     shown = steps if len(steps) <= most else [*steps[:5], *steps[5 - most :]]
@@ -218,43 +217,37 @@ def lineage_sheet(comparison: Comparison, problem: str, *, most: int = 40) -> Sh
                  note, folded=True)  # fmt: skip
 
 
-def render(comparison: Comparison, sections: Sequence[Section], verdict: str) -> str:
+def render(results: Results, sections: Sequence[Section], verdict: str) -> str:
     """The page."""
+    recorded = results.recorded
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("evo_hpo", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("report.html").render(
-        comparison=comparison,
+        results=results,
         sections=sections,
         verdict=verdict,
-        facts=_facts(comparison),
-        plan=_plan_text(comparison),
-        unfinished={r.id: f"{r.progress:.0%} of its budget spent" for r in comparison.runs if not r.finished}
-        | dict(comparison.missing),
-        machine={**_flat("", comparison.machine), **_flat("git ", comparison.git), **comparison.versions},
+        facts=_facts(results),
+        plan=recorded.plan_text,
+        unfinished={r.id: f"{r.progress:.0%} of its budget spent" for r in results.runs if not r.finished}
+        | dict(results.missing),
+        machine={**_flat("", recorded.machine), **_flat("git ", recorded.git), **recorded.versions},
     )
 
 
-def _facts(comparison: Comparison) -> dict[str, str]:
+def _facts(results: Results) -> dict[str, str]:
     """What a reader wants to know first."""
-    budgets = {f"{v:,g} {k}" for r in comparison.runs for k, v in r.budget.items()}
+    budgets = {f"{v:,g} {k}" for r in results.runs for k, v in r.budget.items()}
     return {
-        "problems": str(len(comparison.problems)),
-        "searchers": str(len(comparison.labels)),
-        "searches": f"{sum(r.finished for r in comparison.runs)} of {len(comparison.runs) + len(comparison.missing)}",
-        "seeds": str(max((len(comparison.seeds(k)) for k in comparison.problems), default=0)),
+        "problems": str(len(results.problems)),
+        "searchers": str(len(results.labels)),
+        "searches": f"{sum(r.finished for r in results.runs)} of {len(results.runs) + len(results.missing)}",
+        "seeds": str(max((len(results.seeds(k)) for k in results.problems), default=0)),
         "budget of each search": " / ".join(sorted(budgets)) or "not recorded",
-        "trials in all": f"{sum(r.evaluations for r in comparison.runs):,}",
-        "tokens in all": f"{sum(r.tokens for r in comparison.runs):,}",
-        "held-out checks": f"{sum(len(r.checkpoints) for r in comparison.runs):,}",
-    } | ({} if any(r.tokens for r in comparison.runs) else {"tokens in all": "none: exact losses"})
-
-
-def _plan_text(comparison: Comparison) -> str:
-    path = comparison.folder / "plan.toml" if comparison.folder else None
-    if path is not None and path.is_file():
-        return path.read_text(encoding="utf-8")
-    return json.dumps(dict(comparison.plan), indent=1)
+        "trials in all": f"{sum(r.evaluations for r in results.runs):,}",
+        "tokens in all": f"{sum(r.tokens for r in results.runs):,}",
+        "held-out checks": f"{sum(len(r.checkpoints) for r in results.runs):,}",
+    } | ({} if any(r.tokens for r in results.runs) else {"tokens in all": "none: exact losses"})
 
 
 def _flat(prefix: str, found: Mapping[str, Any]) -> dict[str, str]:

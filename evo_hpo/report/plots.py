@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evo_hpo.report.comparison import Comparison
 from evo_hpo.report.curves import Band, attainment, axes, band, curve, targets
-from evo_hpo.report.runs import AXES
+from evo_hpo.report.results import Results
+from evo_hpo.report.search_run import AXES
 from evo_hpo.report.style import FAINT, INK, LineStyle, clean, figure, line_styles, thousands
 from evo_hpo.report.tables import figure_text
 
@@ -20,19 +20,19 @@ SHOWN = 14
 """Most lines in one picture; tables hold all searchers."""
 
 
-def anytime_figure(comparison: Comparison, problem: str, axis: str | None = None) -> Figure:
+def anytime_figure(results: Results, problem: str, axis: str | None = None) -> Figure:
     """Held-out loss of the incumbent against tokens, evaluations or seconds; median over seeds with its band."""
-    axis = axis or axes(comparison, problem)[0]
-    info = comparison.problems[problem]
+    axis = axis or axes(results, problem)[0]
+    info = results.problems[problem]
     drawn, ax = figure(9.0, 4.8)
     clean(ax)
-    bands = _bands(comparison, problem, axis)
+    bands = _bands(results, problem, axis)
     end = max((b.x[-1] for b in bands.values() if b.count), default=1.0)
-    styles = line_styles(comparison)
+    styles = line_styles(results)
     for label, b in sorted(bands.items(), key=lambda item: -item[1].middle[-1] if item[1].count else 0):
         if b.count:
             _draw(ax, b, end, f"{label}  {figure_text(b.middle[-1])}", styles[label])
-    uniform = comparison.uniform(problem)
+    uniform = results.uniform(problem)
     if uniform is not None:
         ax.axhline(uniform.loss, color="black", dashes=(4, 2), linewidth=1.4)
         ax.plot([], [], color="black", dashes=(4, 2), linewidth=1.4, label=f"uniform  {figure_text(uniform.loss)}")
@@ -42,7 +42,7 @@ def anytime_figure(comparison: Comparison, problem: str, axis: str | None = None
     ax.set_xlabel(AXES[axis], color=INK)
     ax.set_ylabel(f"{info.loss_name}, lower is better", color=INK)
     thousands(ax)
-    ax.set_title(_title(comparison, problem, bands), loc="left", fontsize=10, color=INK)
+    ax.set_title(_title(results, problem, bands), loc="left", fontsize=10, color=INK)
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     if handles:
         names = sorted(handles, key=lambda name: -_last_figure(name))
@@ -82,24 +82,24 @@ def _focus(ax: Axes, bands: dict[str, Band], uniform: float | None) -> set[str]:
     return {label for label, value in ends.items() if value > limit}
 
 
-def _bands(comparison: Comparison, problem: str, axis: str) -> dict[str, Band]:
+def _bands(results: Results, problem: str, axis: str) -> dict[str, Band]:
     found = {}
-    for label in shown_labels(comparison, problem):
-        runs = comparison.of(problem, label)
+    for label in shown_labels(results, problem):
+        runs = results.of(problem, label)
         if runs[0].searcher != "uniform":
             found[label] = band([curve(r, axis) for r in runs])
     return found
 
 
-def shown_labels(comparison: Comparison, problem: str, most: int = SHOWN) -> list[str]:
+def shown_labels(results: Results, problem: str, most: int = SHOWN) -> list[str]:
     """Searchers on a problem, best median first; where there are many, the best ``most`` and uniform."""
     medians = {}
-    for label in comparison.labels:
-        losses = [r.loss for r in comparison.of(problem, label)]
+    for label in results.labels:
+        losses = [r.loss for r in results.of(problem, label)]
         if losses:
             medians[label] = float(np.median(losses))
     order = sorted(medians, key=lambda label: medians[label])
-    uniform = [label for label in order if comparison.of(problem, label)[0].searcher == "uniform"]
+    uniform = [label for label in order if results.of(problem, label)[0].searcher == "uniform"]
     return [label for i, label in enumerate(order) if i < most or label in uniform]
 
 
@@ -133,27 +133,27 @@ def _references(ax: Axes, dense: float | None, optimum: float | None) -> None:
             )  # fmt: skip
 
 
-def _title(comparison: Comparison, problem: str, bands: dict[str, Band]) -> str:
+def _title(results: Results, problem: str, bands: dict[str, Band]) -> str:
     counts = sorted({b.count for b in bands.values() if b.count})
     kinds = {b.kind for b in bands.values()}
     what = "95 % bootstrap interval of it" if "95 % bootstrap" in kinds else "least to greatest"
     seeds = "" if not counts or counts == [1] else f"median over {'-'.join(map(str, counts))} seeds, band: {what}"
-    head = problem if len(comparison.problems) > 1 else comparison.name
-    hidden = sum(bool(comparison.of(problem, label)) for label in comparison.labels) - len(bands) - 1
+    head = problem if len(results.problems) > 1 else results.name
+    hidden = sum(bool(results.of(problem, label)) for label in results.labels) - len(bands) - 1
     rest = f"best {len(bands)} searchers" if hidden > 0 and len(bands) >= SHOWN - 1 else ""
     return "  ·  ".join(filter(None, [head, seeds, rest]))
 
 
-def ecdf_figure(comparison: Comparison, problem: str, axis: str | None = None) -> Figure:
+def ecdf_figure(results: Results, problem: str, axis: str | None = None) -> Figure:
     """Share of (search, target) pairs met against what was spent; targets lie evenly from uniform to best known."""
-    axis = axis or axes(comparison, problem)[0]
-    losses = targets(comparison, problem)
+    axis = axis or axes(results, problem)[0]
+    losses = targets(results, problem)
     drawn, ax = figure(9.0, 4.2)
     clean(ax)
-    styles = line_styles(comparison)
+    styles = line_styles(results)
     curves = {
-        label: [curve(r, axis) for r in comparison.of(problem, label) if r.checkpoints]
-        for label in shown_labels(comparison, problem)
+        label: [curve(r, axis) for r in results.of(problem, label) if r.checkpoints]
+        for label in shown_labels(results, problem)
     }
     end = max((c.end for found in curves.values() for c in found), default=1.0)
     x = np.linspace(0, end, 400)
@@ -176,20 +176,20 @@ def ecdf_figure(comparison: Comparison, problem: str, axis: str | None = None) -
     return drawn
 
 
-def cost_figure(comparison: Comparison, problem: str) -> Figure:
+def cost_figure(results: Results, problem: str) -> Figure:
     """Where it went: tokens by selection stage, and seconds of model and searcher; means over searches."""
-    labels = shown_labels(comparison, problem, 2 * SHOWN)
-    charged = axes(comparison, problem)[0] == "tokens"
+    labels = shown_labels(results, problem, 2 * SHOWN)
+    charged = axes(results, problem)[0] == "tokens"
     drawn, (left, right) = figure(11.0, 1.3 + 0.36 * len(labels), ncols=2, sharey=True)
-    stages = sorted({o.terms.stage for r in comparison.of(problem) for o in r.outcomes})
+    stages = sorted({o.terms.stage for r in results.of(problem) for o in r.outcomes})
     shades = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
     start = np.zeros(len(labels))
     for stage in stages:
-        width = np.array([_stage_cost(comparison, problem, label, stage, charged) for label in labels])
+        width = np.array([_stage_cost(results, problem, label, stage, charged) for label in labels])
         left.barh(labels, width, left=start, color=shades[stage % len(shades)], label=f"stage {stage}")
         start += width
-    model = np.array([np.mean([r.model_seconds for r in comparison.of(problem, label)]) for label in labels])
-    own = np.array([_own_seconds(comparison, problem, label) for label in labels])
+    model = np.array([np.mean([r.model_seconds for r in results.of(problem, label)]) for label in labels])
+    own = np.array([_own_seconds(results, problem, label) for label in labels])
     right.barh(labels, model, color="#0072B2", label="scoring (model)")
     right.barh(labels, own, left=model, color="#D55E00", label="searcher itself")
     left.set_xlabel("tokens a search" if charged else "trials a search")
@@ -202,12 +202,12 @@ def cost_figure(comparison: Comparison, problem: str) -> Figure:
     return drawn
 
 
-def _stage_cost(comparison: Comparison, problem: str, label: str, stage: int, charged: bool) -> float:
-    runs = comparison.of(problem, label)
+def _stage_cost(results: Results, problem: str, label: str, stage: int, charged: bool) -> float:
+    runs = results.of(problem, label)
     found = [o.tokens if charged else 1 for r in runs for o in r.outcomes if o.terms.stage == stage]
     return float(sum(found)) / len(runs)
 
 
-def _own_seconds(comparison: Comparison, problem: str, label: str) -> float:
-    known = [r.searcher_seconds for r in comparison.of(problem, label) if not np.isnan(r.searcher_seconds)]
+def _own_seconds(results: Results, problem: str, label: str) -> float:
+    known = [r.searcher_seconds for r in results.of(problem, label) if not np.isnan(r.searcher_seconds)]
     return float(np.mean(known)) if known else 0.0

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evo_hpo.report.comparison import Comparison
+from evo_hpo.report.results import Results
 from evo_hpo.report.statistics import wins_ties_losses
 from evo_hpo.report.style import FAINT, INK, clean, figure
 from evo_hpo.report.summary import Summary
@@ -66,9 +66,9 @@ def _ruler(ax: Axes, difference: float, width: float) -> None:
         ax.text(1, 1.7, f"{text}, more than the whole axis: too few pairs", va="center", fontsize=9, color=INK)
 
 
-def wins_figure(comparison: Comparison, summary: Summary) -> Figure:
+def wins_figure(results: Results, summary: Summary) -> Figure:
     """Share of common pairs in which the row is below the column (ties half)."""
-    table = comparison.pairs()
+    table = results.pairs()
     table = table[table.index.get_level_values("problem").isin(summary.problems)]
     labels = [s.label for s in summary.standings]
     count = len(labels)

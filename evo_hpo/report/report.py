@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from evo_hpo.report.comparison import Comparison
+from evo_hpo.record.files import write_whole
 from evo_hpo.report.curves import axes
+from evo_hpo.report.heat_maps import profiles_figure, winner_figure
 from evo_hpo.report.lineage import lineage, lineage_figure
 from evo_hpo.report.page import (
     Picture,
@@ -23,10 +23,10 @@ from evo_hpo.report.page import (
     standing_sheets,
 )
 from evo_hpo.report.plots import anytime_figure, cost_figure, ecdf_figure, shown_labels
-from evo_hpo.report.profiles import profiles_figure, winner_figure
 from evo_hpo.report.rank_plots import rank_figure, wins_figure
-from evo_hpo.report.runs import AXES
-from evo_hpo.report.scoring import scoring_sheet
+from evo_hpo.report.results import Results
+from evo_hpo.report.scoring_sheet import scoring_sheet
+from evo_hpo.report.search_run import AXES
 from evo_hpo.report.style import save
 from evo_hpo.report.summary import Summary, summarise
 from evo_hpo.report.tables import write_tables
@@ -43,19 +43,17 @@ def write_report(folder: Path | str) -> Path:
     Raises:
         PlanError: not a comparison's folder.
     """
-    comparison = Comparison.load(folder)
+    results = Results.load(folder)
     target = Path(folder) / "report"
-    write_tables(comparison, target)
-    keys = [key for key in comparison.problems if comparison.of(key)]
-    summaries = {key: summarise(comparison, [key]) for key in keys}
-    overall = summarise(comparison, keys) if len(keys) > 1 else next(iter(summaries.values()), None)
+    write_tables(results, target)
+    keys = [key for key in results.problems if results.of(key)]
+    summaries = {key: summarise(results, [key]) for key in keys}
+    overall = summarise(results, keys) if len(keys) > 1 else next(iter(summaries.values()), None)
     _write_statistics(summaries, overall, target)
-    sections = [_overall(comparison, summaries, overall, target)] if overall and len(keys) > 1 else []
-    sections += [_section(comparison, key, summaries[key], target, single=len(keys) == 1) for key in keys]
+    sections = [_overall(results, summaries, overall, target)] if overall and len(keys) > 1 else []
+    sections += [_section(results, key, summaries[key], target, single=len(keys) == 1) for key in keys]
     verdict = overall.verdict if overall else "No search has a result yet."
-    page = target / "report.html"
-    _replace(page, render(comparison, sections, verdict))
-    return page
+    return write_whole(target / "report.html", render(results, sections, verdict))
 
 
 def _write_statistics(summaries: dict[str, Summary], overall: Summary | None, target: Path) -> None:
@@ -66,32 +64,25 @@ def _write_statistics(summaries: dict[str, Summary], overall: Summary | None, ta
         pd.concat(frames, ignore_index=True).to_csv(target / "statistics.csv", index=False)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Written beside and moved, so that a reader never meets half a page."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _overall(comparison: Comparison, summaries: dict[str, Summary], summary: Summary, target: Path) -> Section:
-    medians = medians_sheet(comparison, summaries, [s.label for s in summary.standings])
+def _overall(results: Results, summaries: dict[str, Summary], summary: Summary, target: Path) -> Section:
+    medians = medians_sheet(results, summaries, [s.label for s in summary.standings])
     return Section(
         "all", "All problems together", "Every problem counts in gaps: 0 is its best known loss, 100 uniform.",
-        "", (*standing_sheets(summary), medians), _saved(_ranks(comparison, summary, ""), target),
+        "", (*standing_sheets(summary), medians), _saved(_ranks(results, summary, ""), target),
     )  # fmt: skip
 
 
-def _section(comparison: Comparison, key: str, summary: Summary, target: Path, *, single: bool) -> Section:
-    info = comparison.problems[key]
+def _section(results: Results, key: str, summary: Summary, target: Path, *, single: bool) -> Section:
+    info = results.problems[key]
     suffix = "" if single else "-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", key)
-    more = (lineage_sheet(comparison, key), scoring_sheet(comparison, key))
+    more = (lineage_sheet(results, key), scoring_sheet(results, key))
     return Section(
         anchor="p-" + re.sub(r"[^A-Za-z0-9]+", "-", key),
         title=key,
         text=" · ".join(info.lines),
         verdict="" if single else summary.verdict,
-        sheets=(*problem_sheets(comparison, key), *standing_sheets(summary)),
-        pictures=_saved(_drawings(comparison, key, summary, suffix), target),
+        sheets=(*problem_sheets(results, key), *standing_sheets(summary)),
+        pictures=_saved(_drawings(results, key, summary, suffix), target),
         more=tuple(sheet for sheet in more if sheet),
     )
 
@@ -101,7 +92,7 @@ def _saved(drawings: Iterator[Drawing], target: Path) -> tuple[Picture, ...]:
     return tuple(Picture(title, save(drawn, target / name)[0], caption) for name, title, drawn, caption in drawings)
 
 
-def _ranks(comparison: Comparison, summary: Summary, suffix: str) -> Iterator[Drawing]:
+def _ranks(results: Results, summary: Summary, suffix: str) -> Iterator[Drawing]:
     if len(summary.standings) < 2:
         return
     yield (
@@ -115,36 +106,36 @@ def _ranks(comparison: Comparison, summary: Summary, suffix: str) -> Iterator[Dr
     yield (
         f"wins{suffix}",
         "Who beats whom",
-        wins_figure(comparison, summary),
+        wins_figure(results, summary),
         "Share of common (problem, seed) pairs in which the row is below (better than) the column; ties count half.",
     )
 
 
-def _drawings(comparison: Comparison, key: str, summary: Summary, suffix: str) -> Iterator[Drawing]:
+def _drawings(results: Results, key: str, summary: Summary, suffix: str) -> Iterator[Drawing]:
     """All pictures of one problem, in reading order."""
-    for axis in axes(comparison, key):
+    for axis in axes(results, key):
         name = "anytime-seconds" if axis == "seconds" else "anytime"
         caption = f"Held-out loss of the incumbent against {AXES[axis]}; lower is better."
-        yield f"{name}{suffix}", f"Against {AXES[axis]}", anytime_figure(comparison, key, axis), caption
-    yield from _ranks(comparison, summary, suffix)
-    if len(comparison.labels) > 1:
+        yield f"{name}{suffix}", f"Against {AXES[axis]}", anytime_figure(results, key, axis), caption
+    yield from _ranks(results, summary, suffix)
+    if len(results.labels) > 1:
         caption = "Share of (seed, target) pairs reached; 51 targets from uniform's loss to the best known."
-        yield f"ecdf{suffix}", "Targets reached", ecdf_figure(comparison, key), caption
-    winner = comparison.winner(key)
+        yield f"ecdf{suffix}", "Targets reached", ecdf_figure(results, key), caption
+    winner = results.winner(key)
     if winner is None:
         return
     caption = (
         "Of the single best search by held-out loss (the verdict compares medians over seeds). Level of every unit;"
         " orange is compressed more than the average, purple less."
     )
-    yield f"profile{suffix}", "The winning profile", winner_figure(comparison, key), caption
-    labels = shown_labels(comparison, key, 12)
+    yield f"profile{suffix}", "The winning profile", winner_figure(results, key), caption
+    labels = shown_labels(results, key, 12)
     if len(labels) > 1:
         caption = "The best seed of each searcher, best searcher first."
-        yield f"profiles{suffix}", "Profiles by searcher", profiles_figure(comparison, key, labels), caption
-    space = comparison.problems[key].space
+        yield f"profiles{suffix}", "Profiles by searcher", profiles_figure(results, key, labels), caption
+    space = results.problems[key].space
     if len(lineage(winner, space)) > 1:
         caption = "How that assignment came about: its ancestors, from the start to the end."
         yield f"lineage{suffix}", "Lineage of the winner", lineage_figure(winner, space), caption
     caption = "What each search spent, by selection stage, and where its time went (means over seeds)."
-    yield f"cost{suffix}", "Cost", cost_figure(comparison, key), caption
+    yield f"cost{suffix}", "Cost", cost_figure(results, key), caption

@@ -29,7 +29,6 @@ __all__ = [
     "interquartile_mean",
     "least_p",
     "pairs_needed",
-    "paired_bootstrap",
     "rank_biserial",
     "spread",
     "superiority",
@@ -95,24 +94,6 @@ def _strata(known: npt.NDArray[np.bool_], strata: Sequence[object] | None) -> li
         return [np.arange(int(known.sum()))]
     names = [s for s, k in zip(strata, known, strict=True) if k]
     return [np.flatnonzero([n == name for n in names]) for name in dict.fromkeys(names)]
-
-
-def paired_bootstrap(
-    a: Sequence[float] | Floats,
-    b: Sequence[float] | Floats,
-    statistic: Statistic = median,
-    *,
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap of ``statistic(a) - statistic(b)``, resampling whole pairs."""
-    x, y = _paired(a, b)
-    picks = np.random.default_rng(seed).integers(len(x), size=(resamples, len(x)))
-    differences = statistic(x[picks], axis=-1) - statistic(y[picks], axis=-1)
-    low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
-    estimate = float(statistic(x) - statistic(y))
-    return Interval(estimate, float(low), float(high), f"{100 * confidence:g} % bootstrap", len(x))
 
 
 def spread(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
-from evo_hpo.report.comparison import Comparison
+from evo_hpo.report.results import Results
 
 __all__ = ["LineStyle", "clean", "figure", "line_styles", "save"]
 
@@ -35,11 +35,11 @@ class LineStyle:
     marker: str
 
 
-def line_styles(comparison: Comparison) -> dict[str, LineStyle]:
+def line_styles(results: Results) -> dict[str, LineStyle]:
     """Label -> style, the same in every picture of a comparison; uniform is black and dashed."""
     found, position = {}, 0
-    for label in comparison.labels:
-        if any(r.label == label and r.searcher == "uniform" for r in comparison.runs):
+    for label in results.labels:
+        if any(r.label == label and r.searcher == "uniform" for r in results.runs):
             found[label] = LineStyle("black", (0, (4, 2)), "")
             continue
         dash = DASHES[position // len(COLOURS) % len(DASHES)]

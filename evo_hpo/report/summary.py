@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from evo_hpo.report.comparison import Comparison
 from evo_hpo.report.curves import SpeedUp, area, axes, curve, expected_running_time, speed_up
+from evo_hpo.report.results import Results
 from evo_hpo.report.statistics import (
     Interval,
     PairedTest,
@@ -90,14 +90,14 @@ class Summary:
         return pd.DataFrame([_flat(s) for s in self.standings])
 
 
-def summarise(comparison: Comparison, problems: Sequence[str] | None = None) -> Summary:
+def summarise(results: Results, problems: Sequence[str] | None = None) -> Summary:
     """Statistics over the finished searches on these problems (default: all).
 
     One problem is compared in its own loss. Several are put together as gaps: percent of the way from the best known
     loss of each problem (0) to uniform's (100).
     """
-    keys = tuple(problems if problems is not None else comparison.problems)
-    table = comparison.pairs(value="loss" if len(keys) == 1 else "gap")
+    keys = tuple(problems if problems is not None else results.problems)
+    table = results.pairs(value="loss" if len(keys) == 1 else "gap")
     table = table[table.index.get_level_values("problem").isin(keys)] if len(table) else table
     table = table.dropna(axis="columns", how="all")
     strata = [str(p) for p in table.index.get_level_values("problem")] if len(table) else []
@@ -106,12 +106,12 @@ def summarise(comparison: Comparison, problems: Sequence[str] | None = None) -> 
     full = table.dropna()
     ranks = dict(zip(columns, average_ranks(full), strict=True)) if len(full) else dict.fromkeys(columns, math.nan)
     order = sorted(columns, key=lambda k: (medians[k].estimate, ranks[k]))
-    uniform = next((r.label for r in comparison.runs if r.searcher == "uniform" and r.label in columns), None)
+    uniform = next((r.label for r in results.runs if r.searcher == "uniform" and r.label in columns), None)
     rivals = order[1:]
     against_best = {t.b: t for t in compare_pairs(columns, [(order[0], b) for b in rivals])} if rivals else {}
     others = [label for label in order if label != uniform]
     against_uniform = {t.a: t for t in compare_pairs(columns, [(a, uniform) for a in others])} if uniform else {}
-    axis = axes(comparison, keys[0])[0] if keys else "evaluations"
+    axis = axes(results, keys[0])[0] if keys else "evaluations"
     single = keys[0] if len(keys) == 1 else None
     standings = tuple(
         Standing(
@@ -119,11 +119,11 @@ def summarise(comparison: Comparison, problems: Sequence[str] | None = None) -> 
             median=medians[label],
             iqm=spread(columns[label], interquartile_mean, strata),
             rank=float(ranks[label]),
-            area=_area(comparison, single, label, axis) if single else None,
-            running_times=_running_times(comparison, single, label, axis) if single else {},
+            area=_area(results, single, label, axis) if single else None,
+            running_times=_running_times(results, single, label, axis) if single else {},
             versus_best=against_best.get(label),
             versus_uniform=against_uniform.get(label),
-            speed_up=speed_up(comparison, single, order[0], label, axis)
+            speed_up=speed_up(results, single, order[0], label, axis)
             if single and label not in (order[0], uniform)
             else None,
         )
@@ -132,7 +132,7 @@ def summarise(comparison: Comparison, problems: Sequence[str] | None = None) -> 
     ranked = len(full) > 0 and len(order) > 1
     difference = critical_difference(len(order), len(full)) if ranked else math.nan
     groups = cliques([ranks[label] for label in order], difference) if ranked else []
-    value = comparison.problems[single].loss_name if single else "gap to the best known loss (uniform = 100)"
+    value = results.problems[single].loss_name if single else "gap to the best known loss (uniform = 100)"
     return Summary(
         problems=keys,
         value=value,
@@ -142,22 +142,22 @@ def summarise(comparison: Comparison, problems: Sequence[str] | None = None) -> 
         friedman=friedman(full.to_numpy()) if len(full) else math.nan,
         critical_difference=difference,
         cliques=tuple(tuple(order[i] for i in group) for group in groups),
-        verdict=_verdict(comparison, keys, standings, uniform, value),
+        verdict=_verdict(results, keys, standings, uniform, value),
     )
 
 
-def _area(comparison: Comparison, problem: str, label: str, axis: str) -> Interval:
-    runs = [r for r in comparison.by_seed(problem, label).values() if r.finished and r.checkpoints]
-    budget = max(r.spent(axis) for r in comparison.of(problem))
-    uniform = comparison.uniform(problem)
+def _area(results: Results, problem: str, label: str, axis: str) -> Interval:
+    runs = [r for r in results.by_seed(problem, label).values() if r.finished and r.checkpoints]
+    budget = max(r.spent(axis) for r in results.of(problem))
+    uniform = results.uniform(problem)
     curves = [c for c in (curve(r, axis) for r in runs) if len(c.spent)]
     return spread([area(c, budget, uniform.loss if uniform else c.loss[0]) for c in curves])
 
 
-def _running_times(comparison: Comparison, problem: str, label: str, axis: str) -> dict[float, float]:
-    best, width = comparison.scale(problem)
-    curves = [curve(r, axis) for r in comparison.of(problem, label) if r.finished]
-    slack = comparison.slack(problem)
+def _running_times(results: Results, problem: str, label: str, axis: str) -> dict[float, float]:
+    best, width = results.scale(problem)
+    curves = [curve(r, axis) for r in results.of(problem, label) if r.finished]
+    slack = results.slack(problem)
     return {goal: expected_running_time(curves, best + width * goal / 100 + slack) for goal in GOALS}
 
 
@@ -165,13 +165,13 @@ def _running_times(comparison: Comparison, problem: str, label: str, axis: str) 
 
 
 def _verdict(
-    comparison: Comparison, keys: Sequence[str], standings: Sequence[Standing], uniform: str | None, value: str
+    results: Results, keys: Sequence[str], standings: Sequence[Standing], uniform: str | None, value: str
 ) -> str:
     """What the figures say, and what they are too few to say."""
-    done = sum(r.finished for r in comparison.runs if r.problem in keys)
-    planned = sum(r.problem in keys for r in comparison.runs)
-    if len(keys) == len(comparison.problems):
-        planned += len(comparison.missing)
+    done = sum(r.finished for r in results.runs if r.problem in keys)
+    planned = sum(r.problem in keys for r in results.runs)
+    if len(keys) == len(results.problems):
+        planned += len(results.missing)
     head = "" if done == planned else f"So far ({done} of {planned} searches finished): "
     if not standings:
         return f"{head}no search has finished yet."

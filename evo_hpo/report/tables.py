@@ -1,25 +1,20 @@
-"""The table of a comparison: one row a searcher and problem, for the terminal and as CSV and Parquet."""
+"""The table of a comparison: one row a searcher and problem, as values, text, CSV and Parquet."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 
-from evo_hpo.report.comparison import Comparison
+from evo_hpo.report.results import Results
 from evo_hpo.report.statistics import Interval, spread
 
-__all__ = ["FinalTable", "Row", "final_table", "figure_text", "interval_text", "rows", "table_frame", "write_tables"]
+__all__ = ["Column", "Row", "columns", "figure_text", "interval_text", "rows", "table_frame", "write_tables"]
 
 
 @dataclass(frozen=True)
@@ -63,16 +58,16 @@ class Row:
 NOTHING = Interval(math.nan, math.nan, math.nan, "none", 0)
 
 
-def rows(comparison: Comparison, problem: str) -> list[Row]:
+def rows(results: Results, problem: str) -> list[Row]:
     """Dense model first, then searchers by median held-out loss."""
-    found = [_search_row(comparison, problem, label) for label in comparison.labels if comparison.of(problem, label)]
+    found = [_search_row(results, problem, label) for label in results.labels if results.of(problem, label)]
     found.sort(key=lambda r: (math.isnan(r.loss.estimate), r.loss.estimate))
-    dense = _dense_row(comparison, problem)
+    dense = _dense_row(results, problem)
     return [*([dense] if dense else []), *found]
 
 
-def _dense_row(comparison: Comparison, problem: str) -> Row | None:
-    reference = comparison.problems[problem].reference
+def _dense_row(results: Results, problem: str) -> Row | None:
+    reference = results.problems[problem].reference
     if not reference:
         return None
 
@@ -85,20 +80,20 @@ def _dense_row(comparison: Comparison, problem: str) -> Row | None:
     )  # fmt: skip
 
 
-def _search_row(comparison: Comparison, problem: str, label: str) -> Row:
-    info = comparison.problems[problem]
-    all_runs = comparison.of(problem, label)
+def _search_row(results: Results, problem: str, label: str) -> Row:
+    info = results.problems[problem]
+    all_runs = results.of(problem, label)
     runs = [r for r in all_runs if r.final is not None]
-    uniform = comparison.uniform(problem)
+    uniform = results.uniform(problem)
     losses = [r.loss for r in runs]
     compare = uniform is not None and runs and runs[0].searcher != "uniform"
     gains = [100 * (1 - x / uniform.loss) for x in losses] if uniform and compare and uniform.loss > 0 else []
     gaps: list[float] = []
     reached = 0
     if info.optimum is not None:
-        best, width = comparison.scale(problem)
+        best, width = results.scale(problem)
         gaps = [100 * (x - best) / width for x in losses]
-        reached = sum(x <= best + comparison.slack(problem) for x in losses)
+        reached = sum(x <= best + results.slack(problem) for x in losses)
     return Row(
         problem=problem,
         searcher=label,
@@ -119,17 +114,13 @@ def _search_row(comparison: Comparison, problem: str, label: str) -> Row:
         trials=_median(r.evaluations for r in all_runs),
         failed=_median(sum(o.status == "failed" for o in r.outcomes) for r in all_runs),
         model_seconds=_median(r.model_seconds for r in all_runs),
-        searcher_seconds=_median(_known([r.searcher_seconds for r in all_runs])),
+        searcher_seconds=_median(r.searcher_seconds for r in all_runs),
     )
 
 
-def _known(values: Sequence[float]) -> list[float]:
-    return [v for v in values if not math.isnan(v)]
-
-
-def _median(values: Any) -> float:
-    found = list(values)
-    return float(np.median(found)) if found else math.nan
+def _median(values: Iterable[float]) -> float:
+    known = [v for v in values if not math.isnan(v)]
+    return float(np.median(known)) if known else math.nan
 
 
 # ---------------------------------------------------------------------- text
@@ -196,123 +187,87 @@ def interval_note(found: Sequence[Row]) -> str:
     return "Median; in brackets: " + "; ".join(parts) + "." if parts else "One run each: no interval."
 
 
-def columns(comparison: Comparison, problem: str, found: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """Header -> cells of the shown table; columns that say nothing are left out."""
-    info = comparison.problems[problem]
-    searched = [r for r in found if r.kind != "dense"]
-    table = [
-        ("searcher", [r.searcher for r in found]),
-        (f"{info.loss_name}\u00a0↓", [interval_text(r.loss) for r in found]),
-    ]
-    if any(not math.isnan(r.gain.estimate) for r in searched):
-        wins = [f"{r.wins}/{r.compared}" if r.compared else "–" for r in found]
-        table += [("below uniform", [percent_text(r.gain) for r in found]), ("seeds better", wins)]
-    if info.optimum is not None:
-        gaps = ["–" if math.isnan(r.gap.estimate) else interval_text(r.gap, 3) for r in found]
-        table.append(("gap to optimum (uniform = 100)", gaps))
-        table.append(("optimum reached", [f"{r.reached}/{r.seeds}" if r.kind != "dense" else "–" for r in found]))
-    if any(not math.isnan(r.perplexity.estimate) for r in found):
-        table.append(("perplexity\u00a0↓", [interval_text(r.perplexity) for r in found]))
-    table.append((info.average_name, [interval_text(r.average) for r in found]))
-    if any(r.tokens > 0 for r in searched):
-        table.append(("tokens", [count_text(r.tokens) for r in found]))
-    table.append(("trials", [count_text(r.trials) for r in found]))
-    if any(r.failed > 0 for r in searched):
-        table.append(("failed", [count_text(r.failed) for r in found]))
-    table.append(("model s", [seconds_text(r.model_seconds) for r in found]))
-    table.append(("searcher s", [seconds_text(r.searcher_seconds) for r in found]))
-    table.append(("seeds", [seeds_text(r) for r in found]))
-    return table
+@dataclass(frozen=True)
+class Column:
+    """One column of the shown table.
 
-
-EXPENDABLE = ("trials", "model s", "searcher s", "seeds better", "failed", "tokens", "perplexity\u00a0↓")
-"""Columns that go into a second table where the terminal is narrow, first to go first."""
-
-
-def problem_table(
-    comparison: Comparison, problem: str, *, compact: bool = False, moved: Sequence[str] = (), second: bool = False
-) -> Table:
-    """The table of one problem for the terminal.
-
-    ``compact`` breaks its cells into lines; columns in ``moved`` are left to the ``second`` table, which has only them.
+    Attributes:
+        key: what it holds, for code.
+        title: its header; ``short``: the header in lines, for narrow terminals.
+        priority: where the terminal is too narrow, columns go to a second table, 1 first; 0 stays.
+        cells: one text a row.
     """
-    found = rows(comparison, problem)
-    shown = columns(comparison, problem, found)
-    shown = [(h, c) for h, c in shown if (h in moved) == second or h == "searcher"]
-    title = None if second else comparison.name if len(comparison.problems) == 1 else f"{comparison.name}: {problem}"
-    caption = None if second else interval_note(found)
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-    table.caption_justify = "left"
-    for i, (header, _) in enumerate(shown):
-        text = (
-            header.replace(" (", "\n(")
-            .replace(" a weight", "\na weight")
-            .replace(", share", ",\nshare")
-            .replace("r s", "r\ns")
-        )
-        text = text.replace("l s", "l\ns").replace("w u", "w\nu").replace("s b", "s\nb") if compact else header
-        table.add_column(text, justify="right" if i else "left", no_wrap=True)
-    best = next((r.searcher for r in found if r.kind != "dense"), None)
-    for i, r in enumerate(found):
-        style = "bold" if r.searcher == best else {"dense": "dim", "uniform": "italic"}.get(r.kind, "")
-        cells = [
-            _broken(c[i], second or j < 3 or h.startswith("perplexity")) if compact else c[i]
-            for j, (h, c) in enumerate(shown)
-        ]
-        table.add_row(*(Text(c, style=style) for c in cells))
-    return table
+
+    key: str
+    title: str
+    short: str
+    priority: int
+    cells: tuple[str, ...]
 
 
-def _broken(cell: str, interval: bool) -> str:
-    """A cell on two lines; without its interval where there is no room for it."""
-    return cell.replace(" [", "\n[").replace(":", ":\n") if interval else cell.split(" [")[0]
+def wins_text(row: Row) -> str:
+    """In how many of the seeds that can be compared it is below uniform."""
+    return f"{row.wins}/{row.compared}" if row.compared else "–"
 
 
-class FinalTable:
-    """Tables of all problems, each as wide as the terminal allows."""
-
-    def __init__(self, comparison: Comparison) -> None:
-        self.comparison = comparison
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        keys = [key for key in self.comparison.problems if self.comparison.of(key)]
-        for key in keys:
-            yield from self._fitting(key, console, options)
-        if not keys:
-            yield Text("no search has a result yet")
-
-    def _fitting(self, key: str, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        table = problem_table(self.comparison, key)
-        moved: tuple[str, ...] = ()
-        for count in range(len(EXPENDABLE) + 1):
-            if _width(table, console, options) <= options.max_width:
-                break
-            moved = EXPENDABLE[:count]
-            table = problem_table(self.comparison, key, compact=True, moved=moved)
-        yield table
-        if moved:
-            yield problem_table(self.comparison, key, compact=True, moved=moved, second=True)
+def gap_text(row: Row) -> str:
+    """Percent of the way from the known optimum to uniform, with its interval."""
+    return "–" if math.isnan(row.gap.estimate) else interval_text(row.gap, 3)
 
 
-def _width(table: Table, console: Console, options: ConsoleOptions) -> int:
-    """Columns of the terminal that a table wants; its caption may be broken and does not count."""
-    table.caption, caption = None, table.caption
-    width = Measurement.get(console, options.update(max_width=10_000), table).maximum
-    table.caption = caption
-    return width
+def reached_text(row: Row) -> str:
+    """How many of the seeds ended at the known optimum."""
+    return "–" if row.kind == "dense" else f"{row.reached}/{row.seeds}"
 
 
-def final_table(comparison: Comparison) -> FinalTable:
-    """The table to print when a comparison ends (or so far): one block a problem, best searcher first."""
-    return FinalTable(comparison)
+def _lines(lines: Sequence[str], end: str = "") -> tuple[str, str]:
+    """A header in one line, and broken."""
+    return " ".join(lines) + end, "\n".join(lines) + end
+
+
+def columns(results: Results, problem: str, found: Sequence[Row]) -> list[Column]:
+    """The columns of the shown table; those that say nothing are left out."""
+    info = results.problems[problem]
+    searched = [r for r in found if r.kind != "dense"]
+    measured = any(not math.isnan(r.perplexity.estimate) for r in found)
+    compared = any(not math.isnan(r.gain.estimate) for r in searched)
+    known = info.optimum is not None
+    wanted: list[tuple[bool, str, str, str, int, Callable[[Row], str]]] = [
+        (True, "searcher", "searcher", "searcher", 0, lambda r: r.searcher),
+        (True, "loss", *_lines(info.loss_lines, "\u00a0↓"), 0, lambda r: interval_text(r.loss)),
+        (compared, "gain", "below uniform", "below\nuniform", 0, lambda r: percent_text(r.gain)),
+        (
+            compared,
+            "wins",
+            "seeds better",
+            "seeds\nbetter",
+            4,
+            lambda r: f"{r.wins}/{r.compared}" if r.compared else "–",
+        ),
+        (known, "gap", "gap to optimum (uniform = 100)", "gap to optimum\n(uniform = 100)", 0, gap_text),
+        (known, "reached", "optimum reached", "optimum reached", 0, reached_text),
+        (measured, "perplexity", "perplexity\u00a0↓", "perplexity\u00a0↓", 7, lambda r: interval_text(r.perplexity)),
+        (True, "average", *_lines(info.average_lines), 0, lambda r: interval_text(r.average)),
+        (any(r.tokens > 0 for r in searched), "tokens", "tokens", "tokens", 6, lambda r: count_text(r.tokens)),
+        (True, "trials", "trials", "trials", 1, lambda r: count_text(r.trials)),
+        (any(r.failed > 0 for r in searched), "failed", "failed", "failed", 5, lambda r: count_text(r.failed)),
+        (True, "model_seconds", "model s", "model\ns", 2, lambda r: seconds_text(r.model_seconds)),
+        (True, "searcher_seconds", "searcher s", "searcher\ns", 3, lambda r: seconds_text(r.searcher_seconds)),
+        (True, "seeds", "seeds", "seeds", 0, seeds_text),
+    ]
+    return [
+        Column(key, title, short, priority, tuple(map(cell, found)))
+        for says, key, title, short, priority, cell in wanted
+        if says
+    ]
 
 
 # ---------------------------------------------------------------------- files
 
 
-def table_frame(comparison: Comparison) -> pd.DataFrame:
+def table_frame(results: Results) -> pd.DataFrame:
     """The table as a DataFrame: intervals as three columns (``loss``, ``loss_low``, ``loss_high``) and their kind."""
-    flat = [_flat(r) for key in comparison.problems for r in rows(comparison, key)]
+    flat = [_flat(r) for key in results.problems for r in rows(results, key)]
     return pd.DataFrame(flat)
 
 
@@ -326,13 +281,13 @@ def _flat(row: Row) -> dict[str, Any]:
     return found | {"interval": row.loss.kind}
 
 
-def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
+def write_tables(results: Results, folder: Path) -> list[Path]:
     """Writes table.csv and .parquet (one row a searcher), searches.csv and checkpoints.csv."""
     folder.mkdir(parents=True, exist_ok=True)
-    table = table_frame(comparison)
+    table = table_frame(results)
     paths = [folder / name for name in ("table.csv", "table.parquet", "searches.csv", "checkpoints.csv")]
     table.to_csv(paths[0], index=False)
     table.to_parquet(paths[1], index=False)
-    comparison.frame().to_csv(paths[2], index=False)
-    comparison.checkpoints().to_csv(paths[3], index=False)
+    results.frame().to_csv(paths[2], index=False)
+    results.checkpoints().to_csv(paths[3], index=False)
     return paths

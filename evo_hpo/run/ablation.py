@@ -2,52 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evo_hpo.errors import PlanError
-
-if TYPE_CHECKING:
-    from evo_hpo.run.plan import AblationEntry, Plan, SearcherEntry
+from evo_hpo.run.entries import AblationEntry, SearcherEntry
 
 __all__ = ["expand"]
 
 
-def expand(plan: Plan) -> Plan:
-    """The plan with its ablation written out: one searcher a variant, beside those that the plan names anyway.
+def expand(searchers: Sequence[SearcherEntry], ablation: AblationEntry) -> tuple[SearcherEntry, ...]:
+    """A plan's searchers with its ablation written out: one a variant, beside those that are named anyway.
 
     One setting at a time by default; ``grid`` takes every combination. The base itself is always there.
 
     Raises:
         PlanError: nothing to vary, or two variants of one label.
     """
-    ablation = plan.ablation
-    if ablation is None:
-        return plan
-    base = next((s for s in plan.searchers if s.key == ablation.searcher), None)
+    base = next((s for s in searchers if s.key == ablation.searcher), None)
     if base is None:
-        raise PlanError(
-            f"ablation: searcher {ablation.searcher!r} is not in the plan; it has: "
-            f"{', '.join(s.key for s in plan.searchers)}"
-        )
+        known = ", ".join(s.key for s in searchers)
+        raise PlanError(f"ablation: searcher {ablation.searcher!r} is not in the plan; it has: {known}")
     variants = _variants(ablation)
     if not variants:
         raise PlanError("ablation: nothing to vary: give [ablation.vary] or [[ablation.variants]]")
-    entries = list(plan.searchers)
-    taken = {s.key for s in entries}
+    entries = {s.key: s for s in searchers}
     for label, settings in variants:
         if all(base.settings.get(k) == v for k, v in settings.items()):
             continue  # the base itself
-        entry = _variant(base, label, settings)
-        if entry.key in taken:
-            raise PlanError(f"ablation: two variants are called {entry.key!r}: give them labels")
-        taken.add(entry.key)
-        entries.append(entry)
-    return plan.model_copy(update={"searchers": tuple(entries), "ablation": None})
-
-
-def _variant(base: SearcherEntry, label: str, settings: dict[str, Any]) -> SearcherEntry:
-    return base.model_copy(update={"label": f"{base.key} {label}", "settings": {**base.settings, **settings}})
+        key = f"{base.key} {label}"
+        if key in entries:
+            raise PlanError(f"ablation: two variants are called {key!r}: give them labels")
+        entries[key] = base.model_copy(update={"label": key, "settings": {**base.settings, **settings}})
+    return tuple(entries.values())
 
 
 def _variants(ablation: AblationEntry) -> list[tuple[str, dict[str, Any]]]:

@@ -1,104 +1,30 @@
-"""A comparison as one TOML file: problems x searchers x seeds on one budget."""
+"""What a comparison runs: problems x searchers x seeds on one budget."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
-import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from evo_hpo.errors import EvoHpoError, PlanError
+from evo_hpo.record.comparison import PlannedSearch
 from evo_hpo.run.ablation import expand
-from evo_hpo.search.budget import Budget
+from evo_hpo.run.entries import AblationEntry, BudgetEntry, ProblemEntry, SearcherEntry, Strict, VariantEntry
 from evo_hpo.search.registry import describe_problem, make_searcher, searcher_class
 from evo_hpo.search.searcher import check_settings
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 
-__all__ = ["Plan", "ProblemEntry", "SearchTask", "SearcherEntry", "load_plan"]
+__all__ = ["SAFE_NAME", "Plan", "make_plan"]
 
 SAFE_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BudgetEntry(_Strict):
-    """What each search may spend: exactly one of the three."""
-
-    tokens: int | None = None
-    evaluations: int | None = None
-    seconds: float | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> BudgetEntry:
-        self.budget()
-        return self
-
-    def budget(self) -> Budget:
-        """As the loop takes it."""
-        return Budget(tokens=self.tokens, evaluations=self.evaluations, seconds=self.seconds)
-
-
-class ProblemEntry(_Strict):
-    """A registered problem with its settings; ``label`` is what tables show."""
-
-    name: str
-    label: str = ""
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Label, or else name."""
-        return self.label or self.name
-
-
-class SearcherEntry(_Strict):
-    """A registered searcher with its settings; ``seeds`` replaces the plan's."""
-
-    name: str
-    label: str = ""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    seeds: tuple[int, ...] | None = None
-
-    @property
-    def key(self) -> str:
-        """Label, or else name."""
-        return self.label or self.name
-
-
-class VariantEntry(_Strict):
-    """Settings that change together in an ablation."""
-
-    label: str = ""
-    settings: dict[str, Any]
-
-
-class AblationEntry(_Strict):
-    """Which settings of which searcher of the plan to vary, one at a time or (``grid``) in every combination."""
-
-    searcher: str
-    vary: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    grid: bool = False
-    variants: tuple[VariantEntry, ...] = ()
-
-
-@dataclass(frozen=True)
-class SearchTask:
-    """One search of the grid: a problem, a searcher, a seed."""
-
-    id: str
-    problem: ProblemEntry
-    searcher: SearcherEntry
-    seed: int
-
-
-class Plan(_Strict):
+class Plan(Strict):
     """A comparison.
 
     Attributes:
@@ -160,7 +86,7 @@ class Plan(_Strict):
             return self
         return self.model_copy(update={"searchers": (*self.searchers, SearcherEntry(name="uniform"))})
 
-    def tasks(self) -> Iterator[SearchTask]:
+    def tasks(self) -> Iterator[PlannedSearch]:
         """Every search, seeds outermost so that partial results already compare all searchers.
 
         A searcher whose seed changes nothing runs once.
@@ -170,17 +96,23 @@ class Plan(_Strict):
         for position in range(len(longest)):
             for problem in self.problems:
                 for entry in self.searchers:
-                    seeds = entry.seeds or self.seeds
-                    if not searcher_class(entry.name).random:
-                        seeds = seeds[:1]
+                    fixed = not searcher_class(entry.name).random
+                    seeds = (entry.seeds or self.seeds)[: 1 if fixed else None]
                     if position >= len(seeds):
                         continue
+                    seed = seeds[position]
                     parts = [problem.key] if len(self.problems) > 1 else []
-                    name = SAFE_NAME.sub("-", "-".join([*parts, entry.key, f"s{seeds[position]}"]))
+                    name = SAFE_NAME.sub("-", "-".join([*parts, entry.key, f"s{seed}"]))
                     while name in seen:
                         name += "x"
                     seen.add(name)
-                    yield SearchTask(name, problem, entry, seeds[position])
+                    what = (problem.key, entry.name, entry.key, entry.settings)
+                    yield PlannedSearch(name, *what, seed, f"journals/{name}.jsonl", fixed)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, settings that are not given left out."""
+        data: dict[str, Any] = json.loads(self.model_dump_json(exclude_none=True))
+        return data
 
     def check(self) -> None:
         """Refuses names and settings that are wrong, before any work.
@@ -207,41 +139,18 @@ PARTS: dict[str, type[BaseModel]] = {"budget": BudgetEntry, "problems": ProblemE
 PARTS |= {"ablation": AblationEntry, "variants": VariantEntry}
 
 
-class _at:
+@contextmanager
+def _at(place: str) -> Iterator[None]:
     """Prefixes the place to any error of ours raised inside."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, EvoHpoError):
-            raise PlanError(f"{self.place}: {error}") from error
+    try:
+        yield
+    except EvoHpoError as error:
+        raise PlanError(f"{place}: {error}") from error
 
 
 def _near(key: str, known: dict[str, Any]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def load_plan(path: str | Path, **changes: Any) -> Plan:
-    """The plan in a TOML file; ``changes`` replace top-level keys.
-
-    Raises:
-        PlanError: no such file, malformed TOML, unknown keys or values out of range, in one line.
-    """
-    path = Path(path)
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(f"no plan at {path}: copy one from benchmarks/plans") from None
-    except IsADirectoryError:
-        raise PlanError(f"{path} is a folder: give the plan's TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} is not valid TOML: {error}") from None
-    return make_plan(data | changes, str(path))
 
 
 def make_plan(data: dict[str, Any], source: str = "plan") -> Plan:
@@ -251,7 +160,10 @@ def make_plan(data: dict[str, Any], source: str = "plan") -> Plan:
         PlanError: unknown keys or values out of range, in one line.
     """
     try:
-        return expand(Plan.model_validate(data))
+        plan = Plan.model_validate(data)
+        if plan.ablation is None:
+            return plan
+        return plan.model_copy(update={"searchers": expand(plan.searchers, plan.ablation), "ablation": None})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"]) or "plan"

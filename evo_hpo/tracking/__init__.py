@@ -6,12 +6,12 @@ search.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
 from pathlib import Path
-from typing import Any, Protocol
 
 from evo_hpo.tracking.background import BackgroundTracker
-from evo_hpo.tracking.store import default_uri
+from evo_hpo.tracking.location import default_uri, quiet_environment
+from evo_hpo.tracking.tracker import SearchTracker, Tracker
 from evo_hpo.tracking.ui import launch_ui
 
 __all__ = [
@@ -24,44 +24,15 @@ __all__ = [
     "track",
 ]
 
-
-class SearchTracker(Protocol):
-    """Takes in the lines of one journal, in order. Not thread-safe.
-
-    Attributes:
-        committed: how many lines of the journal are in the store for good.
-    """
-
-    committed: int
-
-    def log(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """The next lines of the journal; those before ``committed`` only rebuild the running state.
-
-        Raises:
-            TrackingError: the store cannot be reached; the same lines may be given again.
-        """
-
-    def leave(self, *, running: bool) -> None:
-        """Nothing more comes for now: a search that neither ended nor runs is marked as interrupted."""
+os.environ.update(quiet_environment())  # here, so that it is done before any module of this package imports MLflow
 
 
-class Tracker(Protocol):
-    """A store of runs that journals are replayed into."""
-
-    def search(self, header: Mapping[str, Any]) -> SearchTracker:
-        """The tracker of one search, found again if it was tracked before."""
-
-    def close(self) -> None:
-        """Lets go of the store."""
-
-
-def track(folder: Path | str, tracking_uri: str | None = None, follow: bool = False) -> int:
+def track(folder: Path | str, tracking_uri: str | None = None) -> int:
     """Replays the journals of a comparison's folder, or one journal, into MLflow; what is there is not written again.
 
     Args:
         folder: a comparison's folder or a journal.
         tracking_uri: where to; default: :func:`default_uri`.
-        follow: goes on until interrupted, as journals grow.
 
     Returns:
         The number of journal lines that were new.
@@ -72,7 +43,7 @@ def track(folder: Path | str, tracking_uri: str | None = None, follow: bool = Fa
     """
     from evo_hpo.tracking.writer import replay
 
-    return replay(Path(folder), tracking_uri or default_uri(folder), follow=follow)
+    return replay(Path(folder), tracking_uri or default_uri(folder))
 
 
 def log_comparison(folder: Path | str, tracking_uri: str | None = None) -> str:
@@ -84,6 +55,6 @@ def log_comparison(folder: Path | str, tracking_uri: str | None = None) -> str:
     Raises:
         TrackingError: the store cannot be used.
     """
-    from evo_hpo.tracking.comparison import upload
+    from evo_hpo.tracking.own_run import upload
 
     return upload(Path(folder), tracking_uri or default_uri(folder))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from evo_hpo.tracking.store import database_path, default_uri, quiet_environment
+from evo_hpo.tracking.location import database_path, default_uri, quiet_environment
 
 __all__ = ["BackgroundTracker"]
 

@@ -1,4 +1,4 @@
-"""Searches as MLflow runs: a parent run a search, a child run a trial. The only module that imports MLflow.
+"""Searches as MLflow runs: a parent run a search, a child run a trial.
 
 Every write can be repeated. Lines of a journal are written in chunks; a chunk is committed when the parent's tag
 ``evo_hpo.committed`` counts its lines. After a crash the open chunk is written again: its children are found by their
@@ -7,91 +7,29 @@ tag ``chunk``, finished ones are skipped, running ones are completed, and equal 
 
 from __future__ import annotations
 
-import logging
-import os
-import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evo_hpo.errors import MissingPackageError, TrackingError
-from evo_hpo.tracking.rows import RowWriter
-from evo_hpo.tracking.runs import LONGEST_NAME, ChildRun, Point, SearchRuns, milliseconds
-from evo_hpo.tracking.store import (
-    artifact_root,
-    database_path,
-    experiment_location,
-    prepare_store,
-    quiet_environment,
-)
-from evo_hpo.tracking.views import trials_link
-
-os.environ.update(quiet_environment())
-
-import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
-from sqlalchemy import event
 
-__all__ = ["MlflowSearch", "MlflowTracker", "comparisons", "connect", "create_schema", "experiment_name"]
+from evo_hpo.errors import TrackingError
+from evo_hpo.tracking.location import database_path, experiment_location
+from evo_hpo.tracking.mlflow_store import connect, translated
+from evo_hpo.tracking.rows import RowWriter
+from evo_hpo.tracking.runs import LONGEST_NAME, ChildRun, Point, SearchRuns, milliseconds
+from evo_hpo.tracking.views import trials_link
+
+__all__ = ["MlflowSearch", "MlflowTracker", "experiment_name"]
 
 COMMITTED = "evo_hpo.committed"
 KEY = "evo_hpo.key"
 EXPERIMENT_TAGS = {"evo_hpo.comparison": "true", "mlflow.experimentKind": "custom_model_development"}
 METRICS_A_CALL = 1000
 PARAMS_A_CALL = 100
-
-for noisy in ("mlflow", "alembic"):
-    logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-@event.listens_for(sqlalchemy.engine.Engine, "connect")
-def _sqlite_settings(connection: Any, _: Any) -> None:
-    """In WAL mode, NORMAL survives a killed process; a power cut loses last commits only, and the journal has them."""
-    if isinstance(connection, sqlite3.Connection):
-        connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def create_schema(uri: str, artifacts: str) -> None:
-    """Makes the tables of an empty SQL database."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    store = SqlAlchemyStore(uri, artifacts)  # type: ignore[no-untyped-call]
-    store._dispose_engine()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def translated(doing: str) -> Iterator[None]:
-    """Turns what MLflow and the database raise into TrackingError."""
-    try:
-        yield
-    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TrackingError(f"{doing}: {first}") from error
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"{doing}: needs the database driver {error.name!r}: install it, or name another in the URI"
-            " (for example postgresql+psycopg2://)"
-        ) from error
-
-
-def connect(uri: str) -> MlflowClient:
-    """A client of a store, which is created if it is an SQLite file that does not exist.
-
-    Raises:
-        TrackingError: it cannot be used.
-    """
-    with translated(f"tracking store {uri}"):
-        prepare_store(uri)
-        artifacts = artifact_root(uri)
-        if artifacts is not None:  # or else the client makes ./mlruns wherever it stands
-            os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = artifacts
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-    return client
 
 
 def experiment_name(folder: Path) -> str:
@@ -102,18 +40,22 @@ def experiment_name(folder: Path) -> str:
     return folder.parent.name if folder.name == "journals" else folder.name
 
 
-def comparisons(uri: str) -> list[tuple[str, str]]:
-    """Id and name of every comparison in a store, newest first.
-
-    Raises:
-        TrackingError: the store cannot be used.
-    """
-    client = connect(uri)
-    with translated(f"tracking store {uri}"):
-        found = client.search_experiments(
-            filter_string="tags.`evo_hpo.comparison` = 'true'", order_by=["last_update_time DESC"], max_results=1000
-        )
-    return [(str(e.experiment_id), str(e.name)) for e in found]
+def write(
+    client: MlflowClient,
+    run: str,
+    points: Sequence[Point] = (),
+    params: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Points, parameters and tags of a run, in calls of allowed size."""
+    metrics = [Metric(p.key, p.value, p.when, p.step) for p in points]
+    for at in range(0, len(metrics), METRICS_A_CALL):
+        client.log_batch(run, metrics=metrics[at : at + METRICS_A_CALL])
+    entries = [Param(k, v) for k, v in (params or {}).items()]
+    for at in range(0, len(entries), PARAMS_A_CALL):
+        client.log_batch(run, params=entries[at : at + PARAMS_A_CALL])
+    if tags:
+        client.log_batch(run, tags=[RunTag(k, v) for k, v in tags.items()])
 
 
 class MlflowTracker:
@@ -188,12 +130,8 @@ class MlflowTracker:
         with translated("the comparison's run"):
             now = milliseconds(time.time())
             known = self.client.get_run(run).data.params
-            entries = [Param(k, v) for k, v in params.items() if k not in known]
-            for at in range(0, len(entries), PARAMS_A_CALL):
-                self.client.log_batch(run, params=entries[at : at + PARAMS_A_CALL])
-            self.client.log_batch(
-                run, [Metric(k, v, now, 0) for k, v in metrics.items()], tags=[RunTag(k, v) for k, v in tags.items()]
-            )
+            points = [Point(k, v, now, 0) for k, v in metrics.items()]
+            write(self.client, run, points, {k: v for k, v in params.items() if k not in known}, tags)
             for file in files:
                 self.client.log_artifact(run, str(file))
             for folder in folders:
@@ -205,9 +143,6 @@ class MlflowTracker:
         with translated("the experiment's tags"):
             for key, value in tags.items():
                 self.client.set_experiment_tag(self.experiment, key, value)
-
-    def close(self) -> None:
-        """Nothing is held open."""
 
 
 class MlflowSearch:
@@ -303,35 +238,19 @@ class MlflowSearch:
             self.status = "RUNNING"
         if header is not None:
             self.client.log_dict(self.run_id, dict(header), "header.json")
-            self._batch(params=self.runs.params())
+            write(self.client, self.run_id, params=self.runs.params())
         if end is not None:
             last, params, tags = self.runs.end(end)
             points += last
-            self._batch(params=params, tags=tags)
+            write(self.client, self.run_id, params=params, tags=tags)
         if self.rows is not None and not self.known:
             self.rows.write(self.run_id, children, points, {COMMITTED: str(self.seen)})
         else:
             for child in children:
                 self._child(child)
-            self._batch(points=points)
+            write(self.client, self.run_id, points)
             self.client.set_tag(self.run_id, COMMITTED, str(self.seen))
         self.committed, self.known = self.seen, {}
-
-    def _batch(
-        self,
-        points: Sequence[Point] = (),
-        params: Mapping[str, str] | None = None,
-        tags: Mapping[str, str] | None = None,
-    ) -> None:
-        """Points, parameters and tags of the parent run, in calls of allowed size."""
-        metrics = [Metric(p.key, p.value, p.when, p.step) for p in points]
-        for at in range(0, len(metrics), METRICS_A_CALL):
-            self.client.log_batch(self.run_id, metrics=metrics[at : at + METRICS_A_CALL])
-        entries = [Param(k, v) for k, v in (params or {}).items()]
-        for at in range(0, len(entries), PARAMS_A_CALL):
-            self.client.log_batch(self.run_id, params=entries[at : at + PARAMS_A_CALL])
-        if tags:
-            self.client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def leave(self, *, running: bool) -> None:
         """Marks a search that neither ended nor runs as interrupted (status KILLED); resuming it undoes that."""

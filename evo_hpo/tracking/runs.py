@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evo_hpo.record.changes import flat
 from evo_hpo.record.records import decode_checkpoint, decode_levels, decode_outcome, encode_levels
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import CompressionSpace
@@ -65,13 +66,6 @@ def shown(value: Any, limit: int, where: str) -> str:
         return text
     note = f"... ({len(text)} characters, whole in {where})"
     return text[: limit - len(note)] + note
-
-
-def flat(value: Any, prefix: str) -> dict[str, Any]:
-    """Nested settings as ``prefix/key/key``."""
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}/{key}").items()}
-    return {prefix: value}
 
 
 def milliseconds(seconds: Any) -> int:
@@ -200,6 +194,7 @@ class SearchRuns:
         if len(self.unit_keys) <= UNITS_SHOWN:
             params |= self.units(trial.levels)
         tags = {"kind": "trial", "search": self.search, "trial": str(trial.number), "status": outcome.status}
+        tags["problem"] = str(self.header.get("problem", ""))
         if trial.parent is not None:
             tags["parent_trial"] = str(trial.parent)
         tags |= {k: v for k, v in (("note", trial.note), ("reason", outcome.reason)) if v}

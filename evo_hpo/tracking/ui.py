@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from evo_hpo.errors import TrackingError
-from evo_hpo.tracking.store import artifact_root, database_path, default_uri, quiet_environment
+from evo_hpo.tracking.location import artifact_root, database_path, default_uri, quiet_environment
 from evo_hpo.tracking.views import link
 
 __all__ = ["launch_ui", "server_command"]
@@ -122,7 +122,7 @@ def _wait_until_up(server: subprocess.Popen[bytes], port: int, limit: float = 12
 
 
 def _say_links(uri: str, address: str, say: Callable[[str], None]) -> None:
-    from evo_hpo.tracking.mlflow_tracker import comparisons
+    from evo_hpo.tracking.mlflow_store import comparisons
 
     found = comparisons(uri)
     for experiment, name in found[:20]:

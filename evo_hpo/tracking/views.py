@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import re
 import time
 import urllib.parse
@@ -17,12 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evo_hpo.record.comparison import winner
 from evo_hpo.record.records import SearchRecord
 from evo_hpo.tracking.runs import UNITS_SHOWN, safe_key
 
 __all__ = ["View", "differing_units", "link", "note", "trials_link", "views"]
 
 PREFIX = "mlflow.sharedViewState."
+NAMEABLE = r"[\w.:() -]+"
+"""Names that a filter can hold between its quotes."""
+
 MODE = "workflowType=machine_learning"
 """Without it the UI may open in its mode for language-model applications, which shows no runs."""
 
@@ -150,9 +153,15 @@ def differing_units(records: Sequence[SearchRecord], most: int = 8) -> list[str]
     return [space.units[i].name for i in sorted(order)]
 
 
+SEARCHES, TRIALS = "tags.kind = 'search'", "tags.kind = 'trial' and tags.status = 'complete'"
+
+
 def views(records: Sequence[SearchRecord]) -> tuple[View, ...]:
-    """The saved views of a comparison."""
-    searches, trials = "tags.kind = 'search'", "tags.kind = 'trial' and tags.status = 'complete'"
+    """The saved views of a comparison; what sorts by a loss of trials has one view a problem.
+
+    Args:
+        records: its searches, in the plan's order.
+    """
     columns: tuple[str, ...] = (
         "metrics.`held_out/loss`",
         "metrics.`held_out/perplexity`",
@@ -172,47 +181,45 @@ def views(records: Sequence[SearchRecord]) -> tuple[View, ...]:
         _line("spending", "search/tokens", "tokens spent over trials"),
         _line("spending", "search/average", "average cost a weight of each trial"),
     )
+    problems = list(dict.fromkeys(r.problem for r in records)) or [""]
+    several = len(problems) > 1
+    which = ("params.`problem`",) if several else ()
+    found = [
+        View("searches", "Searches", SEARCHES, "metrics.`held_out/loss`", (*which, *columns)),
+        View("curves", "Curves", SEARCHES, "metrics.`held_out/loss`", (*which, *columns[:3]), curves),
+    ]
+    for number, problem in enumerate(problems, start=1):
+        if not several:
+            found += _problem_views(records)
+        elif re.fullmatch(NAMEABLE, problem):
+            on_it = [r for r in records if r.problem == problem]
+            mark = f"-{number}" if number > 1 else ""
+            found += _problem_views(on_it, f" and tags.problem = '{problem}'", mark, f": {problem}")
+    return tuple(found)
+
+
+def _problem_views(records: Sequence[SearchRecord], only: str = "", mark: str = "", name: str = "") -> list[View]:
+    """Best trials, the winner's trials, and levels on one problem.
+
+    Args:
+        records: the searches on it.
+        only: added to the filters; ``mark``: to the ids; ``name``: to the names.
+    """
     units = [safe_key(f"unit/{name}") for name in differing_units(records)]
     few = len(records) < 4 and len(next((r.space.units for r in records if r.space), ())) <= UNITS_SHOWN
-    parallel = (
-        View(
-            "levels",
-            "Levels (parallel coordinates)",
-            trials if few else searches,
-            "metrics.`loss`" if few else "metrics.`held_out/loss`",
-            tuple(f"params.`{u}`" for u in units),
-            (_parallel(units, "loss" if few else "held_out/loss", "levels of the units that differ most"),),
-        ),
-    )
-    return (
-        View("searches", "Searches", searches, "metrics.`held_out/loss`", columns),
-        View("curves", "Curves", searches, "metrics.`held_out/loss`", columns[:3], curves),
-        View(
-            "trials",
-            "Best trials",
-            trials,
-            "metrics.`loss`",
-            TRIAL_COLUMNS,
-        ),
-        *(
-            View(
-                "winner",
-                f"Trials of {best}",
-                f"{trials} and tags.search = '{best}'",
-                "metrics.`loss`",
-                TRIAL_COLUMNS,
-            )
-            for best in _winner(records)
-        ),
-        *(parallel if units else ()),
-    )
-
-
-def _winner(records: Sequence[SearchRecord]) -> list[str]:
-    """Id of the search with the least held-out loss, if there is one that a filter can name."""
-    losses = {r.search: r.checkpoints[-1].held_out.get("loss", math.inf) for r in records if r.checkpoints}
-    named = [s for s in losses if re.fullmatch(r"[\w.:() -]+", s)]
-    return [min(named, key=losses.__getitem__)] if len(records) > 1 and named else []
+    best = winner(r for r in records if r.checkpoints) if len(records) > 1 else None
+    found = [View(f"trials{mark}", f"Best trials{name}", TRIALS + only, "metrics.`loss`", TRIAL_COLUMNS)]
+    if best is not None and re.fullmatch(NAMEABLE, best.search):
+        where = f"{TRIALS} and tags.search = '{best.search}'"
+        found.append(View(f"winner{mark}", f"Trials of {best.search}", where, "metrics.`loss`", TRIAL_COLUMNS))
+    if units:
+        metric = "loss" if few else "held_out/loss"
+        where = (TRIALS if few else SEARCHES) + only
+        chart = _parallel(units, metric, "levels of the units that differ most")
+        shown = tuple(f"params.`{u}`" for u in units)
+        title = f"Levels{name} (parallel coordinates)"
+        found.append(View(f"levels{mark}", title, where, f"metrics.`{metric}`", shown, (chart,)))
+    return found
 
 
 def trials_link(experiment: str, search: str) -> str:

@@ -20,14 +20,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evo_hpo.errors import EvoHpoError, JournalError, TrackingError
+from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.records import JournalTail, check_header, journal_paths
-from evo_hpo.tracking.store import file_lock
-
-if TYPE_CHECKING:
-    from evo_hpo.tracking import SearchTracker, Tracker
+from evo_hpo.tracking.location import file_lock
+from evo_hpo.tracking.tracker import SearchTracker, Tracker
 
 __all__ = ["JournalReplay", "Replayer", "replay"]
 
@@ -140,7 +139,7 @@ class Replayer:
             replay.leave()
 
 
-def replay(folder: Path, uri: str, *, follow: bool = False) -> int:
+def replay(folder: Path, uri: str) -> int:
     """See :func:`evo_hpo.tracking.track`."""
     if not journal_paths(folder) or (folder.is_file() and folder.suffix != ".jsonl"):
         raise JournalError(f"{folder}: no journals (*.jsonl) here: name a comparison's folder or a journal")
@@ -150,14 +149,12 @@ def replay(folder: Path, uri: str, *, follow: bool = False) -> int:
             raise TrackingError(f"{folder}: another process is tracking it already: wait for it to end")
         total = 0
         try:
-            while replayer.read() or follow:
+            while replayer.read():
                 total += replayer.step()
-                if follow and not replayer.waiting:
-                    time.sleep(1.0)
         finally:
             replayer.leave()
-    if (folder / "comparison.json").is_file():
-        from evo_hpo.tracking.comparison import upload
+    if Comparison.lies_in(folder):
+        from evo_hpo.tracking.own_run import upload
 
         upload(folder, uri)
     return total

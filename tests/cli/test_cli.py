@@ -14,7 +14,8 @@ import pytest
 
 from evo_hpo.cli.commands import app, main, parse_settings
 from evo_hpo.errors import PlanError
-from evo_hpo.run.plan import load_plan
+from evo_hpo.record.comparison import Comparison
+from evo_hpo.run.plan_file import PlanFile
 from evo_hpo.search.registry import available_problems, describe_problem, describe_searcher
 
 PLAN = """
@@ -167,7 +168,7 @@ def test_what_the_command_line_changed_is_in_the_plan_that_is_kept(tmp_path: Pat
     assert run("search", "evopress", "--problem", "additive", "--problem-set", "units=8", "--evaluations", "20",
                "--set", "offspring=2", "--name", "one", *options[:3]) == 0  # fmt: skip
     for name in ("tiny-ablation", "one"):
-        kept = load_plan(tmp_path / name / "plan.toml")
+        kept = PlanFile.read(tmp_path / name / "plan.toml").plan()
         started = json.loads((tmp_path / name / "comparison.json").read_text())["plan"]
         assert kept.name == name
         expected = [s for s in started["searchers"] if s["name"] != "uniform"]
@@ -176,6 +177,19 @@ def test_what_the_command_line_changed_is_in_the_plan_that_is_kept(tmp_path: Pat
         ]
     searches = json.loads((tmp_path / "tiny-ablation" / "comparison.json").read_text())["searches"]
     assert "uniform" in {s["searcher"] for s in searches}  # always in the table
+
+
+def test_a_plan_with_an_ablation_of_its_own_can_be_varied(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path)
+    ablation = '[ablation]\nsearcher = "evopress"  # ours\n[ablation.vary]\nmax_switches = [\n  1,  # few\n  3,\n]\n'
+    plan.write_text(plan.read_text() + ablation)
+    options = ("--root", tmp_path, "--no-track", "--workers", "1")
+    assert run("ablate", plan, "--vary", "offspring=2,8", "--searcher", "evopress", *options) == 0
+    kept = PlanFile.read(tmp_path / "tiny-ablation" / "plan.toml").plan()
+    searches = {s.id for s in Comparison.read(tmp_path / "tiny-ablation").searches}
+    assert {t.id for t in kept.tasks()} == searches
+    assert any("offspring-8" in name for name in searches)
+    assert not any("max_switches" in name for name in searches)
 
 
 def test_list_shows_searchers_problems_and_settings(capsys: pytest.CaptureFixture[str]) -> None:

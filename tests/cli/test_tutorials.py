@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from evo_hpo.run.plan import load_plan
+from evo_hpo.run.plan_file import PlanFile
 
 TUTORIALS = Path(__file__).parents[2] / "docs" / "tutorials"
 README = Path(__file__).parents[2] / "README.md"
@@ -73,7 +73,7 @@ def test_tutorials_do_what_they_say(name: str, expected: str, tmp_path: Path) ->
 def test_the_plan_for_a_large_model_is_valid(tmp_path: Path) -> None:
     plan = next(b for b in blocks(TUTORIALS / "seven-billion.md") if b.file)
     (tmp_path / plan.file).write_text(plan.text, encoding="utf-8")
-    load_plan(tmp_path / plan.file).check()
+    PlanFile.read(tmp_path / plan.file).plan().check()
 
 
 def test_the_example_in_the_readme_runs_and_is_short(tmp_path: Path) -> None:

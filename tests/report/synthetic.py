@@ -11,8 +11,9 @@ import numpy as np
 
 from evo_hpo import Budget, CompressionSpace, Minibatch, Problem, Score, Unit, search
 from evo_hpo.record.journal import Journal, search_header
+from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.report.comparison import Comparison
-from evo_hpo.report.runs import ProblemInfo, SearchRun
+from evo_hpo.report.search_run import SearchRun
 from evo_hpo.search.problem import FunctionProblem
 from evo_hpo.space.compression_space import Assignment
 from searchers import make_searcher
@@ -137,7 +138,7 @@ def in_memory(losses: dict[str, Sequence[float]], *, optimum: float | None = Non
         for name, values in losses.items()
         for seed, loss in enumerate(values)
     )
-    return Comparison("made", {"made": ProblemInfo("made", space, optimum=optimum)}, runs)
+    return Comparison("made", {"made": ProblemRecord("made", space, optimum=optimum)}, runs)
 
 
 def known_optimum(units: int = 8) -> FunctionProblem:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from evo_hpo.errors import PlanError, UnknownNameError
+from evo_hpo.record.comparison import disambiguate
 from evo_hpo.report import Comparison
-from evo_hpo.report.comparison import disambiguate
 from evo_hpo.report.lineage import lineage
 from evo_hpo.report.summary import summarise
 from evo_hpo.report.tables import rows, table_frame

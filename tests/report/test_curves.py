@@ -19,7 +19,7 @@ from evo_hpo.report.curves import (
     targets,
     time_to,
 )
-from evo_hpo.report.runs import SearchRun
+from evo_hpo.report.search_run import SearchRun
 from evo_hpo.search.loop import Checkpoint
 from evo_hpo.search.trial import Outcome, Trial
 from tests.report.synthetic import in_memory

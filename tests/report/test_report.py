@@ -14,9 +14,12 @@ from rich.console import Console
 
 from evo_hpo import Budget, CompressionSpace, FunctionProblem, Unit
 from evo_hpo.report import Comparison, final_table, write_report
-from evo_hpo.report.profiles import grid_of, profile_figure
+from evo_hpo.report.final_table import LAST
+from evo_hpo.report.heat_maps import layout_of, profile_figure
+from evo_hpo.report.results import Results
 from evo_hpo.report.style import save
-from evo_hpo.report.tables import figure_text
+from evo_hpo.report.summary import summarise
+from evo_hpo.report.tables import columns, figure_text, rows
 from tests.report.synthetic import model_space, write_folder
 from tests.report.test_comparison import partial
 
@@ -132,6 +135,27 @@ def test_the_table_fits_its_terminal(demo: Path, width: int) -> None:
         assert name in text
 
 
+def test_narrow_headers_break_the_wide_ones_where_they_may_be_broken(demo: Path, suite: Path) -> None:
+    for folder in (demo, suite):
+        results = Results.load(folder)
+        for key in results.problems:
+            found = columns(results, key, rows(results, key))
+            assert [c.short.replace("\n", " ") for c in found] == [c.title for c in found]
+            priorities = [c.priority for c in found if c.priority]
+            assert len(set(priorities)) == len(priorities)
+            assert max(priorities) <= LAST
+            assert {c.key for c in found if not c.priority} >= {"searcher", "loss", "average", "seeds"}
+    assert [c.short for c in columns(results, key, rows(results, key))][-3:] == ["model\ns", "searcher\ns", "seeds"]
+
+
+def test_a_notebook_has_figures_and_statistics_a_method_away(demo: Path) -> None:
+    comparison = Comparison.load(demo)
+    assert comparison.anytime().axes
+    assert comparison.profile(label="evopress").axes
+    assert comparison.summary().verdict == summarise(Results.load(demo)).verdict
+    assert comparison.summary("stand-in").problems == ("stand-in",)
+
+
 def test_figures_are_rounded_to_four_digits() -> None:
     shown = [figure_text(v) for v in (0.0, 0.81934, 55.84, 91467.2, 1.2e-7, float("inf"), float("nan"))]
     assert shown == ["0", "0.8193", "55.84", "91,467", "1.200e-07", "failed", "–"]
@@ -140,7 +164,7 @@ def test_figures_are_rounded_to_four_digits() -> None:
 def test_grid_averages_are_weighted_by_size() -> None:
     space = model_space(2)
     levels = tuple(0 if u.role == "self_attn.q_proj" else 1 for u in space.units)
-    grid = grid_of(space, levels)
+    grid = layout_of(space, levels)
     assert grid.row_names[0] == "q_proj"
     assert grid.column_names == ["0", "1"]
     assert grid.row_means[0] == 2.0

@@ -22,7 +22,6 @@ from evo_hpo.report.statistics import (
     interquartile_mean,
     least_p,
     median,
-    paired_bootstrap,
     pairs_needed,
     rank_biserial,
     spread,
@@ -48,20 +47,6 @@ def test_bootstrap_agrees_with_scipy() -> None:
     ).confidence_interval
     assert ours.estimate == np.median(values)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.05)
-
-
-def test_paired_bootstrap_agrees_with_scipy() -> None:
-    a, b = sample(1, 20), sample(1, 20) + sample(2, 20) / 5 + 0.3
-
-    def difference(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.asarray(interquartile_mean(x, axis) - interquartile_mean(y, axis))
-
-    ours = paired_bootstrap(a, b, interquartile_mean, resamples=20_000)
-    theirs = stats.bootstrap(
-        (a, b), difference, paired=True, method="percentile", n_resamples=20_000, rng=np.random.default_rng(5)
-    ).confidence_interval
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
-    assert ours.high < 0
 
 
 def test_strata_keep_the_share_of_each_problem() -> None:

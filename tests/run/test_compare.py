@@ -14,10 +14,21 @@ from typing import Any
 import pytest
 
 from evo_hpo.errors import JournalError, PlanError
+from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.journal import read_journals
-from evo_hpo.record.profiles import read_profile
-from evo_hpo.run.compare import compare, comparison_folder
+from evo_hpo.record.profiles import open_profile
+from evo_hpo.run.events import (
+    BatchScored,
+    CheckpointTaken,
+    Event,
+    ProblemLoading,
+    ProblemMade,
+    SearchEnded,
+    SearchFailed,
+    SearchStarted,
+)
 from evo_hpo.run.plan import make_plan
+from evo_hpo.run.schedule import ComparisonFailed, compare, comparison_folder
 from evo_hpo.space.compression_space import CompressionSpace
 from tests.run.test_plan import plan_data
 
@@ -37,7 +48,7 @@ def test_one_and_two_workers_give_identical_results(tmp_path: Path) -> None:
     assert set(trials(one)) == {"uniform-s0", "evopress-s0", "evopress-s1"}
     record = json.loads((one / "comparison.json").read_text())
     assert record["problems"]["additive"]["space"]["units"]
-    winner, levels = read_profile(one / "profiles" / "winner.json")
+    winner, levels = open_profile(one / "profiles" / "winner.json")
     space = CompressionSpace.from_json(record["problems"]["additive"]["space"])
     assert space.feasible(levels)
     assert space.from_labels(winner["units"]) == levels
@@ -52,7 +63,7 @@ def test_a_killed_comparison_resumes_to_the_same_trials(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(data))
     script = (
-        "import json, sys; from pathlib import Path; from evo_hpo.run.compare import compare\n"
+        "import json, sys; from pathlib import Path; from evo_hpo.run.schedule import compare\n"
         "from evo_hpo.run.plan import make_plan\n"
         "if __name__ == '__main__': compare(make_plan(json.load(open(sys.argv[1]))), root=Path(sys.argv[2]))\n"
     )
@@ -88,3 +99,38 @@ def test_resuming_a_finished_comparison_scores_nothing_again(tmp_path: Path) -> 
     before = {p.name: p.read_bytes() for p in (folder / "journals").iterdir()}
     compare(plan, root=tmp_path, resume=True)
     assert {p.name: p.read_bytes() for p in (folder / "journals").iterdir()} == before
+
+
+def test_events_tell_the_whole_story_of_each_search(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    plan = make_plan(plan_data(seeds=[0], workers=1))
+    folder = compare(plan, root=tmp_path, listener=heard.append)
+    assert [type(e) for e in heard[:3]] == [ProblemLoading, ProblemMade, SearchStarted]
+    for record in read_journals(folder):
+        own = [e for e in heard if getattr(e, "search", "") == record.search]
+        batches = [e for e in own if isinstance(e, BatchScored)]
+        assert isinstance(own[0], SearchStarted)
+        assert isinstance(own[-1], SearchEnded)
+        assert len(batches) == len(record.batches)
+        assert batches[-1].trials == len(record.outcomes) == batches[-1].spent
+        assert min(b.loss for b in batches if b.loss is not None) == min(o.loss for o in record.outcomes)
+        taken = [e.held_out for e in own if isinstance(e, CheckpointTaken)]
+        assert taken == [c.held_out for c in record.checkpoints]
+
+
+def test_what_is_recorded_says_which_searchers_ignore_their_seed(tmp_path: Path) -> None:
+    folder = compare(make_plan(plan_data(workers=1)), root=tmp_path)
+    found = {s.id: s.deterministic for s in Comparison.read(folder).searches}
+    assert found == {"uniform-s0": True, "evopress-s0": False, "evopress-s1": False}
+
+
+def test_a_search_that_fails_leaves_its_trace_and_the_others_their_profiles(tmp_path: Path) -> None:
+    plan = make_plan(plan_data(seeds=[0], workers=1))
+    damaged = tmp_path / "small" / "journals" / "evopress-s0.jsonl"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("no journal\nat all\n")
+    heard: list[Event] = []
+    with pytest.raises(ComparisonFailed, match="evopress-s0"):
+        compare(plan, folder=tmp_path / "small", listener=heard.append)
+    assert [e.search for e in heard if isinstance(e, SearchFailed)] == ["evopress-s0"]
+    assert {p.name for p in (tmp_path / "small" / "profiles").iterdir()} == {"uniform-s0.json", "winner.json"}

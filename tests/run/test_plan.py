@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evo_hpo.errors import EvoHpoError, PlanError
-from evo_hpo.run.plan import load_plan, make_plan
+from evo_hpo.run.plan import make_plan
+from evo_hpo.run.plan_file import PlanFile
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,13 +81,13 @@ def test_wrong_names_and_settings_are_refused_before_any_work(changes: dict[str,
 
 def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no plan at"):
-        load_plan(tmp_path / "none.toml")
+        PlanFile.read(tmp_path / "none.toml").plan()
     broken = tmp_path / "broken.toml"
     broken.write_text("name = ", encoding="utf-8")
     with pytest.raises(PlanError, match="not valid TOML"):
-        load_plan(broken)
+        PlanFile.read(broken).plan()
     with pytest.raises(PlanError, match="is a folder"):
-        load_plan(tmp_path)
+        PlanFile.read(tmp_path).plan()
 
 
 def test_ablations_vary_one_setting_at_a_time_or_all_combinations() -> None:
@@ -100,6 +102,53 @@ def test_ablations_vary_one_setting_at_a_time_or_all_combinations() -> None:
     assert len(grid.searchers) == 2 + 4
 
 
+HEAD, TABLES = (
+    'name = "p"  # a name\n',
+    """
+# what it costs
+[budget]
+evaluations = 9
+[[problems]]
+name = "additive"
+[[searchers]]
+name = "evopress"
+""",
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEAD + TABLES + '[ablation]\nsearcher = "evopress"\n[ablation.vary]\noffspring = [\n  2,\n  [4, 8],\n]\n',
+        HEAD + 'description = """\n[ablation]\nof size"""\n' + TABLES,
+        HEAD + 'ablation.searcher = "evopress"\nablation.vary.offspring = [2]\n' + TABLES,
+        HEAD + 'ablation = { searcher = "evopress", vary = { offspring = [2] } }\n' + TABLES,
+        HEAD
+        + "seeds = [1] # what it costs\n[ablation]\nsearcher = 'e'\n"
+        + TABLES
+        + "[[ablation.variants]]\nlabel = 'v'\n",
+        '"name" = "p"  # a name\nseeds = [\n  0,\n]\n' + TABLES,
+        HEAD
+        + 'budget.evaluations = 9 # what it costs\nproblems = [{name="additive"}]\nsearchers = [{name="evopress"}]',
+    ],
+    ids=["multi-line array", "string", "dotted keys", "inline table", "out of order", "quoted key", "no tables"],
+)
+def test_a_varied_plan_is_the_same_plan_but_for_its_name_and_ablation(text: str) -> None:
+    ablation = {"searcher": "evopress", "vary": {"offspring": [2, 4], "tokens": [[1, 2]]}, "grid": False}
+    varied = PlanFile(text).varied("p-ablation", ablation)
+    assert varied.data == tomllib.loads(text) | {"name": "p-ablation", "ablation": ablation}
+    assert "# a name" in varied.text
+    assert "# what it costs" in varied.text
+    again = varied.varied("again", ablation)
+    assert again.data == varied.data | {"name": "again"}
+
+
+def test_a_plan_of_plain_data_can_be_read_again() -> None:
+    data = plan_data(description='quotes " and\nlines', checkpoints=[0.5, 1.0])
+    data["searchers"].append({"name": "evopress", "label": "a: b", "settings": {"tokens": [512, 2048], "invert": True}})
+    assert PlanFile.of(data, "search").data == data
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "plans").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_plan_that_ships_is_valid(path: Path) -> None:
-    load_plan(path).check()
+    PlanFile.read(path).plan().check()

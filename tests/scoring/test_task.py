@@ -16,10 +16,10 @@ from evo_hpo.errors import EvoHpoError
 from evo_hpo.export.folder import export_profile
 from evo_hpo.record.journal import read_journals
 from evo_hpo.report import Comparison
-from evo_hpo.report.scoring import scoring_sheet
-from evo_hpo.run.compare import compare
+from evo_hpo.report.scoring_sheet import scoring_sheet
 from evo_hpo.run.plan import Plan, make_plan
 from evo_hpo.run.rehearsal import rehearse
+from evo_hpo.run.schedule import compare
 from evo_hpo.scoring import task
 from evo_hpo.scoring.task import language_model
 from evo_hpo.search.problem import Minibatch

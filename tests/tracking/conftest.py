@@ -63,7 +63,7 @@ class Script:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with tables and nothing in it: making one takes seconds, copying it does not."""
-    from evo_hpo.tracking.store import prepare_store
+    from evo_hpo.tracking.mlflow_store import prepare_store
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     prepare_store(f"sqlite:///{path}")

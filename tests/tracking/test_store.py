@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from evo_hpo.errors import TrackingError
+from evo_hpo.record.journal import read_journals
 from evo_hpo.tracking import BackgroundTracker, log_comparison, track
+from evo_hpo.tracking.location import default_uri, experiment_location, file_lock
 from evo_hpo.tracking.mlflow_tracker import MlflowTracker
 from evo_hpo.tracking.runs import safe_key, shown
-from evo_hpo.tracking.store import default_uri, experiment_location, file_lock
 from evo_hpo.tracking.ui import launch_ui, server_command
 from evo_hpo.tracking.views import differing_units, link, views
 from tests.tracking.conftest import Script
@@ -268,11 +269,45 @@ def test_a_comparison_has_its_own_run_views_and_banner(folder: Path, uri: str, r
     }
 
 
+def test_losses_of_different_problems_are_not_put_in_one_order(root: Path, uri: str, runs: Runs) -> None:
+    folder = root / "comparisons" / "two"
+    losses = {"easy-a-s0": 0.01, "easy-b-s0": 0.02, "hard-a-s0": 5.0, "hard-b-s0": 4.0}
+    for search, loss in losses.items():
+        script = Script(folder / "journals" / f"{search}.jsonl")
+        script.header |= {"problem": search[:4], "label": search[5]}
+        script.write([loss, loss + 1], checkpoint=True, end=True)
+    with (folder / "journals" / "hard-b-s0.jsonl").open() as file:
+        lines = [json.loads(line) for line in file]
+    lines[-2]["held_out"] = {"loss": 0.4}  # b is better on the hard problem, a is first on the easy one
+    (folder / "journals" / "hard-b-s0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    track(folder)
+    made = {v.id: v for v in views(read_journals(folder))}
+    for mark, problem in (("", "easy"), ("-2", "hard")):
+        best = runs(made[f"trials{mark}"].where, f"{made[f'trials{mark}'].order} ASC")
+        own = sorted(x for s, loss in losses.items() if s.startswith(problem) for x in (loss, loss + 1))
+        assert [r.data.metrics["loss"] for r in best] == own
+        assert problem in made[f"trials{mark}"].name
+        assert made[f"levels{mark}"].where.endswith(f"tags.problem = '{problem}'")
+    assert made["winner"].name == "Trials of easy-a-s0"
+    assert made["winner-2"].name == "Trials of hard-b-s0"
+    assert made["searches"].columns[0] == "params.`problem`"
+
+
+def test_each_problem_has_its_winner_in_the_banner_and_figures_of_its_own(folder: Path, uri: str) -> None:
+    (folder / "profiles").mkdir()
+    for problem, loss in (("easy", 0.25), ("hard", 4.0)):
+        profile = {"search": f"{problem}-s0", "problem": {"name": "p", "label": problem}, "held_out": {"loss": loss}}
+        (folder / "profiles" / f"winner-{problem}.json").write_text(json.dumps(profile))
+    run = MlflowTracker(uri, "small").client.get_run(log_comparison(folder))
+    assert run.data.metrics == {"held_out/easy/loss": 0.25, "held_out/hard/loss": 4.0}
+    note = run.data.tags["mlflow.note.content"]
+    assert "winner on easy: easy-s0, held-out loss 0.25" in note
+    assert "winner on hard: hard-s0, held-out loss 4" in note
+
+
 def test_views_hold_what_the_ui_reads(folder: Path) -> None:
     import base64
     import zlib
-
-    from evo_hpo.record.journal import read_journals
 
     records = read_journals(folder)
     for view in views(records):

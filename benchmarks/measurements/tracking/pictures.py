@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evo_hpo.tracking.mlflow_tracker import connect
+from evo_hpo.tracking.mlflow_store import connect
 from evo_hpo.tracking.views import MODE, link
 
 FLAGS = (

@@ -38,7 +38,7 @@ from evo_hpo.search.registry import make_searcher
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment
 from evo_hpo.tracking import BackgroundTracker, default_uri, track
-from evo_hpo.tracking.store import prepare_store
+from evo_hpo.tracking.mlflow_store import prepare_store
 
 MODULE = "benchmarks.measurements.tracking.survival"
 EVALUATIONS = 600

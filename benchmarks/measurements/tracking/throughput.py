@@ -23,8 +23,8 @@ from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.loop import search
 from evo_hpo.search.searcher import Searcher
-from evo_hpo.tracking.mlflow_tracker import MlflowTracker, connect
-from evo_hpo.tracking.store import prepare_store
+from evo_hpo.tracking.mlflow_store import connect, prepare_store
+from evo_hpo.tracking.mlflow_tracker import MlflowTracker
 from evo_hpo.tracking.writer import Replayer
 
 

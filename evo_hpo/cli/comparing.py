@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from evo_hpo.cli.progress import BuildProgress, ComparisonProgress
+from evo_hpo.cli.progress import BuildProgress, ComparisonProgress, say
 from evo_hpo.errors import EvoHpoError, PlanError
-from evo_hpo.run.compare import ComparisonFailed, compare, comparison_folder
+from evo_hpo.record.comparison import Comparison
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.rehearsal import rehearse
+from evo_hpo.run.schedule import ComparisonFailed, compare, comparison_folder
 from evo_hpo.search.registry import prepare_problem, preview_problem
 
 __all__ = ["run", "show_report"]
@@ -23,24 +24,25 @@ __all__ = ["run", "show_report"]
 def run(
     plan: Plan,
     console: Console,
+    words: Sequence[str],
+    text: str,
     *,
     root: Path,
     resume: bool = False,
     track: bool = True,
     tracking_uri: str | None = None,
-    command: str = "",
-    text: str | None = None,
 ) -> Path:
     """Runs a plan, shows its table, and says where everything is.
 
     Args:
-        command: what the user types to resume; shown on an interrupt.
+        words: what the user typed after ``evo-hpo``; on an interrupt, what resumes it is shown.
         text: the plan file's text, copied into the comparison's folder.
 
     Raises:
         EvoHpoError: bad input, before any work; or a search failed.
         KeyboardInterrupt: everything scored so far is in the journals and in MLflow.
     """
+    command = shlex.join(["evo-hpo", *(w for w in words if w != "--resume"), "--resume"])
     plan.check()
     for problem in plan.problems:
         with BuildProgress(problem.key, console) as progress:
@@ -51,19 +53,14 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanError(f"cannot make the folder {folder}: {error.strerror}; choose another --root") from None
-    console.print(f"comparison: {folder}", markup=False, highlight=False)
+    say(console, f"comparison: {folder}")
     try:
         with _tracking(folder, tracking_uri, track), ComparisonProgress(plan, console) as progress_of_all:
             compare(plan, root=root, resume=resume, listener=progress_of_all, plan_text=text, folder=folder)
     except KeyboardInterrupt:
-        console.print(
-            f"\ninterrupted: everything scored so far is in {folder}/journals"
-            + ("; MLflow has it too, except for what a message above names" if track else "")
-            + f"\nresume with: {command}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        tracked = "; MLflow has it too, except for what a message above names" if track else ""
+        say(console, f"\ninterrupted: everything scored so far is in {folder}/journals{tracked}")
+        say(console, f"resume with: {command}")
         raise
     except ComparisonFailed as error:
         raise ComparisonFailed(f"{error}; what is done is kept, resume with: {command}") from error
@@ -72,7 +69,7 @@ def run(
     show_report(folder, console)
     if track:
         _upload(folder, tracking_uri, console)
-        console.print("browse the runs: evo-hpo ui", markup=False, highlight=False)
+        say(console, "browse the runs: evo-hpo ui")
     return folder
 
 
@@ -93,14 +90,14 @@ def _upload(folder: Path, tracking_uri: str | None, console: Console) -> None:
     try:
         log_comparison(folder, tracking_uri)
     except EvoHpoError as error:
-        console.print(f"not in MLflow: {error}; repeat with: evo-hpo track {folder}", markup=False, soft_wrap=True)
+        say(console, f"not in MLflow: {error}; repeat with: evo-hpo track {folder}")
 
 
 @contextlib.contextmanager
 def _waiting(what: str, console: Console) -> Iterator[None]:
     """A bar that moves while something of unknown length goes on; a line where there is no terminal."""
     if not console.is_terminal:
-        console.print(what, markup=False, highlight=False)
+        say(console, what)
         yield
         return
     columns = (TextColumn("{task.description}", style="bold"), BarColumn(bar_width=24), TimeElapsedColumn())
@@ -115,17 +112,15 @@ def show_report(folder: Path, console: Console) -> None:
     Raises:
         PlanError: not a comparison's folder.
     """
-    if not (folder / "comparison.json").is_file():
-        raise PlanError(f"{folder} is not a comparison's folder: it has no comparison.json")
-    from evo_hpo.report import Comparison, final_table, write_report
+    comparison = Comparison.read(folder)
+    from evo_hpo.report import final_table, write_report
+    from evo_hpo.report.results import Results
 
     with _waiting("report: statistics and pictures", console):
         page = write_report(folder)
-    comparison = Comparison.load(folder)
-    console.print(final_table(comparison))
+    console.print(final_table(Results.load(folder)))
     names = sorted(p.name for p in page.parent.iterdir() if p.suffix == ".png")
-    console.print(f"pictures: {page.parent}/ {' '.join(names)}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
-    winner: list[Any] = sorted((folder / "profiles").glob("winner*.json"))
-    for path in winner:
-        console.print(f"winning profile: {path}", markup=False, highlight=False, soft_wrap=True)
+    say(console, f"pictures: {page.parent}/ {' '.join(names)}")
+    say(console, f"report: {page}")
+    for path in comparison.winner_files():
+        say(console, f"winning profile: {path}")

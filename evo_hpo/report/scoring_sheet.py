@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from evo_hpo.report.comparison import Comparison
 from evo_hpo.report.page import Sheet
+from evo_hpo.report.results import Results
 
 __all__ = ["scoring_sheet"]
 
@@ -15,9 +15,9 @@ COUNTS = {"cached": "found in the cache", "stopped": "stopped early", "non_finit
           "out_of_memory": "out of memory"}  # fmt: skip
 
 
-def scoring_sheet(comparison: Comparison, problem: str) -> Sheet | None:
+def scoring_sheet(results: Results, problem: str) -> Sheet | None:
     """One row a search with its settings and counts; None where no search of the problem noted any."""
-    runs = [r for r in comparison.runs if r.problem == problem and r.scoring]
+    runs = [r for r in results.runs if r.problem == problem and r.scoring]
     if not runs:
         return None
     body = tuple((f"{r.label} s{r.seed}", _settings(r.scoring), *_counts(r.scoring)) for r in runs)

@@ -15,11 +15,11 @@ from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from evo_hpo.report.comparison import Comparison
+from evo_hpo.report.results import Results
 from evo_hpo.report.style import FAINT, INK, clean, figure
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 
-__all__ = ["Grid", "grid_of", "level_values", "profile_figure", "profiles_figure", "winner_figure"]
+__all__ = ["Layout", "layout_of", "level_values", "profile_figure", "profiles_figure", "winner_figure"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,7 +36,7 @@ def level_values(space: CompressionSpace) -> tuple[list[list[float]], bool]:
 
 
 @dataclass(frozen=True)
-class Grid:
+class Layout:
     """An assignment laid out for a picture.
 
     Attributes:
@@ -58,7 +58,7 @@ class Grid:
     blocks: bool
 
 
-def grid_of(space: CompressionSpace, levels: Assignment) -> Grid:
+def layout_of(space: CompressionSpace, levels: Assignment) -> Layout:
     """Lays an assignment out as roles x blocks, or 32 units a line where names hold no blocks."""
     places, row_names, column_names, blocks = _places(space.units)
     numbers, _ = level_values(space)
@@ -70,7 +70,7 @@ def grid_of(space: CompressionSpace, levels: Assignment) -> Grid:
         text[row][column] = "" if weight[row, column] else unit.levels[level]
         weight[row, column] += unit.size
     with np.errstate(invalid="ignore"):
-        return Grid(
+        return Layout(
             total / np.where(weight > 0, weight, np.nan), text, row_names, column_names,
             total.sum(axis=1) / weight.sum(axis=1), total.sum(axis=0) / weight.sum(axis=0),
             float(total.sum() / weight.sum()), blocks,
@@ -124,7 +124,7 @@ def _norm(bounds: list[float]) -> BoundaryNorm:
 
 def profile_figure(space: CompressionSpace, levels: Assignment, title: str = "") -> Figure:
     """Heat map of an assignment, blocks from left to right and roles from top to bottom, with averages of both."""
-    grid = grid_of(space, levels)
+    grid = layout_of(space, levels)
     rows, columns = grid.values.shape
     cell = 0.34 if columns <= 40 else 14 / columns
     drawn, parts = figure(
@@ -141,7 +141,7 @@ def profile_figure(space: CompressionSpace, levels: Assignment, title: str = "")
     return drawn
 
 
-def _heat(ax: Axes, grid: Grid, scale: _Scale) -> None:
+def _heat(ax: Axes, grid: Layout, scale: _Scale) -> None:
     rows, columns = grid.values.shape
     image = np.ma.masked_invalid(grid.values)
     ax.pcolormesh(image, cmap=scale.colours, norm=scale.norm, edgecolors="white", linewidth=1.2)
@@ -163,7 +163,7 @@ def _heat(ax: Axes, grid: Grid, scale: _Scale) -> None:
         ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=ink)
 
 
-def _means(top: Axes, right: Axes, grid: Grid) -> None:
+def _means(top: Axes, right: Axes, grid: Layout) -> None:
     columns, rows = np.arange(len(grid.column_names)) + 0.5, np.arange(len(grid.row_names)) + 0.5
     values = np.concatenate([grid.row_means, grid.column_means])
     margin = 0.15 * (np.nanmax(values) - np.nanmin(values)) or 0.5
@@ -197,10 +197,10 @@ def _legend(ax: Axes, scale: _Scale) -> None:
     )  # fmt: skip
 
 
-def winner_figure(comparison: Comparison, problem: str, label: str | None = None) -> Figure:
+def winner_figure(results: Results, problem: str, label: str | None = None) -> Figure:
     """The best assignment of a problem (or of one searcher on it): least held-out loss over its seeds."""
-    info = comparison.problems[problem]
-    best = comparison.winner(problem, label)
+    info = results.problems[problem]
+    best = results.winner(problem, label)
     if best is None or best.final is None:
         drawn, ax = figure(6.5, 2.0)
         ax.axis("off")
@@ -213,11 +213,11 @@ def winner_figure(comparison: Comparison, problem: str, label: str | None = None
     return profile_figure(info.space, best.final.levels, title)
 
 
-def profiles_figure(comparison: Comparison, problem: str, labels: Sequence[str]) -> Figure:
+def profiles_figure(results: Results, problem: str, labels: Sequence[str]) -> Figure:
     """Small heat maps side by side: the best assignment of each searcher, in the order given."""
-    space = comparison.problems[problem].space
-    runs = [r for r in (comparison.winner(problem, label) for label in labels) if r is not None]
-    grids = [grid_of(space, r.final.levels) for r in runs if r.final is not None]
+    space = results.problems[problem].space
+    runs = [r for r in (results.winner(problem, label) for label in labels) if r is not None]
+    grids = [layout_of(space, r.final.levels) for r in runs if r.final is not None]
     wide = 2 if len(runs) > 1 else 1
     lines = max(1, math.ceil(len(runs) / wide))
     height = 0.75 + 0.16 * (len(grids[0].row_names) if grids else 1)

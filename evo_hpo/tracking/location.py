@@ -1,4 +1,4 @@
-"""Where runs are kept: by default SQLite in ``mlruns/mlflow.db`` with artifacts beside it, created once and whole."""
+"""Where runs are kept: by default SQLite in ``mlruns/mlflow.db`` with artifacts beside it. Knows no MLflow."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import fcntl
 import hashlib
 import os
 import re
-import sqlite3
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from evo_hpo.errors import TrackingError
 
-__all__ = ["artifact_root", "database_path", "default_uri", "file_lock", "prepare_store", "quiet_environment"]
+__all__ = ["artifact_root", "database_path", "default_uri", "experiment_location", "file_lock", "quiet_environment"]
 
 
 def quiet_environment() -> dict[str, str]:
@@ -89,43 +87,3 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
-
-
-def prepare_store(uri: str) -> None:
-    """Creates a store that does not exist yet: one process at a time, and an SQLite file never half.
-
-    An SQLite database is made under another name and renamed when it is complete, so a process killed meanwhile leaves
-    nothing behind that a later one would trip over.
-
-    Raises:
-        TrackingError: the folder cannot be written.
-    """
-    path = database_path(uri)
-    from evo_hpo.tracking.mlflow_tracker import create_schema
-
-    if path is None:
-        artifacts = artifact_root(uri)
-        if artifacts is not None:  # on this machine at least, one process at a time
-            name = hashlib.sha256(uri.encode()).hexdigest()[:8]
-            with file_lock(Path(tempfile.gettempdir()) / f"evo-hpo-store-{os.getuid()}-{name}.lock"):
-                create_schema(uri, artifacts)
-        return
-    if path.exists():
-        return
-    try:
-        with file_lock(path.with_name(path.name + ".lock")):
-            if path.exists():
-                return
-            growing = path.with_name(path.name + ".creating")
-            for suffix in ("", "-wal", "-shm", "-journal"):
-                growing.with_name(growing.name + suffix).unlink(missing_ok=True)
-            create_schema(f"sqlite:///{growing}", (path.parent / "artifacts").as_uri())
-            with contextlib.closing(sqlite3.connect(growing)) as database:
-                database.execute("PRAGMA journal_mode=WAL")
-            for suffix in ("-wal", "-shm"):
-                growing.with_name(growing.name + suffix).unlink(missing_ok=True)
-            os.replace(growing, path)
-    except OSError as error:
-        raise TrackingError(
-            f"{path}: cannot create the store ({error.strerror}): choose another --tracking-uri"
-        ) from error

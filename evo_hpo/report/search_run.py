@@ -1,4 +1,4 @@
-"""What analysis knows of one problem and of one search."""
+"""What the report knows of one search."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from evo_hpo.search.loop import Checkpoint, SearchResult
+from evo_hpo.record.comparison import PlannedSearch
+from evo_hpo.record.records import SearchRecord
+from evo_hpo.search.loop import Checkpoint
 from evo_hpo.search.trial import Outcome
-from evo_hpo.space.compression_space import CompressionSpace
 
-__all__ = ["AXES", "ProblemInfo", "SearchRun"]
+__all__ = ["AXES", "SearchRun"]
 
 AXES = {
     "tokens": "calibration tokens spent",
@@ -20,65 +21,6 @@ AXES = {
     "seconds": "seconds of scoring",
 }
 """What an anytime curve may be drawn against, and how the axis is labelled."""
-
-
-@dataclass(frozen=True)
-class ProblemInfo:
-    """A problem as recorded beside its searches.
-
-    Attributes:
-        key: its name in the comparison.
-        space: what was searched.
-        fingerprint: what made the searches comparable (model, data, space).
-        reference: held-out figures of the uncompressed model; empty where there is none.
-        optimum: least loss of any feasible assignment, where known.
-        describe: of the space, a few lines; ``notes``: what else the reader should know.
-    """
-
-    key: str
-    space: CompressionSpace
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    reference: Mapping[str, float] = field(default_factory=dict)
-    optimum: float | None = None
-    describe: str = ""
-    notes: tuple[str, ...] = ()
-
-    @classmethod
-    def from_json(cls, key: str, data: Mapping[str, Any]) -> ProblemInfo:
-        """The problem as ``comparison.json`` describes it."""
-        return cls(
-            key,
-            CompressionSpace.from_json(data["space"]),
-            data.get("fingerprint") or {},
-            data.get("reference") or {},
-            data.get("optimum"),
-            data.get("describe") or "",
-            tuple(map(str, data.get("notes") or ())),
-        )
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """What to say above its results: the space without its groups, and the notes."""
-        space = [line.strip() for line in self.describe.splitlines() if not line.strip().startswith("group ")]
-        return (*space, *self.notes)
-
-    @property
-    def is_language_model(self) -> bool:
-        """True when the held-out loss is a KL divergence beside a perplexity."""
-        return "perplexity" in self.reference
-
-    @property
-    def loss_name(self) -> str:
-        """Name and unit of the held-out loss; lower is better."""
-        return "held-out KL (nats/token)" if self.is_language_model else "held-out loss"
-
-    @property
-    def average_name(self) -> str:
-        """What the first resource's average over weights is called."""
-        resource = self.space.resources[0]
-        if resource == "modules" and all(unit.size == 1 for unit in self.space.units):
-            return "modules kept, share"
-        return "weights kept, share" if resource == "weights" else f"{resource} a weight"
 
 
 @dataclass(frozen=True)
@@ -105,7 +47,6 @@ class SearchRun:
     searcher: str
     label: str
     seed: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
     seconds: float = math.nan
@@ -117,18 +58,24 @@ class SearchRun:
     scoring: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_result(cls, result: SearchResult, **identity: Any) -> SearchRun:
-        """A search that was run in this process; ``identity`` gives the remaining fields."""
-        budget = {} if result.ledger is None else {result.ledger.budget.kind: result.ledger.budget.amount}
+    def of(cls, planned: PlannedSearch, record: SearchRecord) -> SearchRun:
+        """A search as its comparison planned it and its journal tells it."""
+        end = record.end or {}
         return cls(
-            outcomes=tuple(result.outcomes),
-            checkpoints=tuple(result.checkpoints),
-            seconds=result.seconds,
-            searcher_seconds=result.searcher_seconds,
-            stop_reason=result.stop_reason,
-            budget=budget,
-            scoring=result.scoring,
-            **identity,
+            id=planned.id,
+            problem=planned.problem,
+            searcher=planned.searcher,
+            label=planned.label,
+            seed=planned.seed,
+            outcomes=tuple(record.outcomes),
+            checkpoints=tuple(record.checkpoints),
+            seconds=float(end.get("seconds", math.nan)),
+            searcher_seconds=float(end.get("searcher_seconds", math.nan)),
+            finished=record.finished,
+            stop_reason=str(end.get("stop_reason", "")),
+            deterministic=planned.deterministic,
+            budget=dict(record.header.get("budget") or {}),
+            scoring=dict(end.get("scoring") or {}),
         )
 
     @cached_property

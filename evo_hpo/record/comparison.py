@@ -1,0 +1,328 @@
+"""A comparison's folder: what was planned, what was found, who won. Its one reader and its one writer.
+
+<root>/<name>/plan.toml          what was asked
+              comparison.json    plan, problems, searches, machine, versions
+              journals/*.jsonl   the record, one file a search
+              profiles/*.json    the recommended assignment of each search; winner.json
+              report/            tables and pictures
+              errors.log         traces of searches that failed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from evo_hpo.errors import JournalError, PlanError
+from evo_hpo.record.changes import changes, told
+from evo_hpo.record.environment import environment
+from evo_hpo.record.files import write_whole
+from evo_hpo.record.problem_record import ProblemRecord
+from evo_hpo.record.records import SearchRecord, read_journal
+
+__all__ = ["Comparison", "PlannedSearch", "disambiguate", "winner"]
+
+RECORD, PLAN, ERRORS = "comparison.json", "plan.toml", "errors.log"
+CHANGES_NO_RESULT = ("workers", "description")
+"""Keys of a plan that may differ when its comparison is resumed."""
+
+
+class Result(Protocol):
+    """What a winner is chosen by."""
+
+    @property
+    def label(self) -> str:
+        """Shown name of the searcher."""
+
+    @property
+    def loss(self) -> float:
+        """Held-out loss; lower is better, inf where there is none."""
+
+
+R = TypeVar("R", bound=Result)
+
+
+def winner(results: Iterable[R]) -> R | None:
+    """Who won on one problem; None without results. The definition for profiles, report and MLflow.
+
+    The least held-out loss; among equals, of the searcher with the least median; among these, the first in the order
+    given (the plan's). Losses of different problems cannot be compared: give those of one.
+    """
+    found = list(results)
+    losses: dict[str, list[float]] = {}
+    for result in found:
+        losses.setdefault(result.label, []).append(result.loss)
+    return min(found, key=lambda r: (r.loss, statistics.median(losses[r.label])), default=None)
+
+
+@dataclass(frozen=True)
+class PlannedSearch:
+    """One search of a comparison.
+
+    Attributes:
+        id: its name in the comparison, unique.
+        problem: key of the problem.
+        searcher: registered name; ``label``: shown name, which tells variants apart.
+        seed: of searcher and minibatches.
+        journal: its journal, relative to the folder.
+        deterministic: the searcher ignores its seed, so that this search stands for every seed.
+    """
+
+    id: str
+    problem: str
+    searcher: str
+    label: str
+    settings: Mapping[str, Any]
+    seed: int
+    journal: str
+    deterministic: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison's folder holds. The journals are not in it: :meth:`journals` reads them.
+
+    Attributes:
+        folder: where it lies.
+        name: of the plan, and of the folder.
+        plan: what was asked, as plain data.
+        problems: what was searched, by key; a problem is there once it was made.
+        searches: in the plan's order.
+        created: seconds since the epoch (text in old folders).
+        versions, git, machine: what it ran on.
+    """
+
+    folder: Path
+    name: str = ""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    problems: Mapping[str, ProblemRecord] = field(default_factory=dict)
+    searches: tuple[PlannedSearch, ...] = ()
+    created: float | str = ""
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    git: Mapping[str, Any] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def lies_in(folder: Path) -> bool:
+        """True for the folder of a comparison."""
+        return (folder / RECORD).is_file()
+
+    @classmethod
+    def read(cls, folder: Path | str) -> Comparison:
+        """The comparison in a folder, of this version or an older one.
+
+        Raises:
+            PlanError: not the folder of a comparison, or its record is damaged.
+        """
+        folder = Path(folder)
+        if not cls.lies_in(folder):
+            raise PlanError(f"{folder} is not a comparison's folder: it has no {RECORD}")
+        try:
+            return cls._of(folder, json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{folder / RECORD} cannot be read ({error!r}): give the folder of a comparison") from None
+
+    @classmethod
+    def _of(cls, folder: Path, data: Mapping[str, Any]) -> Comparison:
+        machine = data.get("machine") or {}
+        return cls(
+            folder,
+            data.get("name") or folder.name,
+            data.get("plan") or {},
+            {key: ProblemRecord.from_json(key, entry) for key, entry in (data.get("problems") or {}).items()},
+            _planned(data.get("searches") or []),
+            data.get("created") or "",
+            data.get("versions") or {},
+            data.get("git") or {},
+            machine if isinstance(machine, dict) else {"machine": machine},
+        )
+
+    @classmethod
+    def start(
+        cls, folder: Path, plan: Mapping[str, Any], searches: Sequence[PlannedSearch], text: str | None = None
+    ) -> Comparison:
+        """Writes the record of a comparison that begins or goes on; problems that the folder knows already stay.
+
+        ``text`` is that of the plan's file, where there is one.
+        """
+        (folder / "journals").mkdir(parents=True, exist_ok=True)
+        known = cls.read(folder).problems if cls.lies_in(folder) else {}
+        comparison = cls(folder, folder.name, plan, known, tuple(searches), time.time(), **environment())
+        comparison._write()
+        if text is not None:
+            write_whole(folder / PLAN, text)
+        return comparison
+
+    def with_problem(self, problem: ProblemRecord) -> Comparison:
+        """The comparison with a problem that was made, written.
+
+        Raises:
+            JournalError: it is not the one that the comparison started with: figures would not be comparable.
+        """
+        known = self.problems.get(problem.key)
+        if known is not None and (changed := changes(known.fingerprint, problem.fingerprint)):
+            raise JournalError(f"problem {problem.key!r} is not the one this comparison started with ({told(changed)})")
+        comparison = replace(self, problems={**self.problems, problem.key: problem})
+        comparison._write()
+        return comparison
+
+    def refuse_other_plan(self, plan: Mapping[str, Any]) -> None:
+        """Raises JournalError where a plan differs from the one that was started in what changes a result."""
+        if changed := changes(self.plan, plan, CHANGES_NO_RESULT):
+            raise JournalError(
+                f"{self.folder} was started with another plan ({told(changed)}): restore it, or start anew"
+            )
+
+    @property
+    def started(self) -> str:
+        """When it was created, readable, in UTC."""
+        if isinstance(self.created, str):
+            return self.created
+        return datetime.fromtimestamp(self.created, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+    @property
+    def plan_text(self) -> str:
+        """The plan as its file says it; without a file, its data as JSON."""
+        path = self.folder / PLAN
+        return path.read_text(encoding="utf-8") if path.is_file() else json.dumps(dict(self.plan), indent=1)
+
+    def documents(self) -> tuple[list[Path], list[Path]]:
+        """Files, and folders of files, that a copy of the comparison takes beside its journals."""
+        files, folders = (
+            (self.folder / f for f in (PLAN, RECORD, ERRORS)),
+            (self.folder / f for f in ("report", "profiles")),
+        )
+        return [f for f in files if f.is_file()], [f for f in folders if f.is_dir()]
+
+    def note_failure(self, search: str, trace: str) -> None:
+        """Keeps the trace of a search that failed, where it has one, for its reader."""
+        if trace:
+            with (self.folder / ERRORS).open("a", encoding="utf-8") as log:
+                log.write(f"{search}\n{trace}\n")
+
+    def _write(self) -> None:
+        data = {
+            "name": self.name,
+            "plan": self.plan,
+            "problems": {key: problem.to_json() for key, problem in self.problems.items()},
+            "searches": [asdict(search) for search in self.searches],
+            **{name: getattr(self, name) for name in ("created", "versions", "git", "machine")},
+        }
+        write_whole(self.folder / RECORD, json.dumps(data, indent=1))
+
+    # ------------------------------------------------------------------ what was found
+
+    def journals(self) -> Iterator[tuple[PlannedSearch, SearchRecord | str]]:
+        """Every planned search, and what its journal holds so far, or why there is none (not started, damaged)."""
+        for search in self.searches:
+            path = self.folder / search.journal
+            if search.problem not in self.problems or not path.exists():
+                yield search, "not started"
+                continue
+            try:
+                yield search, read_journal(path)
+            except JournalError as error:
+                yield search, str(error)
+
+    def records(self) -> list[SearchRecord]:
+        """The searches that have a readable journal, in the plan's order."""
+        return [found for _, found in self.journals() if isinstance(found, SearchRecord)]
+
+    def write_profiles(self) -> None:
+        """Writes ``profiles/<search>.json`` for each search with held-out figures, and each problem's winner.
+
+        The winner's is ``winner.json``, or with several problems in the plan ``winner-<problem>.json``.
+        """
+        target = self.folder / "profiles"
+        results: dict[str, list[SearchRecord]] = {}
+        texts: dict[str, str] = {}
+        for search, found in self.journals():
+            if isinstance(found, SearchRecord) and found.checkpoints:
+                results.setdefault(search.problem, []).append(found)
+                texts[found.search] = json.dumps(self._profile(search, found), indent=1)
+                target.mkdir(exist_ok=True)
+                write_whole(target / f"{search.id}.json", texts[found.search])
+        for key, found_on in results.items():
+            name = "winner" if len(self.plan["problems"]) == 1 else f"winner-{key.replace('/', '-')}"
+            if best := winner(found_on):
+                write_whole(target / f"{name}.json", texts[best.search])
+
+    def _profile(self, search: PlannedSearch, found: SearchRecord) -> dict[str, Any]:
+        final, problem = found.checkpoints[-1], self.problems[search.problem]
+        return {
+            "search": search.id,
+            "searcher": search.searcher,
+            "settings": search.settings,
+            "seed": search.seed,
+            "problem": next(p for p in self.plan["problems"] if _key(p) == search.problem),
+            "fingerprint": problem.fingerprint,
+            "held_out": final.held_out,
+            "cost": problem.space.cost(final.levels),
+            "average": problem.space.average(final.levels),
+            "levels": list(final.levels),
+            "units": problem.space.labels(final.levels),
+        }
+
+    def winner_files(self) -> list[Path]:
+        """The profiles of the winners that were written."""
+        return sorted((self.folder / "profiles").glob("winner*.json"))
+
+    def winning_profiles(self) -> dict[str, dict[str, Any]]:
+        """Key of a problem -> profile of its winner, as written."""
+        found: dict[str, dict[str, Any]] = {}
+        for path in self.winner_files():
+            with contextlib.suppress(ValueError):  # damaged
+                profile = json.loads(path.read_text(encoding="utf-8"))
+                found[_key(profile.get("problem") or {})] = profile
+        return found
+
+
+def _key(problem: Mapping[str, Any]) -> str:
+    """The key of a plan's problem: its label, or else its name."""
+    return str(problem.get("label") or problem.get("name") or "")
+
+
+def _planned(entries: Sequence[Mapping[str, Any]]) -> tuple[PlannedSearch, ...]:
+    """Searches as recorded; old records do not say whether a searcher is deterministic.
+
+    There, one that was planned for a single seed where others have several is taken for it.
+    """
+    labels = disambiguate(entries)
+    pairs = [(str(e["problem"]), label) for e, label in zip(entries, labels, strict=True)]
+    seeds = Counter(pairs)
+    most = {problem: max(n for (p, _), n in seeds.items() if p == problem) for problem, _ in seeds}
+    names = {f.name for f in fields(PlannedSearch)}
+    found = []
+    for entry, (problem, label) in zip(entries, pairs, strict=True):
+        known: dict[str, Any] = {"settings": {}, "deterministic": seeds[problem, label] == 1 < most[problem]}
+        known |= {k: v for k, v in entry.items() if k in names}
+        found.append(PlannedSearch(**(known | {"label": label})))
+    return tuple(found)
+
+
+def disambiguate(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A label for each search entry; variants that share a label get their differing settings added to it."""
+    variants: dict[str, list[str]] = {}
+    for entry in entries:
+        key = json.dumps([entry.get("searcher"), entry.get("settings") or {}], sort_keys=True, default=str)
+        known = variants.setdefault(str(entry.get("label") or entry.get("searcher")), [])
+        if key not in known:
+            known.append(key)
+    labels = []
+    for entry in entries:
+        label = str(entry.get("label") or entry.get("searcher"))
+        if len(variants[label]) > 1:
+            all_settings = [json.loads(k)[1] for k in variants[label]]
+            own = json.loads(json.dumps(entry.get("settings") or {}, default=str))
+            differing = [k for k in own if any(s.get(k) != own[k] for s in all_settings)]
+            label += " (" + (", ".join(f"{k}={own[k]}" for k in differing) or "default settings") + ")"
+        labels.append(label)
+    return labels

@@ -1,0 +1,73 @@
+"""The parts of a plan: budget, problems, searchers, and what an ablation varies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from evo_hpo.search.budget import Budget
+
+__all__ = ["AblationEntry", "BudgetEntry", "ProblemEntry", "SearcherEntry", "Strict", "VariantEntry"]
+
+
+class Strict(BaseModel):
+    """A part of a plan: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BudgetEntry(Strict):
+    """What each search may spend: exactly one of the three."""
+
+    tokens: int | None = None
+    evaluations: int | None = None
+    seconds: float | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> BudgetEntry:
+        self.budget()
+        return self
+
+    def budget(self) -> Budget:
+        """As the loop takes it."""
+        return Budget(tokens=self.tokens, evaluations=self.evaluations, seconds=self.seconds)
+
+
+class NamedEntry(Strict):
+    """Something registered, with its settings; ``label`` is what tables show."""
+
+    name: str
+    label: str = ""
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Label, or else name."""
+        return self.label or self.name
+
+
+class ProblemEntry(NamedEntry):
+    """A problem of the plan."""
+
+
+class SearcherEntry(NamedEntry):
+    """A searcher of the plan; ``seeds`` replaces the plan's."""
+
+    seeds: tuple[int, ...] | None = None
+
+
+class VariantEntry(Strict):
+    """Settings that change together in an ablation."""
+
+    label: str = ""
+    settings: dict[str, Any]
+
+
+class AblationEntry(Strict):
+    """Which settings of which searcher of the plan to vary, one at a time or (``grid``) in every combination."""
+
+    searcher: str
+    vary: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    grid: bool = False
+    variants: tuple[VariantEntry, ...] = ()

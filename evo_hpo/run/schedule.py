@@ -1,0 +1,154 @@
+"""Runs a plan: every search of its grid, in processes, resumable, with everything on disk in one folder."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from evo_hpo.errors import EvoHpoError, JournalError, PlanError
+from evo_hpo.record.comparison import Comparison, PlannedSearch
+from evo_hpo.run.events import Event, Listener, ProblemMade, SearchFailed
+from evo_hpo.run.plan import Plan
+from evo_hpo.run.search_process import run_searches
+
+__all__ = ["DEFAULT_ROOT", "ComparisonFailed", "compare", "comparison_folder"]
+
+DEFAULT_ROOT = Path("mlruns") / "comparisons"
+
+
+class ComparisonFailed(EvoHpoError):
+    """A search could not go on; what it had scored is in its journal."""
+
+
+def comparison_folder(plan: Plan, root: Path, *, resume: bool) -> Path:
+    """The newest comparison of this name and plan (``resume``), or the next free folder: name, name-2, name-3, ...
+
+    Raises:
+        PlanError: nothing to resume.
+        JournalError: the plan to resume differs from the one that was started; the message names the keys.
+    """
+    number, found = 1, list[Path]()
+    while (candidate := root / (plan.name if number == 1 else f"{plan.name}-{number}")).exists():
+        found, number = [candidate, *found], number + 1
+    if not resume:
+        return candidate
+    if not found:
+        raise PlanError(f"nothing to resume: there is no comparison {plan.name!r} in {root}; start without --resume")
+    refused: JournalError | None = None
+    for folder in found:
+        try:
+            if Comparison.lies_in(folder):
+                Comparison.read(folder).refuse_other_plan(plan.plain())
+            return folder
+        except JournalError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def compare(
+    plan: Plan,
+    *,
+    root: Path = DEFAULT_ROOT,
+    resume: bool = False,
+    listener: Listener = lambda event: None,
+    plan_text: str | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Runs every search of the plan and returns the comparison's folder.
+
+    Args:
+        plan: checked with ``plan.check()`` by the caller or here.
+        root: where comparison folders live.
+        resume: go on with the newest comparison of this name; finished searches are replayed from their journals.
+        listener: hears every event, in this process.
+        plan_text: the plan file's text, copied into the folder.
+        folder: use this folder instead of the next free one.
+
+    Raises:
+        EvoHpoError: bad input, before any work.
+        ComparisonFailed: a search failed; the others' results are kept.
+        KeyboardInterrupt: after stopping the processes; everything scored so far is on disk.
+    """
+    plan.check()
+    folder = folder or comparison_folder(plan, root, resume=resume)
+    tasks = list(plan.tasks())
+    comparison = Comparison.start(folder, plan.plain(), tasks, plan_text)
+    failures: list[str] = []
+    with _processes(plan, folder, resume, tasks) as events:
+        for event in events:
+            match event:
+                case ProblemMade(problem):
+                    comparison = comparison.with_problem(problem)
+                case SearchFailed(search, message, trace):
+                    failures.append(f"{search}: {message}")
+                    comparison.note_failure(search, trace)
+            listener(event)
+    comparison.write_profiles()
+    if failures:
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise ComparisonFailed(f"{failures[0]}{more}")
+    return folder
+
+
+def process_count(plan: Plan, tasks: int) -> tuple[int, int]:
+    """Processes that a plan runs at the same time on this machine, and the cores that each may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = max(1, min(plan.workers or cores, tasks))
+    return count, max(1, cores // count)
+
+
+@contextmanager
+def _processes(plan: Plan, folder: Path, resume: bool, tasks: Sequence[PlannedSearch]) -> Iterator[Iterator[Event]]:
+    """Starts the processes, hands out the tasks, gives the stream of events; leaves no process behind."""
+    context = multiprocessing.get_context("spawn")
+    waiting, events = context.Queue(), context.Queue()
+    count, cores = process_count(plan, len(tasks))
+    for task in tasks:
+        waiting.put(task)
+    for _ in range(count):
+        waiting.put(None)
+    processes = [
+        context.Process(target=run_searches, args=(plan, folder, resume, cores, waiting, events), daemon=True)
+        for _ in range(count)
+    ]
+    started = []
+    try:
+        for process in processes:
+            process.start()
+            started.append(process)
+        yield _stream(events, processes)
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.terminate()
+        for process in started:
+            process.join(timeout=10)
+        waiting.cancel_join_thread()
+        events.cancel_join_thread()
+
+
+def _stream(events: Any, processes: Sequence[Any]) -> Iterator[Event]:
+    running = len(processes)
+    while running:
+        try:
+            event: Event | None = events.get(timeout=1.0)
+        except queue.Empty:
+            dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
+            if dead:
+                raise ComparisonFailed(
+                    f"a worker process ended with code {dead[0]} (out of memory? a script of your own without"
+                    ' `if __name__ == "__main__":`?): what it scored is in the journals; lower `workers` and resume'
+                ) from None
+            if not any(p.is_alive() for p in processes):
+                return
+            continue
+        if event is None:
+            running -= 1
+        else:
+            yield event

@@ -1,0 +1,129 @@
+"""A process that runs searches of a comparison one after the other and reports what happens.
+
+Each process makes each problem once and keeps it. What it reports are the values of :mod:`evo_hpo.run.events`, and
+None when it is done; what must survive is in the journals, which it writes itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from evo_hpo.errors import EvoHpoError
+from evo_hpo.record.comparison import PlannedSearch
+from evo_hpo.record.journal import Journal, search_header
+from evo_hpo.record.problem_record import ProblemRecord
+from evo_hpo.run.events import (
+    BatchScored,
+    CheckpointTaken,
+    ProblemLoading,
+    ProblemMade,
+    SearchEnded,
+    SearchFailed,
+    SearchStarted,
+)
+from evo_hpo.run.plan import Plan
+from evo_hpo.search.budget import Ledger
+from evo_hpo.search.loop import Checkpoint, search
+from evo_hpo.search.problem import Problem
+from evo_hpo.search.registry import make_problem, make_searcher
+from evo_hpo.search.trial import Outcome
+
+__all__ = ["run_searches"]
+
+
+class _Queue(Protocol):
+    def put(self, item: Any) -> None: ...
+
+    def get(self) -> Any: ...
+
+
+class _Reporter:
+    """Observer that sends each batch and checkpoint to the parent process."""
+
+    def __init__(self, search: str, events: _Queue) -> None:
+        self.search = search
+        self.events = events
+
+    def batch(self, outcomes: Sequence[Outcome], ledger: Ledger) -> None:
+        loss = min((o.loss for o in outcomes if o.usable), default=None)
+        failed = sum(o.status == "failed" for o in outcomes)
+        self.events.put(BatchScored(self.search, ledger.spent, ledger.evaluations, loss, failed))
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        self.events.put(CheckpointTaken(self.search, checkpoint.held_out))
+
+
+def run_searches(plan: Plan, folder: Path, resume: bool, cores: int, tasks: _Queue, events: _Queue) -> None:
+    """Entry point of the process: takes tasks until it gets None; evaluators in it may use so many cores."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    _die_with_parent()
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = "1"  # an evaluator runs one single-threaded replica a core
+    os.environ["EVO_HPO_THREADS"] = str(cores)
+    problems: dict[str, Problem] = {}
+    while (task := tasks.get()) is not None:
+        try:
+            _run(plan, folder, resume, task, problems, events)
+        except EvoHpoError as error:
+            events.put(SearchFailed(task.id, str(error)))
+        except Exception as error:
+            events.put(SearchFailed(task.id, f"{type(error).__name__}: {error}", traceback.format_exc()))
+    events.put(None)
+
+
+def _run(
+    plan: Plan, folder: Path, resume: bool, task: PlannedSearch, problems: dict[str, Problem], events: _Queue
+) -> None:
+    key = task.problem
+    if key not in problems:
+        events.put(ProblemLoading(key))
+        entry = next(p for p in plan.problems if p.key == key)
+        problems[key] = make_problem(entry.name, **entry.settings)
+        events.put(ProblemMade(ProblemRecord.of(key, problems[key])))
+    problem = problems[key]
+    searcher = make_searcher(task.searcher, problem.space, seed=task.seed, **task.settings)
+    budget = plan.budget.budget()
+    header = search_header(
+        task.id,
+        task.searcher,
+        problem,
+        budget,
+        seed=task.seed,
+        settings=task.settings,
+        minibatch_seed=task.seed,
+        checkpoints=plan.checkpoints,
+        plan={"name": plan.name},
+        label=task.label,
+    )
+    header["problem"] = key
+    events.put(SearchStarted(task.id))
+    with Journal.open(folder / task.journal, header, resume=resume) as journal:
+        result = search(
+            searcher,
+            problem,
+            budget=budget,
+            seed=task.seed,
+            journal=journal,
+            observers=[_Reporter(task.id, events)],
+            checkpoints=plan.checkpoints,
+        )
+    events.put(SearchEnded(task.id, result.stop_reason))
+
+
+def _die_with_parent() -> None:
+    """Ends this process when its parent is gone, also when that was killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

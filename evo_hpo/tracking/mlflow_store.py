@@ -1,0 +1,124 @@
+"""An MLflow store: created once and whole, connected to, its errors translated."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from sqlalchemy import event
+
+from evo_hpo.errors import MissingPackageError, TrackingError
+from evo_hpo.tracking.location import artifact_root, database_path, file_lock
+
+__all__ = ["comparisons", "connect", "prepare_store", "translated"]
+
+for noisy in ("mlflow", "alembic"):
+    logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@event.listens_for(sqlalchemy.engine.Engine, "connect")
+def _sqlite_settings(connection: Any, _: Any) -> None:
+    """In WAL mode, NORMAL survives a killed process; a power cut loses last commits only, and the journal has them."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def create_schema(uri: str, artifacts: str) -> None:
+    """Makes the tables of an empty SQL database."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    store = SqlAlchemyStore(uri, artifacts)  # type: ignore[no-untyped-call]
+    store._dispose_engine()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turns what MLflow and the database raise into TrackingError."""
+    try:
+        yield
+    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TrackingError(f"{doing}: {first}") from error
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"{doing}: needs the database driver {error.name!r}: install it, or name another in the URI"
+            " (for example postgresql+psycopg2://)"
+        ) from error
+
+
+def prepare_store(uri: str) -> None:
+    """Creates a store that does not exist yet: one process at a time, and an SQLite file never half.
+
+    An SQLite database is made under another name and renamed when it is complete, so a process killed meanwhile leaves
+    nothing behind that a later one would trip over.
+
+    Raises:
+        TrackingError: the folder cannot be written.
+    """
+    path = database_path(uri)
+    if path is None:
+        artifacts = artifact_root(uri)
+        if artifacts is not None:  # on this machine at least, one process at a time
+            name = hashlib.sha256(uri.encode()).hexdigest()[:8]
+            with file_lock(Path(tempfile.gettempdir()) / f"evo-hpo-store-{os.getuid()}-{name}.lock"):
+                create_schema(uri, artifacts)
+        return
+    if path.exists():
+        return
+    try:
+        with file_lock(path.with_name(path.name + ".lock")):
+            if path.exists():
+                return
+            growing = path.with_name(path.name + ".creating")
+            for suffix in ("", "-wal", "-shm", "-journal"):
+                growing.with_name(growing.name + suffix).unlink(missing_ok=True)
+            create_schema(f"sqlite:///{growing}", (path.parent / "artifacts").as_uri())
+            with contextlib.closing(sqlite3.connect(growing)) as database:
+                database.execute("PRAGMA journal_mode=WAL")
+            for suffix in ("-wal", "-shm"):
+                growing.with_name(growing.name + suffix).unlink(missing_ok=True)
+            os.replace(growing, path)
+    except OSError as error:
+        raise TrackingError(
+            f"{path}: cannot create the store ({error.strerror}): choose another --tracking-uri"
+        ) from error
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of a store, which is created if it is an SQLite file that does not exist.
+
+    Raises:
+        TrackingError: it cannot be used.
+    """
+    with translated(f"tracking store {uri}"):
+        prepare_store(uri)
+        artifacts = artifact_root(uri)
+        if artifacts is not None:  # or else the client makes ./mlruns wherever it stands
+            os.environ["_MLFLOW_SERVER_ARTIFACT_ROOT"] = artifacts
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def comparisons(uri: str) -> list[tuple[str, str]]:
+    """Id and name of every comparison in a store, newest first.
+
+    Raises:
+        TrackingError: the store cannot be used.
+    """
+    client = connect(uri)
+    with translated(f"tracking store {uri}"):
+        found = client.search_experiments(
+            filter_string="tags.`evo_hpo.comparison` = 'true'", order_by=["last_update_time DESC"], max_results=1000
+        )
+    return [(str(e.experiment_id), str(e.name)) for e in found]

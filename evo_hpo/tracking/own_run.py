@@ -1,0 +1,90 @@
+"""A comparison's own run (plan, report, pictures, profiles, environment), its saved views and its banner."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evo_hpo.errors import JournalError, PlanError
+from evo_hpo.record.changes import flat
+from evo_hpo.record.comparison import Comparison
+from evo_hpo.record.records import SearchRecord, read_journals
+from evo_hpo.tracking.runs import LONGEST_NAME, LONGEST_PARAM, safe_key, shown
+from evo_hpo.tracking.views import note, views
+
+__all__ = ["upload"]
+
+Winners = Mapping[str, Mapping[str, Any]]
+"""Problem -> profile of its winner."""
+
+
+def upload(folder: Path, uri: str) -> str:
+    """See :func:`evo_hpo.tracking.log_comparison`."""
+    from evo_hpo.tracking.mlflow_tracker import MlflowTracker, experiment_name
+
+    tracker = MlflowTracker(uri, experiment_name(folder))
+    name = folder.resolve().name
+    try:
+        comparison = Comparison.read(folder)
+    except PlanError:
+        comparison = Comparison(folder)
+    records = comparison.records() or _unplanned(folder)
+    winners = comparison.winning_profiles()
+    details = _details(comparison, records, winners)
+    run = tracker.own_run(shown(f"{name} comparison", LONGEST_NAME, "comparison.json"), {"kind": "comparison"})
+    files, folders = comparison.documents()
+    tracker.log_own(
+        run,
+        params={safe_key(k): shown(v, LONGEST_PARAM, "comparison.json") for k, v in _params(comparison).items()},
+        metrics=_winner_metrics(winners),
+        tags={"mlflow.note.content": "\n".join(f"- {k}: {v}" for k, v in details.items())},
+        files=files,
+        folders=folders,
+    )
+    made = views(records)
+    tracker.tag_experiment(
+        {v.tag: v.value() for v in made} | {"mlflow.note.content": note(tracker.experiment, name, made, details)}
+    )
+    return run
+
+
+def _unplanned(folder: Path) -> list[SearchRecord]:
+    """The journals of a folder whose record names none of them."""
+    try:
+        return read_journals(folder)
+    except JournalError:
+        return []
+
+
+def _params(comparison: Comparison) -> dict[str, Any]:
+    plan = {k: v for k, v in comparison.plan.items() if v not in (None, [], {})}
+    return flat(plan, "plan") if plan else {}
+
+
+def _winner_metrics(winners: Winners) -> dict[str, float]:
+    """Held-out figures of the winner, under the problem's name where there are several."""
+    return {
+        safe_key(f"held_out/{problem}/{k}" if len(winners) > 1 else f"held_out/{k}"): float(v)
+        for problem, profile in winners.items()
+        for k, v in (profile.get("held_out") or {}).items()
+    }
+
+
+def _details(comparison: Comparison, records: Sequence[SearchRecord], winners: Winners) -> dict[str, str]:
+    """Facts for the banner."""
+    finished = sum(r.finished for r in records)
+    details = {
+        "searches": f"{finished} of {len(comparison.searches or records)} finished",
+        "trials": f"{sum(len(r.outcomes) for r in records)}",
+    }
+    budgets = {json.dumps(r.header.get("budget")) for r in records}
+    if len(budgets) == 1:
+        details["budget of each search"] = ", ".join(f"{v} {k}" for k, v in json.loads(budgets.pop()).items())
+    for problem, profile in winners.items():
+        loss = (profile.get("held_out") or {}).get("loss")
+        figure = "" if loss is None else f", held-out loss {loss:.6g}"
+        details[f"winner on {problem}" if len(winners) > 1 else "winner"] = f"{profile.get('search')}{figure}"
+    details["folder"] = f"`{comparison.folder.resolve()}`"
+    return details

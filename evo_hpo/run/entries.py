@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -48,7 +48,16 @@ class NamedEntry(Strict):
 
 
 class ProblemEntry(NamedEntry):
-    """A problem of the plan."""
+    """A problem of the plan.
+
+    ``instance = "seed"``: each seed of the plan draws an instance of its own, with that seed among its settings.
+    """
+
+    instance: Literal["seed"] | None = None
+
+    def settings_of(self, seed: int) -> dict[str, Any]:
+        """Settings of the problem that a search of this seed is on."""
+        return {**self.settings, "seed": seed} if self.instance else self.settings
 
 
 class SearcherEntry(NamedEntry):

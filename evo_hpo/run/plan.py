@@ -89,14 +89,14 @@ class Plan(Strict):
     def tasks(self) -> Iterator[PlannedSearch]:
         """Every search, seeds outermost so that partial results already compare all searchers.
 
-        A searcher whose seed changes nothing runs once.
+        A searcher whose seed changes nothing runs once on each instance of a problem.
         """
         seen = set()
         longest = max([self.seeds, *(s.seeds for s in self.searchers if s.seeds)], key=len)
         for position in range(len(longest)):
             for problem in self.problems:
                 for entry in self.searchers:
-                    fixed = not searcher_class(entry.name).random
+                    fixed = not (searcher_class(entry.name).random or problem.instance)
                     seeds = (entry.seeds or self.seeds)[: 1 if fixed else None]
                     if position >= len(seeds):
                         continue
@@ -133,6 +133,8 @@ class Plan(Strict):
                 for key in problem.settings:
                     if key not in known:
                         raise PlanError(f"has no setting {key!r}{_near(key, known)}; it has: {', '.join(known)}")
+                if problem.instance and ("seed" in problem.settings or "seed" not in known):
+                    raise PlanError("instance = 'seed' is for problems with a setting 'seed', and gives its values")
 
 
 PARTS: dict[str, type[BaseModel]] = {"budget": BudgetEntry, "problems": ProblemEntry, "searchers": SearcherEntry}

@@ -61,9 +61,13 @@ class ProblemEntry(NamedEntry):
 
 
 class SearcherEntry(NamedEntry):
-    """A searcher of the plan; ``seeds`` replaces the plan's."""
+    """A searcher of the plan; ``seeds`` replaces the plan's.
+
+    ``each``: setting -> values; the entry stands for one searcher for every combination of them.
+    """
 
     seeds: tuple[int, ...] | None = None
+    each: dict[str, tuple[Any, ...]] | None = None
 
 
 class VariantEntry(Strict):

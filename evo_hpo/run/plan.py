@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.record.comparison import PlannedSearch
-from evo_hpo.run.ablation import expand
+from evo_hpo.run.ablation import expand, written_out
 from evo_hpo.run.entries import AblationEntry, BudgetEntry, ProblemEntry, SearcherEntry, Strict, VariantEntry
 from evo_hpo.search.registry import describe_problem, make_searcher, searcher_class
 from evo_hpo.search.searcher import check_settings
@@ -66,6 +66,11 @@ class Plan(Strict):
         if any(not 0 < f <= 1 for f in value):
             raise ValueError(f"{list(value)} must be fractions of the budget, above 0 and at most 1")
         return tuple(sorted({*value, 1.0}))
+
+    @field_validator("searchers")
+    @classmethod
+    def _searchers(cls, value: tuple[SearcherEntry, ...]) -> tuple[SearcherEntry, ...]:
+        return written_out(value)
 
     @model_validator(mode="after")
     def _grid(self) -> Plan:

@@ -170,3 +170,20 @@ def test_where_each_seed_has_an_instance_of_its_own_every_searcher_runs_on_each(
 def test_an_instance_for_each_seed_is_refused_where_the_seed_is_given_or_none_is_known(problem: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="for problems with a setting 'seed'"):
         make_plan(plan_data(problems=[problem | {"instance": "seed"}])).check()
+
+
+def test_an_entry_with_each_stands_for_every_combination_of_the_values() -> None:
+    entry = {"name": "evopress", "settings": {"offspring": 4}, "each": {"widen_after": [3, 4], "survivors": [[1], [2]]}}
+    plan = make_plan(plan_data(searchers=[{"name": "uniform"}, entry]))
+    assert [(s.key, s.settings) for s in plan.searchers] == [
+        ("uniform", {}),
+        *(
+            (
+                f"evopress widen_after={wide}, survivors={n}",
+                {"offspring": 4, "widen_after": wide, "survivors": [n]},
+            )
+            for wide in (3, 4)
+            for n in (1, 2)
+        ),
+    ]
+    assert make_plan(plan.plain()) == plan

@@ -56,7 +56,7 @@ def _loss(checkpoint: Checkpoint) -> float:
 
 def _scaled(run: SearchRun, best: float, uniform: float) -> SearchRun:
     def scaled(checkpoint: Checkpoint) -> Checkpoint:
-        gap = 100 * (checkpoint.held_out.get("loss", math.nan) - best) / ((uniform - best) or 1.0)
+        gap = 100 * ((checkpoint.held_out.get("loss", math.nan) - best) / ((uniform - best) or 1.0))
         return replace(checkpoint, held_out={**checkpoint.held_out, "loss": 0.0 if gap < EXACT else gap})
 
     return replace(run, checkpoints=tuple(map(scaled, run.checkpoints)))

@@ -1,7 +1,7 @@
 """Keeps a comparison's report: `python -m benchmarks.measurements.keep FOLDER docs/results/NAME --command "..."`.
 
 Copies the page, the pictures (PNG), the tables (CSV) and the plan, and writes a README.md with the command, the machine
-and what the statistics say, in the report's own words. The kept page shows the pictures beside it; it holds none itself.
+and what the statistics say, in the report's own words. The kept page shows the pictures beside it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(p for package in ("evo_hpo", "searchers", "benchmarks") for p in (ROOT / package).rglob("*.py"))
+OURS = ("evo_hpo", "searchers", "benchmarks")
+FILES = sorted(p for package in OURS for p in (ROOT / package).rglob("*.py"))
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SETUPTOOLS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 
@@ -113,17 +114,25 @@ def test_contributing_names_every_room_on_its_floor() -> None:
     lines = re.findall(r"^\| (\d) \| `([^`]+)` \| [^|]+ \|$", text, re.MULTILINE)
     named = [{r.removesuffix("/") for n, r in lines if int(n) == height} for height in range(1, len(FLOORS) + 1)]
     assert named == list(FLOORS)
-    rooms = {
-        f"{p.parent.name}/{p.name}" for p in (ROOT / "evo_hpo").iterdir() if p.is_dir() and p.name != "__pycache__"
-    }
-    assert rooms <= {r for floor in FLOORS for r in floor}
+    rooms = {place(p.parent) for p in FILES if p.name == "__init__.py" and place(p).startswith("evo_hpo/")}
+    assert rooms - {"evo_hpo"} <= {r for floor in FLOORS for r in floor}
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_imports_go_from_benchmarks_to_searchers_to_the_framework(path: Path) -> None:
+    parts = path.relative_to(ROOT).parts
+    names = {top(n) for n in imported(path)}
+    if parts[0] == "evo_hpo":
+        assert not names & {"searchers", "benchmarks"}
+    if parts[0] == "searchers":
+        assert "benchmarks" not in names
+    assert "tests" not in names
 
 
 @pytest.mark.parametrize("path", FILES, ids=place)
 def test_heavy_packages_stay_in_their_rooms(path: Path) -> None:
     parts = path.relative_to(ROOT).parts
     names = {top(n) for n in imported(path)}
-    assert "tests" not in names
     if parts[0] == "benchmarks":
         return
     if parts[0] != "evo_hpo" or parts[1] not in HEAVY:
@@ -147,15 +156,14 @@ def names_of(requirements: list[str]) -> set[str]:
     return {re.split(r"[<>=\[ ]", r)[0].lower().replace("_", "-") for r in requirements}
 
 
+@cache
 def packages(path: Path) -> set[str]:
     """Packages of others that a file imports."""
-    known = packages_distributions()
-    others = (
-        {top(n) for n in imported(path)} - {"evo_hpo", "searchers", "benchmarks", "tests"} - sys.stdlib_module_names
-    )
-    return {known.get(n, [n])[0].lower().replace("_", "-") for n in others}
+    others = {top(n) for n in imported(path)} - {*OURS, "tests"} - sys.stdlib_module_names
+    return {(n if n in KNOWN.get(n, [n]) else KNOWN[n][0]).lower().replace("_", "-") for n in others}
 
 
+KNOWN = packages_distributions()
 REQUIRED = names_of(PROJECT["dependencies"])
 EXTRAS = {name: names_of(needed) for name, needed in PROJECT["optional-dependencies"].items()}
 
@@ -191,17 +199,11 @@ def test_the_wheel_carries_what_a_plan_can_name_and_no_measurement() -> None:
     assert carried == {n for n in on_disk if not n.startswith("benchmarks.")} | {"benchmarks.problems"}
     modules = {target.partition(":")[0] for group in PROJECT["entry-points"].values() for target in group.values()}
     assert {m.rpartition(".")[0] for m in modules} <= carried
-    data = {
-        p
-        for package, patterns in SETUPTOOLS["package-data"].items()
-        for x in patterns
-        for p in (ROOT / package).glob(x)
-    }
-    folders_carried = [ROOT / name.replace(".", "/") for name in carried] + [ROOT / "benchmarks/plans"]
-    others = {
-        p for folder in folders_carried for p in folder.iterdir() if p.is_file() and p.suffix not in (".py", ".pyc")
-    }
-    assert others <= data
+    data = SETUPTOOLS["package-data"].items()
+    listed = {p for package, patterns in data for pattern in patterns for p in (ROOT / package).glob(pattern)}
+    folders_carried = [*(ROOT / name.replace(".", "/") for name in carried), ROOT / "benchmarks/plans"]
+    found = {p for folder in folders_carried for p in folder.iterdir() if p.is_file()}
+    assert {p for p in found if p.suffix not in (".py", ".pyc")} <= listed
 
 
 # ---------------------------------------------------------------------- rules

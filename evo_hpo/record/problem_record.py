@@ -88,7 +88,7 @@ class ProblemRecord:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, without its key."""
-        names = ("fingerprint", "reference", "optimum", "describe", "notes")
+        names: tuple[str, ...] = ("fingerprint", "reference", "optimum", "describe", "notes")
         names += ("instances",) if self.instances else ()
         return {"space": self.space.to_json(), **{name: getattr(self, name) for name in names}}
 

@@ -10,10 +10,10 @@ from benchmarks.measurements.searchers.generations import generations
 from benchmarks.measurements.searchers.overhead import overhead
 from evo_hpo import Budget, FunctionProblem, search
 from evo_hpo.run.entries import SearcherEntry
-from evo_hpo.run.plan_file import load_plan
+from evo_hpo.run.plan_file import PlanFile
 from evo_hpo.search.registry import make_problem, make_searcher
 
-SMALL = load_plan(Path(__file__).parents[2] / "benchmarks" / "plans" / "small-spaces.toml")
+SMALL = PlanFile.read(Path(__file__).parents[2] / "benchmarks" / "plans" / "small-spaces.toml").plan()
 OURS = [entry for entry in SMALL.searchers if not entry.name.startswith(("optuna", "never"))]
 
 

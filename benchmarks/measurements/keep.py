@@ -1,12 +1,13 @@
 """Keeps a comparison's report: `python -m benchmarks.measurements.keep FOLDER docs/results/NAME --command "..."`.
 
 Copies the page, the pictures (PNG), the tables (CSV) and the plan, and writes a README.md with the command, the machine
-and what the statistics say, in the report's own words.
+and what the statistics say, in the report's own words. The kept page shows the pictures beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,9 +19,6 @@ from evo_hpo.report.summary import Standing, Summary, summarise
 from evo_hpo.report.tables import columns, figure_text, interval_note, interval_text, rows
 
 __all__ = ["keep", "main"]
-
-LARGEST = 4_000_000
-"""Characters of a page that is still kept."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,8 +42,10 @@ def keep(folder: Path, target: Path, command: str, note: str = "") -> None:
     for path in found:
         shutil.copy(path, target / path.name)
     text = page.read_text(encoding="utf-8").replace(str(folder), f"mlruns/comparisons/{folder.name}")
-    if len(text) <= LARGEST:
-        (target / page.name).write_text(text, encoding="utf-8")
+    for picture in report.glob("*.png"):
+        held = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+        text = text.replace(held, picture.name)
+    (target / page.name).write_text(text, encoding="utf-8")
     comparison = Comparison.load(folder)
     lines = [*_head(comparison, command), *([note.strip(), ""] if note else []), *_tables(comparison)]
     (target / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

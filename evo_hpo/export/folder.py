@@ -43,18 +43,17 @@ def export_profile(profile: Path, output: Path) -> dict[str, Any]:
     if not isinstance(factory, Factory):
         raise PlanError(f"{profile} is of problem {data['problem']['name']!r}, which has no model to export")
     task = factory.task(data["problem"].get("settings", {}))
-    store = task.open_store()
-    space = store.space(task.average)
-    levels = space.from_labels(data["units"])
+    levels = task.open_levels()
+    assignment = task.space(levels).from_labels(data["units"])
     loaded = load_model(task.model)
     modules = dict(loaded.model.named_modules())
-    for unit, level in enumerate(levels):
-        for name, weight in store.weights(unit, level).items():
+    for unit, level in enumerate(assignment):
+        for name, weight in levels.weights(unit, level).items():
             _set(modules[name], weight)
     fuse_experts(loaded.model)
     loaded.model.save_pretrained(output)  # type: ignore[operator]
     load_tokenizer(task.model).save_pretrained(output)
-    write_profile(output / "profile.txt", store, levels)
+    write_profile(output / "profile.txt", levels, assignment)
     (output / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
     return data
 

@@ -58,7 +58,6 @@ class LevelSet:
             for name, levels in rows
         ]
         self.units: Sequence[Unit] = tuple(_unit(name, levels, resource) for name, levels in self._rows)
-        self._cache: dict[tuple[int, int], Mapping[str, torch.Tensor | None]] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -203,10 +202,6 @@ class LevelSet:
     def _only(self, resource: str, what: str) -> None:
         if self.resource != resource:
             raise InvalidSettingError(f"{what}= needs levels counted in {resource}: use counted_in({resource!r})")
-
-    def to_labels(self, levels: Sequence[int]) -> dict[str, str]:
-        """Unit name -> label of its level."""
-        return {unit.name: unit.levels[level] for unit, level in zip(self.units, levels, strict=True)}
 
     def rows(self) -> list[tuple[str, list[Sequence[Choice]]]]:
         """Unit names and their levels, cheapest first."""

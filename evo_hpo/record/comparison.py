@@ -167,9 +167,8 @@ class Comparison:
         Raises:
             JournalError: it is not the one that the comparison started with: figures would not be comparable.
         """
-        known = self.problems.get(problem.key)
-        if known is not None and (changed := changes(known.fingerprint, problem.fingerprint)):
-            raise JournalError(f"problem {problem.key!r} is not the one this comparison started with ({told(changed)})")
+        if problem.key in self.problems:
+            problem = self.problems[problem.key].joined(problem)
         comparison = replace(self, problems={**self.problems, problem.key: problem})
         comparison._write()
         return comparison
@@ -239,14 +238,16 @@ class Comparison:
     def write_profiles(self) -> None:
         """Writes ``profiles/<search>.json`` for each search with held-out figures, and each problem's winner.
 
-        The winner's is ``winner.json``, or with several problems in the plan ``winner-<problem>.json``.
+        The winner's is ``winner.json``, or with several problems in the plan ``winner-<problem>.json``; a problem with
+        an instance for each seed has none.
         """
         target = self.folder / "profiles"
         results: dict[str, list[SearchRecord]] = {}
         texts: dict[str, str] = {}
         for search, found in self.journals():
             if isinstance(found, SearchRecord) and found.checkpoints:
-                results.setdefault(search.problem, []).append(found)
+                if not self.problems[search.problem].instances:
+                    results.setdefault(search.problem, []).append(found)
                 texts[found.search] = json.dumps(self._profile(search, found), indent=1)
                 target.mkdir(exist_ok=True)
                 write_whole(target / f"{search.id}.json", texts[found.search])
@@ -257,13 +258,16 @@ class Comparison:
 
     def _profile(self, search: PlannedSearch, found: SearchRecord) -> dict[str, Any]:
         final, problem = found.checkpoints[-1], self.problems[search.problem]
+        entry = {k: v for p in self.plan["problems"] if _key(p) == search.problem for k, v in p.items()}
+        if entry.pop("instance", None):
+            entry["settings"] = {**entry.get("settings", {}), "seed": search.seed}
         return {
             "search": search.id,
             "searcher": search.searcher,
             "settings": search.settings,
             "seed": search.seed,
-            "problem": next(p for p in self.plan["problems"] if _key(p) == search.problem),
-            "fingerprint": problem.fingerprint,
+            "problem": entry,
+            "fingerprint": found.header["fingerprint"],
             "held_out": final.held_out,
             "cost": problem.space.cost(final.levels),
             "average": problem.space.average(final.levels),

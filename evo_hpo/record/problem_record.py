@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from evo_hpo.errors import JournalError
+from evo_hpo.record.changes import changes, told
 from evo_hpo.search.problem import Problem
 from evo_hpo.space.compression_space import CompressionSpace
 
@@ -23,6 +25,8 @@ class ProblemRecord:
         reference: held-out figures of the uncompressed model; empty where there is none.
         optimum: least loss of any feasible assignment, where known.
         describe: of the space, a few lines; ``notes``: what else the reader should know.
+        instances: where every seed has a problem of its own, on the same space: seed -> its ``fingerprint`` and
+            ``optimum``. Losses of two instances cannot be compared; reports show gaps.
     """
 
     key: str
@@ -32,19 +36,41 @@ class ProblemRecord:
     optimum: float | None = None
     describe: str = ""
     notes: tuple[str, ...] = ()
+    instances: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, key: str, problem: Problem) -> ProblemRecord:
-        """The record of a problem that was made."""
+    def of(cls, key: str, problem: Problem, instance: int | None = None) -> ProblemRecord:
+        """The record of a problem that was made; ``instance``: for which seed, where each has its own."""
+        fingerprint, optimum = problem.fingerprint(), problem.optimum
         return cls(
             key,
             problem.space,
-            problem.fingerprint(),
+            fingerprint,
             problem.reference(),
-            problem.optimum,
+            optimum,
             problem.space.describe(),
             tuple(problem.notes),
+            {} if instance is None else {str(instance): {"fingerprint": fingerprint, "optimum": optimum}},
         )
+
+    def joined(self, made: ProblemRecord) -> ProblemRecord:
+        """The problem, made again or as the instance of another seed.
+
+        Raises:
+            JournalError: it is not the one that was recorded: figures would not be comparable.
+        """
+        pairs = [(self.fingerprint, made.fingerprint)]
+        if made.instances:
+            again = [seed for seed in made.instances if seed in self.instances]
+            pairs = [(self.instances[seed]["fingerprint"], made.instances[seed]["fingerprint"]) for seed in again]
+        for old, new in pairs:
+            if changed := changes(old, new):
+                raise JournalError(
+                    f"problem {self.key!r} is not the one this comparison started with ({told(changed)})"
+                )
+        if made.space.to_json() != self.space.to_json():
+            raise JournalError(f"problem {self.key!r}: its instances differ in their spaces: compare one instance")
+        return replace(made, instances={**self.instances, **made.instances})
 
     @classmethod
     def from_json(cls, key: str, data: Mapping[str, Any]) -> ProblemRecord:
@@ -57,11 +83,13 @@ class ProblemRecord:
             data.get("optimum"),
             data.get("describe") or "",
             tuple(map(str, data.get("notes") or ())),
+            data.get("instances") or {},
         )
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, without its key."""
-        names = ("fingerprint", "reference", "optimum", "describe", "notes")
+        names: tuple[str, ...] = ("fingerprint", "reference", "optimum", "describe", "notes")
+        names += ("instances",) if self.instances else ()
         return {"space": self.space.to_json(), **{name: getattr(self, name) for name in names}}
 
     @property
@@ -78,6 +106,8 @@ class ProblemRecord:
     @property
     def loss_lines(self) -> tuple[str, ...]:
         """Name and unit of the held-out loss, as it may be broken; lower is better."""
+        if self.instances:
+            return "gap to the best known loss", "(uniform = 100)"
         return ("held-out KL", "(nats/token)") if self.is_language_model else ("held-out loss",)
 
     @property

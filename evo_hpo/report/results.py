@@ -13,6 +13,7 @@ from evo_hpo.errors import UnknownNameError
 from evo_hpo.record.comparison import Comparison, winner
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.record.records import SearchRecord
+from evo_hpo.report.gaps import as_gaps
 from evo_hpo.report.search_run import SearchRun
 
 __all__ = ["Results"]
@@ -24,9 +25,9 @@ class Results:
 
     Attributes:
         name: of the plan.
-        problems: what was searched, by key.
+        problems: what was searched, by key. Where each seed has an instance of its own, held-out losses here are gaps.
         runs: the searches that have a readable journal, finished or not.
-        missing: id of a planned search without a readable journal -> why.
+        missing: id of a planned search without a readable journal (or without a measure of its gap) -> why.
         recorded: the comparison's folder with its plan and machine; one in memory has none.
     """
 
@@ -45,11 +46,14 @@ class Results:
         """
         recorded = Comparison.read(folder)
         found = list(recorded.journals())
+        missing = {planned.id: held for planned, held in found if isinstance(held, str)}
+        runs = [SearchRun.of(planned, held) for planned, held in found if isinstance(held, SearchRecord)]
+        problems, runs, unmeasured = as_gaps(recorded.problems, runs)
         return cls(
             name=recorded.name,
-            problems=recorded.problems,
-            runs=tuple(SearchRun.of(planned, held) for planned, held in found if isinstance(held, SearchRecord)),
-            missing={planned.id: held for planned, held in found if isinstance(held, str)},
+            problems=problems,
+            runs=tuple(runs),
+            missing=missing | unmeasured,
             recorded=recorded,
         )
 

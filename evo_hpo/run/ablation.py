@@ -1,15 +1,25 @@
-"""Ablations: one base searcher, and which of its settings to vary, as ordinary entries of a comparison."""
+"""Searchers under several settings, written out as ordinary entries of a comparison: ``each``, and ablations."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from evo_hpo.errors import PlanError
 from evo_hpo.run.entries import AblationEntry, SearcherEntry
 
-__all__ = ["expand"]
+__all__ = ["expand", "written_out"]
+
+
+def written_out(searchers: Sequence[SearcherEntry]) -> tuple[SearcherEntry, ...]:
+    """The searchers, those with ``each`` as one entry for every combination of its values."""
+    found = []
+    for entry in searchers:
+        for label, settings in _combinations(entry.each) if entry.each else [("", {})]:
+            more = {"label": f"{entry.key} {label}", "settings": {**entry.settings, **settings}, "each": None}
+            found.append(entry.model_copy(update=more) if label else entry)
+    return tuple(found)
 
 
 def expand(searchers: Sequence[SearcherEntry], ablation: AblationEntry) -> tuple[SearcherEntry, ...]:
@@ -39,19 +49,17 @@ def expand(searchers: Sequence[SearcherEntry], ablation: AblationEntry) -> tuple
 
 
 def _variants(ablation: AblationEntry) -> list[tuple[str, dict[str, Any]]]:
-    found: list[tuple[str, dict[str, Any]]] = []
-    if ablation.grid:
-        for values in product(*ablation.vary.values()):
-            settings = dict(zip(ablation.vary, values, strict=True))
-            found.append((", ".join(f"{k}={_shown(v)}" for k, v in settings.items()), settings))
-    else:
-        for key, values in ablation.vary.items():
-            found += [(f"{key}={_shown(value)}", {key: value}) for value in values]
-    for variant in ablation.variants:
-        shown = ", ".join(f"{k}={_shown(v)}" for k, v in variant.settings.items())
-        found.append((variant.label or shown, variant.settings))
-    return found
+    grids = [ablation.vary] if ablation.grid and ablation.vary else [{k: v} for k, v in ablation.vary.items()]
+    found = [variant for grid in grids for variant in _combinations(grid)]
+    return found + [(variant.label or _shown(variant.settings), variant.settings) for variant in ablation.variants]
 
 
-def _shown(value: Any) -> str:
-    return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def _combinations(vary: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Every combination of the values, with a label that names them."""
+    found = [dict(zip(vary, values, strict=True)) for values in product(*vary.values())]
+    return [(_shown(settings), settings) for settings in found]
+
+
+def _shown(settings: Mapping[str, Any]) -> str:
+    texts = {k: "/".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for k, v in settings.items()}
+    return ", ".join(f"{k}={v}" for k, v in texts.items())

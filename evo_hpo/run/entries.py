@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -48,13 +48,26 @@ class NamedEntry(Strict):
 
 
 class ProblemEntry(NamedEntry):
-    """A problem of the plan."""
+    """A problem of the plan.
+
+    ``instance = "seed"``: each seed of the plan draws an instance of its own, with that seed among its settings.
+    """
+
+    instance: Literal["seed"] | None = None
+
+    def settings_of(self, seed: int) -> dict[str, Any]:
+        """Settings of the problem that a search of this seed is on."""
+        return {**self.settings, "seed": seed} if self.instance else self.settings
 
 
 class SearcherEntry(NamedEntry):
-    """A searcher of the plan; ``seeds`` replaces the plan's."""
+    """A searcher of the plan; ``seeds`` replaces the plan's.
+
+    ``each``: setting -> values; the entry stands for one searcher for every combination of them.
+    """
 
     seeds: tuple[int, ...] | None = None
+    each: dict[str, tuple[Any, ...]] | None = None
 
 
 class VariantEntry(Strict):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.record.comparison import PlannedSearch
-from evo_hpo.run.ablation import expand
+from evo_hpo.run.ablation import expand, written_out
 from evo_hpo.run.entries import AblationEntry, BudgetEntry, ProblemEntry, SearcherEntry, Strict, VariantEntry
 from evo_hpo.search.registry import describe_problem, make_searcher, searcher_class
 from evo_hpo.search.searcher import check_settings
@@ -67,6 +67,11 @@ class Plan(Strict):
             raise ValueError(f"{list(value)} must be fractions of the budget, above 0 and at most 1")
         return tuple(sorted({*value, 1.0}))
 
+    @field_validator("searchers")
+    @classmethod
+    def _searchers(cls, value: tuple[SearcherEntry, ...]) -> tuple[SearcherEntry, ...]:
+        return written_out(value)
+
     @model_validator(mode="after")
     def _grid(self) -> Plan:
         if not self.seeds:
@@ -89,14 +94,14 @@ class Plan(Strict):
     def tasks(self) -> Iterator[PlannedSearch]:
         """Every search, seeds outermost so that partial results already compare all searchers.
 
-        A searcher whose seed changes nothing runs once.
+        A searcher whose seed changes nothing runs once on each instance of a problem.
         """
         seen = set()
         longest = max([self.seeds, *(s.seeds for s in self.searchers if s.seeds)], key=len)
         for position in range(len(longest)):
             for problem in self.problems:
                 for entry in self.searchers:
-                    fixed = not searcher_class(entry.name).random
+                    fixed = not (searcher_class(entry.name).random or problem.instance)
                     seeds = (entry.seeds or self.seeds)[: 1 if fixed else None]
                     if position >= len(seeds):
                         continue
@@ -133,6 +138,8 @@ class Plan(Strict):
                 for key in problem.settings:
                     if key not in known:
                         raise PlanError(f"has no setting {key!r}{_near(key, known)}; it has: {', '.join(known)}")
+                if problem.instance and ("seed" in problem.settings or "seed" not in known):
+                    raise PlanError("instance = 'seed' is for problems with a setting 'seed', and gives its values")
 
 
 PARTS: dict[str, type[BaseModel]] = {"budget": BudgetEntry, "problems": ProblemEntry, "searchers": SearcherEntry}

@@ -1,7 +1,8 @@
 """A process that runs searches of a comparison one after the other and reports what happens.
 
-Each process makes each problem once and keeps it. What it reports are the values of :mod:`evo_hpo.run.events`, and
-None when it is done; what must survive is in the journals, which it writes itself.
+Each process makes each problem once and keeps it; where each seed has an instance of its own, the latest. What it
+reports are the values of :mod:`evo_hpo.run.events`, and None when it is done; what must survive is in the journals,
+which it writes itself.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def run_searches(plan: Plan, folder: Path, resume: bool, cores: int, tasks: _Que
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = "1"  # an evaluator runs one single-threaded replica a core
     os.environ["EVO_HPO_THREADS"] = str(cores)
-    problems: dict[str, Problem] = {}
+    problems: dict[str, tuple[dict[str, Any], Problem]] = {}
     while (task := tasks.get()) is not None:
         try:
             _run(plan, folder, resume, task, problems, events)
@@ -79,15 +80,21 @@ def run_searches(plan: Plan, folder: Path, resume: bool, cores: int, tasks: _Que
 
 
 def _run(
-    plan: Plan, folder: Path, resume: bool, task: PlannedSearch, problems: dict[str, Problem], events: _Queue
+    plan: Plan,
+    folder: Path,
+    resume: bool,
+    task: PlannedSearch,
+    problems: dict[str, tuple[dict[str, Any], Problem]],
+    events: _Queue,
 ) -> None:
     key = task.problem
-    if key not in problems:
+    entry = next(p for p in plan.problems if p.key == key)
+    settings = entry.settings_of(task.seed)
+    if key not in problems or problems[key][0] != settings:  # of several instances the latest is kept
         events.put(ProblemLoading(key))
-        entry = next(p for p in plan.problems if p.key == key)
-        problems[key] = make_problem(entry.name, **entry.settings)
-        events.put(ProblemMade(ProblemRecord.of(key, problems[key])))
-    problem = problems[key]
+        problems[key] = settings, make_problem(entry.name, **settings)
+        events.put(ProblemMade(ProblemRecord.of(key, problems[key][1], task.seed if entry.instance else None)))
+    problem = problems[key][1]
     searcher = make_searcher(task.searcher, problem.space, seed=task.seed, **task.settings)
     budget = plan.budget.budget()
     header = search_header(
@@ -102,7 +109,7 @@ def _run(
         plan={"name": plan.name},
         label=task.label,
     )
-    header["problem"] = key
+    header |= {"problem": key} | ({"instance": task.seed} if entry.instance else {})
     events.put(SearchStarted(task.id))
     with Journal.open(folder / task.journal, header, resume=resume) as journal:
         result = search(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from evo_hpo.errors import InfeasibleError, InvalidSettingError
 from evo_hpo.levels.build import build, default_folder, make_compressor
+from evo_hpo.levels.level_set import LevelSet, joined
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.loading import compute_dtype, load_model, load_tokenizer
 from evo_hpo.models.text import load_tokens
@@ -41,6 +43,10 @@ class LanguageModelTask:
         drop: modules dropped of each group instead, as {"attention": 6, "mlp": 6}.
         store: folder of the level store; default: under the cache, named after what it holds. Built where missing.
         build: further settings of the build.
+        tie: modules that always share a level, as [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]; fast
+            kernels fuse them.
+        join: folders of further stores of the model, whose levels every unit is offered too, under the method's name.
+        dropped: every unit may also be dropped, at no cost.
         calibration, held_out: text (``pydoc``, a hub data set, files, ``self``); always disjoint.
         sequence_length: tokens a sequence.
         calibration_tokens: pool that minibatches are drawn from.
@@ -68,6 +74,9 @@ class LanguageModelTask:
     drop: tuple[tuple[str, int], ...] | dict[str, int] = ()
     store: str = ""
     build: tuple[tuple[str, Any], ...] | dict[str, Any] = ()
+    tie: tuple[tuple[str, ...], ...] = ()
+    join: tuple[str, ...] = ()
+    dropped: bool = False
     calibration: str = "pydoc"
     held_out: str = "pydoc"
     sequence_length: int = 256
@@ -87,6 +96,15 @@ class LanguageModelTask:
         object.__setattr__(self, "levels", tuple(self.levels))
         object.__setattr__(self, "build", tuple(sorted(dict(self.build).items())))
         object.__setattr__(self, "drop", tuple(sorted(dict(self.drop).items())))
+        object.__setattr__(self, "tie", tuple(tuple(names) for names in self.tie))
+        object.__setattr__(self, "join", tuple(self.join))
+        if self.method == "drop" and (self.tie or self.join or self.dropped):
+            raise InvalidSettingError("tie, join and dropped need a method with levels of weights, not 'drop'")
+        tied = [name for names in self.tie for name in names]
+        if len(tied) != len(set(tied)) or any(len(names) < 2 for names in self.tie):
+            raise InvalidSettingError(f"tie={[list(t) for t in self.tie]} must be lists of two or more, each name once")
+        if self.join and self.method not in ("gptq", "rtn") and not self.resource:
+            raise InvalidSettingError(f"join={list(self.join)} counts bits: it needs method gptq or rtn, or storage")
         if self.resource not in ("", "storage") or (self.resource and self.method == "drop"):
             raise InvalidSettingError(f"resource={self.resource!r} must be empty or 'storage', and empty for drop")
         if self.drop and self.method != "drop":
@@ -114,11 +132,11 @@ class LanguageModelTask:
         Raises:
             InfeasibleError: the average is outside what the levels allow.
         """
-        if self.resource:  # what a level takes on disk is known once it is built
+        if self.resource or self.join:  # what a level takes on disk, or others hold, is known once it is built
             return CompressionSpace([Unit(f"layers.{i}.unit", costs=(16, 32), size=16) for i in range(30)], 30 * 24)
         if self.method in ("gptq", "rtn"):
             ordered = sorted(self.levels)
-            low, high = ordered[0], ordered[-1]
+            low, high = 0 if self.dropped else ordered[0], ordered[-1]
             if not low <= self.average <= high:
                 raise InfeasibleError(
                     f"average={self.average} bits is outside what levels {list(ordered)} allow, {low} to {high}:"
@@ -127,20 +145,20 @@ class LanguageModelTask:
             units = [
                 Unit(
                     f"layers.{i}.unit",
-                    costs=tuple(int(b) * 16 for b in ordered),
-                    levels=tuple(map(str, ordered)),
+                    costs=tuple(int(b) * 16 for b in (*[0] * self.dropped, *ordered)),
+                    levels=tuple(map(str, (*["dropped"] * self.dropped, *ordered))),
                     size=16,
                 )
                 for i in range(30)
             ]
             return CompressionSpace.from_average(units, self.average)
         if self.method in ("sparsegpt", "magnitude", "wanda"):
-            if not min(self.levels) <= self.average <= max(self.levels):
+            if not min(self.levels) <= self.average <= (1 if self.dropped else max(self.levels)):
                 raise InfeasibleError(
                     f"average={self.average} sparsity is outside what levels {sorted(self.levels)} allow:"
                     " change the average or the levels"
                 )
-            kept = sorted(round(1000 * (1 - s)) for s in self.levels)
+            kept = sorted(round(1000 * (1 - s)) for s in (*self.levels, *[1] * self.dropped))
             units = [Unit(f"layers.{i}.unit", costs=tuple(kept), size=1000) for i in range(30)]
             return CompressionSpace(units, int(30 * 1000 * (1 - Fraction(str(self.average)))))
         units = [Unit(f"layers.{i}.unit", costs=(0, 1), levels=("dropped", "kept")) for i in range(30)]
@@ -180,17 +198,44 @@ class LanguageModelTask:
         """
         return LevelStore.open(self.store_folder, dtype, device=self.device, model_fingerprint=model_fingerprint)
 
+    def open_levels(self, model_fingerprint: str | None = None, dtype: torch.dtype = torch.float32) -> LevelSet:
+        """The levels that are searched: the store's, joined with others', dropped ones added, tied.
+
+        Raises:
+            StoreError: as :meth:`open_store`, also for stores to join; or their labels are equal.
+            InvalidSettingError: no unit is called as ``tie`` says.
+        """
+        store = self.open_store(model_fingerprint, dtype)
+        levels, others = store.levels, []
+        for folder in self.join:
+            of = model_fingerprint or store.manifest.model_fingerprint
+            others.append(LevelStore.open(folder, dtype, device=self.device, model_fingerprint=of))
+        if others:
+            prefixes = ["", *(f"{other.manifest.plan.method} " for other in others)]
+            levels = joined([levels, *(other.levels for other in others)], self.resource or "bits", prefixes)
+        if self.dropped:
+            levels = levels.with_dropped()
+        for names in self.tie:
+            before, pattern = len(levels.units), "|".join(map(re.escape, names))
+            levels = levels.tied({"+".join(names): rf"(.*)\.(?:{pattern})$"})
+            if len(levels.units) == before:
+                raise InvalidSettingError(f"tie={list(names)} ties nothing: the units are called {_last(levels.units)}")
+        return levels.counted_in(self.resource) if self.resource else levels
+
+    def space(self, levels: LevelSet) -> CompressionSpace:
+        """The search space on these levels."""
+        return levels.space(drop=dict(self.drop)) if self.drop else levels.space(self.average)
+
     def make(self) -> LanguageModelProblem:
         """The problem: loads model, store and text."""
         dtype = fastest_dtype(self.device) if self.dtype == "auto" else compute_dtype(self.dtype)
         loaded = load_model(self.model, dtype, self.device)
-        store = self.open_store(loaded.fingerprint, dtype)
-        levels = store.levels.counted_in(self.resource) if self.resource else store.levels
+        levels = self.open_levels(loaded.fingerprint, dtype)
         pool = self._text(self.calibration, "calibration", self.calibration_tokens, loaded.model)
         held_out = self._text(self.held_out, "held_out", self.held_out_tokens, loaded.model)
         evaluator = Evaluator(
             loaded.model,
-            levels if self.resource else store,
+            levels,
             pool,
             fitness=self.fitness,  # type: ignore[arg-type]
             threads=int(os.environ.get("EVO_HPO_THREADS", "0")) or None,
@@ -199,12 +244,18 @@ class LanguageModelTask:
             measure=self.measure,
             cache=Path(self.cache).expanduser() if self.cache else None,
         )
-        space = levels.space(drop=dict(self.drop)) if self.drop else levels.space(self.average)
-        return LanguageModelProblem(evaluator, space, held_out, tokens=self.tokens, name=f"{loaded.name} {self.method}")
+        return LanguageModelProblem(
+            evaluator, self.space(levels), held_out, tokens=self.tokens, name=f"{loaded.name} {self.method}"
+        )
 
     def _text(self, spec: str, split: str, tokens: int, model: torch.nn.Module) -> torch.Tensor:
         tokenizer = load_tokenizer(self.model)
         return load_tokens(spec, tokenizer, self.sequence_length, tokens, self.seed, split, model)  # type: ignore[arg-type]
+
+
+def _last(units: Sequence[Unit]) -> str:
+    """Last parts of the units' names, each once."""
+    return ", ".join(dict.fromkeys(unit.name.rpartition(".")[2] for unit in units))
 
 
 class Factory:

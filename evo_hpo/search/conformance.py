@@ -6,7 +6,7 @@
         names = ("my_searcher", "my_searcher:variant")      # registered names, or override ``searcher``
         settings = {"batch": 4}
 
-Needs pytest. Nothing else of this package imports this module.
+Needs pytest (in the extra `dev`). Nothing else of this package imports this module.
 """
 
 from __future__ import annotations

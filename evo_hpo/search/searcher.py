@@ -93,11 +93,6 @@ class Searcher(ABC):
     def _rank(outcome: Outcome) -> tuple[int, float]:
         return -outcome.tokens, outcome.loss
 
-    @classmethod
-    def setting_names(cls) -> tuple[str, ...]:
-        """Names of the settings that this searcher takes."""
-        return tuple(settings_of(cls))
-
 
 def settings_of(cls: type) -> dict[str, Any]:
     """Settings (keyword-only parameters but the seed) of a searcher class with their defaults, own class first."""

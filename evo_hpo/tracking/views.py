@@ -207,8 +207,11 @@ def _problem_views(records: Sequence[SearchRecord], only: str = "", mark: str = 
     """
     units = [safe_key(f"unit/{name}") for name in differing_units(records)]
     few = len(records) < 4 and len(next((r.space.units for r in records if r.space), ())) <= UNITS_SHOWN
-    best = winner(r for r in records if r.checkpoints) if len(records) > 1 else None
-    found = [View(f"trials{mark}", f"Best trials{name}", TRIALS + only, "metrics.`loss`", TRIAL_COLUMNS)]
+    alike = not any("instance" in r.header for r in records)  # losses of two instances cannot be compared
+    best = winner(r for r in records if r.checkpoints) if alike and len(records) > 1 else None
+    found = []
+    if alike:
+        found.append(View(f"trials{mark}", f"Best trials{name}", TRIALS + only, "metrics.`loss`", TRIAL_COLUMNS))
     if best is not None and re.fullmatch(NAMEABLE, best.search):
         where = f"{TRIALS} and tags.search = '{best.search}'"
         found.append(View(f"winner{mark}", f"Trials of {best.search}", where, "metrics.`loss`", TRIAL_COLUMNS))

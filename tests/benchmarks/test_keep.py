@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from benchmarks.measurements.keep import main
@@ -25,4 +26,6 @@ def test_a_kept_report_says_what_the_statistics_say(suite: Path, tmp_path: Path)
     assert "- A remark." in page
     assert "known optimum" in page
     assert {"report.html", "table.csv", "ranks.png"} <= {p.name for p in target.iterdir()}
+    shown = re.findall(r'<img src="([^"]*)"', (target / "report.html").read_text(encoding="utf-8"))
+    assert set(shown) == {p.name for p in target.glob("*.png")}  # each picture is kept once
     assert not any(str(suite) in text for text in (page, (target / "report.html").read_text(encoding="utf-8")))

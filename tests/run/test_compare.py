@@ -29,6 +29,8 @@ from evo_hpo.run.events import (
 )
 from evo_hpo.run.plan import make_plan
 from evo_hpo.run.schedule import ComparisonFailed, compare, comparison_folder
+from evo_hpo.search.problem import FunctionProblem
+from evo_hpo.search.registry import make_problem
 from evo_hpo.space.compression_space import CompressionSpace
 from tests.run.test_plan import plan_data
 
@@ -134,3 +136,19 @@ def test_a_search_that_fails_leaves_its_trace_and_the_others_their_profiles(tmp_
         compare(plan, folder=tmp_path / "small", listener=heard.append)
     assert [e.search for e in heard if isinstance(e, SearchFailed)] == ["evopress-s0"]
     assert {p.name for p in (tmp_path / "small" / "profiles").iterdir()} == {"uniform-s0.json", "winner.json"}
+
+
+def test_each_seed_searches_its_own_instance_also_after_resuming(tmp_path: Path) -> None:
+    problem = {"name": "interacting", "settings": {"units": 9}, "instance": "seed"}
+    plan = make_plan(plan_data(problems=[problem], budget={"evaluations": 12}))
+    folder = compare(plan, root=tmp_path)
+    first = trials(folder)
+    assert trials(compare(plan, root=tmp_path, resume=True)) == first
+    for search, found in first.items():
+        made = make_problem("interacting", units=9, seed=int(search[-1]))
+        assert isinstance(made, FunctionProblem)
+        assert [loss for _, _, loss, *_ in found] == [made.function(levels) for _, levels, *_ in found]
+    assert Comparison.read(folder).problems["interacting"].instances.keys() == {"0", "1"}
+    profile, _ = open_profile(folder / "profiles" / "evopress-s1.json")
+    assert profile["problem"]["settings"] == {"units": 9, "seed": 1}
+    assert not list(folder.glob("profiles/winner*"))  # losses of two instances cannot be compared

@@ -152,3 +152,38 @@ def test_a_plan_of_plain_data_can_be_read_again() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "plans").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_plan_that_ships_is_valid(path: Path) -> None:
     PlanFile.read(path).plan().check()
+
+
+def test_where_each_seed_has_an_instance_of_its_own_every_searcher_runs_on_each() -> None:
+    problem = {"name": "additive", "settings": {"units": 8}, "instance": "seed"}
+    plan = make_plan(plan_data(problems=[problem]))
+    tasks = list(plan.tasks())
+    assert [t.id for t in tasks] == ["uniform-s0", "evopress-s0", "uniform-s1", "evopress-s1"]
+    assert [plan.problems[0].settings_of(t.seed) for t in tasks] == [{"units": 8, "seed": s} for s in (0, 0, 1, 1)]
+    assert not any(t.deterministic for t in tasks)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [{"name": "additive", "settings": {"seed": 3}}, {"name": "tabular", "settings": {"landscape": "pairs-5"}}],
+)
+def test_an_instance_for_each_seed_is_refused_where_the_seed_is_given_or_none_is_known(problem: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="for problems with a setting 'seed'"):
+        make_plan(plan_data(problems=[problem | {"instance": "seed"}])).check()
+
+
+def test_an_entry_with_each_stands_for_every_combination_of_the_values() -> None:
+    entry = {"name": "evopress", "settings": {"offspring": 4}, "each": {"widen_after": [3, 4], "survivors": [[1], [2]]}}
+    plan = make_plan(plan_data(searchers=[{"name": "uniform"}, entry]))
+    assert [(s.key, s.settings) for s in plan.searchers] == [
+        ("uniform", {}),
+        *(
+            (
+                f"evopress widen_after={wide}, survivors={n}",
+                {"offspring": 4, "widen_after": wide, "survivors": [n]},
+            )
+            for wide in (3, 4)
+            for n in (1, 2)
+        ),
+    ]
+    assert make_plan(plan.plain()) == plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,94 @@ def test_storage_bits_can_be_the_budget(model_folder: Path, tmp_path: Path, monk
     assert stored.score([stored.space.uniform()], Minibatch(0, 32))[0].loss > 0
     with pytest.raises(EvoHpoError, match="resource='weights' must be empty or 'storage'"):
         make_problem("language_model", **nominal | {"resource": "weights"})
+
+
+TIES = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
+
+
+@pytest.fixture(scope="module")
+def rounded(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a problem with a store of rounded levels that is built, and the folder of one of pruned levels."""
+    folder = tmp_path_factory.mktemp("stores")
+    chosen = settings(model_folder, folder / "rtn", method="rtn", dtype="float32", early_stopping=False)
+    prepare_problem("language_model", chosen, lambda *_: None)
+    pruned = chosen | {"method": "magnitude", "levels": [0.5], "average": 0.5, "store": str(folder / "magnitude")}
+    prepare_problem("language_model", pruned | {"build": {}}, lambda *_: None)
+    return chosen
+
+
+def loss(problem: Any, levels: dict[str, str]) -> float:
+    """Loss of an assignment that is given by the label of each unit's level."""
+    assignment = tuple(unit.levels.index(levels[unit.name]) for unit in problem.space.units)
+    return float(problem.score([assignment], Minibatch(0, 32))[0].loss)
+
+
+def test_tied_modules_share_a_level(rounded: dict[str, Any]) -> None:
+    tied = make_problem("language_model", **rounded | {"tie": TIES})
+    free = make_problem("language_model", **rounded)
+    assert [unit.name for unit in tied.space.units[:4]] == [
+        "model.layers.0.self_attn.q_proj+k_proj+v_proj",
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.gate_proj+up_proj",
+        "model.layers.0.mlp.down_proj",
+    ]
+    assert tied.space.total_size == free.space.total_size
+    labels = {unit.name: "234"[i % 3] for i, unit in enumerate(tied.space.units)}
+    spread = {member: labels[unit.name] for unit in tied.space.units for member in unit.members}
+    assert loss(tied, labels) == loss(free, spread)
+
+
+def test_levels_of_other_stores_and_dropped_ones_are_offered_too(rounded: dict[str, Any]) -> None:
+    other = str(Path(rounded["store"]).with_name("magnitude"))
+    mixed = make_problem("language_model", **rounded | {"join": [other], "dropped": True})
+    for unit in mixed.space.units:
+        assert unit.levels == ("dropped", "2", "3", "4", "magnitude 0.5")
+        assert unit.costs == tuple(bits * unit.size for bits in (0, 2, 3, 4, 8))  # 16 bits for each kept weight
+    pruned = rounded | {"method": "magnitude", "levels": [0.5], "average": 0.5, "store": other, "build": {}}
+    alone = make_problem("language_model", **pruned)
+    names = [unit.name for unit in mixed.space.units]
+    assert loss(mixed, dict.fromkeys(names, "magnitude 0.5")) == loss(alone, dict.fromkeys(names, "0.5"))
+    assert loss(mixed, dict.fromkeys(names, "4") | {names[-1]: "dropped"}) > loss(mixed, dict.fromkeys(names, "4"))
+
+
+def test_a_mixed_profile_is_exported_with_the_levels_that_it_names(rounded: dict[str, Any], tmp_path: Path) -> None:
+    other = str(Path(rounded["store"]).with_name("magnitude"))
+    problem = rounded | {"join": [other], "dropped": True, "tie": TIES}
+    made = make_problem("language_model", **problem)
+    names = [unit.name for unit in made.space.units]
+    labels = dict.fromkeys(names, "2") | {names[0]: "magnitude 0.5", names[3]: "dropped"}
+    assignment = [unit.levels.index(labels[unit.name]) for unit in made.space.units]
+    profile = {"problem": {"name": "language_model", "settings": problem}, "levels": assignment, "units": labels}
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    export_profile(tmp_path / "profile.json", tmp_path / "model")
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_modules())
+    share = [
+        float((exported[f"model.layers.0.self_attn.{n}_proj"].weight == 0).float().mean()) for n in ("q", "k", "v")
+    ]
+    assert share == [0.5, 0.5, 0.5]
+    assert not exported["model.layers.0.mlp.down_proj"].weight.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tie": [["q_proj"]]}, "lists of two or more, each name once"),
+        ({"tie": [["q_proj", "k_proj"], ["k_proj", "v_proj"]]}, "lists of two or more, each name once"),
+        ({"tie": [["query", "key"]]}, "ties nothing: the units are called q_proj, k_proj, v_proj, o_proj"),
+        ({"join": ["/nowhere"]}, "/nowhere"),
+        ({"method": "magnitude", "join": ["x"], "build": {}}, "counts bits: it needs method gptq or rtn, or storage"),
+        ({"method": "drop", "dropped": True, "levels": []}, "need a method with levels of weights, not 'drop'"),
+    ],
+)
+def test_ties_and_joins_that_cannot_be_are_refused(rounded: dict[str, Any], changes: Any, message: str) -> None:
+    with pytest.raises(EvoHpoError, match=re.escape(message)):
+        make_problem("language_model", **rounded | changes)
+
+
+def test_a_search_over_tied_joined_and_dropped_levels_runs(rounded: dict[str, Any], tmp_path: Path) -> None:
+    other = str(Path(rounded["store"]).with_name("magnitude"))
+    problem = rounded | {"join": [other], "dropped": True, "tie": TIES, "average": 2.5}
+    plan = plan_of(problem, budget={"tokens": 1024})
+    rehearse_and_prepare(problem, plan)
+    folder = compare(plan, root=tmp_path)
+    assert all(r.finished for r in read_journals(folder))

@@ -6,7 +6,7 @@
 Each round starts a real search process with its background writer, on a fresh store (so that some kills fall into the
 database's creation) or on one that is made before, kills the search, the writer or both with SIGKILL after a random
 time, and resumes. At the end the journal must equal that of an uninterrupted search, trial for trial, and MLflow must
-hold exactly those trials.
+hold exactly those trials. Needs psutil (in the extra `measurements`).
 """
 
 from __future__ import annotations

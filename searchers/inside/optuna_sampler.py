@@ -143,6 +143,10 @@ class EvoPressSampler(BaseSampler):
         self._reserve = () if self._space is None else self._space.uniform()  # kept for parameters that are not bred
         self._bred: set[int] = set()  # running trials whose common parameters have the budget but for a reserve
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what is made anew where it is needed; so a sampler that was used can be pickled."""
+        return {**self.__dict__, "_breeders": {}}
+
     # ------------------------------------------------------------------ Optuna's interface
 
     def reseed_rng(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import pickle
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -170,6 +171,14 @@ def test_same_seed_same_trials_in_a_spawned_process_and_another_seed_differs() -
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(_params, (1,)) == here
     assert _params(2) != here
+
+
+def test_a_sampler_that_was_used_can_be_pickled_and_goes_on_alike() -> None:
+    whole = run(sampler(), 30)
+    study = run(sampler(), 12)
+    study.sampler = pickle.loads(pickle.dumps(study.sampler))
+    study.optimize(lambda trial: loss(bits(trial)), n_trials=18)
+    assert [t.params for t in study.trials] == [t.params for t in whole.trials]
 
 
 def test_ask_and_tell_with_fixed_distributions() -> None:

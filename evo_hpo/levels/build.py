@@ -52,15 +52,18 @@ def build(
 
     Raises:
         StoreError: the folder holds another store, or a damaged one.
+        ModelError: an architecture that cannot be compressed or scored.
     """
     from evo_hpo.levels.blockwise import build_store
     from evo_hpo.levels.drop import build_drop_store
     from evo_hpo.levels.store import open_store
+    from evo_hpo.models.gates import GatedModel, example_tokens
     from evo_hpo.models.loading import compute_dtype, load_model
     from evo_hpo.models.structure import ROUTERS
     from evo_hpo.models.text import load_tokens
 
     loaded = load_model(model, compute_dtype(dtype))
+    GatedModel(loaded.model, example_tokens(loaded.model))  # what cannot be scored is refused before it is compressed
     if method == "drop":
         build_drop_store(loaded, Path(folder).expanduser(), **_dropped(levels, settings))
         return open_store(folder, model_fingerprint=loaded.fingerprint)

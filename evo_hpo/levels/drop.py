@@ -11,6 +11,8 @@ from torch import nn
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.manifest import LevelRecord, Manifest, Plan, UnitRecord
 from evo_hpo.levels.writing import StoreWriter
+from evo_hpo.models.dropping import check_droppable
+from evo_hpo.models.gates import example_tokens
 from evo_hpo.models.loading import LoadedModel
 from evo_hpo.models.structure import droppable_modules
 
@@ -32,6 +34,7 @@ def build_drop_store(
 
     Raises:
         InvalidSettingError: no kind, an unknown one, blocks together with their own parts, nothing left to drop.
+        ModelError: an architecture of which such modules cannot be left out.
     """
     if not kinds or set(kinds) - set(KINDS) or (set(kinds) & {"block", "pair"} and len(set(kinds)) > 1):
         raise InvalidSettingError(f"kinds={list(kinds)} must be 'attention' and/or 'mlp', or 'block' or 'pair' alone")
@@ -42,6 +45,8 @@ def build_drop_store(
         raise InvalidSettingError(
             f"may_drop={may_drop!r} matches none of {len(units)} modules, such as {units[0][0]!r}"
         )
+    members = {member for _, unit in chosen for member in unit}
+    check_droppable(loaded.model, members, example_tokens(loaded.model))
     records = tuple(_record(loaded.model, name, members) for name, members in chosen)
     plan = Plan(
         model=loaded.name,

@@ -23,7 +23,7 @@ from evo_hpo.scoring.batch_scoring import BatchScorer, Sums
 from evo_hpo.scoring.compiling import Compiled, compile_parts
 from evo_hpo.scoring.dense import DenseSide, PackedSide
 from evo_hpo.scoring.divergence import Fitness
-from evo_hpo.scoring.gates import GatedModel
+from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.identity import context_hash, model_hash
 from evo_hpo.scoring.kept_inputs import ReferenceStates

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from evo_hpo.errors import StoreError
 from evo_hpo.levels.levels import Levels
+from evo_hpo.models.dropping import Absent, absent
 from evo_hpo.models.experts import LinearExperts
-from evo_hpo.models.structure import is_transposed
-from evo_hpo.scoring.gates import GatedModel
+from evo_hpo.models.structure import is_linear, is_transposed
+from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.prepacking import Prepacked, use_prepacked
 from evo_hpo.space.compression_space import Assignment, Unit
 
@@ -26,12 +27,13 @@ class LevelSwitch:
     Args:
         gated: the model; its weights are references that this class replaces and restores.
         levels: the weights of each unit's levels.
-        example: token ids for one pass that notes what each member returns, for members that may be dropped.
+        example: token ids for one pass that learns what stands for members that may be dropped.
         lock: held while the store is read (the store need not be thread-safe).
         packed_bytes: memory for packed copies of weights (see :mod:`evo_hpo.scoring.prepacking`).
 
     Raises:
         StoreError: a unit's member is not in the model, or a level's weight has another shape.
+        ModelError: a member that is no linear layer cannot be dropped.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class LevelSwitch:
                 self._modules[name] = modules[name]
         self._numbers = {name: number for number, name in enumerate(gated.blocks)}
         self._dense: dict[str, Tensor] = {}
-        self._outputs: dict[str, tuple[int, int]] = {}
+        self._absent: dict[str, Absent] = {}
         self._note_outputs(example)
         self._current: list[int] = [-1] * len(levels.units)
         self.packed = Prepacked(packed_bytes)
@@ -128,30 +130,34 @@ class LevelSwitch:
             module.__dict__.pop("forward", None)
 
     def _nothing(self, name: str) -> Callable[..., Any]:
-        width, length = self._outputs.get(name) or (_width(self._modules[name]), 0)
+        if name in self._absent:
+            return self._absent[name]
+        width = _width(self._modules[name])
 
-        def nothing(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            zeros = hidden.new_zeros(*hidden.shape[:-1], width)
-            return (zeros, *[None] * (length - 1)) if length else zeros
+        def nothing(hidden: Tensor) -> Tensor:
+            return hidden.new_zeros(*hidden.shape[:-1], width)
 
         return nothing
 
     def _note_outputs(self, example: Tensor) -> None:
-        def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(_: nn.Module, __: Any, output: Any) -> None:
-                first = output[0] if isinstance(output, tuple) else output
-                self._outputs[name] = (first.shape[-1], len(output) if isinstance(output, tuple) else 0)
+        """Learns what stands for each module that is no linear layer, and so can only be dropped or kept."""
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+                self._absent[name] = absent(name, module, args, kwargs)
 
             return hook
 
-        hooks = [module.register_forward_hook(note(name)) for name, module in self._modules.items()]
+        modules = {n: m for n, m in self._modules.items() if n not in self._numbers and not is_linear(m)}
+        hooks = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in modules.items()]
         try:
             with torch.inference_mode():
                 self._gated.final_hidden(example)
         finally:
-            for hook in hooks:
-                hook.remove()
+            for each in hooks:
+                each.remove()
+        if unseen := sorted(set(modules) - set(self._absent)):
+            raise StoreError(f"{unseen[0]!r} did not run in a forward pass: it cannot be dropped")
 
 
 def _seeing_every_token(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
@@ -161,7 +167,7 @@ def _seeing_every_token(model: nn.Module, modules: Mapping[str, nn.Module]) -> I
 
 
 def _width(module: nn.Module) -> int:
-    """Width of a linear layer's output; for one that no token of the example reached (an expert)."""
+    """Width of a linear layer's output."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[1] if is_transposed(module) else weight.shape[0])

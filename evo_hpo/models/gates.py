@@ -15,16 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evo_hpo.errors import ModelError
+from evo_hpo.errors import EvoHpoError, ModelError
 from evo_hpo.models.structure import decoder_blocks
 
-__all__ = ["GatedModel", "replicate"]
+__all__ = ["GatedModel", "example_tokens", "replicate"]
 
 
 def replicate(model: nn.Module) -> nn.Module:
     """A copy with its own module objects and parameters that share the memory of the model's weights."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, memo).eval()
+
+
+def example_tokens(model: nn.Module, length: int = 12) -> Tensor:
+    """Token ids for checks of a model, 1 x length, spread over its vocabulary."""
+    getter: Any = model.get_input_embeddings
+    weight = getter().weight
+    return ((7 + 13 * torch.arange(length)) % len(weight))[None].to(weight.device)
 
 
 class GatedModel:
@@ -41,7 +48,8 @@ class GatedModel:
         dropped: numbers of the blocks that pass their input through.
 
     Raises:
-        ModelError: no decoder blocks, no output head, or the gated pass differs from the plain one.
+        ModelError: no decoder blocks, no output head, a model that looks at later tokens, or one whose gated pass fails
+            or differs from the plain one.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
@@ -55,14 +63,22 @@ class GatedModel:
         self._keep: Collection[int] = ()
         self._kept: dict[int, Tensor] = {}
         self._final: Tensor | None = None
-        with torch.inference_mode():
-            plain = self._plain_hidden(example)
-            self._originals = [block.forward for block in self.blocks.values()]
-            self._forwards = list(self._originals)
-            for number, block in enumerate(self.blocks.values()):
-                block.forward = self._gate(number)
-            self.head.forward = self._tap
-            self._check(example, plain)
+        self._originals = [block.forward for block in self.blocks.values()]
+        self._forwards = list(self._originals)
+        try:
+            with torch.inference_mode():
+                plain = self._plain_hidden(example)
+                for number, block in enumerate(self.blocks.values()):
+                    block.forward = self._gate(number)
+                self.head.forward = self._tap
+                self._check(example, plain)
+        except (EvoHpoError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever an architecture's own code says when it is not run in one piece
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ModelError(
+                f"{type(model).__name__} is not supported: its blocks cannot be run one by one ({reason})"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -140,7 +156,7 @@ class GatedModel:
 
     def _note(self, number: int) -> Callable[[nn.Module, Any, Any], None]:
         def note(_: nn.Module, __: Any, output: Any) -> None:
-            self._returns[number] = len(output) if isinstance(output, tuple) else 0
+            self._returns[number] = len(output) if isinstance(output, tuple | list) else 0
 
         return note
 
@@ -148,6 +164,13 @@ class GatedModel:
         numbers = range(len(self))
         tolerance = 1e-5 if plain.dtype == torch.float32 else 2e-2
         whole, kept = self.final_hidden(ids, keep=numbers)
+        other = ids.clone()
+        other[:, -1] = ids[:, 0]
+        changed = float((self.final_hidden(other)[0] - plain)[:, :-1].abs().max())
+        if not changed <= 10 * tolerance * float(plain.abs().max()):
+            raise ModelError(
+                f"{type(self.model).__name__} is no causal language model: what it says of a token depends on later ones"
+            )
         for start in sorted({0, 1 % len(self), len(self) // 2, len(self) - 1}):
             resumed, _ = self.final_hidden(ids, start, kept[start])
             scale = float(plain.abs().max())

@@ -1,0 +1,135 @@
+"""What "dropped" means: the module adds nothing to the residual stream, and the stream itself is unchanged.
+
+A model that is written to disk keeps a dropped module, with all its parameters zero. So a module or block may be
+dropped where that is the same as leaving it out, which is tried on a few tokens, not looked up in a list:
+
+- a block whose linear layers are zero must hand on its input (norms after the addition, scaled streams do not);
+- a whole block whose parameters are all zero must do so too;
+- a module whose parameters are zero must return zeros, or one of its inputs (where it adds the residual itself).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evo_hpo.errors import ModelError
+from evo_hpo.models.gates import replicate
+from evo_hpo.models.structure import decoder_blocks, is_linear
+
+__all__ = ["Absent", "absent", "check_droppable", "first_of", "zero_parameters"]
+
+Absent = Callable[..., Any]
+"""Called like a module that is dropped, it returns what that module would with all its parameters zero."""
+
+
+@contextlib.contextmanager
+def zero_parameters(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """The parameters are zero within the context; it takes no memory."""
+    kept = [(parameter, parameter.data) for parameter in parameters]
+    try:
+        for parameter, data in kept:
+            parameter.data = torch.zeros((), dtype=data.dtype, device=data.device).expand(data.shape)
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+def first_of(output: Any) -> Tensor:
+    """The hidden states in what a module or block returns."""
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return found
+
+
+def absent(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Absent:
+    """What stands for a dropped module, learned from one call of it.
+
+    Raises:
+        ModelError: with all its parameters zero it returns neither zeros nor one of its inputs.
+    """
+    with zero_parameters(module.parameters()):
+        output = module.forward(*args, **kwargs)
+    hidden = first_of(output)
+    rest = [None] * (len(output) - 1) if isinstance(output, tuple | list) else None
+    same: Callable[[Any], bool] = lambda x: isinstance(x, Tensor) and x.shape == hidden.shape and torch.equal(x, hidden)
+    if not hidden.any():
+        place: int | str | None = None
+    elif any(same(value) for value in (*args, *kwargs.values())):
+        place = next(place for place, value in (*enumerate(args), *kwargs.items()) if same(value))
+    else:
+        raise ModelError(f"{name} ({type(module).__name__}) cannot be dropped: without weights it still adds something")
+    width = hidden.shape[-1]
+
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        if place is None:
+            given = args[0] if args else kwargs["hidden_states"]
+            stream = given.new_zeros(*given.shape[:-1], width)
+        else:
+            stream = args[place] if isinstance(place, int) else kwargs[place]
+        return stream if rest is None else (stream, *rest)
+
+    return nothing
+
+
+def check_droppable(model: nn.Module, members: Collection[str], example: Tensor) -> None:
+    """Refuses modules and blocks that cannot be left out of this model.
+
+    Args:
+        model: not changed.
+        members: names of decoder blocks, or of modules inside of them.
+        example: token ids, sequences x length.
+
+    Raises:
+        ModelError: naming the architecture, the block and the reason.
+    """
+    model = replicate(model)
+    blocks = decoder_blocks(model)
+    chosen = {name: {m for m in members if m == name or m.startswith(f"{name}.")} for name in blocks}
+    _refuse_shared(model, blocks, chosen)
+    with torch.inference_mode(), contextlib.ExitStack() as hooks:
+        for name, block in blocks.items():
+            if chosen[name]:
+                hook = block.register_forward_hook(_looking(model, name, name in chosen[name]), with_kwargs=True)
+                hooks.callback(hook.remove)
+        model(input_ids=example, use_cache=False)
+
+
+def _looking(model: nn.Module, name: str, whole: bool) -> Callable[..., None]:
+    """A hook that runs the block once more, without weights, and compares what comes out with what went in."""
+
+    def look(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        layers = [block] if whole else [part for part in block.modules() if is_linear(part)]
+        matrices = [p for p in block.parameters() if p.dim() > 1]
+        with zero_parameters({p: None for part in layers for p in part.parameters()} | dict.fromkeys(matrices)):
+            output = first_of(block.forward(*args, **kwargs))
+        tolerance = 1e-5 if hidden.dtype == torch.float32 else 1e-2
+        if output.shape != hidden.shape or not (output - hidden).abs().max() <= tolerance * hidden.abs().max():
+            what = "whole blocks" if whole else "attention and MLP modules"
+            raise ModelError(
+                f"{what} of {type(model).__name__} cannot be dropped: without its weights {name}"
+                f" ({type(block).__name__}) does not hand on its input as it is (a norm after the addition, or a scaled"
+                " residual stream)"
+            )
+
+    return look
+
+
+def _refuse_shared(model: nn.Module, blocks: dict[str, nn.Module], chosen: dict[str, set[str]]) -> None:
+    """A module whose weights several blocks use is no module of one block."""
+    users: dict[int, set[str]] = {}
+    for name, block in blocks.items():
+        for parameter in block.parameters():
+            users.setdefault(id(parameter), set()).add(name)
+    for name, members in chosen.items():
+        for member in members:
+            for parameter in model.get_submodule(member).parameters():
+                if others := users[id(parameter)] - {name}:
+                    raise ModelError(
+                        f"{member} of {type(model).__name__} cannot be dropped: it shares weights with {min(others)}"
+                    )

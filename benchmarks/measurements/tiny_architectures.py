@@ -42,13 +42,24 @@ _SIZES: tuple[tuple[str, int], ...] = (
 )
 # Where names do not tell, or sizes must agree; ...: leave the configuration's own value.
 _OWN: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 2},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     },
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"] * 2},
+    "longcat_flash": {"head_dim": 8, "qk_rope_head_dim": 8, "kv_lora_rank": 16, "num_key_value_heads": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "reformer": {"is_decoder": True, "attn_layers": ["local"] * 4, "axial_pos_embds": False},
+    "xlnet": {"d_head": 8},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
 }
 _OTHER_INPUTS = re.compile(r"vision|audio|image|vq|encoder|depth|speech|adapter")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from torch import nn
 
 from evo_hpo.errors import ModelError, PlanError
 from evo_hpo.export.published_layout import write_profile
+from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import fuse_experts
 from evo_hpo.models.loading import load_model, load_tokenizer
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.task import Factory
 from evo_hpo.search.registry import problem_factory
 
-__all__ = ["export_profile"]
+__all__ = ["export_profile", "place"]
 
 
 def export_profile(profile: Path, output: Path) -> dict[str, Any]:
@@ -46,16 +48,21 @@ def export_profile(profile: Path, output: Path) -> dict[str, Any]:
     levels = task.open_levels()
     assignment = task.space(levels).from_labels(data["units"])
     loaded = load_model(task.model)
-    modules = dict(loaded.model.named_modules())
-    for unit, level in enumerate(assignment):
-        for name, weight in levels.weights(unit, level).items():
-            _set(modules[name], weight)
-    fuse_experts(loaded.model)
+    place(loaded.model, levels, assignment)
     loaded.model.save_pretrained(output)  # type: ignore[operator]
     load_tokenizer(task.model).save_pretrained(output)
     write_profile(output / "profile.txt", levels, assignment)
     (output / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
     return data
+
+
+def place(model: nn.Module, levels: Levels, assignment: Sequence[int]) -> None:
+    """Puts the weights of an assignment into a model, in its own layout: it can be saved."""
+    modules = dict(model.named_modules())
+    for unit, level in enumerate(assignment):
+        for name, weight in levels.weights(unit, level).items():
+            _set(modules[name], weight)
+    fuse_experts(model)
 
 
 def _set(module: nn.Module, weight: torch.Tensor | None) -> None:

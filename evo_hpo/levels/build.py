@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from evo_hpo.levels.compressor import Compressor
     from evo_hpo.levels.store import LevelStore
 
-__all__ = ["METHODS", "build", "default_folder", "summary"]
+__all__ = ["METHODS", "build", "check_settings", "default_folder", "summary"]
 
 METHODS = ("gptq", "sparsegpt", "rtn", "magnitude", "wanda", "drop")
 
@@ -87,6 +88,29 @@ def build(
         progress=progress,
     )
     return open_store(folder, model_fingerprint=loaded.fingerprint)
+
+
+def check_settings(method: str, levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> None:
+    """Refuses what `build` would refuse of these settings, before anything is loaded.
+
+    Raises:
+        UnknownNameError: there is no such method.
+        InvalidSettingError: it has no such setting, or the setting a value outside its range.
+    """
+    named = {name: p for name, p in inspect.signature(build).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    own = set(named) - {"method", "levels", "device", "progress"}
+    further = {name: value for name, value in settings.items() if name not in own}
+    for name in ("include", "exclude"):
+        try:
+            re.compile(settings.get(name) or "")
+        except re.error as error:
+            raise InvalidSettingError(f"{name}={settings[name]!r} is no regular expression: {error}") from error
+    if method == "drop":
+        from evo_hpo.levels.drop import check_kinds
+
+        check_kinds(_dropped(levels, further)["kinds"])
+    else:
+        _inputs(settings.get("inputs"), make_compressor(method, levels, further))
 
 
 def make_compressor(method: str, levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> Compressor:

@@ -16,7 +16,7 @@ from evo_hpo.models.gates import example_tokens
 from evo_hpo.models.loading import LoadedModel
 from evo_hpo.models.structure import droppable_modules
 
-__all__ = ["KINDS", "build_drop_store"]
+__all__ = ["KINDS", "build_drop_store", "check_kinds"]
 
 KINDS = ("attention", "mlp", "block", "pair")
 
@@ -36,8 +36,7 @@ def build_drop_store(
         InvalidSettingError: no kind, an unknown one, blocks together with their own parts, nothing left to drop.
         ModelError: an architecture of which such modules cannot be left out.
     """
-    if not kinds or set(kinds) - set(KINDS) or (set(kinds) & {"block", "pair"} and len(set(kinds)) > 1):
-        raise InvalidSettingError(f"kinds={list(kinds)} must be 'attention' and/or 'mlp', or 'block' or 'pair' alone")
+    check_kinds(kinds)
     found = [droppable_modules(loaded.model, kind) for kind in kinds]
     units = [unit for same in zip(*(each.items() for each in found), strict=True) for unit in same]  # running order
     chosen = [(name, members) for name, members in units if re.search(may_drop, name)]
@@ -59,6 +58,12 @@ def build_drop_store(
     )
     writer = StoreWriter(folder, plan)
     return Manifest.read(folder) if (folder / "manifest.json").is_file() else writer.finish(records)
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raises InvalidSettingError for no kind, an unknown one, or blocks together with their own parts."""
+    if not kinds or set(kinds) - set(KINDS) or (set(kinds) & {"block", "pair"} and len(set(kinds)) > 1):
+        raise InvalidSettingError(f"kinds={list(kinds)} must be 'attention' and/or 'mlp', or 'block' or 'pair' alone")
 
 
 def _record(model: nn.Module, name: str, members: tuple[str, ...]) -> UnitRecord:

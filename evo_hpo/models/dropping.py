@@ -91,33 +91,60 @@ def check_droppable(model: nn.Module, members: Collection[str], example: Tensor)
     blocks = decoder_blocks(model)
     chosen = {name: {m for m in members if m == name or m.startswith(f"{name}.")} for name in blocks}
     _refuse_shared(model, blocks, chosen)
+    modules = {m: model.get_submodule(m) for m in members if m not in blocks and not is_linear(model.get_submodule(m))}
+    stand_ins: dict[str, Absent] = {}
+
+    def learn(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+            stand_ins[name] = absent(name, module, args, kwargs)
+
+        return hook
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+            whole = name in chosen[name]
+            inside = {modules[m]: m for m in chosen[name] if m in modules}
+            if missing := [m for m in inside.values() if m not in stand_ins]:
+                raise ModelError(f"{min(missing)} of {type(model).__name__} cannot be dropped: it does not run")
+            _compare(model, name, whole, args, kwargs)
+            for module, member in inside.items():
+                module.forward = stand_ins[member]
+            try:
+                _compare(model, name, whole, args, kwargs)
+            finally:
+                for module in inside:
+                    del module.forward
+
+        return hook
+
     with torch.inference_mode(), contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_hook(learn(name), with_kwargs=True).remove)
         for name, block in blocks.items():
             if chosen[name]:
-                hook = block.register_forward_hook(_looking(model, name, name in chosen[name]), with_kwargs=True)
-                hooks.callback(hook.remove)
+                hooks.callback(block.register_forward_hook(look(name), with_kwargs=True).remove)
         model(input_ids=example, use_cache=False)
 
 
-def _looking(model: nn.Module, name: str, whole: bool) -> Callable[..., None]:
-    """A hook that runs the block once more, without weights, and compares what comes out with what went in."""
-
-    def look(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        layers = [block] if whole else [part for part in block.modules() if is_linear(part)]
-        matrices = [p for p in block.parameters() if p.dim() > 1]
-        with zero_parameters({p: None for part in layers for p in part.parameters()} | dict.fromkeys(matrices)):
+def _compare(model: nn.Module, name: str, whole: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Runs a block once more with its matrices and linear layers zero, or all of it."""
+    block = model.get_submodule(name)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    zero = {p: None for p in block.parameters() if whole or p.dim() > 1}
+    zero |= {p: None for part in block.modules() if is_linear(part) for p in part.parameters()}
+    try:
+        with zero_parameters(zero):
             output = first_of(block.forward(*args, **kwargs))
         tolerance = 1e-5 if hidden.dtype == torch.float32 else 1e-2
-        if output.shape != hidden.shape or not (output - hidden).abs().max() <= tolerance * hidden.abs().max():
-            what = "whole blocks" if whole else "attention and MLP modules"
-            raise ModelError(
-                f"{what} of {type(model).__name__} cannot be dropped: without its weights {name}"
-                f" ({type(block).__name__}) does not hand on its input as it is (a norm after the addition, or a scaled"
-                " residual stream)"
-            )
-
-    return look
+        same = output.shape == hidden.shape and (output - hidden).abs().max() <= tolerance * hidden.abs().max()
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        same = False  # its code takes more from a module than what goes into the stream
+    if not same:
+        what = "whole blocks" if whole else "attention and MLP modules"
+        raise ModelError(
+            f"{what} of {type(model).__name__} cannot be dropped: without its weights {name} ({type(block).__name__})"
+            " does not hand on its input as it is (a norm after the addition, or a scaled residual stream)"
+        )
 
 
 def _refuse_shared(model: nn.Module, blocks: dict[str, nn.Module], chosen: dict[str, set[str]]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from evo_hpo.errors import InfeasibleError, InvalidSettingError
-from evo_hpo.levels.build import build, default_folder, make_compressor
+from evo_hpo.levels.build import build, check_settings, default_folder
 from evo_hpo.levels.level_set import LevelSet, joined
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.loading import compute_dtype, load_model, load_tokenizer
@@ -293,7 +293,7 @@ class Factory:
     def preview(self, settings: dict[str, Any]) -> Preview:
         """The settings checked, and a stand-in for the space."""
         task = self.task(settings)
-        make_compressor(task.method, task.levels or None, dict(task.build))
+        check_settings(task.method, task.levels or None, dict(task.build))
         return Preview(task.stand_in(), task.tokens, task.check_minibatch)
 
     def prepare(self, settings: dict[str, Any], progress: Callable[..., None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.run.plan import make_plan
 from evo_hpo.run.plan_file import PlanFile
+from evo_hpo.run.rehearsal import rehearse
+from evo_hpo.search.registry import preview_problem
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,11 +152,6 @@ def test_a_plan_of_plain_data_can_be_read_again() -> None:
     assert PlanFile.of(data, "search").data == data
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "plans").glob("*.toml")), ids=lambda p: p.stem)
-def test_every_plan_that_ships_is_valid(path: Path) -> None:
-    PlanFile.read(path).plan().check()
-
-
 def test_where_each_seed_has_an_instance_of_its_own_every_searcher_runs_on_each() -> None:
     problem = {"name": "additive", "settings": {"units": 8}, "instance": "seed"}
     plan = make_plan(plan_data(problems=[problem]))
@@ -187,3 +185,42 @@ def test_an_entry_with_each_stands_for_every_combination_of_the_values() -> None
         ),
     ]
     assert make_plan(plan.plain()) == plan
+
+
+SHIPPED = sorted((ROOT / "benchmarks" / "plans").glob("*.toml")) + sorted(ROOT.glob("docs/results/*/plan.toml"))
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
+
+
+def every_plan() -> dict[str, str]:
+    """Name -> text of every plan in the repository: files, and fenced blocks of any page that have a budget."""
+    found = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in SHIPPED}
+    for page in PAGES:
+        fenced = re.findall(r"^```toml[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+        for number, text in enumerate(fenced):
+            if "[budget]" in text and "[[problems]]" in text:
+                found[f"{page.relative_to(ROOT)} {number}"] = text
+    return found
+
+
+@pytest.mark.parametrize("text", every_plan().values(), ids=every_plan())
+def test_every_plan_that_ships_is_rehearsed(text: str) -> None:
+    """Its searchers are made and asked on what the problem says of itself; no model is loaded."""
+    plan = PlanFile(text).plan()
+    plan.check()
+    assert plan.problems
+    for problem in plan.problems:
+        rehearse(plan, preview_problem(problem.name, problem.settings_of(plan.seeds[0])))
+
+
+@pytest.mark.parametrize("exclude", [r"lm_head|\.gate$", ""])
+def test_settings_of_the_build_are_checked_as_the_build_takes_them(exclude: str) -> None:
+    settings: dict[str, Any] = {"exclude": exclude, "include": "proj", "calibration_tokens": 4096, "inputs": "3"}
+    preview_problem("language_model", {"model": "m", "build": {**settings, "group_size": 64}})
+    with pytest.raises(EvoHpoError, match="gptq has no setting 'tokens_of_calibration'"):
+        preview_problem("language_model", {"model": "m", "build": {"tokens_of_calibration": 1}})
+    with pytest.raises(EvoHpoError, match="inputs='9' must be"):
+        preview_problem("language_model", {"model": "m", "build": {"inputs": "9"}})
+    with pytest.raises(EvoHpoError, match="is no regular expression"):
+        preview_problem("language_model", {"model": "m", "build": {"exclude": "("}})
+    with pytest.raises(EvoHpoError, match=r"kinds=\['head'\] must be"):
+        preview_problem("language_model", {"model": "m", "method": "drop", "levels": [], "build": {"kinds": ["head"]}})

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measurements.tiny_architectures import VOCABULARY, architectures, other_inputs, tiny_architecture
+from benchmarks.measurements.tiny_architectures import VARIANTS, VOCABULARY, architectures, other_inputs, tiny_architecture
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.export.folder import place
 from evo_hpo.levels.blockwise import build_store
@@ -42,7 +42,8 @@ __all__ = ["KINDS", "Row", "examine"]
 
 KINDS = ("quantized", "sparse", "parts", "blocks")
 TOLERANCE = 1e-4
-_SECONDS = 120.0
+_SECONDS = 60.0
+_LAYERS = 400
 
 
 @dataclass
@@ -73,6 +74,9 @@ def examine(name: str) -> Row:
             dense = model(input_ids=tokens, use_cache=False).logits
     except Exception as error:
         row.found["all"] = f"not built: {_line(error)}"
+        return row
+    if (layers := sum(is_linear(part) for part in model.modules())) > _LAYERS:
+        row.found["all"] = f"not built: {layers} linear layers, its configuration cannot be made small"
         return row
     loaded = LoadedModel.from_model(copy.deepcopy(model), name=name)
     if (refusal := _tried(lambda: _accepted(loaded.model))) != "ok":
@@ -271,9 +275,36 @@ def sweep(names: Sequence[str]) -> list[Row]:
     return rows
 
 
+def table(rows: Sequence[Row]) -> str:
+    """The page's table and its counts, in Markdown."""
+    columns = ("quantized", "gptq", "sparse", "parts", "blocks")
+    counts = {word: sum(row.verdict == word for row in rows) for word in dict.fromkeys(row.verdict for row in rows)}
+    lines = [
+        f"transformers {version('transformers')}: {', '.join(f'{n} {word}' for word, n in counts.items())}.",
+        "",
+        "| architecture | rounded | GPTQ | sparse | modules dropped | blocks dropped | why not |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        whole = row.found.get("all", "")
+        words = [(whole or row.found.get(column, "")).partition(":")[0] for column in columns]
+        why = [text.partition(": ")[2] for text in (whole, *(row.found.get(c, "") for c in columns)) if ": " in text]
+        lines.append(f"| {row.name} | {' | '.join(words)} | {'; '.join(dict.fromkeys(why)).replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(page: Path, rows: Sequence[Row]) -> None:
+    """Puts the table below the page's own words, in place of the one that is there."""
+    mark = "<!-- measured -->"
+    words = page.read_text(encoding="utf-8").partition(mark)[0]
+    page.write_text(f"{words}{mark}\n\n{table(rows)}", encoding="utf-8")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--table", type=Path)
     chosen = parser.parse_args()
-    rows = sweep(chosen.names or list(architectures()))
+    measured = sweep(chosen.names or [*architectures(), *VARIANTS])
+    if chosen.table:
+        write_table(chosen.table, measured)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["VOCABULARY", "architectures", "other_inputs", "tiny_architecture", "tiny_settings"]
+__all__ = ["VARIANTS", "VOCABULARY", "architectures", "other_inputs", "tiny_architecture", "tiny_settings"]
 
 VOCABULARY = 128
 
@@ -38,17 +37,20 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"chunk_size$|^attention_chunk_size$", 8),
     (r"^(rotary_dim)$", 4),
     (r"(d_state|state_size)$", 8),
+    (r"^(index_topk|index_topk_blocks|index_block_size|indexer_budget)$", 8),
+    (r"^(ngram_vocab_size_base|unpadded_vocab_size)$", VOCABULARY),
+    (r"^(mamba_d_ssm)$", 64),
+    (r"^zero_expert_num$", 2),
     (r"^(lru_width)$", 32),
 )
 # Where names do not tell, or sizes must agree; ...: leave the configuration's own value.
 _OWN: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"layer_types": ["full_attention", "sliding_attention"] * 2},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     },
     "dots3_note": {"num_key_value_heads": 4},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4, "layer_types": ["indexed_attention"] * 4},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -58,7 +60,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "attn_layers": ["local"] * 4, "axial_pos_embds": False},
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 _OTHER_INPUTS = re.compile(r"vision|audio|image|vq|encoder|depth|speech|adapter")
@@ -75,7 +78,7 @@ def other_inputs(model_type: str) -> str:
     """The parts of an architecture that read something else than text, as the names of their configurations."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", None) or {}
+    parts = getattr(CONFIG_MAPPING[VARIANTS.get(model_type, (model_type, {}))[0]], "sub_configs", None) or {}
     return ", ".join(name for name in parts if _OTHER_INPUTS.search(name))
 
 
@@ -95,11 +98,23 @@ def tiny_settings(config_class: Any) -> dict[str, Any]:
     return {k: v for k, v in {**settings, **own}.items() if v is not Ellipsis}
 
 
-def tiny_architecture(model_type: str, changes: Mapping[str, Any] = {}, seed: int = 0) -> nn.Module:
-    """A model in float32 and evaluation mode, all of whose parameters are random: norms and biases too."""
+# Further settings that change what a block is: norms after the addition, another order.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt (norms after)": ("opt", {"do_layer_norm_before": False}),
+    "bloom (residual after the norm)": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    "gpt_neox (one after the other)": ("gpt_neox", {"use_parallel_residual": False}),
+    "falcon (new)": ("falcon", {"new_decoder_architecture": True}),
+    "bert (decoder)": ("bert", {"is_decoder": True}),
+    "gemma3n_text (no shared keys)": ("gemma3n_text", {"num_kv_shared_layers": 0}),
+}
+
+
+def tiny_architecture(name: str, seed: int = 0) -> nn.Module:
+    """A model (or a variant of one) in float32 and evaluation mode, all of whose parameters are random: norms and biases too."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    model_type, changes = VARIANTS.get(name, (name, {}))
     config_class = CONFIG_MAPPING[model_type]
     config = config_class(**{**tiny_settings(config_class), **changes})
     auto: Any = AutoModelForCausalLM

@@ -87,6 +87,8 @@ def check_droppable(model: nn.Module, members: Collection[str], example: Tensor)
     Raises:
         ModelError: naming the architecture, the block and the reason.
     """
+    if not members:
+        return
     model = replicate(model)
     blocks = decoder_blocks(model)
     chosen = {name: {m for m in members if m == name or m.startswith(f"{name}.")} for name in blocks}

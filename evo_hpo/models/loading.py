@@ -19,6 +19,7 @@ from torch import nn
 
 from evo_hpo.errors import ModelError
 from evo_hpo.models.experts import unfuse_experts
+from evo_hpo.models.structure import refuse_own_code
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _CHUNK_BYTES = 1 << 16
@@ -58,6 +59,7 @@ def load_model(spec: str, dtype: torch.dtype = torch.float32, device: str = "cpu
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = resolve_folder(spec)
+    refuse_own_code(folder)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder)

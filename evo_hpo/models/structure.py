@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 from torch import nn
 
@@ -11,6 +13,23 @@ from evo_hpo.errors import ModelError
 ROUTERS = r"(^|\.)(gate|router|shared_expert_gate)$"
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|feed_forward|ffn|moe|experts", re.IGNORECASE)
+
+
+def refuse_own_code(folder: Path) -> None:
+    """A model whose architecture is Python code beside its weights is refused: it would be run in every process.
+
+    Raises:
+        ModelError: naming the code.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    code = config.get("auto_map") or {}
+    if code and config.get("model_type") not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{str(folder)!r} needs code of its own ({', '.join(map(str, code.values()))}), which is not run here: give a"
+            " model whose architecture transformers has"
+        )
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:

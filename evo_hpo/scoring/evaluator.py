@@ -23,7 +23,9 @@ from evo_hpo.scoring.batch_scoring import BatchScorer, Sums
 from evo_hpo.scoring.compiling import Compiled, compile_parts
 from evo_hpo.scoring.dense import DenseSide, PackedSide
 from evo_hpo.scoring.divergence import Fitness
+from evo_hpo.models.dropping import check_droppable
 from evo_hpo.models.gates import GatedModel
+from evo_hpo.models.structure import is_linear
 from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.identity import context_hash, model_hash
 from evo_hpo.scoring.kept_inputs import ReferenceStates
@@ -74,7 +76,7 @@ class Evaluator:
         cache: SQLite file of paid losses; None: in memory.
 
     Raises:
-        ModelError: a model that cannot be gated. StoreError: levels of another model.
+        ModelError: a model that cannot be gated, or whose modules cannot be dropped as the levels want. StoreError: levels of another model.
         InvalidSettingError: a setting outside its range.
     """
 
@@ -119,7 +121,10 @@ class Evaluator:
         self.seconds = 0.0
         example, lock = self.tokens[:1, : min(self.length, 16)], threading.Lock()
         count = (threads or len(os.sched_getaffinity(0))) if on_cpu else 1
+        check_droppable(model, levels.units_dropped(), example) if False else None
         packed = packed_bytes if on_cpu else 0
+        members = {name for unit in levels.units for name in unit.members}
+        check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_linear(m)}, example)
         self._packs = packed > 0
         self.pool = WorkerPool([self._worker(model, example, lock, packed) for _ in range(count)], on_cpu)
         self.blocks = tuple(self.pool.workers[0].gated.blocks)

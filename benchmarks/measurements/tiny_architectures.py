@@ -37,7 +37,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"chunk_size$|^attention_chunk_size$", 8),
     (r"^(rotary_dim)$", 4),
     (r"(d_state|state_size)$", 8),
-    (r"^(index_topk|index_topk_blocks|index_block_size|indexer_budget)$", 8),
+    (r"^(index_topk|index_topk_blocks|index_block_size)$", 8),
     (r"^(ngram_vocab_size_base|unpadded_vocab_size)$", VOCABULARY),
     (r"^(mamba_d_ssm)$", 64),
     (r"^zero_expert_num$", 2),
@@ -45,6 +45,11 @@ _SIZES: tuple[tuple[str, int], ...] = (
 )
 # Where names do not tell, or sizes must agree; ...: leave the configuration's own value.
 _OWN: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        }
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
@@ -55,8 +60,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"] * 2},
-    "longcat_flash": {"head_dim": 8, "qk_rope_head_dim": 8, "kv_lora_rank": 16, "num_key_value_heads": 4},
+    "longcat_flash": {"qk_head_dim": ..., "head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "qwen4_exp_text": {"indexer_n_heads": ..., "indexer_kv_heads": ..., "indexer_head_dim": ...},
     "reformer": {"is_decoder": True, "attn_layers": ["local"] * 4, "axial_pos_embds": False},
     "xlnet": {"d_head": 8},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
@@ -64,7 +70,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
-_OTHER_INPUTS = re.compile(r"vision|audio|image|vq|encoder|depth|speech|adapter")
+_OTHER_INPUTS = re.compile(r"^text_config$|vision|audio|image|vq|encoder|depth|speech|adapter")
 
 
 def architectures() -> dict[str, str]:

@@ -40,7 +40,7 @@ def capture_calls(
         batches: token ids, sequences x length each.
     """
     modules = list(blocks.values())
-    returns_tuple = _returns_tuple(model, modules[0], batches[0][:1, :2])
+    returned = _returned(model, modules[0], batches[0][:1, :2])
     calls: list[BlockCalls] = []
 
     def record(*arguments: Any, **named: Any) -> Any:
@@ -50,7 +50,7 @@ def capture_calls(
         calls[-1].arguments.append((arguments[1:], named))
         if len(calls[-1].arguments) == len(modules):
             raise _Enough
-        return (hidden, None) if returns_tuple else hidden
+        return (hidden, *[None] * (returned - 1)) if returned else hidden
 
     with _replaced_forward(modules, record), torch.inference_mode():
         for batch in batches:
@@ -76,7 +76,7 @@ def run_block(
             with contextlib.suppress(_Enough):
                 output = block(call.hidden.to(device), *arguments, **named)
                 if keep:
-                    call.hidden = (output[0] if isinstance(output, tuple) else output).to(call.hidden.device)
+                    call.hidden = (output[0] if isinstance(output, tuple | list) else output).to(call.hidden.device)
 
 
 class InputStatistics:
@@ -145,12 +145,12 @@ class InputStatistics:
             raise _Enough
 
 
-def _returns_tuple(model: nn.Module, block: nn.Module, ids: torch.Tensor) -> bool:
-    """Whether blocks return a tuple (older architectures) or the hidden states alone."""
-    found: list[bool] = []
+def _returned(model: nn.Module, block: nn.Module, ids: torch.Tensor) -> int:
+    """How many values a block returns in a tuple (older architectures); 0: the hidden states alone."""
+    found: list[int] = []
 
     def look(_: nn.Module, __: Any, output: Any) -> None:
-        found.append(isinstance(output, tuple))
+        found.append(len(output) if isinstance(output, tuple | list) else 0)
         raise _Enough
 
     handle = block.register_forward_hook(look)
@@ -159,7 +159,7 @@ def _returns_tuple(model: nn.Module, block: nn.Module, ids: torch.Tensor) -> boo
             model(input_ids=ids.to(_device(model)), use_cache=False)
     finally:
         handle.remove()
-    return bool(found and found[0])
+    return found[0] if found else 0
 
 
 @contextlib.contextmanager

@@ -142,11 +142,14 @@ class GatedModel:
         hooks = [self.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
         for number, block in enumerate(self.blocks.values()):
             hooks.append(block.register_forward_hook(self._note(number)))
+        versions = [parameter._version for parameter in self.model.parameters()]
         try:
             self.model(input_ids=ids, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
+        if versions != [parameter._version for parameter in self.model.parameters()]:
+            raise ModelError(f"{type(self.model).__name__} is not supported: it changes its weights in a forward pass")
         if len(seen) != 1 or len(self._returns) != len(self.blocks):
             raise ModelError(
                 f"{type(self.model).__name__}: {len(self._returns)} of {len(self.blocks)} blocks and {len(seen)} heads"

@@ -54,10 +54,13 @@ def linear_modules(model: nn.Module, include: str = ".", exclude: str = ROUTERS)
     """
     wanted, unwanted = re.compile(include), re.compile(exclude) if exclude else None
     found: dict[str, nn.Module] = {}
+    seen: set[int] = set()  # a weight that several layers share is compressed once, under the first one's name
     for block_name, block in decoder_blocks(model).items():
         for name, module in block.named_modules(prefix=block_name):
             if is_linear(module) and wanted.search(name) and not (unwanted and unwanted.search(name)):
-                found[name] = module
+                if id(module.weight) not in seen:
+                    found[name] = module
+                seen.add(id(module.weight))
     if not found:
         raise ModelError(f"no linear layer matches include={include!r} exclude={exclude!r}: relax the expressions")
     return found

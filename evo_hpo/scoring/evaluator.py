@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.levels import Levels
+from evo_hpo.models.dropping import check_droppable
+from evo_hpo.models.gates import GatedModel
+from evo_hpo.models.structure import is_linear
 from evo_hpo.scoring.allocator import keep_freed_memory
 from evo_hpo.scoring.batch_scoring import BatchScorer, Sums
 from evo_hpo.scoring.compiling import Compiled, compile_parts
 from evo_hpo.scoring.dense import DenseSide, PackedSide
 from evo_hpo.scoring.divergence import Fitness
-from evo_hpo.models.dropping import check_droppable
-from evo_hpo.models.gates import GatedModel
-from evo_hpo.models.structure import is_linear
 from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.identity import context_hash, model_hash
 from evo_hpo.scoring.kept_inputs import ReferenceStates

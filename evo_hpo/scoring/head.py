@@ -24,6 +24,9 @@ class Chunk:
     vocabulary: int = 1024
 
 
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap")  # how configurations call the soft cap of logits
+
+
 class OutputHead:
     """logits = cap(scale x (W h + b)), with cap(z) = c tanh(z / c) where the architecture has one.
 
@@ -50,7 +53,7 @@ class OutputHead:
         self.packed = Prepacked(packed_bytes)
         config = getattr(model, "config", None)
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-        self.cap: float | None = getattr(text, "final_logit_softcapping", None) or None
+        self.cap: float | None = next((c for c in (getattr(text, n, None) for n in _CAPS) if c), None)
         with torch.inference_mode():
             logits = model(input_ids=ids, use_cache=False).logits.float()
             raw = functional.linear(hidden, self.weight, self.bias).float()

@@ -13,8 +13,8 @@ from evo_hpo.errors import StoreError
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import Absent, absent
 from evo_hpo.models.experts import LinearExperts
-from evo_hpo.models.structure import is_linear, is_transposed
 from evo_hpo.models.gates import GatedModel
+from evo_hpo.models.structure import is_linear, is_transposed
 from evo_hpo.scoring.prepacking import Prepacked, use_prepacked
 from evo_hpo.space.compression_space import Assignment, Unit
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.dense import DenseSide, PackedSide
 from evo_hpo.scoring.divergence import Fitness, cross_entropies, dense_side, divergences
-from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.head import OutputHead
 from evo_hpo.scoring.kept_inputs import Reference
 from evo_hpo.scoring.prefixes import Signature, plan_visits, shared_prefix

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from evo_hpo.errors import InvalidSettingError, ModelError, StoreError
-from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.models.gates import GatedModel
+from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.worker import Worker
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import Unit

@@ -192,7 +192,7 @@ def _expert(fused: nn.Module, number: int, part: str) -> Tensor:
 
 
 def _is_all(block: nn.Module, dropped: Sequence[nn.Module]) -> bool:
-    """Whether every matrix of a block is inside of the modules that are dropped (OPT's first layer feeds its second)."""
+    """Whether every matrix of a block is inside of the modules that are dropped."""
     inside = {id(p) for module in dropped for p in module.parameters()}
     return bool(dropped) and not any(p.dim() > 1 and id(p) not in inside for p in block.parameters())
 

@@ -116,7 +116,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_architecture(name: str, seed: int = 0) -> nn.Module:
-    """A model (or a variant of one) in float32 and evaluation mode, all of whose parameters are random: norms and biases too."""
+    """A model (or a variant of one) in float32 and evaluation mode; every parameter is random, norms too."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

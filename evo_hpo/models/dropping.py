@@ -56,19 +56,17 @@ def absent(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         output = module.forward(*args, **kwargs)
     hidden = first_of(output)
     rest = [None] * (len(output) - 1) if isinstance(output, tuple | list) else None
-    same: Callable[[Any], bool] = lambda x: isinstance(x, Tensor) and x.shape == hidden.shape and torch.equal(x, hidden)
-    if not hidden.any():
-        place: int | str | None = None
-    elif any(same(value) for value in (*args, *kwargs.values())):
-        place = next(place for place, value in (*enumerate(args), *kwargs.items()) if same(value))
-    else:
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    tensors = [(key, value) for key, value in given if isinstance(value, Tensor) and value.shape == hidden.shape]
+    place = next((key for key, value in tensors if torch.equal(value, hidden)), None) if hidden.any() else None
+    if hidden.any() and place is None:
         raise ModelError(f"{name} ({type(module).__name__}) cannot be dropped: without weights it still adds something")
     width = hidden.shape[-1]
 
     def nothing(*args: Any, **kwargs: Any) -> Any:
         if place is None:
-            given = args[0] if args else kwargs["hidden_states"]
-            stream = given.new_zeros(*given.shape[:-1], width)
+            first = args[0] if args else kwargs["hidden_states"]
+            stream = first.new_zeros(*first.shape[:-1], width)
         else:
             stream = args[place] if isinstance(place, int) else kwargs[place]
         return stream if rest is None else (stream, *rest)

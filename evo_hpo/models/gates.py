@@ -172,7 +172,8 @@ class GatedModel:
         changed = float((self.final_hidden(other)[0] - plain)[:, :-1].abs().max())
         if not changed <= 10 * tolerance * float(plain.abs().max()):
             raise ModelError(
-                f"{type(self.model).__name__} is no causal language model: what it says of a token depends on later ones"
+                f"{type(self.model).__name__} is no causal language model: what it says of a token depends on later"
+                " ones"
             )
         for start in sorted({0, 1 % len(self), len(self) // 2, len(self) - 1}):
             resumed, _ = self.final_hidden(ids, start, kept[start])

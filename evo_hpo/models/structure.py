@@ -27,8 +27,8 @@ def refuse_own_code(folder: Path) -> None:
     code = config.get("auto_map") or {}
     if code and config.get("model_type") not in CONFIG_MAPPING:
         raise ModelError(
-            f"{str(folder)!r} needs code of its own ({', '.join(map(str, code.values()))}), which is not run here: give a"
-            " model whose architecture transformers has"
+            f"{str(folder)!r} needs code of its own ({', '.join(map(str, code.values()))}), which is not run here: give"
+            " a model whose architecture transformers has"
         )
 
 

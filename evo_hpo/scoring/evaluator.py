@@ -76,7 +76,8 @@ class Evaluator:
         cache: SQLite file of paid losses; None: in memory.
 
     Raises:
-        ModelError: a model that cannot be gated, or whose modules cannot be dropped as the levels want. StoreError: levels of another model.
+        ModelError: a model that cannot be gated, or whose modules cannot be dropped as the levels want.
+        StoreError: levels of another model.
         InvalidSettingError: a setting outside its range.
     """
 

@@ -40,7 +40,7 @@ def linear_modules(model: nn.Module, include: str = ".", exclude: str = ROUTERS)
             if is_linear(module) and wanted.search(name) and not (unwanted and unwanted.search(name)):
                 found[name] = module
     if not found:
-        raise ModelError(f"no linear layer matches include={include!r} exclude={exclude!r}: relax the expressions")
+        raise ModelError(f"no linear layer matches include='{include}' exclude='{exclude}': relax the expressions")
     return found
 
 

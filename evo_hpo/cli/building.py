@@ -13,8 +13,6 @@ from evo_hpo.levels.build import build, default_folder, summary
 
 __all__ = ["build_from_cli"]
 
-_DEFAULTS = {"device": "cpu", "dtype": "float32"}  # they are no part of a folder's name
-
 
 def build_from_cli(
     console: Console,
@@ -27,8 +25,8 @@ def build_from_cli(
 ) -> None:
     """Build a store and print what it holds: nominal and stored bits a weight, and the error of each level."""
     values = [v.strip() for v in levels.split(",")] if levels else None
-    chosen = {k: v for k, v in (settings or {}).items() if _DEFAULTS.get(k) != v}
-    folder = output or default_folder(model, method, values, {k: v for k, v in chosen.items() if k != "device"})
+    chosen = settings or {}
+    folder = output or default_folder(model, method, values, chosen)
     with BuildProgress("build", console) as progress:
         store = build(model, folder, method=method, levels=values, progress=progress, **chosen)
     console.print(f"{folder}: {len(store.units)} units, fingerprint {store.fingerprint}", soft_wrap=True)

@@ -304,6 +304,7 @@ def ui(
 def export(
     profile: Annotated[Path, typer.Argument(help="A file under a comparison's profiles/.")],
     output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")] = "",
 ) -> None:
     """Write the model of a profile: a Hugging Face folder that any library loads.
 
@@ -311,7 +312,7 @@ def export(
     """
     from evo_hpo.export.folder import export_profile
 
-    data = export_profile(profile, output)
+    data = export_profile(profile, output, dtype)
     console.print(
         f"{output}: {data['average']:.4g} a weight, held-out loss {data['held_out']['loss']:.4g}", markup=False
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from evo_hpo.errors import ModelError, PlanError
 from evo_hpo.export.published_layout import write_profile
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import fuse_experts
-from evo_hpo.models.loading import load_model, load_tokenizer
+from evo_hpo.models.identity import differences, tokenizer_identity, warn_unchecked
+from evo_hpo.models.loading import compute_dtype, load_model, made_folder, refuse_non_finite
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.task import Factory
 from evo_hpo.search.registry import problem_factory
@@ -21,7 +22,7 @@ from evo_hpo.search.registry import problem_factory
 __all__ = ["export_profile", "place"]
 
 
-def export_profile(profile: Path, output: Path) -> dict[str, Any]:
+def export_profile(profile: Path, output: Path, dtype: str = "") -> dict[str, Any]:
     """Writes the model that a profile describes, decoded to dense weights, with its tokenizer and the profile (as
     ``profile.json``, and as ``profile.txt`` with one ``layer: level`` line each).
 
@@ -30,30 +31,49 @@ def export_profile(profile: Path, output: Path) -> dict[str, Any]:
     Args:
         profile: a file under a comparison's ``profiles/``.
         output: folder to make; must not exist.
+        dtype: of the weights that are written; empty: the model's own.
 
     Returns:
         The profile.
 
     Raises:
-        PlanError: not a profile of a language model, or the folder exists.
+        PlanError: not a profile of a language model, or the folder exists; or model, tokenizer or level store are
+            others than those that the profile was found with: the message names which.
         StoreError: the level store is gone or is another model's.
     """
     if output.exists():
         raise PlanError(f"{output} exists already: name a new folder")
+    made_folder(output.parent)
     data, _ = open_profile(profile)
     factory = problem_factory(data["problem"]["name"])
     if not isinstance(factory, Factory):
         raise PlanError(f"{profile} is of problem {data['problem']['name']!r}, which has no model to export")
     task = factory.task(data["problem"].get("settings", {}))
-    levels = task.open_levels()
+    loaded = load_model(task.model, compute_dtype(dtype) if dtype else None)
+    identity = {**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)}
+    _refuse_others(profile, data, identity)
+    levels = task.open_levels(loaded.identity)
+    _refuse_others(profile, data, {"store": levels.fingerprint})
     assignment = task.space(levels).from_labels(data["units"])
-    loaded = load_model(task.model)
     place(loaded.model, levels, assignment)
     loaded.model.save_pretrained(output)  # type: ignore[operator]
-    load_tokenizer(task.model).save_pretrained(output)
+    loaded.tokenizer.save_pretrained(output)
     write_profile(output / "profile.txt", levels, assignment)
     (output / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
     return data
+
+
+def _refuse_others(profile: Path, data: Mapping[str, Any], found: Mapping[str, str]) -> None:
+    """Raises PlanError where what is there is not what the profile was found with."""
+    recorded = (data.get("fingerprint") or {}).get("identity")
+    if not recorded:
+        if "store" in found:  # once
+            warn_unchecked(f"the profile {profile}")
+    elif other := differences(recorded, found):
+        raise PlanError(
+            f"{profile} was found with another {other}: its losses are not those of this export; restore what it was"
+            " found with, or search again"
+        )
 
 
 def place(model: nn.Module, levels: Levels, assignment: Sequence[int]) -> None:
@@ -61,17 +81,18 @@ def place(model: nn.Module, levels: Levels, assignment: Sequence[int]) -> None:
     modules = dict(model.named_modules())
     for unit, level in enumerate(assignment):
         for name, weight in levels.weights(unit, level).items():
-            _set(modules[name], weight)
+            _set(name, modules[name], weight)
     fuse_experts(model)
 
 
-def _set(module: nn.Module, weight: torch.Tensor | None) -> None:
+def _set(name: str, module: nn.Module, weight: torch.Tensor | None) -> None:
     """Puts a weight into a module, or silences the module: its output projection and biases become zero."""
     with torch.no_grad():
         if weight is not None:
             if not isinstance(module.weight, torch.Tensor):
                 raise ModelError(f"{type(module).__name__} has no weight to replace")
             module.weight.copy_(weight)
+            refuse_non_finite(f"{name}.weight", module.weight)
             return
         for parameter in module.parameters():
             parameter.zero_()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from evo_hpo.levels.hessian import BlockCalls, InputStatistics, capture_calls, r
 from evo_hpo.levels.manifest import Manifest, Plan
 from evo_hpo.levels.writing import StoreWriter
 from evo_hpo.models.experts import fused_leftovers
-from evo_hpo.models.loading import LoadedModel
+from evo_hpo.models.identity import tokens_identity
+from evo_hpo.models.loading import LoadedModel, refuse_non_finite
 from evo_hpo.models.structure import ROUTERS, decoder_blocks, is_transposed, linear_modules
 
 __all__ = ["BuildProgress", "build_store"]
@@ -55,7 +59,7 @@ def build_store(
     _refuse_leftovers(loaded.model, include, exclude)
     plan = Plan(
         model=loaded.name,
-        model_fingerprint=loaded.fingerprint,
+        identity=dict(loaded.identity),
         method=compressor.name,
         settings=compressor.settings(),
         calibration=_calibration(compressor, tokens, inputs, text),
@@ -95,16 +99,30 @@ def _refuse_leftovers(model: nn.Module, include: str, exclude: str) -> None:
     Raises:
         ModelError: naming them and the expression that leaves them out knowingly.
     """
-    for name, size in fused_leftovers(model).items():
-        if re.search(include, name) and not (exclude and re.search(exclude, name)):
-            raise ModelError(
-                f"{name!r} ({size} weights) holds its matrices in a layout that is not supported: leave them"
-                f" uncompressed with exclude={_either(exclude, name.rpartition('.')[2])!r}"
-            )
+    left = {
+        name: size
+        for name, size in fused_leftovers(model).items()
+        if re.search(include, name) and not (exclude and re.search(exclude, name))
+    }
+    if left:
+        name, size = next(iter(left.items()))
+        wanted = exclude_also(left, exclude)
+        typed = shlex.quote(f"exclude={wanted}")
+        raise ModelError(
+            f"{name!r} ({size} weights) holds its matrices in a layout that is not supported: leave all such"
+            f" uncompressed with exclude = {toml_text(wanted)} under build in a plan, or --set {typed}"
+        )
 
 
-def _either(*expressions: str) -> str:
-    return "|".join(expression for expression in expressions if expression)
+def exclude_also(names: Iterable[str], exclude: str) -> str:
+    """An expression that matches these names in every block and nothing else beside what `exclude` matches already."""
+    parts = ([r"[0-9]+" if part.isdigit() else re.escape(part) for part in name.split(".")] for name in names)
+    return "|".join(filter(None, [exclude, *dict.fromkeys(f"^{'[.]'.join(each)}$" for each in parts)]))
+
+
+def toml_text(value: str) -> str:
+    """As a TOML string: literal, so that backslashes stand for themselves, where it has no quote of its own."""
+    return json.dumps(value) if "'" in value else f"'{value}'"
 
 
 def _calibration(
@@ -112,7 +130,8 @@ def _calibration(
 ) -> dict[str, Any]:
     if compressor.needs == "nothing" or tokens is None:
         return {}
-    return {"sequences": tokens.shape[0], "length": tokens.shape[1], "inputs": inputs, **(text or {})}
+    shape = {"sequences": tokens.shape[0], "length": tokens.shape[1], "tokens": tokens_identity(tokens)}
+    return {**shape, "inputs": inputs, **(text or {})}
 
 
 class _Builder:
@@ -181,7 +200,13 @@ class _Builder:
         for name, module in modules.items():
             leader = statistics.leader(name)
             if leader not in shared:
-                shared[leader] = self._inputs(statistics.of(name), module)
+                sums = statistics.of(name)
+                if sums is not None and not bool(torch.isfinite(sums).all()):
+                    raise ModelError(
+                        f"the inputs of {name!r} are not finite on the calibration text (values beyond the range of the"
+                        " model's dtype): build with dtype=float32 or bfloat16"
+                    )
+                shared[leader] = self._inputs(sums, module)
             self._compress(name, module, shared[leader])
             self._count(name)
 
@@ -192,7 +217,11 @@ class _Builder:
 
     def _compress(self, name: str, module: nn.Module, inputs: Inputs | None) -> None:
         weight = _rows_by_columns(module)
+        refuse_non_finite(f"{name}.weight", weight)
         levels = self.compressor.compress(weight, inputs or self._inputs(None, module))
+        for level in levels:
+            if not math.isfinite(level.error):
+                raise ModelError(f"level {level.label} of {name!r} is not finite: its weights or inputs are too large")
         self.writer.write(name, tuple(weight.shape), is_transposed(module), levels)
 
     def _set_level(self, modules: Mapping[str, nn.Module]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def build(
     GatedModel(loaded.model, example_tokens(loaded.model))  # what cannot be scored is refused before it is compressed
     if method == "drop":
         build_drop_store(loaded, Path(folder).expanduser(), **_dropped(levels, settings))
-        return open_store(folder, model_fingerprint=loaded.fingerprint)
+        return open_store(folder, model=loaded.identity)
     compressor = make_compressor(method, levels, settings)
     tokens = None
     if compressor.needs != "nothing":
@@ -87,7 +88,7 @@ def build(
         text={"text": calibration, "seed": seed, "dtype": dtype},
         progress=progress,
     )
-    return open_store(folder, model_fingerprint=loaded.fingerprint)
+    return open_store(folder, model=loaded.identity)
 
 
 def check_settings(method: str, levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> None:
@@ -140,12 +141,32 @@ def make_compressor(method: str, levels: Sequence[float | int | str] | None, set
 def default_folder(
     model: str, method: str, levels: Sequence[float | int | str] | None, settings: dict[str, Any]
 ) -> Path:
-    """Where a store goes that was given no folder: under the cache, named after what it holds."""
-    from evo_hpo.models.loading import cache_folder
+    """Where a store goes that was given no folder: under the cache, named after the content of what decides about it.
 
-    words = [model, method, *map(str, levels or ()), *(f"{k}={v}" for k, v in sorted(settings.items()))]
-    name = "".join(c if c.isalnum() or c in "-_.=" else "-" for c in "-".join(words))
-    return cache_folder() / "stores" / name
+    Args:
+        settings: those of `build` that differ from its defaults, the calibration text among them.
+    """
+    from evo_hpo.models.corpora import local_files
+    from evo_hpo.models.identity import digest, folder_identity, text_identity, tokenizer_identity
+    from evo_hpo.models.loading import cache_folder, load_tokenizer, resolve_folder
+
+    own = {k: p.default for k, p in inspect.signature(build).parameters.items() if p.default is not p.empty}
+    text = {k: settings.get(k, own[k]) for k in ("calibration_tokens", "sequence_length", "seed", "dtype", "inputs")}
+    chosen = {k: v for k, v in settings.items() if k not in own}
+    decides: dict[str, Any] = {k: settings.get(k, own[k]) for k in ("include", "exclude")}
+    labels: Sequence[str] = ()
+    if method == "drop":
+        decides |= _dropped(levels, chosen)
+    else:
+        compressor = make_compressor(method, levels, chosen)
+        decides, labels = decides | compressor.settings(), compressor.labels
+        if compressor.needs != "nothing":
+            spec = str(settings.get("calibration", own["calibration"]))
+            decides |= text | {"text": text_identity(spec, local_files(spec))}
+            decides |= {"tokenizer": tokenizer_identity(load_tokenizer(model))}
+    identity = folder_identity(resolve_folder(model))
+    name = re.sub(r"[^\w.=-]", "-", "-".join([Path(model).name, method, *labels]), flags=re.ASCII)[:100]
+    return cache_folder() / "stores" / f"{name}-{digest([json.dumps([identity, method, decides], sort_keys=True)])}"
 
 
 def summary(store: LevelStore) -> list[tuple[str, str, str, str, str]]:

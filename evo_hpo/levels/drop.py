@@ -49,7 +49,7 @@ def build_drop_store(
     records = tuple(_record(loaded.model, name, members) for name, members in chosen)
     plan = Plan(
         model=loaded.name,
-        model_fingerprint=loaded.fingerprint,
+        identity=dict(loaded.identity),
         method="drop",
         settings={"kinds": list(kinds), "may_drop": may_drop},
         calibration={},

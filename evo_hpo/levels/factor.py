@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from evo_hpo.errors import InvalidSettingError
+from evo_hpo.errors import InvalidSettingError, ModelError
+
+_RAISED = 20
+"""Times that damping is raised tenfold: far beyond what rounding of H can ask for."""
 
 __all__ = ["Factor", "factorise", "output_error", "output_energy"]
 
@@ -32,7 +35,12 @@ def factorise(hessian: torch.Tensor, damping: float = 0.01, activation_order: bo
     Args:
         damping: added to the diagonal, as a fraction of its mean; raised tenfold until the factorisation succeeds.
         activation_order: process columns by falling diagonal of H.
+
+    Raises:
+        ModelError: H is not finite, or cannot be factorised however it is damped.
     """
+    if not bool(torch.isfinite(hessian).all()):
+        raise ModelError("H is not finite: the layer's inputs are NaN, infinite or too large to be squared")
     if damping <= 0:
         raise InvalidSettingError(f"damping={damping} must be positive (the usual value is 0.01)")
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if activation_order else None
@@ -42,13 +50,15 @@ def factorise(hessian: torch.Tensor, damping: float = 0.01, activation_order: bo
     diagonal[diagonal == 0] = mean or 1.0  # an input that never fired: nothing to correct, any positive number will do
     step = damping * (mean or 1.0)
     diagonal += step
-    while True:
+    for _ in range(_RAISED):
         # With H = V V^T, V upper triangular, U = V^-1: one factorisation and one triangular inverse, no explicit H^-1.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
             break
         damped.diagonal().add_(9 * step)
         step *= 10
+    else:
+        raise ModelError(f"H cannot be factorised with {step / 10:g} added to its diagonal: it is no sum of x x^T")
     identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
     upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
     return Factor(upper.contiguous(), order, hessian)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evo_hpo.errors import StoreError
+from evo_hpo.models.identity import differences
 
 __all__ = ["FORMAT", "LevelRecord", "Manifest", "Plan", "UnitRecord", "checksum", "write_atomically"]
 
@@ -61,10 +62,14 @@ class UnitRecord:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides what a build writes; a build may only go on in a folder with the same plan."""
+    """Everything that decides what a build writes; a build may only go on in a folder with the same plan.
+
+    Names say nothing about content: `model` and the calibration's `text` may differ where `identity` and `tokens`,
+    hashes of what they stand for, are equal. Plans of earlier versions have no identity.
+    """
 
     model: str
-    model_fingerprint: str
+    identity: dict[str, str]
     method: str
     settings: dict[str, Any]
     calibration: dict[str, Any]
@@ -78,8 +83,20 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
-        """Rebuild a plan from `to_json`."""
-        return cls(**{**data, "units": tuple(data["units"])})
+        """Rebuild a plan from `to_json`, of this version or an earlier one."""
+        known = {k: v for k, v in data.items() if k != "model_fingerprint"}
+        return cls(**{"identity": {}, **known, "units": tuple(data["units"])})
+
+    def differences(self, wanted: Plan) -> str:
+        """What decides about the files and is not equal in the plan that is wanted, in words; empty: the same store."""
+        words = [differences(self.identity, wanted.identity)]
+        named = {"tokens": "calibration text"}
+        skipped = {"text"} if self.identity else {"tokens"}  # earlier versions know texts by their names
+        for key in dict.fromkeys([*self.calibration, *wanted.calibration]):
+            if key not in skipped and self.calibration.get(key) != wanted.calibration.get(key):
+                words.append(named.get(key, f"calibration {key}"))
+        fields = ("method", "settings", "units", "resource", "format")
+        return ", ".join(filter(None, [*words, *(k for k in fields if getattr(self, k) != getattr(wanted, k))]))
 
 
 @dataclass(frozen=True)
@@ -89,20 +106,6 @@ class Manifest:
     plan: Plan
     units: tuple[UnitRecord, ...]
     versions: dict[str, str]
-
-    @property
-    def model_fingerprint(self) -> str:
-        """Fingerprint of the model that was compressed."""
-        return self.plan.model_fingerprint
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the plan and every file of the store."""
-        return f"{zlib.crc32(self._text().encode()):08x}"
-
-    def _text(self) -> str:
-        units = [{k: v for k, v in asdict(u).items() if k != "levels"} for u in self.units]
-        return json.dumps([self.plan.to_json(), units], sort_keys=True)
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`; its presence says that the store is complete."""

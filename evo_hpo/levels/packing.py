@@ -16,6 +16,9 @@ from evo_hpo.errors import StoreError
 
 __all__ = ["Encoded", "PackedQuantized", "PackedSparse", "Quantized", "decode_record", "pack_bits", "unpack_bits"]
 
+_ROUNDING = 1e-4
+"""Relative squared error that only a value outside a dtype's range brings about: bfloat16 itself stays below 1e-5."""
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -122,11 +125,20 @@ class PackedSparse(Encoded):
 
     @classmethod
     def from_dense(cls, weight: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype = torch.float16) -> PackedSparse:
-        """Encode `weight` where `mask` (True: kept) is set; both rows x columns. Values are rounded to `dtype`."""
+        """Encode `weight` where `mask` (True: kept) is set; both rows x columns.
+
+        Values are rounded to `dtype`, or kept in float32 where it has not their range (above 65504, or mostly below
+        6e-5, in float16).
+        """
+        kept = weight[mask].float()
+        values = kept.to(dtype)
+        lost = (values.double() - kept.double()).square().sum()
+        if not bool(lost <= _ROUNDING * kept.double().square().sum()):
+            values = kept
         return cls(
             shape=(weight.shape[0], weight.shape[1]),
             mask=pack_bits(mask.reshape(-1).to(torch.uint8), 1),
-            values=weight[mask].to(dtype).cpu(),
+            values=values.cpu(),
         )
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -19,6 +19,7 @@ from evo_hpo.errors import InvalidSettingError, StoreError
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import Manifest, UnitRecord, checksum
 from evo_hpo.levels.packing import Encoded, decode_record
+from evo_hpo.models.identity import differences, warn_unchecked
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 
 __all__ = ["LevelStore", "open_store"]
@@ -62,15 +63,15 @@ class LevelStore:
         dtype: torch.dtype = torch.float32,
         memory: Memory = "resident",
         device: str = "cpu",
-        model_fingerprint: str | None = None,
+        model: Mapping[str, str] | None = None,
     ) -> LevelStore:
-        """Open a store; with `model_fingerprint`, refuse one that was built from another model."""
+        """Open a store; with the identity of a `model`, refuse one that was built from another."""
         store = cls(Path(folder).expanduser(), dtype, memory, device)
-        found = store.manifest.model_fingerprint
-        if model_fingerprint is not None and found != model_fingerprint:
-            raise StoreError(
-                f"{str(folder)!r} was built from model {found}, not from {model_fingerprint}: rebuild or name another"
-            )
+        built_from = store.manifest.plan.identity
+        if model is not None and not built_from:
+            warn_unchecked(f"the store {str(folder)!r}")
+        elif model is not None and (other := differences(built_from, model)):
+            raise StoreError(f"{str(folder)!r} was built from another model: {other}; rebuild it or name another store")
         return store
 
     # ------------------------------------------------------------------ Levels

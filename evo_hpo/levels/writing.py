@@ -15,6 +15,7 @@ from evo_hpo.errors import StoreError
 from evo_hpo.levels.compressor import CompressedLevel
 from evo_hpo.levels.manifest import LevelRecord, Manifest, Plan, UnitRecord, checksum, versions, write_atomically
 from evo_hpo.levels.packing import Encoded, decode_record
+from evo_hpo.models.loading import made_folder
 
 __all__ = ["StoreWriter"]
 
@@ -29,20 +30,19 @@ class StoreWriter:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
         self.plan = plan
-        (folder / "units").mkdir(parents=True, exist_ok=True)
+        made_folder(folder / "units")
         begun = folder / "build.json"
         if begun.is_file():
-            self._check(json.loads(begun.read_text()))
+            self._check(Plan.from_json(json.loads(begun.read_text())))
         else:
             write_atomically(begun, json.dumps(plan.to_json(), indent=1).encode())
         self._records: dict[str, UnitRecord] = {}
 
-    def _check(self, found: dict[str, object]) -> None:
-        wanted = self.plan.to_json()
-        different = sorted(k for k in wanted if found.get(k) != wanted[k])
-        if different:
+    def _check(self, found: Plan) -> None:
+        wanted = Plan.from_json(self.plan.to_json())
+        if different := found.differences(wanted):
             raise StoreError(
-                f"{str(self.folder)!r} holds a store with other {', '.join(different)}: use another folder or delete it"
+                f"{str(self.folder)!r} holds a store with other {different}: use another folder or delete it"
             )
 
     def done(self, name: str) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from evo_hpo.errors import TextError
+
+_log = logging.getLogger("evo_hpo")
 
 Split = Literal["calibration", "held_out"]
 
@@ -35,8 +39,8 @@ def read_documents(spec: str, split: Split, characters: int | None = None) -> li
         raise TextError(f"split is {split!r}: use 'calibration' or 'held_out'")
     if spec == "pydoc":
         documents: Iterable[str] = _pydoc(split)
-    elif Path(spec).expanduser().exists():
-        documents = _divided(dict.fromkeys(_in_pieces(_local(Path(spec).expanduser()))), split)  # no text in both
+    elif is_local(spec):
+        documents = _divided(dict.fromkeys(_in_pieces(_local(spec))), split)  # no text in both
     else:
         documents = _hub(spec, split)
     chosen = list(_up_to(documents, characters))
@@ -56,33 +60,103 @@ def _pydoc(split: Split) -> list[str]:
     return [text for text in _divided(named, "held_out") if text not in calibration]
 
 
-def _local(path: Path) -> list[str]:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
+def is_local(spec: str) -> bool:
+    """Whether all of a text is on this machine: Python's help, a file, a folder."""
+    return spec == "pydoc" or Path(spec).expanduser().exists()
+
+
+def local_files(spec: str) -> list[Path]:
+    """Files of the text named by `spec`, in the order in which they are read; none for a text of another kind."""
+    if spec == "pydoc":
+        from pydoc_data import topics
+
+        return [Path(topics.__file__)]
+    path = Path(spec).expanduser()
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+
+
+def _local(spec: str) -> list[str]:
+    files = local_files(spec)
     if not files:
-        raise TextError(f"no text in {str(path)!r}: files must end in {', '.join(_SUFFIXES)}")
+        raise TextError(f"no text in {spec!r}: files must end in {', '.join(_SUFFIXES)}")
     return [document for file in files for document in _documents(file)]
 
 
 def _documents(path: Path) -> list[str]:
-    if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [row if isinstance(row, str) else _text_of(row, path) for row in rows]
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        return [_text_of(row, path) for row in parquet.read_table(path).to_pylist()]
     if path.suffix not in _SUFFIXES:
         raise TextError(f"cannot read {str(path)!r}: files must end in {', '.join(_SUFFIXES)}")
-    return [path.read_text(encoding="utf-8")]
+    if path.suffix == ".parquet":
+        return _texts(path, "row", enumerate(_parquet_rows(path), start=1))
+    text = _decoded(path)
+    if path.suffix != ".jsonl":
+        return [text.replace("\r\n", "\n").replace("\r", "\n")]
+    lines = ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+    return _texts(path, "line", ((number, _parsed(path, number, line)) for number, line in lines))
 
 
-def _text_of(row: dict[str, Any], path: Path) -> str:
+def _decoded(path: Path) -> str:
+    """The file as text: UTF-8, or UTF-16 where it begins with that byte-order mark, which is left out."""
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise TextError(f"{str(path)!r}, line {line}: not UTF-8 ({error.reason}): save the file as UTF-8") from error
+    except OSError as error:
+        raise TextError(f"cannot read {str(path)!r} ({error.strerror}): name a file that can be read") from error
+
+
+def _parsed(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TextError(f"{str(path)!r}, line {number}: not JSON ({error}): one JSON value a line is needed") from error
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as parquet
+
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+        return rows
+    except Exception as error:  # damaged files make pyarrow raise much
+        reason = str(error).strip().partition("\n")[0]
+        raise TextError(f"{str(path)!r} is no parquet file that can be read ({reason}): write it again") from error
+
+
+def _texts(path: Path, what: str, rows: Iterable[tuple[int, Any]]) -> list[str]:
+    """The text of each row. Rows whose text is null are left out, and told; what else is no text is refused."""
+    found, empty = [], []
+    for number, row in rows:
+        value = _text_of(row, f"{str(path)!r}, {what} {number}") if isinstance(row, dict) else row
+        if value is None:
+            empty.append(number)
+        elif not isinstance(value, str):
+            kinds: dict[Any, str] = {list: "a list", dict: "an object"}
+            kind = kinds.get(type(value), f"{type(value).__name__} {value!r:.40}")
+            raise TextError(f"{str(path)!r}, {what} {number}: {kind} is no text: write one string for each document")
+        elif any("\ud800" <= c <= "\udfff" for c in value):
+            raise TextError(f"{str(path)!r}, {what} {number}: half a surrogate pair is no character: write it whole")
+        else:
+            found.append(value)
+    if empty:
+        _tell(f"{str(path)!r}: left out {len(empty)} {what}s whose text is null, the first is {what} {empty[0]}")
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _tell(message: str) -> None:
+    """A warning, once a process however often the text is read."""
+    _log.warning("%s", message)
+
+
+def _text_of(row: dict[str, Any], where: str) -> Any:
     if "text" in row:
-        return str(row["text"])
-    strings = [name for name, value in row.items() if isinstance(value, str)]
+        return row["text"]
+    strings = [value for value in row.values() if isinstance(value, str)]
     if len(strings) != 1:
-        raise TextError(f"{str(path)!r} has no column 'text' (columns: {', '.join(row)}): rename one")
-    return str(row[strings[0]])
+        raise TextError(f"{where} has no column 'text' (columns: {', '.join(row)}): rename one")
+    return strings[0]
 
 
 def _in_pieces(documents: list[str], size: int = 4000) -> list[str]:
@@ -119,8 +193,10 @@ def _hub(spec: str, split: Split) -> Iterator[str]:
             split=held_out if split == "held_out" and held_out else calibration,
             streaming=name != "Salesforce/wikitext",
         )
-        texts: Iterator[str] = (str(row[column]) for row in rows)
+        texts: Iterator[str] = (text for text in (_hub_text(row[column], spec, column) for row in rows) if text)
         first = next(texts)
+    except TextError:
+        raise
     except (OSError, ValueError, KeyError, StopIteration) as error:
         raise TextError(
             f"no text {spec!r}: give 'pydoc', 'self', an existing file or folder, {', '.join(map(repr, _HUB))}"
@@ -130,6 +206,12 @@ def _hub(spec: str, split: Split) -> Iterator[str]:
     if name == "Salesforce/wikitext":
         texts = _joined(texts)
     return texts if held_out else _divided(_unique(texts), split)
+
+
+def _hub_text(value: Any, spec: str, column: str) -> str:
+    if value is not None and not isinstance(value, str):
+        raise TextError(f"column {column!r} of {spec!r} holds {type(value).__name__}, not text: name another column")
+    return value or ""
 
 
 def _unique(texts: Iterable[str]) -> Iterator[str]:

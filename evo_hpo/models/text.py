@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
+import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from evo_hpo.errors import TextError
-from evo_hpo.models.corpora import Split, read_documents
-from evo_hpo.models.loading import cache_folder
+from evo_hpo.errors import ModelError, TextError
+from evo_hpo.models.corpora import Split, is_local, read_documents
+from evo_hpo.models.identity import digest, tokenizer_identity
+from evo_hpo.models.loading import cache_folder, made_folder
+
+_log = logging.getLogger("evo_hpo")
 
 __all__ = ["load_tokens", "sample_from_model", "token_stream"]
 
@@ -28,6 +33,7 @@ def load_tokens(
     seed: int = 0,
     split: Split = "calibration",
     model: nn.Module | None = None,
+    apart_from: Collection[str] = (),
 ) -> torch.Tensor:
     """Draw `tokens` tokens (rounded up to whole sequences) of the text named by `spec`.
 
@@ -38,6 +44,8 @@ def load_tokens(
         sequence_length: tokens a sequence; sequences never overlap.
         seed: order of the sequences. More tokens with the same seed begin with the same sequences.
         split: "calibration" and "held_out" come from different documents.
+        apart_from: other texts, whose calibration split may hold nothing of what is drawn here: sequences that stand in
+            it, under whatever name, are left out.
 
     Returns:
         int64 tensor, sequences x sequence_length.
@@ -48,19 +56,87 @@ def load_tokens(
     if sequence_length < 1 or tokens < 1:
         raise TextError(f"sequence_length={sequence_length}, tokens={tokens}: both must be at least 1")
     wanted = -(-tokens // sequence_length)
+    if model is not None:
+        _refuse_too_long(model, sequence_length)
     if spec == "self":
         return _sampled(model, tokenizer, sequence_length, wanted, seed, split)
-    limit = 4 * wanted * sequence_length if spec not in ("pydoc",) and not Path(spec).exists() else None
+    limit = None if is_local(spec) else 4 * wanted * sequence_length
     stream = token_stream(spec, tokenizer, split, limit)
-    available = len(stream) // sequence_length
+    rows = stream[: len(stream) // sequence_length * sequence_length].reshape(-1, sequence_length)
+    whole = len(rows)
+    for other in sorted({o for o in apart_from if o != "self" and not _same(o, spec)}):
+        known = token_stream(other, tokenizer, "calibration", None if is_local(other) else 4 * wanted * sequence_length)
+        rows = rows[~_stand_in(rows, known)]
+    available, leaked = len(rows), whole - len(rows)
+    apart = f" beside {leaked} that stand in the calibration text" if leaked else ""
     if available < wanted:
         raise TextError(
-            f"{spec!r} ({split}) holds {available} sequences of {sequence_length} tokens, {wanted} were asked for:"
-            f" ask for at most {available * sequence_length} tokens or name a longer text"
+            f"{spec!r} ({split}) holds {available} sequences of {sequence_length} tokens{apart}, {wanted} were asked"
+            f" for: ask for at most {available * sequence_length} tokens or name a longer text"
         )
     order = np.random.default_rng([seed, sequence_length]).permutation(available)[:wanted]
-    sequences = stream[: available * sequence_length].reshape(available, sequence_length)[order]
-    return torch.from_numpy(sequences.astype(np.int64))
+    if leaked:
+        _log.warning(
+            "%r (%s): left out %d of %d sequences that stand in the calibration text", spec, split, leaked, whole
+        )
+    found = torch.from_numpy(rows[order].astype(np.int64))
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    size = getattr(embedding, "num_embeddings", None)
+    if size is not None and (largest := int(found.max())) >= size:
+        raise ModelError(
+            f"the tokenizer gives token {largest}, the model knows 0 to {size - 1}: give the model its own tokenizer"
+        )
+    return found
+
+
+def _same(spec: str, other: str) -> bool:
+    """Whether two names are of one text, whose splits share no document."""
+    paths = [Path(name).expanduser() for name in (spec, other)]
+    return spec == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+
+
+def _stand_in(rows: npt.NDArray[np.int32], stream: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Which sequences share more than an eighth of their runs of 32 tokens with a stream, wherever they stand in it."""
+    if not len(rows):
+        return np.zeros(0, dtype=bool)
+    run = min(32, rows.shape[1])
+    wanted = _hashes(rows, run)
+    found = np.zeros(wanted.shape, dtype=bool)
+    for start in range(0, max(0, len(stream) - run + 1), 1 << 20):
+        found |= np.isin(wanted, _hashes(np.asarray(stream[start : start + (1 << 20) + run - 1])[None], run))
+    return np.asarray(found.mean(axis=1) > 1 / 8)
+
+
+def _hashes(rows: npt.NDArray[np.int32], run: int) -> npt.NDArray[np.uint64]:
+    """A hash of each run of so many tokens in each row."""
+    total = np.zeros((len(rows), rows.shape[1] - run + 1), dtype=np.uint64)
+    for offset in range(run):
+        total = total * np.uint64(0x9E3779B97F4A7C15) + rows[:, offset : offset + total.shape[1]].astype(np.uint64) + 1
+    return total
+
+
+def _refuse_too_long(model: nn.Module, length: int) -> None:
+    """Raises ModelError where the model has no positions for sequences of this length."""
+    config: Any = model.config
+    known = getattr(config, "max_position_embeddings", None)
+    if known is None or length <= known:
+        return
+    learned = any(
+        isinstance(part, nn.Embedding) and re.search(r"pos|wpe", name) and part.num_embeddings <= known + 4
+        for name, part in model.named_modules()
+    )
+    try:
+        if not learned:  # rotary positions go on for ever, tables of them do not
+            with torch.inference_mode():
+                model(input_ids=torch.zeros(1, length, dtype=torch.int64, device=next(model.parameters()).device))
+            return
+        error = ""
+    except (IndexError, RuntimeError) as caught:
+        error = f" ({str(caught).splitlines()[0]})"
+    raise ModelError(
+        f"sequences of {length} tokens are longer than the {known} positions that the model has{error}:"
+        f" set sequence_length to at most {known}"
+    )
 
 
 def token_stream(spec: str, tokenizer: Any, split: Split, limit: int | None = None) -> npt.NDArray[np.int32]:
@@ -70,11 +146,8 @@ def token_stream(spec: str, tokenizer: Any, split: Split, limit: int | None = No
         limit: stop after about this many tokens (large hub data sets); None reads everything.
     """
     documents = read_documents(spec, split, None if limit is None else 8 * limit)
-    digest = hashlib.sha256(f"{_tokenizer_key(tokenizer)}:{split}".encode())
-    for document in documents:
-        digest.update(document.encode())
-        digest.update(b"\0")
-    path = cache_folder() / "tokens" / f"{digest.hexdigest()[:32]}.npy"
+    key = digest([tokenizer_identity(tokenizer), split, *documents])
+    path = cache_folder() / "tokens" / f"{key}.npy"
     if path.is_file():
         return np.asarray(np.load(path, mmap_mode="r"))
     stream = _tokenize(documents, tokenizer)
@@ -133,13 +206,8 @@ def _tokenize(documents: list[str], tokenizer: Any) -> npt.NDArray[np.int32]:
     return np.concatenate([np.asarray([*ids, *end], dtype=np.int32) for ids in encoded])
 
 
-def _tokenizer_key(tokenizer: Any) -> str:
-    probe = tokenizer("The quick brown fox; def f(x):\n    return 3.14", add_special_tokens=False)["input_ids"]
-    return f"{type(tokenizer).__name__}:{len(tokenizer)}:{probe}"
-
-
 def _write(path: Path, stream: npt.NDArray[np.int32]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made_folder(path.parent)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as file:
         np.save(file, stream)
     os.replace(file.name, path)

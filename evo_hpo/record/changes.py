@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["changes", "flat", "told"]
+__all__ = ["changes", "comparable", "flat", "told"]
+
+_log = logging.getLogger("evo_hpo")
 
 
 def flat(value: Any, prefix: str = "", joint: str = "/") -> dict[str, Any]:
@@ -21,6 +24,18 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[s
     keys = [k for k in {**old, **new} if k not in ignore]
     pairs = {k: (old.get(k, "absent"), new.get(k, "absent")) for k in keys}
     return {k: (before, now) for k, (before, now) in pairs.items() if before != now}
+
+
+def comparable(old: Mapping[str, Any], new: Mapping[str, Any], where: object) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two fingerprints as flat mappings that can be compared.
+
+    One of an earlier version says nothing about content (it has no ``identity``): only what both name is compared, and
+    a warning says so.
+    """
+    if "identity" in new and "identity" not in old:
+        _log.warning("%s is of an earlier version and does not say what it was made from: not checked", where)
+        old, new = ({k: v for k, v in each.items() if k in old and k in new} for each in (old, new))
+    return flat(old, joint="."), flat(new, joint=".")
 
 
 def told(found: Mapping[str, tuple[Any, Any]], most: int = 6) -> str:

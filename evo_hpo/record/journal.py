@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from evo_hpo.errors import JournalError
-from evo_hpo.record.changes import changes, flat, told
+from evo_hpo.record.changes import changes, comparable, flat, told
 from evo_hpo.record.environment import environment
 from evo_hpo.record.records import (
     FORMAT,
@@ -88,11 +88,15 @@ def search_header(
 
 def header_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (recorded, current) for everything that identifies a search and is not equal."""
-    old, new = (
-        flat({k: v for k, v in header.items() if k not in CONTEXT}, joint=".")
-        for header in (recorded, json.loads(_dump(current)))
+    new = json.loads(_dump(current))
+    prints = comparable(
+        recorded.get("fingerprint") or {}, new.get("fingerprint") or {}, recorded.get("search", "journal")
     )
-    return changes(old, new)
+    headers = (
+        {k: v for k, v in header.items() if k not in CONTEXT} | {"fingerprint": found}
+        for header, found in zip((recorded, new), prints, strict=True)
+    )
+    return changes(*(flat(header, joint=".") for header in headers))
 
 
 class Journal:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evo_hpo.errors import JournalError
-from evo_hpo.record.changes import changes, told
+from evo_hpo.record.changes import changes, comparable, told
 from evo_hpo.search.problem import Problem
 from evo_hpo.space.compression_space import CompressionSpace
 
@@ -64,7 +64,7 @@ class ProblemRecord:
             again = [seed for seed in made.instances if seed in self.instances]
             pairs = [(self.instances[seed]["fingerprint"], made.instances[seed]["fingerprint"]) for seed in again]
         for old, new in pairs:
-            if changed := changes(old, new):
+            if changed := changes(*comparable(old, new, f"problem {self.key!r}")):
                 raise JournalError(
                     f"problem {self.key!r} is not the one this comparison started with ({told(changed)})"
                 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from evo_hpo.errors import EvoHpoError
-from evo_hpo.record.comparison import PlannedSearch
+from evo_hpo.record.comparison import Comparison, PlannedSearch
 from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.run.events import (
@@ -33,7 +33,7 @@ from evo_hpo.run.plan import Plan
 from evo_hpo.search.budget import Ledger
 from evo_hpo.search.loop import Checkpoint, search
 from evo_hpo.search.problem import Problem
-from evo_hpo.search.registry import make_problem, make_searcher
+from evo_hpo.search.registry import make_problem, make_searcher, settled
 from evo_hpo.search.trial import Outcome
 
 __all__ = ["run_searches"]
@@ -92,7 +92,9 @@ def _run(
     settings = entry.settings_of(task.seed)
     if key not in problems or problems[key][0] != settings:  # of several instances the latest is kept
         events.put(ProblemLoading(key))
-        problems[key] = settings, make_problem(entry.name, **settings)
+        known = Comparison.read(folder).problems.get(key)
+        chosen = settled(entry.name, settings, known.fingerprint if known else {})
+        problems[key] = settings, make_problem(entry.name, **chosen)
         events.put(ProblemMade(ProblemRecord.of(key, problems[key][1], task.seed if entry.instance else None)))
     problem = problems[key][1]
     searcher = make_searcher(task.searcher, problem.space, seed=task.seed, **task.settings)

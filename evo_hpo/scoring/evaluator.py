@@ -20,6 +20,7 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import check_droppable
 from evo_hpo.models.gates import GatedModel
+from evo_hpo.models.identity import digest, model_identity, tokens_identity
 from evo_hpo.models.structure import is_linear
 from evo_hpo.scoring.allocator import keep_freed_memory
 from evo_hpo.scoring.batch_scoring import BatchScorer, Sums
@@ -27,7 +28,6 @@ from evo_hpo.scoring.compiling import Compiled, compile_parts
 from evo_hpo.scoring.dense import DenseSide, PackedSide
 from evo_hpo.scoring.divergence import Fitness
 from evo_hpo.scoring.head import Chunk, OutputHead
-from evo_hpo.scoring.identity import context_hash, model_hash
 from evo_hpo.scoring.kept_inputs import ReferenceStates
 from evo_hpo.scoring.pool import WorkerPool
 from evo_hpo.scoring.sampling import sequences_of
@@ -74,6 +74,7 @@ class Evaluator:
             the searched layers and the head; mostly shared between replicas. 0: the same bits a few per cent slower.
         early_stopping: with ``keep``, stop candidates that are provably not among the best; exact.
         cache: SQLite file of paid losses; None: in memory.
+        identity: of the model, where it is known; default: computed from all of its weights and its configuration.
 
     Raises:
         ModelError: a model that cannot be gated, or whose modules cannot be dropped as the levels want.
@@ -100,6 +101,7 @@ class Evaluator:
         packed_bytes: int = 1 << 31,
         early_stopping: bool = True,
         cache: Path | None = None,
+        identity: Mapping[str, str] | None = None,
     ) -> None:
         if fitness not in ("kl", "perplexity", "topk_kl"):
             raise InvalidSettingError(f"fitness {fitness!r} must be one of: kl, perplexity, topk_kl")
@@ -141,7 +143,12 @@ class Evaluator:
             early_stopping,
             ReferenceStates(reference_bytes),
         )
-        self._model_hash = model_hash(model)
+        self.identity = {
+            **(identity or model_identity(model)),
+            "store": levels.fingerprint,
+            "calibration text": tokens_identity(self.tokens),
+            "dtype": str(self.pool.workers[0].head.weight.dtype).removeprefix("torch."),
+        }
         self.cache = ScoreCache(cache, self.context())
         self.measured: Measured | None = None
         if measure:
@@ -303,7 +310,7 @@ class Evaluator:
     def context(self) -> str:
         """Hash of everything a loss depends on besides assignment and minibatch."""
         settings = (self.fitness, self._batches.dense_bits, self._batches.top_k)
-        return context_hash(self._model_hash, self.levels.fingerprint, settings, self.tokens)
+        return digest([*map(str, settings), *(f"{k}={v}" for k, v in sorted(self.identity.items()))])
 
     @property
     def dense(self) -> dict[int, DenseSide | PackedSide]:
@@ -319,7 +326,7 @@ class Evaluator:
         """Settings in force, what was counted, and where the time of all replicas went (seconds)."""
         return {
             "device": str(self.device),
-            "dtype": str(self.pool.workers[0].head.weight.dtype).removeprefix("torch."),
+            "dtype": self.identity["dtype"],
             "threads": len(self.pool),
             "batch_size": self._batches.batch_size,
             "chunk": (self.chunk.tokens, self.chunk.vocabulary),

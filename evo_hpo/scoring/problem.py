@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from evo_hpo.models.identity import tokens_identity
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.sampling import check_tokens
 from evo_hpo.search.problem import Minibatch, Problem, Score
@@ -85,9 +85,9 @@ class LanguageModelProblem(Problem):
         }
 
     def fingerprint(self) -> dict[str, Any]:
-        """Space, model, levels, fitness, calibration pool and held-out text."""
-        held_out = hashlib.sha256(self.held_out.cpu().numpy().tobytes()).hexdigest()[:16]
-        return {**super().fingerprint(), "evaluator": self.evaluator.context(), "held_out": held_out}
+        """Space, fitness, and the identity of model, tokenizer, store, calibration pool, held-out text and dtype."""
+        identity = {**self.evaluator.identity, "held-out text": tokens_identity(self.held_out)}
+        return {**super().fingerprint(), "fitness": self.evaluator.fitness, "identity": identity}
 
     def _held_out(self, assignment: Assignment | None) -> dict[str, float]:
         if assignment not in self._validated:

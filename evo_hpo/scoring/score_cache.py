@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.models.loading import made_folder
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import Assignment
 
@@ -35,14 +37,17 @@ class ScoreCache:
 
     def __init__(self, path: Path | None, context: str) -> None:
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            made_folder(path.parent)
         self.context = context
         self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path or ":memory:", timeout=60, check_same_thread=False)
-        if path is not None:
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-        self._connection.executescript(_SCHEMA)
+        try:
+            self._connection = sqlite3.connect(path or ":memory:", timeout=60, check_same_thread=False)
+            if path is not None:
+                self._connection.execute("PRAGMA journal_mode=WAL")
+                self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.executescript(_SCHEMA)
+        except sqlite3.Error as error:
+            raise InvalidSettingError(f"cache={str(path)!r} cannot be used ({error}): name another file") from error
 
     def get(self, assignment: Assignment, minibatch: Minibatch) -> NDArray[np.float64] | None:
         """Sums of each sequence of the minibatch (nats), or None."""

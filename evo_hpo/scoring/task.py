@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,9 @@ from evo_hpo.errors import InfeasibleError, InvalidSettingError
 from evo_hpo.levels.build import build, check_settings, default_folder
 from evo_hpo.levels.level_set import LevelSet, joined
 from evo_hpo.levels.store import LevelStore
-from evo_hpo.models.loading import compute_dtype, load_model, load_tokenizer
+from evo_hpo.models.corpora import Split
+from evo_hpo.models.identity import tokenizer_identity
+from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model
 from evo_hpo.models.text import load_tokens
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.problem import LanguageModelProblem
@@ -47,7 +49,8 @@ class LanguageModelTask:
             kernels fuse them.
         join: folders of further stores of the model, whose levels every unit is offered too, under the method's name.
         dropped: every unit may also be dropped, at no cost.
-        calibration, held_out: text (``pydoc``, a hub data set, files, ``self``); always disjoint.
+        calibration, held_out: text (``pydoc``, a hub data set, files, ``self``); always disjoint: what stands in the
+            calibration text, under whatever name, is left out of the held-out text.
         sequence_length: tokens a sequence.
         calibration_tokens: pool that minibatches are drawn from.
         held_out_tokens: text that names the winner.
@@ -175,11 +178,14 @@ class LanguageModelTask:
         """Where the level store is or will be."""
         if self.store:
             return Path(self.store).expanduser()
-        return default_folder(self.model, self.method, self.levels or None, dict(self.build))
+        return default_folder(self.model, self.method, self.levels or None, self._build_settings)
+
+    @property
+    def _build_settings(self) -> dict[str, Any]:
+        return {"calibration": self.calibration, **dict(self.build)}
 
     def ensure_store(self, progress: Callable[..., None]) -> None:
         """Builds the store, or checks that the one that is there belongs to the model."""
-        settings: dict[str, Any] = {"calibration": self.calibration, **dict(self.build)}
         build(
             self.model,
             self.store_folder,
@@ -187,29 +193,29 @@ class LanguageModelTask:
             levels=self.levels or None,
             device=self.device,
             progress=progress,
-            **settings,
+            **self._build_settings,
         )
 
-    def open_store(self, model_fingerprint: str | None = None, dtype: torch.dtype = torch.float32) -> LevelStore:
-        """The level store, which must be there; with a fingerprint, of that model.
+    def open_store(self, model: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32) -> LevelStore:
+        """The level store, which must be there; with the identity of a model, of that model.
 
         Raises:
             StoreError: it is missing, damaged, or was built from another model.
         """
-        return LevelStore.open(self.store_folder, dtype, device=self.device, model_fingerprint=model_fingerprint)
+        return LevelStore.open(self.store_folder, dtype, device=self.device, model=model)
 
-    def open_levels(self, model_fingerprint: str | None = None, dtype: torch.dtype = torch.float32) -> LevelSet:
+    def open_levels(self, model: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32) -> LevelSet:
         """The levels that are searched: the store's, joined with others', dropped ones added, tied.
 
         Raises:
             StoreError: as :meth:`open_store`, also for stores to join; or their labels are equal.
             InvalidSettingError: no unit is called as ``tie`` says.
         """
-        store = self.open_store(model_fingerprint, dtype)
+        store = self.open_store(model, dtype)
         levels, others = store.levels, []
         for folder in self.join:
-            of = model_fingerprint or store.manifest.model_fingerprint
-            others.append(LevelStore.open(folder, dtype, device=self.device, model_fingerprint=of))
+            of = model or store.manifest.plan.identity
+            others.append(LevelStore.open(folder, dtype, device=self.device, model=of))
         if others:
             prefixes = ["", *(f"{other.manifest.plan.method} " for other in others)]
             levels = joined([levels, *(other.levels for other in others)], self.resource or "bits", prefixes)
@@ -230,9 +236,9 @@ class LanguageModelTask:
         """The problem: loads model, store and text."""
         dtype = fastest_dtype(self.device) if self.dtype == "auto" else compute_dtype(self.dtype)
         loaded = load_model(self.model, dtype, self.device)
-        levels = self.open_levels(loaded.fingerprint, dtype)
-        pool = self._text(self.calibration, "calibration", self.calibration_tokens, loaded.model)
-        held_out = self._text(self.held_out, "held_out", self.held_out_tokens, loaded.model)
+        levels = self.open_levels(loaded.identity, dtype)
+        pool = self._text(self.calibration, "calibration", self.calibration_tokens, loaded)
+        held_out = self._text(self.held_out, "held_out", self.held_out_tokens, loaded)
         evaluator = Evaluator(
             loaded.model,
             levels,
@@ -243,14 +249,23 @@ class LanguageModelTask:
             compile=self.compile,
             measure=self.measure,
             cache=Path(self.cache).expanduser() if self.cache else None,
+            identity={**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)},
         )
-        return LanguageModelProblem(
-            evaluator, self.space(levels), held_out, tokens=self.tokens, name=f"{loaded.name} {self.method}"
-        )
+        name = f"{loaded.name} {self.method}"
+        return LanguageModelProblem(evaluator, self.space(levels), held_out, tokens=self.tokens, name=name)
 
-    def _text(self, spec: str, split: str, tokens: int, model: torch.nn.Module) -> torch.Tensor:
-        tokenizer = load_tokenizer(self.model)
-        return load_tokens(spec, tokenizer, self.sequence_length, tokens, self.seed, split, model)  # type: ignore[arg-type]
+    def _text(self, spec: str, split: Split, tokens: int, loaded: LoadedModel) -> torch.Tensor:
+        read = [self.calibration, str(dict(self.build).get("calibration", self.calibration))]
+        return load_tokens(
+            spec,
+            loaded.tokenizer,
+            self.sequence_length,
+            tokens,
+            self.seed,
+            split,
+            loaded.model,
+            apart_from=read if split == "held_out" else (),
+        )
 
 
 def _last(units: Sequence[Unit]) -> str:
@@ -295,6 +310,12 @@ class Factory:
         task = self.task(settings)
         check_settings(task.method, task.levels or None, dict(task.build))
         return Preview(task.stand_in(), task.tokens, task.check_minibatch)
+
+    def settle(self, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+        """Uses the dtype that ``auto`` chose when the fingerprint was recorded, also on another machine."""
+        recorded = dict(fingerprint.get("identity") or {}).get("dtype")
+        automatic = recorded and self.task(settings).dtype == "auto"
+        return {**settings, "dtype": recorded} if automatic else settings
 
     def prepare(self, settings: dict[str, Any], progress: Callable[..., None]) -> None:
         """Builds the level store where it is missing."""

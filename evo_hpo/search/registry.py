@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -36,6 +36,7 @@ __all__ = [
     "preview_problem",
     "problem_factory",
     "searcher_class",
+    "settled",
 ]
 
 
@@ -238,6 +239,12 @@ def prepare_problem(name: str, settings: dict[str, Any], progress: Callable[...,
     factory: object = problem_factory(name)
     if isinstance(factory, Prepared):
         factory.prepare(settings, progress)
+
+
+def settled(name: str, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with what they leave to a measurement as it was chosen when this fingerprint was recorded."""
+    settle = getattr(problem_factory(name), "settle", None)
+    return settings if settle is None else settle(settings, fingerprint)
 
 
 def describe_problem(name: str) -> Description:

@@ -59,7 +59,7 @@ def test_models_are_loaded_in_any_dtype(model: str, dtype: str, tmp_path: Path) 
     store = build(model, tmp_path / "s", levels=[3, 8], dtype=dtype, **TEXT)
     assert store.manifest.plan.calibration["dtype"] == dtype
     reference = build(model, tmp_path / "r", levels=[3, 8], **TEXT)
-    assert store.manifest.model_fingerprint == reference.manifest.model_fingerprint
+    assert store.manifest.plan.identity == reference.manifest.plan.identity
     for ours, theirs in zip(store.errors, reference.errors, strict=True):
         assert ours == pytest.approx(theirs, rel=0.15)
     with pytest.raises(EvoHpoError, match="bfloat16"):

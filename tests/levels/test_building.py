@@ -97,7 +97,7 @@ def test_the_model_is_left_as_it_was(llama: LoadedModel, tokens: torch.Tensor, t
 def test_every_architecture_builds_and_its_weights_fit(architecture: str, tokens: torch.Tensor, tmp_path: Path) -> None:
     loaded = mixtral() if architecture == "mixtral" else LoadedModel.from_model(tiny_model(architecture))
     build_store(loaded, tmp_path, GPTQ([2, 8], group_size=24), tokens, inputs="8")
-    store = open_store(tmp_path, model_fingerprint=loaded.fingerprint)
+    store = open_store(tmp_path, model=loaded.identity)
     assert [unit.name for unit in store.units] == list(linear_modules(loaded.model))
     with torch.inference_mode():
         dense = loaded.model(input_ids=tokens).logits

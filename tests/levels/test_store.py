@@ -89,7 +89,7 @@ def test_a_damaged_or_missing_manifest_is_refused(folder: Path, tmp_path: Path) 
 
 def test_another_models_store_is_refused(folder: Path) -> None:
     with pytest.raises(StoreError, match="another|rebuild"):
-        open_store(folder / "rtn", model_fingerprint="0" * 16)
+        open_store(folder / "rtn", model={"model weights": "0" * 16})
 
 
 def test_fingerprints_follow_content(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,14 @@ import torch
 import transformers
 from torch import nn
 
+from evo_hpo.cli.commands import parse_settings
 from evo_hpo.errors import ModelError
-from evo_hpo.levels.blockwise import build_store
+from evo_hpo.levels.blockwise import build_store, exclude_also, toml_text
 from evo_hpo.levels.quantizers import GPTQ, RTN
 from evo_hpo.levels.store import open_store
 from evo_hpo.models.experts import fuse_experts, fused_leftovers, unfuse_experts
 from evo_hpo.models.loading import LoadedModel
-from evo_hpo.models.structure import linear_modules
+from evo_hpo.models.structure import ROUTERS, linear_modules
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -98,10 +102,26 @@ class Odd(nn.Module):
 def test_a_layout_that_is_not_known_is_refused_by_name_and_can_be_left_out(llama: LoadedModel, tmp_path: Path) -> None:
     model: Any = llama.model
     model.model.layers[1].mlp.odd = Odd()
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.odd\.kernels.*exclude="):
+    model.model.layers[2].mlp.odd = Odd()
+    model.model.layers[2].mlp.kernels = nn.Linear(32, 32, bias=False)  # no such weight, though its name ends alike
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.odd\.kernels.*exclude=") as caught:
         build_store(llama, tmp_path, RTN([3]))
-    build_store(llama, tmp_path, RTN([3]), exclude="kernels")
-    assert len(open_store(tmp_path).units) == 21
+    message = str(caught.value)
+    in_a_plan = tomllib.loads(message[message.index("exclude = ") : message.index(" under build")])["exclude"]
+    words = shlex.split(message[message.index("--set ") :])
+    assert parse_settings(words[1:]) == {"exclude": in_a_plan}
+    build_store(llama, tmp_path, RTN([3]), exclude=in_a_plan)
+    assert len(open_store(tmp_path).units) == 22
+
+
+@pytest.mark.parametrize("exclude", [ROUTERS, "", r"\bup_proj$", "it's"])
+def test_a_printed_exclude_keeps_what_was_left_out_and_means_the_same_wherever_it_is_pasted(exclude: str) -> None:
+    wanted = exclude_also(["model.layers.3.mlp.experts.down_proj", "model.layers.7.mlp.experts.down_proj"], exclude)
+    assert tomllib.loads(f"exclude = {toml_text(wanted)}")["exclude"] == wanted
+    assert parse_settings(shlex.split(shlex.quote(f"exclude={wanted}"))) == {"exclude": wanted}
+    assert re.search(wanted, "model.layers.11.mlp.experts.down_proj")
+    assert not re.search(wanted, "model.layers.0.mlp.down_proj")  # the dense layer of the first block
+    assert bool(re.search(wanted, "model.layers.3.mlp.gate")) == (exclude == ROUTERS)  # the router stays left out
 
 
 def test_a_saved_mixture_loads_again(tmp_path: Path, tokens: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from evo_hpo.errors import ModelError
 from evo_hpo.models.experts import LinearExperts, unfuse_experts
-from evo_hpo.models.loading import LoadedModel, file_fingerprint, resolve_folder, tensor_fingerprint
+from evo_hpo.models.loading import resolve_folder
 from evo_hpo.models.structure import decoder_blocks, droppable_modules, linear_modules
 from tests.tiny import ARCHITECTURES, tiny_mixtral, tiny_model, tiny_tokens
 
@@ -54,23 +54,6 @@ def test_experts_taken_apart_compute_the_same() -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
     assert sum("experts" in name for name in linear_modules(model)) == 2 * 3 * 3
     assert unfuse_experts(model) == 0
-
-
-def test_file_fingerprint_follows_the_weights_only(tmp_path: Path) -> None:
-    model: Any = tiny_model("llama")
-    model.save_pretrained(tmp_path)
-    before = file_fingerprint(tmp_path)
-    (tmp_path / "note.txt").write_text("something else")
-    assert file_fingerprint(tmp_path) == before
-    model.model.layers[1].mlp.up_proj.weight.data[3, 4] += 1
-    model.save_pretrained(tmp_path)
-    assert file_fingerprint(tmp_path) != before
-
-
-def test_tensor_fingerprint_tells_models_apart() -> None:
-    assert tensor_fingerprint(tiny_model("llama")) == tensor_fingerprint(tiny_model("llama"))
-    assert tensor_fingerprint(tiny_model("llama", seed=1)) != tensor_fingerprint(tiny_model("llama"))
-    assert LoadedModel.from_model(tiny_model("gpt2"), name="x").fingerprint == tensor_fingerprint(tiny_model("gpt2"))
 
 
 def test_missing_models_are_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

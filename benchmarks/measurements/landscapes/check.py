@@ -71,7 +71,7 @@ def _pruned(model: nn.Module, kept: Sequence[int]) -> nn.Module:
 
 def _quantized(loaded: LoadedModel, levels: Sequence[int]) -> nn.Module:
     """A copy of the model with the weights of the levels."""
-    store = LanguageModelTask(MODEL, build={"group_size": 64}).open_store(loaded.fingerprint)
+    store = LanguageModelTask(MODEL, build={"group_size": 64}).open_store(loaded.identity)
     found = copy.deepcopy(loaded.model)
     modules = dict(found.named_modules())
     for unit, level in enumerate(levels):

@@ -68,7 +68,7 @@ def record_bits(loaded: LoadedModel, folder: Path, threads: int = 1) -> Explorat
     """
     task = LanguageModelTask(MODEL, build={"group_size": 64})
     task.ensure_store(partial(print, flush=True))
-    store = task.open_store(loaded.fingerprint)
+    store = task.open_store(loaded.identity)
     space = bits_space()
     if store.space(3.0) != space:
         raise StoreError(f"the store {str(task.store_folder)!r} has another space than the landscape: rebuild it")

@@ -32,7 +32,11 @@ class Projector:
     """
 
     def __init__(
-        self, levels: Levels, modules: Mapping[str, nn.Module], blocks: Mapping[str, int], in_place: Callable[[str], bool]
+        self,
+        levels: Levels,
+        modules: Mapping[str, nn.Module],
+        blocks: Mapping[str, int],
+        in_place: Callable[[str], bool],
     ) -> None:
         self.levels, self._modules, self._dropped = levels, modules, in_place
         self._original = {

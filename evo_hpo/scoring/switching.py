@@ -31,6 +31,9 @@ class LevelSwitch:
         lock: held while the store is read (the store need not be thread-safe).
         packed_bytes: memory for packed copies of weights (see :mod:`evo_hpo.scoring.prepacking`).
 
+    Attributes:
+        modules: name -> module of every unit's members.
+
     Raises:
         StoreError: a unit's member is not in the model, or a level's weight has another shape.
         ModelError: a member that is no linear layer cannot be dropped.
@@ -82,7 +85,7 @@ class LevelSwitch:
     def _switch(self, unit: int, level: int) -> None:
         weights: Mapping[str, Tensor | None] = {}
         if level >= 0:
-            with self._lock:
+            with self._lock, torch.inference_mode(False):  # or no backward pass could use what a store keeps
                 weights = self.levels.weights(unit, level)
         for name in self.levels.units[unit].members:
             weight = weights.get(name, self._dense.get(name))

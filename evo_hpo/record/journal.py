@@ -29,13 +29,14 @@ from evo_hpo.record.records import (
     encode_levels,
     encode_number,
     encode_outcome,
+    encode_probe,
     read_journal,
     read_journals,
 )
 from evo_hpo.search.budget import Budget
 from evo_hpo.search.loop import Checkpoint, SearchResult
 from evo_hpo.search.problem import Minibatch, Problem
-from evo_hpo.search.trial import Batch, Outcome, Terms, Trial
+from evo_hpo.search.trial import Batch, Measured, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["CONTEXT", "Journal", "SearchRecord", "header_differences", "read_journal", "read_journals", "search_header"]
@@ -116,6 +117,7 @@ class Journal:
         self._size = size
         self._outcomes = deque(held.outcomes)
         self._batches = deque(held.batches)
+        self._probes = deque(measured for _, measured in held.probes)
         self._checkpoints = deque(held.checkpoints)
 
     @classmethod
@@ -191,6 +193,26 @@ class Journal:
             )
         self.replayed += size
         return outcomes
+
+    def recall_probe(self, probe: Probe, minibatch: Minibatch) -> Measured | None:
+        """The recorded sensitivities of this probe.
+
+        Raises:
+            JournalError: another probe is recorded at this point.
+        """
+        if not self._probes:
+            return None
+        known = self._probes.popleft()
+        if (known.probe, known.minibatch) != (probe, minibatch.seed):
+            raise JournalError(
+                f"{self.path}: {known.probe} on minibatch {known.minibatch} is recorded and {probe} on {minibatch.seed}"
+                " asked for now: the search's code changed: start it anew under another name"
+            )
+        return known
+
+    def record_probe(self, measured: Measured) -> None:
+        """Writes one line of sensitivities."""
+        self._write([_dump(encode_probe(measured, str(self.held.header["search"]), round(time.time(), 3)))])
 
     def recall_checkpoint(self, fraction: float, levels: Assignment) -> Checkpoint | None:
         """The recorded checkpoint of this fraction.

@@ -18,7 +18,8 @@ from typing import Any
 
 from evo_hpo.errors import JournalError
 from evo_hpo.search.loop import Checkpoint
-from evo_hpo.search.trial import Outcome, Terms, Trial
+from evo_hpo.search.sensitivities import Sensitivities
+from evo_hpo.search.trial import Measured, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["JournalTail", "SearchRecord", "decode_levels", "encode_levels", "read_journal", "read_journals"]
@@ -127,6 +128,27 @@ def decode_checkpoint(line: Mapping[str, Any]) -> Checkpoint:
     )
 
 
+def encode_probe(measured: Measured, search: str, time: float) -> dict[str, Any]:
+    """One line of sensitivities; the projections are base64 of float32, so that a resumed search needs no second pass."""
+    return {
+        "kind": "probe",
+        "search": search,
+        "asked": measured.probe.tokens,
+        "draw": measured.probe.draw,
+        "minibatch": measured.minibatch,
+        "seconds": round(measured.seconds, 9),
+        "sensitivities": measured.sensitivities.to_json(),
+        "time": time,
+    }
+
+
+def decode_probe(line: Mapping[str, Any]) -> Measured:
+    """What a line of sensitivities tells."""
+    found = Sensitivities.from_json(line["sensitivities"])
+    probe = Probe(found.reference, found.kind, line["asked"], line["draw"])
+    return Measured(probe, found, float(line["seconds"]), line["minibatch"])
+
+
 class JournalTail:
     """Reads a journal that may still grow; each :meth:`poll` gives the whole lines that are new.
 
@@ -189,6 +211,7 @@ class SearchRecord:
         outcomes: every trial that was paid for, in order.
         times: seconds since the epoch at which each outcome was written.
         batches: size of each scored batch, in order.
+        probes: sensitivities that were paid for, each with the number of outcomes before it.
         checkpoints: held-out figures along the budget.
         end: the end line (``stop_reason``, ``best``, ``best_loss``, ``seconds``, ``searcher_seconds``); None: the
             search is running or was interrupted.
@@ -199,6 +222,7 @@ class SearchRecord:
     outcomes: list[Outcome] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
+    probes: list[tuple[int, Measured]] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     end: dict[str, Any] | None = None
 
@@ -266,6 +290,8 @@ class SearchRecord:
             self._open_batch = bool(line.get("more"))
             self.outcomes.append(decode_outcome(line))
             self.times.append(float(line["time"]))
+        elif kind == "probe":
+            self.probes.append((len(self.outcomes), decode_probe(line)))
         elif kind == "checkpoint":
             self.checkpoints.append(decode_checkpoint(line))
         elif kind == "end":

@@ -129,7 +129,7 @@ def decode_checkpoint(line: Mapping[str, Any]) -> Checkpoint:
 
 
 def encode_probe(measured: Measured, search: str, time: float) -> dict[str, Any]:
-    """One line of sensitivities; the projections are base64 of float32, so that a resumed search needs no second pass."""
+    """One line of sensitivities, with all projections, so that a resumed search needs no second pass."""
     return {
         "kind": "probe",
         "search": search,

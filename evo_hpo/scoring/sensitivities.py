@@ -72,7 +72,7 @@ class SensitivityPass:
         tokens: Tensor,
         *,
         chunk: Chunk | None = None,
-        graph_bytes: int = 1 << 32,
+        graph_bytes: int = 1 << 31,
         group: int = 16,
     ) -> None:
         example = tokens[:1, : min(tokens.shape[1], 16)]

@@ -150,7 +150,8 @@ def search(
             raise BudgetError(f"checkpoint {fraction!r} must be a fraction of the budget, above 0 and at most 1")
     if searcher.asks_for_sensitivities and not problem.has_sensitivities:
         raise InvalidSettingError(
-            f"{type(searcher).__name__} asks for sensitivities, problem {problem.name!r} has none: take another searcher"
+            f"{type(searcher).__name__} asks for sensitivities, problem {problem.name!r} has none:"
+            " take another searcher"
         )
     start = time.perf_counter()
     run = _Run(searcher, problem, budget, seed, journal, tuple(observers), sorted(checkpoints))

@@ -64,4 +64,4 @@ def closed_form(
     if quality == "misleading":
         rows = rows[:, np.random.default_rng([units, 7]).permutation(units)]
     projections = rows[:, :, None] * (roots - at[:, None])
-    return Sensitivities(kind, assignment, projections, SEQUENCE, READS * minibatch.tokens)
+    return Sensitivities(kind, assignment, projections.astype(np.float32), SEQUENCE, READS * minibatch.tokens)

@@ -20,19 +20,15 @@ from typing import Any
 from evo_hpo.errors import JournalError
 from evo_hpo.record.changes import changes, flat, told
 from evo_hpo.record.environment import environment
-from evo_hpo.record.records import (
-    FORMAT,
-    JournalTail,
-    SearchRecord,
-    check_header,
+from evo_hpo.record.lines import (
+    dump,
     encode_checkpoint,
     encode_levels,
     encode_number,
     encode_outcome,
     encode_probe,
-    read_journal,
-    read_journals,
 )
+from evo_hpo.record.records import FORMAT, JournalTail, SearchRecord, check_header, read_journal, read_journals
 from evo_hpo.search.budget import Budget
 from evo_hpo.search.loop import Checkpoint, SearchResult
 from evo_hpo.search.problem import Minibatch, Problem
@@ -91,7 +87,7 @@ def header_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) 
     """Dotted key -> (recorded, current) for everything that identifies a search and is not equal."""
     old, new = (
         flat({k: v for k, v in header.items() if k not in CONTEXT}, joint=".")
-        for header in (recorded, json.loads(_dump(current)))
+        for header in (recorded, json.loads(dump(current)))
     )
     return changes(old, new)
 
@@ -163,7 +159,7 @@ class Journal:
                 held.add(line)
             return cls(path, descriptor, held, tail.position, dropped)
         journal = cls(path, descriptor, SearchRecord(path, dict(header)), 0, dropped)
-        journal._write([_dump({"kind": "header", "format": FORMAT, **header})])
+        journal._write([dump({"kind": "header", "format": FORMAT, **header})])
         _sync_folder(path.parent)
         return journal
 
@@ -212,7 +208,7 @@ class Journal:
 
     def record_probe(self, measured: Measured) -> None:
         """Writes one line of sensitivities."""
-        self._write([_dump(encode_probe(measured, str(self.held.header["search"]), round(time.time(), 3)))])
+        self._write([dump(encode_probe(measured, str(self.held.header["search"]), round(time.time(), 3)))])
 
     def recall_checkpoint(self, fraction: float, levels: Assignment) -> Checkpoint | None:
         """The recorded checkpoint of this fraction.
@@ -237,11 +233,11 @@ class Journal:
             JournalError: the disk is full or fails; the batch stays in :attr:`unsaved`.
         """
         now, search, last = round(time.time(), 3), str(self.held.header["search"]), len(outcomes) - 1
-        self._write([_dump(encode_outcome(o, search, now, last - i)) for i, o in enumerate(outcomes)])
+        self._write([dump(encode_outcome(o, search, now, last - i)) for i, o in enumerate(outcomes)])
 
     def record_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Writes one checkpoint."""
-        self._write([_dump(encode_checkpoint(checkpoint, str(self.held.header["search"]), round(time.time(), 3)))])
+        self._write([dump(encode_checkpoint(checkpoint, str(self.held.header["search"]), round(time.time(), 3)))])
 
     def finish(self, result: SearchResult) -> None:
         """Writes the end line, once."""
@@ -258,7 +254,7 @@ class Journal:
             "scoring": result.scoring,
             "time": round(time.time(), 3),
         }
-        self._write([_dump(end)])
+        self._write([dump(end)])
         self.held.end = end
 
     # ------------------------------------------------------------------ the file
@@ -309,28 +305,6 @@ class Journal:
         except JournalError:
             if error is None:
                 raise
-
-
-def _dump(line: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(line, separators=(",", ":"), allow_nan=False, default=_plain)
-    except ValueError:  # inf or NaN somewhere inside
-        return json.dumps(_finite(line), separators=(",", ":"), allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy as Python's own, anything else (paths) as text."""
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float):
-        return encode_number(value)
-    return value if value is None or isinstance(value, (str, int)) else _plain(value)
 
 
 def _lock(path: Path, descriptor: int) -> None:

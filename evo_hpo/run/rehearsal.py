@@ -27,7 +27,7 @@ def rehearse(plan: Plan, preview: Preview) -> None:
     for entry in plan.searchers:
         try:
             searcher = make_searcher(entry.name, preview.space, seed=0, **entry.settings)
-            batch = searcher.ask(ledger.allowance())
+            batch = searcher.next_probe(ledger.allowance()) or searcher.ask(ledger.allowance())
             if batch is None:
                 raise BudgetError(f"a budget of {budget.amount:g} {budget.kind}: {searcher.stop_reason}")
             each = tokens if batch.tokens is None else batch.tokens

@@ -197,14 +197,15 @@ class _Run:
         """The next batch, as much of it as can be paid, or a probe; None: the search ends, and the result says why."""
         allowance = self.ledger.allowance()
         before = time.perf_counter()
-        batch = self.searcher.ask(allowance)
+        probe = self.searcher.next_probe(allowance)
+        batch = None if probe else self.searcher.ask(allowance)
         self.result.searcher_seconds += time.perf_counter() - before
         if batch is None:
             self.result.stop_reason = self.searcher.stop_reason or "the searcher has nothing more to ask"
             return None
-        if isinstance(batch, Probe):
-            if allowance.affords(READS, batch.tokens) == READS:
-                return batch
+        if probe is not None:
+            if allowance.affords(READS, probe.tokens) == READS:
+                return probe
             self.result.stop_reason = "the budget does not pay for the sensitivities"
             return None
         if not isinstance(batch, Batch):

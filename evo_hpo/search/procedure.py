@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
 
+from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.searcher import Searcher, draw, positive
 from evo_hpo.search.sensitivities import READS, Sensitivities
@@ -49,19 +50,30 @@ class Procedure(Searcher):
     def steps(self) -> Steps[None]:
         """The algorithm; returning ends the search, before anything was asked after the uniform assignment is."""
 
-    def ask(self, allowance: Allowance) -> Batch | Probe | None:
+    def next_probe(self, allowance: Allowance) -> Probe | None:
+        """The probe that the generator has yielded, if it has."""
+        self._wait(allowance)
+        return self._yielded if isinstance(self._yielded, Probe) else None
+
+    def ask(self, allowance: Allowance) -> Batch | None:
         """The batch that the generator has yielded, no more of it than the allowance pays."""
+        self._wait(allowance)
+        if self._yielded is None:
+            return None
+        if isinstance(self._yielded, Probe):
+            raise InvalidSettingError(f"{type(self).__name__} asks for sensitivities: it cannot be run inside another")
+        whole = self._yielded
+        self._yielded = batch = whole.first(max(1, allowance.affords(len(whole), whole.tokens)))
+        self._asked -= len(whole) - len(batch)
+        return batch
+
+    def _wait(self, allowance: Allowance) -> None:
+        """Has the generator yield its next request."""
         self.allowance = allowance
         if self._generator is None:
             self._generator = self.steps()
         if self._yielded is None:
             self._advance()
-        if self._yielded is None or isinstance(self._yielded, Probe):
-            return self._yielded
-        whole = self._yielded
-        self._yielded = whole.first(max(1, allowance.affords(len(whole), whole.tokens)))
-        self._asked -= len(whole) - len(self._yielded)
-        return self._yielded
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Hands the outcomes to the generator."""

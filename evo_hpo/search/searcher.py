@@ -50,8 +50,8 @@ class Searcher(ABC):
         self._best: Outcome | None = None
 
     @abstractmethod
-    def ask(self, allowance: Allowance) -> Batch | Probe | None:
-        """One batch, or a probe, answered by :meth:`learn_sensitivities`; None ends the search, sets ``stop_reason``.
+    def ask(self, allowance: Allowance) -> Batch | None:
+        """One batch; None ends the search and sets ``stop_reason``.
 
         A searcher should keep within the allowance; the loop drops trials off the end that it cannot pay.
         """
@@ -59,6 +59,10 @@ class Searcher(ABC):
     @abstractmethod
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """The outcomes of the batch asked last, in order; fewer where the budget ended inside the batch."""
+
+    def next_probe(self, allowance: Allowance) -> Probe | None:
+        """Sensitivities that it wants before it can be asked for the next batch; the loop looks here first."""
+        return None
 
     def learn_sensitivities(self, found: Sensitivities) -> None:
         """What the probe asked last gave; only searchers that ask for probes are told."""

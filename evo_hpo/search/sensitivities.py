@@ -90,7 +90,7 @@ class Sensitivities:
         """
         if self.kind == "kl":
             raise InvalidSettingError("kind='kl' is of first order and has no cross terms: use 'sampled' or 'true'")
-        return self.projections / np.sqrt(float(len(self.projections) * self.positions))
+        return np.asarray(self.projections / np.sqrt(float(len(self.projections) * self.positions)))
 
     def predict(self, assignment: Assignment) -> float:
         """Change of the loss from the reference to an assignment, nats a token: first order, or all cross terms."""

@@ -200,13 +200,13 @@ class _Run:
         probe = self.searcher.next_probe(allowance)
         batch = None if probe else self.searcher.ask(allowance)
         self.result.searcher_seconds += time.perf_counter() - before
-        if batch is None:
-            self.result.stop_reason = self.searcher.stop_reason or "the searcher has nothing more to ask"
-            return None
         if probe is not None:
             if allowance.affords(READS, probe.tokens) == READS:
                 return probe
             self.result.stop_reason = "the budget does not pay for the sensitivities"
+            return None
+        if batch is None:
+            self.result.stop_reason = self.searcher.stop_reason or "the searcher has nothing more to ask"
             return None
         if not isinstance(batch, Batch):
             raise InvalidSettingError(f"ask returned {batch!r}: return a Batch of trials, made by self.trial(levels)")

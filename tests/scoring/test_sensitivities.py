@@ -57,7 +57,7 @@ def _placed(model: nn.Module, levels: Levels, assignment: Assignment | None, dty
     for unit, level in enumerate(assignment or ()):
         for name, weight in levels.weights(unit, level).items():
             assert weight is not None
-            modules[name].weight.data = weight.to(dtype)  # type: ignore[union-attr]
+            modules[name].weight.data = weight.to(dtype)
     return model
 
 
@@ -140,6 +140,7 @@ def test_sampled_labels_give_the_curvature_of_the_divergence(name: str) -> None:
                 ((member, target),) = rounded.weights(unit, level).items()
                 weight: Any = modules[member].weight
                 original = weight.data
+                assert target is not None
                 weight.data = original + share * (target.double() - original)
                 expected.append(float((before.exp() * (before - _plain(model, ids))).sum()) / share**2 / 11)
                 weight.data = original

@@ -55,7 +55,7 @@ def test_json_gives_the_same_bits_and_the_array_cannot_be_written() -> None:
 def test_exact_ones_of_the_synthetic_problem_are_the_change_of_every_single_move(interaction: float) -> None:
     problem = noisy(units=8, interaction=interaction, sensitivities="exact", seed=2)
     at = problem.space.uniform()
-    first, second = (problem.sensitivities(at, Minibatch(1, 1024), kind=k) for k in ("kl", "sampled"))  # type: ignore[arg-type]
+    first, second = (problem.sensitivities(at, Minibatch(1, 1024), kind=k) for k in ("kl", "sampled"))
     assert first.tokens == second.tokens == 3072
     base = problem.validate(at)["loss"]
     for unit in range(8):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import LinearExperts
-from evo_hpo.scoring.gates import GatedModel
+from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.output_gradient import divergence_gradient, likelihood_gradient, sampled_labels
 from evo_hpo.scoring.projections import Projector

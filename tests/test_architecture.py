@@ -226,6 +226,7 @@ def test_the_public_names_are_what_they_were() -> None:
     assert evo_hpo.__all__ == [
         "Allowance",
         "Assignment",
+        "Batch",
         "Budget",
         "Checkpoint",
         "CompressionSpace",
@@ -237,6 +238,7 @@ def test_the_public_names_are_what_they_were() -> None:
         "Score",
         "SearchResult",
         "Searcher",
+        "Terms",
         "Trial",
         "Unit",
         "search",

@@ -127,9 +127,10 @@ def tiny_architecture(name: str, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(seed)
         model: nn.Module = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.is_floating_point():
-                    noise = torch.randn(parameter.shape)
+                    noise = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
     return model.requires_grad_(False).eval()

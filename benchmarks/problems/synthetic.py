@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.problems.closed_form import SEQUENCE, closed_form
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
+from evo_hpo.search.sensitivities import Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 from searchers.additive.solvers import solve_by_dynamic_programming
 
@@ -91,6 +93,11 @@ class Landscape:
             roots = self.roots[self._rows, levels]
             losses += ((roots @ self.pairs) * roots).sum(axis=1)
         return losses
+
+    def curvature(self) -> np.ndarray[Any, Any]:
+        """Second derivatives of the loss in the roots of the errors, units x units."""
+        pairs = 0.0 if self.pairs is None else self.pairs + self.pairs.T
+        return np.asarray(2 * np.diag(self.sensitivities) + pairs)
 
     def effects(self) -> list[list[float]]:
         """Additive part: loss of each unit's levels."""
@@ -252,7 +259,10 @@ class NoisyProblem(Problem):
         landscape: the loss without noise; held-out figures are exact.
         noise: standard deviation of a unit's factor on 1024 tokens.
         tokens: default fidelity.
+        sensitivities: how good they are, see :data:`benchmarks.problems.closed_form.Quality`.
     """
+
+    has_sensitivities = True
 
     def __init__(
         self,
@@ -262,6 +272,7 @@ class NoisyProblem(Problem):
         noise: float,
         tokens: int = 1024,
         optimum: float | None = None,
+        sensitivities: str = "noisy",
     ) -> None:
         self.name = "noisy"
         self.space = space
@@ -270,6 +281,7 @@ class NoisyProblem(Problem):
         self.tokens = tokens
         self.pool_tokens = 0
         self.optimum = optimum
+        self.quality = sensitivities
 
     @cached_property
     def _factors(self) -> dict[Minibatch, np.ndarray[Any, Any]]:
@@ -281,12 +293,21 @@ class NoisyProblem(Problem):
         """Losses on the minibatch's factors."""
         factors = self._factors.get(minibatch)
         if factors is None:
-            blocks = max(1, minibatch.tokens // 64)
-            rng = np.random.default_rng([minibatch.seed, 5])
-            draws = rng.normal(0.0, 4.0 * self.noise, (blocks, len(self.space))).mean(axis=0)
             self._factors.clear()
-            factors = self._factors[minibatch] = np.maximum(1.0 + draws, 0.0)
+            factors = self._factors[minibatch] = np.maximum(self._draws(minibatch).mean(axis=0) + 1.0, 0.0)
         return [Score(self.landscape(a, factors), minibatch.tokens) for a in assignments]
+
+    def _draws(self, minibatch: Minibatch) -> np.ndarray[Any, Any]:
+        """How far each unit's factor is from 1 in each sequence (sequences x units)."""
+        shape = (max(1, minibatch.tokens // SEQUENCE), len(self.space))
+        return np.random.default_rng([minibatch.seed, 5]).normal(0.0, 4.0 * self.noise, shape)
+
+    def sensitivities(
+        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled"
+    ) -> Sensitivities:
+        """In closed form."""
+        scape, factors = self.landscape, 1.0 + self._draws(minibatch)
+        return closed_form(scape.roots, scape.curvature(), factors, assignment, minibatch, kind, self.quality)
 
     def validate(self, assignment: Assignment) -> dict[str, float]:
         """The loss without noise."""
@@ -303,6 +324,7 @@ def noisy(
     interaction: float = 0.05,
     noise: float = 0.3,
     tokens: int = 1024,
+    sensitivities: str = "noisy",
     seed: int = 0,
 ) -> NoisyProblem:
     """The interacting problem with minibatches: a loss depends on the data, less so with more tokens.
@@ -315,8 +337,11 @@ def noisy(
         interaction: standard deviation of the pairwise terms.
         noise: standard deviation of a unit's factor on 1024 tokens.
         tokens: of a trial that names none.
+        sensitivities: ``exact``, ``noisy`` as those of a model are, or ``misleading``.
         seed: of the instance.
     """
     base = interacting(units, levels, tightness, unequal, structure=structure, interaction=interaction, seed=seed)
     assert isinstance(base.function, Landscape)
-    return NoisyProblem(base.space, base.function, noise=noise, tokens=tokens, optimum=base.optimum)
+    return NoisyProblem(
+        base.space, base.function, noise=noise, tokens=tokens, optimum=base.optimum, sensitivities=sensitivities
+    )

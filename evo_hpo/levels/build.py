@@ -151,9 +151,9 @@ def default_folder(
     from evo_hpo.models.loading import cache_folder, load_tokenizer, resolve_folder
 
     own = {k: p.default for k, p in inspect.signature(build).parameters.items() if p.default is not p.empty}
-    text = {k: settings.get(k, own[k]) for k in ("calibration_tokens", "sequence_length", "seed", "dtype", "inputs")}
+    text = {k: settings.get(k, own[k]) for k in ("calibration_tokens", "sequence_length", "seed", "inputs")}
     chosen = {k: v for k, v in settings.items() if k not in own}
-    decides: dict[str, Any] = {k: settings.get(k, own[k]) for k in ("include", "exclude")}
+    decides: dict[str, Any] = {k: settings.get(k, own[k]) for k in ("include", "exclude", "dtype")}
     labels: Sequence[str] = ()
     if method == "drop":
         decides |= _dropped(levels, chosen)

@@ -20,22 +20,19 @@ from typing import Any
 from evo_hpo.errors import JournalError
 from evo_hpo.record.changes import changes, comparable, flat, told
 from evo_hpo.record.environment import environment
-from evo_hpo.record.records import (
-    FORMAT,
-    JournalTail,
-    SearchRecord,
-    check_header,
+from evo_hpo.record.lines import (
+    dump,
     encode_checkpoint,
     encode_levels,
     encode_number,
     encode_outcome,
-    read_journal,
-    read_journals,
+    encode_probe,
 )
+from evo_hpo.record.records import FORMAT, JournalTail, SearchRecord, check_header, read_journal, read_journals
 from evo_hpo.search.budget import Budget
 from evo_hpo.search.loop import Checkpoint, SearchResult
 from evo_hpo.search.problem import Minibatch, Problem
-from evo_hpo.search.trial import Batch, Outcome, Terms, Trial
+from evo_hpo.search.trial import Batch, Measured, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["CONTEXT", "Journal", "SearchRecord", "header_differences", "read_journal", "read_journals", "search_header"]
@@ -88,7 +85,7 @@ def search_header(
 
 def header_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (recorded, current) for everything that identifies a search and is not equal."""
-    new = json.loads(_dump(current))
+    new = json.loads(dump(current))
     prints = comparable(
         recorded.get("fingerprint") or {}, new.get("fingerprint") or {}, recorded.get("search", "journal")
     )
@@ -120,6 +117,7 @@ class Journal:
         self._size = size
         self._outcomes = deque(held.outcomes)
         self._batches = deque(held.batches)
+        self._probes = deque(measured for _, measured in held.probes)
         self._checkpoints = deque(held.checkpoints)
 
     @classmethod
@@ -165,7 +163,7 @@ class Journal:
                 held.add(line)
             return cls(path, descriptor, held, tail.position, dropped)
         journal = cls(path, descriptor, SearchRecord(path, dict(header)), 0, dropped)
-        journal._write([_dump({"kind": "header", "format": FORMAT, **header})])
+        journal._write([dump({"kind": "header", "format": FORMAT, **header})])
         _sync_folder(path.parent)
         return journal
 
@@ -196,6 +194,26 @@ class Journal:
         self.replayed += size
         return outcomes
 
+    def recall_probe(self, probe: Probe, minibatch: Minibatch) -> Measured | None:
+        """The recorded sensitivities of this probe.
+
+        Raises:
+            JournalError: another probe is recorded at this point.
+        """
+        if not self._probes:
+            return None
+        known = self._probes.popleft()
+        if (known.probe, known.minibatch) != (probe, minibatch.seed):
+            raise JournalError(
+                f"{self.path}: {known.probe} on minibatch {known.minibatch} is recorded and {probe} on {minibatch.seed}"
+                " asked for now: the search's code changed: start it anew under another name"
+            )
+        return known
+
+    def record_probe(self, measured: Measured) -> None:
+        """Writes one line of sensitivities."""
+        self._write([dump(encode_probe(measured, str(self.held.header["search"]), round(time.time(), 3)))])
+
     def recall_checkpoint(self, fraction: float, levels: Assignment) -> Checkpoint | None:
         """The recorded checkpoint of this fraction.
 
@@ -219,11 +237,11 @@ class Journal:
             JournalError: the disk is full or fails; the batch stays in :attr:`unsaved`.
         """
         now, search, last = round(time.time(), 3), str(self.held.header["search"]), len(outcomes) - 1
-        self._write([_dump(encode_outcome(o, search, now, last - i)) for i, o in enumerate(outcomes)])
+        self._write([dump(encode_outcome(o, search, now, last - i)) for i, o in enumerate(outcomes)])
 
     def record_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Writes one checkpoint."""
-        self._write([_dump(encode_checkpoint(checkpoint, str(self.held.header["search"]), round(time.time(), 3)))])
+        self._write([dump(encode_checkpoint(checkpoint, str(self.held.header["search"]), round(time.time(), 3)))])
 
     def finish(self, result: SearchResult) -> None:
         """Writes the end line, once."""
@@ -240,7 +258,7 @@ class Journal:
             "scoring": result.scoring,
             "time": round(time.time(), 3),
         }
-        self._write([_dump(end)])
+        self._write([dump(end)])
         self.held.end = end
 
     # ------------------------------------------------------------------ the file
@@ -291,28 +309,6 @@ class Journal:
         except JournalError:
             if error is None:
                 raise
-
-
-def _dump(line: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(line, separators=(",", ":"), allow_nan=False, default=_plain)
-    except ValueError:  # inf or NaN somewhere inside
-        return json.dumps(_finite(line), separators=(",", ":"), allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy as Python's own, anything else (paths) as text."""
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float):
-        return encode_number(value)
-    return value if value is None or isinstance(value, (str, int)) else _plain(value)
 
 
 def _lock(path: Path, descriptor: int) -> None:

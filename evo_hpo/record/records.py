@@ -17,114 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from evo_hpo.errors import JournalError
+from evo_hpo.record.lines import decode_checkpoint, decode_levels, decode_outcome, decode_probe
 from evo_hpo.search.loop import Checkpoint
-from evo_hpo.search.trial import Outcome, Terms, Trial
+from evo_hpo.search.trial import Measured, Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["JournalTail", "SearchRecord", "decode_levels", "encode_levels", "read_journal", "read_journals"]
+__all__ = ["JournalTail", "SearchRecord", "read_journal", "read_journals"]
 
 FORMAT = 1
-DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-_VALUES = {c: i for i, c in enumerate(DIGITS)}
-
-
-def encode_levels(levels: Sequence[int]) -> str:
-    """Levels as text: one character (0-9a-z) a unit; ``,40,3`` where a unit has more than 36 levels."""
-    if max(levels) < len(DIGITS):
-        return "".join([DIGITS[k] for k in levels])
-    return "".join(f",{k}" for k in levels)
-
-
-def decode_levels(text: str) -> Assignment:
-    """The levels that :func:`encode_levels` wrote."""
-    if text.startswith(","):
-        return tuple(map(int, text[1:].split(",")))
-    return tuple([_VALUES[c] for c in text])
-
-
-def encode_number(value: float) -> float | str:
-    """A number that JSON can hold: inf and NaN become text."""
-    return value if math.isfinite(value) else str(value)
-
-
-def encode_outcome(outcome: Outcome, search: str, time: float, more: int) -> dict[str, Any]:
-    """One outcome line; fields at their defaults are left out."""
-    trial, terms = outcome.trial, outcome.terms
-    line: dict[str, Any] = {
-        "kind": "outcome",
-        "search": search,
-        "trial": trial.number,
-        "levels": encode_levels(trial.levels),
-        "loss": encode_number(outcome.loss),
-        "tokens": outcome.tokens,
-        "minibatch": outcome.minibatch,
-        "draw": terms.draw,
-        "seconds": round(outcome.seconds, 9),
-        "status": outcome.status,
-        "generation": terms.generation,
-        "stage": terms.stage,
-        "parent": trial.parent,
-        "time": time,
-    }
-    optional = {"asked": terms.tokens, "keep": terms.keep, "note": trial.note, "reason": outcome.reason, "more": more}
-    line.update({key: value for key, value in optional.items() if value not in (None, "", 0)})
-    if terms.tokens == 0:
-        line["asked"] = 0
-    return line
-
-
-def decode_outcome(line: Mapping[str, Any]) -> Outcome:
-    """The outcome of an outcome line."""
-    trial = Trial(
-        number=line["trial"],
-        levels=decode_levels(line["levels"]),
-        parent=line["parent"],
-        note=line.get("note", ""),
-    )
-    terms = Terms(
-        tokens=line.get("asked"),
-        draw=line["draw"],
-        keep=line.get("keep"),
-        generation=line["generation"],
-        stage=line["stage"],
-    )
-    return Outcome(
-        trial=trial,
-        loss=float(line["loss"]),
-        tokens=line["tokens"],
-        seconds=float(line["seconds"]),
-        minibatch=line["minibatch"],
-        status=line["status"],
-        reason=line.get("reason", ""),
-        terms=terms,
-    )
-
-
-def encode_checkpoint(checkpoint: Checkpoint, search: str, time: float) -> dict[str, Any]:
-    """One checkpoint line."""
-    return {
-        "kind": "checkpoint",
-        "search": search,
-        "fraction": checkpoint.fraction,
-        "tokens": checkpoint.tokens,
-        "evaluations": checkpoint.evaluations,
-        "seconds": checkpoint.seconds,
-        "levels": encode_levels(checkpoint.levels),
-        "held_out": {key: encode_number(float(value)) for key, value in checkpoint.held_out.items()},
-        "time": time,
-    }
-
-
-def decode_checkpoint(line: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint of a checkpoint line."""
-    return Checkpoint(
-        fraction=float(line["fraction"]),
-        tokens=line["tokens"],
-        evaluations=line["evaluations"],
-        seconds=float(line["seconds"]),
-        levels=decode_levels(line["levels"]),
-        held_out={key: float(value) for key, value in line["held_out"].items()},
-    )
 
 
 class JournalTail:
@@ -189,6 +89,7 @@ class SearchRecord:
         outcomes: every trial that was paid for, in order.
         times: seconds since the epoch at which each outcome was written.
         batches: size of each scored batch, in order.
+        probes: sensitivities that were paid for, each with the number of outcomes before it.
         checkpoints: held-out figures along the budget.
         end: the end line (``stop_reason``, ``best``, ``best_loss``, ``seconds``, ``searcher_seconds``); None: the
             search is running or was interrupted.
@@ -199,6 +100,7 @@ class SearchRecord:
     outcomes: list[Outcome] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
+    probes: list[tuple[int, Measured]] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     end: dict[str, Any] | None = None
 
@@ -266,6 +168,8 @@ class SearchRecord:
             self._open_batch = bool(line.get("more"))
             self.outcomes.append(decode_outcome(line))
             self.times.append(float(line["time"]))
+        elif kind == "probe":
+            self.probes.append((len(self.outcomes), decode_probe(line)))
         elif kind == "checkpoint":
             self.checkpoints.append(decode_checkpoint(line))
         elif kind == "end":

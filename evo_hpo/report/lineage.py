@@ -43,10 +43,9 @@ def lineage(run: SearchRun, space: CompressionSpace) -> list[Step]:
     """
     if run.final is None:
         return []
-    spent, chain = 0, []
+    chain = []
     by_number: dict[int, tuple[Outcome, int, int]] = {}
-    for position, outcome in enumerate(run.outcomes, start=1):
-        spent += outcome.tokens
+    for position, (outcome, spent) in enumerate(zip(run.outcomes, run.tokens_so_far(), strict=True), start=1):
         by_number.setdefault(outcome.trial.number, (outcome, spent, position))
     found = [o.trial for o in run.outcomes if o.trial.levels == run.final.levels]
     number = next((t.number for t in [*(t for t in found if t.parent is not None), *found]), None)

@@ -197,9 +197,7 @@ def _identity(run: SearchRun) -> dict[str, Any]:
 
 
 def _trial_rows(run: SearchRun) -> Iterable[dict[str, Any]]:
-    tokens = 0
-    for outcome in run.outcomes:
-        tokens += outcome.tokens
+    for outcome, tokens in zip(run.outcomes, run.tokens_so_far(), strict=True):
         trial = outcome.trial
         yield {
             **_identity(run),

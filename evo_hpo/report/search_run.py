@@ -11,7 +11,8 @@ from typing import Any
 from evo_hpo.record.comparison import PlannedSearch
 from evo_hpo.record.records import SearchRecord
 from evo_hpo.search.loop import Checkpoint
-from evo_hpo.search.trial import Outcome
+from evo_hpo.search.sensitivities import READS
+from evo_hpo.search.trial import Measured, Outcome
 
 __all__ = ["AXES", "SearchRun"]
 
@@ -33,6 +34,7 @@ class SearchRun:
         searcher: registered name; ``label``: shown name, which tells variants apart.
         seed: of searcher and minibatches.
         outcomes: every trial scored so far, in order.
+        probes: sensitivities measured so far, each with the number of outcomes before it.
         checkpoints: held-out figures along the budget, in order.
         seconds: wall-clock of the whole loop; ``searcher_seconds``: of it inside ask and tell. NaN until known.
         finished: the search ended by itself.
@@ -48,6 +50,7 @@ class SearchRun:
     label: str
     seed: int
     outcomes: tuple[Outcome, ...] = ()
+    probes: tuple[tuple[int, Measured], ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
     seconds: float = math.nan
     searcher_seconds: float = math.nan
@@ -68,6 +71,7 @@ class SearchRun:
             label=planned.label,
             seed=planned.seed,
             outcomes=tuple(record.outcomes),
+            probes=tuple(record.probes),
             checkpoints=tuple(record.checkpoints),
             seconds=float(end.get("seconds", math.nan)),
             searcher_seconds=float(end.get("searcher_seconds", math.nan)),
@@ -81,17 +85,25 @@ class SearchRun:
     @cached_property
     def tokens(self) -> int:
         """Calibration tokens charged."""
-        return sum(o.tokens for o in self.outcomes)
+        return sum(o.tokens for o in self.outcomes) + sum(m.sensitivities.tokens for _, m in self.probes)
+
+    def tokens_so_far(self) -> list[int]:
+        """Tokens charged when each outcome was told, sensitivities before it included."""
+        spent, charged = 0, []
+        for number, outcome in enumerate(self.outcomes):
+            spent += outcome.tokens + sum(m.sensitivities.tokens for before, m in self.probes if before == number)
+            charged.append(spent)
+        return charged
 
     @property
     def evaluations(self) -> int:
-        """Trials scored."""
-        return len(self.outcomes)
+        """Trials scored, sensitivities counted as three."""
+        return len(self.outcomes) + READS * len(self.probes)
 
     @cached_property
     def model_seconds(self) -> float:
         """Seconds that scoring took; the searcher's own time and held-out checks are not in it."""
-        return sum(o.seconds for o in self.outcomes)
+        return sum(o.seconds for o in self.outcomes) + sum(m.seconds for _, m in self.probes)
 
     @property
     def final(self) -> Checkpoint | None:

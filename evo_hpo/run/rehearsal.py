@@ -6,6 +6,8 @@ from evo_hpo.errors import BudgetError, EvoHpoError, PlanError
 from evo_hpo.run.plan import Plan
 from evo_hpo.search.budget import Ledger
 from evo_hpo.search.registry import Preview, make_searcher
+from evo_hpo.search.sensitivities import READS
+from evo_hpo.search.trial import Probe
 
 __all__ = ["rehearse"]
 
@@ -25,13 +27,14 @@ def rehearse(plan: Plan, preview: Preview) -> None:
     for entry in plan.searchers:
         try:
             searcher = make_searcher(entry.name, preview.space, seed=0, **entry.settings)
-            batch = searcher.ask(ledger.allowance())
+            batch = searcher.next_probe(ledger.allowance()) or searcher.ask(ledger.allowance())
             if batch is None:
                 raise BudgetError(f"a budget of {budget.amount:g} {budget.kind}: {searcher.stop_reason}")
             each = tokens if batch.tokens is None else batch.tokens
-            if not ledger.allowance().affords(len(batch), each):
+            least, what = (READS, "sensitivities") if isinstance(batch, Probe) else (1, "one trial")
+            if ledger.allowance().affords(least, each) < least:
                 raise BudgetError(
-                    f"a budget of {budget.amount:g} {budget.kind} does not pay for one trial of {each} tokens:"
+                    f"a budget of {budget.amount:g} {budget.kind} does not pay for {what} of {each} tokens:"
                     " raise it or score on fewer tokens"
                 )
             for fidelity in (*searcher.fidelities(), each):

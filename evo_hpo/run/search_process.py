@@ -34,7 +34,7 @@ from evo_hpo.search.budget import Ledger
 from evo_hpo.search.loop import Checkpoint, search
 from evo_hpo.search.problem import Problem
 from evo_hpo.search.registry import make_problem, make_searcher, settled
-from evo_hpo.search.trial import Outcome
+from evo_hpo.search.trial import Measured, Outcome
 
 __all__ = ["run_searches"]
 
@@ -56,6 +56,9 @@ class _Reporter:
         loss = min((o.loss for o in outcomes if o.usable), default=None)
         failed = sum(o.status == "failed" for o in outcomes)
         self.events.put(BatchScored(self.search, ledger.spent, ledger.evaluations, loss, failed))
+
+    def probe(self, measured: Measured, ledger: Ledger) -> None:
+        self.events.put(BatchScored(self.search, ledger.spent, ledger.evaluations, None, 0))
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         self.events.put(CheckpointTaken(self.search, checkpoint.held_out))

@@ -116,7 +116,7 @@ class Evaluator:
         self.device = next(model.parameters()).device
         on_cpu = self.device.type == "cpu"
         self.keeps_memory = on_cpu and keep_freed_memory()
-        self.levels, self.fitness = levels, fitness
+        self.model, self.levels, self.fitness = model, levels, fitness
         self.tokens = calibration_tokens.to(self.device, torch.int64)
         self.length = int(self.tokens.shape[1])
         self.chunk = chunk or (Chunk() if on_cpu else Chunk(tokens=2048, vocabulary=16384))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,9 @@ from torch import Tensor
 from evo_hpo.models.identity import tokens_identity
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.sampling import check_tokens
+from evo_hpo.scoring.sensitivities import SensitivityPass
 from evo_hpo.search.problem import Minibatch, Problem, Score
+from evo_hpo.search.sensitivities import Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["LanguageModelProblem"]
@@ -45,6 +48,8 @@ class LanguageModelProblem(Problem):
         InvalidSettingError: ``tokens`` is not a multiple of the sequence length or above the pool.
     """
 
+    has_sensitivities = True
+
     def __init__(
         self, evaluator: Evaluator, space: CompressionSpace, held_out: Tensor, *, tokens: int, name: str
     ) -> None:
@@ -59,6 +64,17 @@ class LanguageModelProblem(Problem):
     ) -> Sequence[Score]:
         """Losses on one minibatch, nats a token, lower is better; see :meth:`Evaluator.score`."""
         return self.evaluator.score(assignments, minibatch, keep=keep)
+
+    def sensitivities(
+        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled"
+    ) -> Sensitivities:
+        """Of the units' levels, by one backward pass on one core; see :meth:`SensitivityPass.measure`."""
+        return self.evaluator.pool.map([lambda _: self._gradients.measure(assignment, minibatch, kind)])[0]
+
+    @cached_property
+    def _gradients(self) -> SensitivityPass:
+        evaluator = self.evaluator
+        return SensitivityPass(evaluator.model, evaluator.levels, evaluator.tokens)
 
     def validate(self, assignment: Assignment) -> dict[str, float]:
         """Held-out ``loss`` (KL from the uncompressed model, nats a token), ``cross_entropy`` and ``perplexity``.

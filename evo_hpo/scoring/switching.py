@@ -31,6 +31,9 @@ class LevelSwitch:
         lock: held while the store is read (the store need not be thread-safe).
         packed_bytes: memory for packed copies of weights (see :mod:`evo_hpo.scoring.prepacking`).
 
+    Attributes:
+        modules: name -> module of every unit's members.
+
     Raises:
         StoreError: a unit's member is not in the model, or a level's weight has another shape.
         ModelError: a member that is no linear layer cannot be dropped.
@@ -41,21 +44,21 @@ class LevelSwitch:
     ) -> None:
         self.levels, self._gated, self._lock = levels, gated, lock
         modules = dict(gated.model.named_modules())
-        self._modules: dict[str, nn.Module] = {}
+        self.modules: dict[str, nn.Module] = {}
         for unit in levels.units:
             for name in unit.members:
                 if name not in modules:
                     raise StoreError(
                         f"unit {unit.name!r}: the model has no module {name!r}; is it another model's store?"
                     )
-                self._modules[name] = modules[name]
+                self.modules[name] = modules[name]
         self._numbers = {name: number for number, name in enumerate(gated.blocks)}
         self._dense: dict[str, Tensor] = {}
         self._absent: dict[str, Absent] = {}
         self._note_outputs(example)
         self._current: list[int] = [-1] * len(levels.units)
         self.packed = Prepacked(packed_bytes)
-        self._linear = use_prepacked(_seeing_every_token(gated.model, self._modules) if packed_bytes else ())
+        self._linear = use_prepacked(_seeing_every_token(gated.model, self.modules) if packed_bytes else ())
         self._new = set(range(len(levels.units)))  # units whose level was not in place for two candidates in a row
 
     def expect(self, rows: int) -> None:
@@ -82,7 +85,7 @@ class LevelSwitch:
     def _switch(self, unit: int, level: int) -> None:
         weights: Mapping[str, Tensor | None] = {}
         if level >= 0:
-            with self._lock:
+            with self._lock, torch.inference_mode(False):  # or no backward pass could use what a store keeps
                 weights = self.levels.weights(unit, level)
         for name in self.levels.units[unit].members:
             weight = weights.get(name, self._dense.get(name))
@@ -97,13 +100,13 @@ class LevelSwitch:
         What is packed stays so while another level is tried, for the candidates after that one.
         """
         for name in self.levels.units[unit].members:
-            module = self._modules[name]
+            module = self.modules[name]
             if module in self._linear and "forward" not in module.__dict__:  # not a dropped one
                 assert isinstance(module.weight, Tensor)
                 self.packed.keep(name, module.weight.data)
 
     def _place(self, name: str, weight: Tensor | None) -> None:
-        module = self._modules[name]
+        module = self.modules[name]
         self._restore(name, module)
         if weight is None:
             return
@@ -121,7 +124,7 @@ class LevelSwitch:
         if name in self._numbers:
             self._gated.dropped.add(self._numbers[name])
         else:
-            self._modules[name].forward = self._nothing(name)
+            self.modules[name].forward = self._nothing(name)
 
     def _restore(self, name: str, module: nn.Module) -> None:
         if name in self._numbers:
@@ -132,7 +135,7 @@ class LevelSwitch:
     def _nothing(self, name: str) -> Callable[..., Any]:
         if name in self._absent:
             return self._absent[name]
-        width = _width(self._modules[name])
+        width = _width(self.modules[name])
 
         def nothing(hidden: Tensor) -> Tensor:
             return hidden.new_zeros(*hidden.shape[:-1], width)
@@ -148,7 +151,7 @@ class LevelSwitch:
 
             return hook
 
-        modules = {n: m for n, m in self._modules.items() if n not in self._numbers and not is_linear(m)}
+        modules = {n: m for n, m in self.modules.items() if n not in self._numbers and not is_linear(m)}
         hooks = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in modules.items()]
         try:
             with torch.inference_mode():

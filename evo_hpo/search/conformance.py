@@ -27,7 +27,7 @@ from evo_hpo.search.loop import Checkpoint, SearchResult, search
 from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
 from evo_hpo.search.registry import make_searcher
 from evo_hpo.search.searcher import Searcher
-from evo_hpo.search.trial import Batch, Outcome, Terms, Trial
+from evo_hpo.search.trial import Batch, Measured, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 
 __all__ = ["SPACES", "SearcherConformance", "TokenProblem", "loss"]
@@ -104,6 +104,13 @@ class _Tape:
         assert [o.trial for o in found] == list(batch.trials[: len(found)])
         assert all(o.minibatch == minibatch.seed and o.terms == batch.terms for o in found)
         return found
+
+    def recall_probe(self, probe: Probe, minibatch: Minibatch) -> Measured | None:
+        """None are kept."""
+        return None
+
+    def record_probe(self, measured: Measured) -> None:
+        """Not needed."""
 
     def recall_checkpoint(self, fraction: float, levels: Assignment) -> Checkpoint | None:
         """None are kept."""

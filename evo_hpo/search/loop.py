@@ -15,7 +15,8 @@ from evo_hpo.errors import BudgetError, InvalidSettingError
 from evo_hpo.search.budget import Budget, Ledger
 from evo_hpo.search.problem import Minibatch, Problem, Score
 from evo_hpo.search.searcher import Searcher
-from evo_hpo.search.trial import Batch, Outcome, Status, Terms, Trial
+from evo_hpo.search.sensitivities import READS
+from evo_hpo.search.trial import Batch, Draw, Measured, Outcome, Probe, Status, Terms, Trial
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["Checkpoint", "Observer", "Recorder", "SearchResult", "search"]
@@ -60,6 +61,7 @@ class SearchResult:
     best: Assignment | None = None
     best_loss: float = math.inf
     outcomes: list[Outcome] = field(default_factory=list, repr=False)
+    probes: list[Measured] = field(default_factory=list, repr=False)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     ledger: Ledger | None = None
     seconds: float = 0.0
@@ -73,6 +75,9 @@ class Observer(Protocol):
 
     def batch(self, outcomes: Sequence[Outcome], ledger: Ledger) -> None:
         """A batch was scored and told."""
+
+    def probe(self, measured: Measured, ledger: Ledger) -> None:
+        """Sensitivities were measured and told."""
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Held-out figures of the incumbent were taken."""
@@ -90,6 +95,16 @@ class Recorder(Protocol):
 
     def recall_checkpoint(self, fraction: float, levels: Assignment) -> Checkpoint | None:
         """The recorded checkpoint of this fraction and incumbent, if any."""
+
+    def recall_probe(self, probe: Probe, minibatch: Minibatch) -> Measured | None:
+        """What the recorded probe gave, if any is recorded at this point.
+
+        Raises:
+            JournalError: it is another probe.
+        """
+
+    def record_probe(self, measured: Measured) -> None:
+        """Keeps new sensitivities durably before they are told."""
 
     def record(self, outcomes: Sequence[Outcome]) -> None:
         """Keeps new outcomes durably before they are told."""
@@ -133,10 +148,18 @@ def search(
     for fraction in checkpoints:
         if not 0 < fraction <= 1:
             raise BudgetError(f"checkpoint {fraction!r} must be a fraction of the budget, above 0 and at most 1")
+    if searcher.asks_for_sensitivities and not problem.has_sensitivities:
+        raise InvalidSettingError(
+            f"{type(searcher).__name__} asks for sensitivities, problem {problem.name!r} has none:"
+            " take another searcher"
+        )
     start = time.perf_counter()
     run = _Run(searcher, problem, budget, seed, journal, tuple(observers), sorted(checkpoints))
-    while not run.ledger.exhausted and (batch := run.ask()) is not None:
-        run.tell(run.score(batch, run.minibatch(batch)))
+    while not run.ledger.exhausted and (request := run.ask()) is not None:
+        if isinstance(request, Probe):
+            run.measure(request)
+        else:
+            run.tell(run.score(request, run.minibatch(request.terms.draw, request.tokens)))
         run.take_checkpoints(min(run.ledger.spent / budget.amount, 0.999999))
     run.take_checkpoints(1.0)
     result = run.finish()
@@ -170,12 +193,18 @@ class _Run:
         self.draws = np.random.default_rng([seed, 0x6D62])
         self.fixed = self.last = int(self.draws.integers(2**31))
 
-    def ask(self) -> Batch | None:
-        """The next batch, as much of it as can be paid; None: the search ends, and the result says why."""
+    def ask(self) -> Batch | Probe | None:
+        """The next batch, as much of it as can be paid, or a probe; None: the search ends, and the result says why."""
         allowance = self.ledger.allowance()
         before = time.perf_counter()
-        batch = self.searcher.ask(allowance)
+        probe = self.searcher.next_probe(allowance)
+        batch = None if probe else self.searcher.ask(allowance)
         self.result.searcher_seconds += time.perf_counter() - before
+        if probe is not None:
+            if allowance.affords(READS, probe.tokens) == READS:
+                return probe
+            self.result.stop_reason = "the budget does not pay for the sensitivities"
+            return None
         if batch is None:
             self.result.stop_reason = self.searcher.stop_reason or "the searcher has nothing more to ask"
             return None
@@ -197,12 +226,30 @@ class _Run:
                 self.problem.space.check(trial.levels)
         return batch
 
-    def minibatch(self, batch: Batch) -> Minibatch:
-        """The data that the batch asks for."""
-        if batch.terms.draw == "fresh":
+    def minibatch(self, draw: Draw, tokens: int | None) -> Minibatch:
+        """The data that a request asks for."""
+        if draw == "fresh":
             self.last = int(self.draws.integers(2**31))
-        seed = self.fixed if batch.terms.draw == "fixed" else self.last
-        return Minibatch(seed, self.problem.tokens if batch.tokens is None else batch.tokens)
+        seed = self.fixed if draw == "fixed" else self.last
+        return Minibatch(seed, self.problem.tokens if tokens is None else tokens)
+
+    def measure(self, probe: Probe) -> None:
+        """Sensitivities, recalled or measured, charged and told."""
+        minibatch = self.minibatch(probe.draw, probe.tokens)
+        measured = self.journal.recall_probe(probe, minibatch) if self.journal else None
+        if measured is None:
+            start = time.perf_counter()
+            found = self.problem.sensitivities(probe.reference, minibatch, kind=probe.kind)
+            measured = Measured(probe, found, time.perf_counter() - start, minibatch.seed)
+            if self.journal:
+                self.journal.record_probe(measured)
+        self.ledger.charge(probe.cost(self.problem.tokens), measured.seconds)
+        self.result.probes.append(measured)
+        before = time.perf_counter()
+        self.searcher.learn_sensitivities(measured.sensitivities)
+        self.result.searcher_seconds += time.perf_counter() - before
+        for observer in self.observers:
+            observer.probe(measured, self.ledger)
 
     def score(self, batch: Batch, minibatch: Minibatch) -> list[Outcome]:
         """Outcomes of the batch, charged: those that the journal holds, and new ones, which it keeps."""

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.search.sensitivities import Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["FunctionProblem", "Minibatch", "Problem", "Score"]
@@ -54,6 +56,7 @@ class Problem(ABC):
         pool_tokens: the most calibration tokens that a minibatch may hold; 0: no limit.
         optimum: the least loss that any feasible assignment has, where it is known.
         notes: sentences that a reader of its results should know.
+        has_sensitivities: whether :meth:`sensitivities` can be measured.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Problem(ABC):
     pool_tokens: int = 0
     optimum: float | None = None
     notes: tuple[str, ...] = ()
+    has_sensitivities: bool = False
 
     @abstractmethod
     def score(
@@ -71,6 +75,16 @@ class Problem(ABC):
 
         ``keep=s`` allows exact early stopping: only the best s of the batch have to be complete.
         """
+
+    def sensitivities(
+        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled"
+    ) -> Sensitivities:
+        """Predicted cost of every level of every unit, seen from an assignment (None: the uncompressed model).
+
+        Raises:
+            InvalidSettingError: the problem has none, or not of this kind.
+        """
+        raise InvalidSettingError(f"problem {self.name!r} has no sensitivities: take a searcher that asks for none")
 
     def validate(self, assignment: Assignment) -> dict[str, float]:
         """Held-out figures of an assignment, at least ``loss`` (lower is better); never charged to a budget."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.searcher import Searcher, draw, positive
-from evo_hpo.search.trial import Batch, Outcome
+from evo_hpo.search.sensitivities import READS, Sensitivities
+from evo_hpo.search.trial import Batch, Outcome, Probe
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["OneFidelity", "Procedure", "Sampling", "Steps"]
 
 Result = TypeVar("Result")
-Steps = Generator[Batch | None, list[Outcome], Result]
-"""Yields batches, is sent the outcomes of each (fewer, where the budget ends in it), returns a result. It yields None
+Steps = Generator[Batch | Probe | None, Any, Result]
+"""Yields batches, is sent the outcomes of each (a list, shorter where the budget ends in it), returns a result. It may
+yield a probe too, through :meth:`Procedure.sensitivities`, and is sent what was measured. It yields None
 where it wants to know what is left to spend before it goes on: it does so when the searcher is asked again."""
 
 UNLIMITED = 10**9
@@ -41,39 +44,63 @@ class Procedure(Searcher):
         super().__init__(space, seed=seed)
         self.allowance = Allowance()
         self._generator: Steps[None] | None = None
-        self._yielded: Batch | None = None
+        self._yielded: Batch | Probe | None = None
 
     @abstractmethod
     def steps(self) -> Steps[None]:
         """The algorithm; returning ends the search, before anything was asked after the uniform assignment is."""
 
+    def next_probe(self, allowance: Allowance) -> Probe | None:
+        """The probe that the generator has yielded, if it has."""
+        self._wait(allowance)
+        return self._yielded if isinstance(self._yielded, Probe) else None
+
     def ask(self, allowance: Allowance) -> Batch | None:
         """The batch that the generator has yielded, no more of it than the allowance pays."""
+        self._wait(allowance)
+        if self._yielded is None:
+            return None
+        if isinstance(self._yielded, Probe):
+            raise InvalidSettingError(f"{type(self).__name__} asks for sensitivities: it cannot be run inside another")
+        whole = self._yielded
+        self._yielded = batch = whole.first(max(1, allowance.affords(len(whole), whole.tokens)))
+        self._asked -= len(whole) - len(batch)
+        return batch
+
+    def _wait(self, allowance: Allowance) -> None:
+        """Has the generator yield its next request."""
         self.allowance = allowance
         if self._generator is None:
             self._generator = self.steps()
         if self._yielded is None:
             self._advance()
-        if self._yielded is None:
-            return None
-        whole = self._yielded
-        self._yielded = whole.first(max(1, allowance.affords(len(whole), whole.tokens)))
-        self._asked -= len(whole) - len(self._yielded)
-        return self._yielded
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Hands the outcomes to the generator."""
-        assert self._yielded is not None
+        assert isinstance(self._yielded, Batch)
         self.allowance = self.allowance.less(len(outcomes), self._yielded.tokens)
         self._yielded = None
         self._advance(outcomes)
 
-    def _advance(self, outcomes: Sequence[Outcome] | None = None) -> None:
-        """Runs to the next batch; where outcomes are told, a pause before it lasts until the searcher is asked."""
+    def learn_sensitivities(self, found: Sensitivities) -> None:
+        """Hands them to the generator."""
+        assert isinstance(self._yielded, Probe)
+        self.allowance = self.allowance.less(READS, self._yielded.tokens)
+        self._yielded = None
+        self._advance(found)
+
+    def sensitivities(self, probe: Probe) -> Steps[Sensitivities]:
+        """What the probe gives; ``found = yield from self.sensitivities(Probe(...))``."""
+        found = yield probe
+        assert isinstance(found, Sensitivities)
+        return found
+
+    def _advance(self, told: Sequence[Outcome] | Sensitivities | None = None) -> None:
+        """Runs to the next batch; where something is told, a pause before it lasts until the searcher is asked."""
         assert self._generator is not None
         try:
-            if outcomes is not None:
-                self._yielded = self._generator.send(list(outcomes))
+            if told is not None:
+                self._yielded = self._generator.send(told if isinstance(told, Sensitivities) else list(told))
                 return
             while self._yielded is None:
                 self._yielded = next(self._generator)

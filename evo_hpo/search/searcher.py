@@ -18,7 +18,8 @@ import numpy as np
 
 from evo_hpo.errors import InvalidSettingError, UnknownNameError
 from evo_hpo.search.budget import Allowance
-from evo_hpo.search.trial import Batch, Draw, Outcome, Terms, Trial
+from evo_hpo.search.sensitivities import Sensitivities
+from evo_hpo.search.trial import Batch, Draw, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["Searcher", "boolean", "positive", "probability", "settings_of"]
@@ -36,6 +37,8 @@ class Searcher(ABC):
 
     random: ClassVar[bool] = True
     """False: the seed changes nothing, one run says all."""
+    asks_for_sensitivities: ClassVar[bool] = False
+    """True: it searches no problem that has none."""
     batch: int = 1
 
     def __init__(self, space: CompressionSpace, *, seed: int = 0) -> None:
@@ -56,6 +59,14 @@ class Searcher(ABC):
     @abstractmethod
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """The outcomes of the batch asked last, in order; fewer where the budget ended inside the batch."""
+
+    def next_probe(self, allowance: Allowance) -> Probe | None:
+        """Sensitivities that it wants before it can be asked for the next batch; the loop looks here first."""
+        return None
+
+    def learn_sensitivities(self, found: Sensitivities) -> None:
+        """What the probe asked last gave; only searchers that ask for probes are told."""
+        raise NotImplementedError(f"{type(self).__name__} asks for no sensitivities")
 
     def recommend(self) -> Assignment | None:
         """The assignment to take if the search ended now; None before the first outcome.

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.search.sensitivities import READS, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Batch", "Draw", "Outcome", "Status", "Terms", "Trial"]
+__all__ = ["Batch", "Draw", "Measured", "Outcome", "Probe", "Status", "Terms", "Trial"]
 
 Draw = Literal["fresh", "same", "fixed"]
 """Which minibatch a batch is scored on: a fresh one; the one before (with more tokens: a superset of it, nested);
@@ -120,3 +121,47 @@ class Outcome:
     def usable(self) -> bool:
         """True when the loss is exact and finite."""
         return self.status == "complete" and math.isfinite(self.loss)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Sensitivities that a searcher wants measured: the other thing that it may ask for.
+
+    Attributes:
+        reference: the assignment they are seen from, feasible or not; None: the uncompressed model.
+        kind: see :data:`evo_hpo.search.sensitivities.Kind`.
+        tokens: calibration tokens that are read, each charged as three trials' tokens; None: the problem's default.
+        draw: which minibatch, see :data:`Draw`.
+
+    Raises:
+        InvalidSettingError: an unknown kind, or one that says nothing at this reference.
+    """
+
+    reference: Assignment | None = None
+    kind: Kind = "sampled"
+    tokens: int | None = None
+    draw: Draw = "fresh"
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind, self.reference)
+
+    def cost(self, default_tokens: int) -> list[int]:
+        """Tokens that it is charged: those of three trials."""
+        return [default_tokens if self.tokens is None else self.tokens] * READS
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a probe gave.
+
+    Attributes:
+        probe: the probe.
+        sensitivities: what was measured.
+        seconds: that it took.
+        minibatch: seed of the minibatch it was measured on.
+    """
+
+    probe: Probe
+    sensitivities: Sensitivities
+    seconds: float = 0.0
+    minibatch: int = 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evo_hpo.record.changes import flat
-from evo_hpo.record.records import decode_checkpoint, decode_levels, decode_outcome, encode_levels
+from evo_hpo.record.lines import decode_checkpoint, decode_levels, decode_outcome, encode_levels
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import CompressionSpace
 

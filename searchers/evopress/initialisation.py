@@ -49,7 +49,7 @@ class Start:
         """Scores the points, as one batch of the owner's."""
         if len(self.points) == 1:
             return []
-        outcomes = yield owner.propose(self.points, note="initial", tokens=self.tokens)
+        outcomes: list[Outcome] = yield owner.propose(self.points, note="initial", tokens=self.tokens)
         self.chosen = min((o for o in outcomes if o.usable), key=lambda o: o.loss, default=None)
         return outcomes
 

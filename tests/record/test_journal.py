@@ -29,7 +29,8 @@ from evo_hpo import (
 )
 from evo_hpo.errors import JournalError
 from evo_hpo.record.journal import Journal, header_differences, read_journal, read_journals, search_header
-from evo_hpo.record.records import JournalTail, decode_levels, encode_levels
+from evo_hpo.record.lines import decode_levels, encode_levels
+from evo_hpo.record.records import JournalTail
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.loop import search
 from evo_hpo.search.searcher import Searcher

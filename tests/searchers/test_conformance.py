@@ -7,7 +7,7 @@ from types import MappingProxyType
 from evo_hpo.search.conformance import SearcherConformance
 from evo_hpo.search.registry import available_searchers
 
-OWN = tuple(n for n in available_searchers() if not n.startswith(("nevergrad:", "optuna:")))
+OWN = tuple(n for n in available_searchers() if not n.startswith(("nevergrad:", "optuna:")) and n != "fisher")
 
 
 class TestOwnSearchers(SearcherConformance):

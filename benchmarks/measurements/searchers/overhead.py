@@ -21,7 +21,7 @@ from evo_hpo import Budget, CompressionSpace, search
 from evo_hpo.search.budget import Ledger
 from evo_hpo.search.loop import Checkpoint
 from evo_hpo.search.registry import make_searcher
-from evo_hpo.search.trial import Outcome
+from evo_hpo.search.trial import Measured, Outcome
 from searchers.evopress.mutation import Exchange, LevelSwitch, Uniforms, UnrestrictedSwitch
 from searchers.exchange import Exchanges
 
@@ -69,6 +69,9 @@ class _Clock:
         self.seconds = time.perf_counter() - self.start
         if self.seconds > self.limit:
             raise _Cut
+
+    def probe(self, measured: Measured, ledger: Ledger) -> None:
+        """Not timed."""
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         raise NotImplementedError

@@ -1,0 +1,103 @@
+"""What sensitivities cost and what they foretell: `python -m benchmarks.measurements.sensitivities`.
+
+On SmolLM2 with GPTQ levels: the time of a pass beside that of scoring one assignment; predicted against measured
+changes of one unit alone, at uniform 3 and 5 bits; and the exact knapsack over the curvature at the uncompressed model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from benchmarks.problems.smollm2 import smollm2
+from evo_hpo.scoring.problem import LanguageModelProblem
+from evo_hpo.search.problem import Minibatch
+from evo_hpo.space.compression_space import Assignment
+from searchers.additive.solvers import solve
+
+LENGTH = 256
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints one table for each part that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", default=["time", "one-shot", "moves"])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--average", type=float, default=3.0)
+    parser.add_argument("--sequences", type=int, default=16, help="of the timed pass and of the predicted moves")
+    parser.add_argument("--one-shot", type=int, nargs="+", default=[8, 32], help="sequences of the one-shot solutions")
+    parser.add_argument("--moves", type=int, default=40, help="changes of one unit that are measured at each reference")
+    parser.add_argument("--bits", type=int, nargs="+", default=[3, 5], help="uniform references of the moves")
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("EVO_HPO_THREADS", "1")
+    problem = smollm2(average=options.average, dtype=options.dtype, held_out_tokens=4096, tokens=LENGTH)
+    print(f"{problem.name}, {options.dtype}, {options.average} bits, load {os.getloadavg()[0]:.2f}", flush=True)
+    if "time" in options.parts:
+        timed(problem, options.sequences, options.rounds)
+    if "one-shot" in options.parts:
+        for sequences in options.one_shot:
+            one_shot(problem, sequences)
+    if "moves" in options.parts:
+        for bits in options.bits:
+            moves(problem, bits, options.sequences, options.moves)
+
+
+def timed(problem: LanguageModelProblem, sequences: int, rounds: int) -> None:
+    """A pass beside scoring one assignment, in turns; levels are decoded and the dense side is there for both."""
+    minibatch, uniform = Minibatch(0, sequences * LENGTH), problem.space.uniform()
+    problem.score([tuple(0 for _ in uniform)], minibatch)
+    problem.sensitivities(None, minibatch)
+    for number in range(rounds):
+        others = [(level + number + 1) % 5 for level in uniform]  # never scored before
+        start = time.perf_counter()
+        problem.score([tuple(others)], minibatch)
+        scored = time.perf_counter()
+        problem.sensitivities(None, minibatch)
+        passed = time.perf_counter()
+        print(
+            f"{sequences} sequences of {LENGTH}: scoring {scored - start:.2f} s, a pass {passed - scored:.2f} s,"
+            f" ratio {(passed - scored) / (scored - start):.2f}, load {os.getloadavg()[0]:.2f}",
+            flush=True,
+        )
+
+
+def one_shot(problem: LanguageModelProblem, sequences: int) -> None:
+    """Held-out KL of the solution of the additive model that the curvature is."""
+    found = problem.sensitivities(None, Minibatch(0, sequences * LENGTH))
+    best = solve(problem.space, found.effects().tolist())
+    assert best is not None
+    own, uniform = (problem.validate(a)["loss"] for a in (best, problem.space.uniform()))
+    print(f"one shot, {found.tokens} tokens charged: held-out KL {own:.4f}, uniform {uniform:.4f}", flush=True)
+
+
+def moves(problem: LanguageModelProblem, bits: int, sequences: int, count: int) -> None:
+    """Rank correlation of predicted and measured changes of the loss, on the same sequences."""
+    minibatch, rng = Minibatch(1, sequences * LENGTH), np.random.default_rng(0)
+    labels = [unit.levels for unit in problem.space.units]
+    at: Assignment = tuple(own.index(str(bits)) for own in labels)
+    first, second = problem.sensitivities(at, minibatch, kind="kl"), problem.sensitivities(at, minibatch)
+    chosen = [(int(u), int(rng.choice([k for k in range(5) if k != at[u]]))) for u in rng.permutation(len(at))[:count]]
+    scores = problem.score([at, *[(*at[:u], k, *at[u + 1 :]) for u, k in chosen]], minibatch)
+    measured = np.array([s.loss - scores[0].loss for s in scores[1:]])
+    rows, columns = np.array(chosen).T
+    predicted = {
+        "first order": first.effects()[rows, columns],
+        "curvature": second.effects()[rows, columns],
+        "both": (first.effects() + second.effects())[rows, columns],
+    }
+    for name, values in predicted.items():
+        print(f"at {bits} bits, {name}: rank correlation {spearmanr(values, measured).statistic:.3f}", flush=True)
+    print("unit level measured first_order curvature")
+    for i, (unit, level) in enumerate(chosen):
+        own = f"{predicted['first order'][i]:+.5f} {predicted['curvature'][i]:+.5f}"
+        print(f"{problem.space.units[unit].name} {labels[unit][level]} {measured[i]:+.5f} {own}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

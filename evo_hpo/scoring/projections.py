@@ -1,0 +1,156 @@
+"""Inner products of weight gradients with the levels' changes, taken as each gradient appears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evo_hpo.levels.levels import Levels
+from evo_hpo.models.structure import is_linear, is_transposed
+
+__all__ = ["Projector"]
+
+ELEMENTS = 1 << 20
+"""Numbers of the per-sequence gradients that exist at one time: rows of a weight are taken by so many."""
+
+
+class Projector:
+    """Collects g . (W_level - W_in_place) for every level of every unit, sequence by sequence.
+
+    Hooks on the members keep a linear layer's input until the gradient of its output is there. A per-sequence weight
+    gradient exists only for some rows at a time; it meets all levels at once. A member that may be dropped adds its
+    output or takes it away: its projection is the gradient of the output times that output.
+
+    Args:
+        modules: members by name; those in ``blocks`` are whole decoder blocks, for which :meth:`whole` is called.
+        in_place: name -> whether the member is switched off at the moment.
+    """
+
+    def __init__(
+        self,
+        levels: Levels,
+        modules: Mapping[str, nn.Module],
+        blocks: Mapping[str, int],
+        in_place: Callable[[str], bool],
+    ) -> None:
+        self.levels, self._modules, self._dropped = levels, modules, in_place
+        self._original = {
+            name: weight.data for name, m in modules.items() if is_linear(m) and isinstance(weight := m.weight, Tensor)
+        }
+        self._owners: dict[str, list[int]] = {}
+        for number, unit in enumerate(levels.units):
+            for name in unit.members:
+                self._owners.setdefault(name, []).append(number)
+        self._decoded: dict[int, list[Mapping[str, Tensor | None]]] = {}
+        self._sums: NDArray[np.float64] = np.zeros((0, 0, 0))
+        for name, module in modules.items():
+            if name not in blocks:
+                module.register_forward_hook(self._hook(name), with_kwargs=True)
+
+    def begin(self, sequences: int) -> None:
+        """Starts with zeros."""
+        counts = [len(unit.costs) for unit in self.levels.units]
+        self._sums = np.zeros((sequences, len(counts), max(counts)))
+        for number, count in enumerate(counts):
+            self._sums[:, number, count:] = np.nan
+
+    def end(self) -> NDArray[np.float64]:
+        """What was collected: sequences x units x levels."""
+        self._decoded.clear()
+        return self._sums
+
+    def forget(self) -> None:
+        """Gives back levels that were decoded; called after each block."""
+        self._decoded.clear()
+
+    def whole(self, name: str, output: Tensor, gradient: Tensor) -> None:
+        """A member that is kept or dropped as a whole.
+
+        Args:
+            output: what it contributes when it is kept, sequences x length x hidden.
+            gradient: of its output, alike.
+        """
+        contribution = self._by_sequence((gradient.float() * output.float()).double()).sum(dim=(1, 2)).cpu().numpy()
+        sign = 1.0 if self._dropped(name) else -1.0
+        for unit in self._owners[name]:
+            for level, weights in enumerate(self._levels(unit)):
+                if (name in weights and weights[name] is None) != self._dropped(name):
+                    self._sums[:, unit, level] += sign * contribution
+
+    def _hook(self, name: str) -> Callable[..., Any]:
+        linear = is_linear(self._modules[name])
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return None
+            first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+            off = self._dropped(name)
+            if off:
+                first = first.detach().requires_grad_()  # zeros, so that their gradient is there
+            if linear:
+                given = (args[0] if args else kwargs["input"]).detach()
+                first.register_hook(lambda gradient: self._linear(name, given, gradient, off))
+            else:
+                with torch.no_grad():
+                    kept = type(module).forward(module, *args, **kwargs) if off else first.detach()
+                kept = kept[0] if isinstance(kept, tuple) else kept
+                first.register_hook(lambda gradient: self.whole(name, kept, gradient))
+            return None if not off else first if rest is None else (first, *rest)
+
+        return hook
+
+    def _linear(self, name: str, given: Tensor, gradient: Tensor, off: bool) -> None:
+        module = self._modules[name]
+        weight, bias = module.weight, getattr(module, "bias", None)
+        assert isinstance(weight, Tensor)
+        left, right = self._by_sequence(gradient), self._by_sequence(given)
+        shift = None if bias is None else (left.sum(dim=1).double() @ bias.double()).cpu().numpy()
+        if is_transposed(module):
+            left, right = right, left
+        place = None if off else weight.data
+        for unit in self._owners[name]:
+            found = self._levels(unit)
+            targets = [level[name] if name in level else self._original[name] for level in found]
+            self._sums[:, unit, : len(found)] += _inner(left, right, place, targets).cpu().numpy()
+            if shift is not None:  # a switched-off layer adds no bias either
+                signs = [float(off) - float(target is None) for target in targets]
+                self._sums[:, unit, : len(found)] += shift[:, None] * np.array(signs)
+
+    def _levels(self, unit: int) -> list[Mapping[str, Tensor | None]]:
+        if unit not in self._decoded:
+            count = len(self.levels.units[unit].costs)
+            self._decoded[unit] = [self.levels.weights(unit, level) for level in range(count)]
+        return self._decoded[unit]
+
+    def _by_sequence(self, values: Tensor) -> Tensor:
+        """Sequences x positions x width, also of values that a model flattened."""
+        return values.detach().reshape(len(self._sums), -1, values.shape[-1])
+
+
+def _inner(left: Tensor, right: Tensor, place: Tensor | None, targets: list[Tensor | None]) -> Tensor:
+    """<left_s^T right_s, target - place> for each sequence s and target (sequences x targets, float64).
+
+    Args:
+        left: sequences x positions x rows. right: sequences x positions x columns.
+        place, targets: rows x columns; None: nothing.
+    """
+    exact = torch.float64 if right.dtype == torch.float64 else torch.float32
+    total = torch.zeros(len(left), len(targets), dtype=torch.float64, device=left.device)
+    step = max(16, ELEMENTS // (len(right) * right.shape[2]))
+    columns = right.shape[2]
+    for first in range(0, left.shape[2], step):
+        rows = slice(first, min(first + step, left.shape[2]))
+        changes = torch.zeros(len(targets), rows.stop - first, columns, dtype=exact, device=left.device)
+        for change, target in zip(changes, targets, strict=True):
+            if target is not None:
+                change.copy_(target[rows])
+            if place is not None:
+                change.sub_(place[rows])
+        gradients = torch.bmm(left[:, :, rows].transpose(1, 2), right).to(exact)
+        total += gradients.flatten(1) @ changes.flatten(1).T
+    return total

@@ -1,0 +1,229 @@
+"""One backward pass that asks for every level of every unit at once.
+
+The model runs block by block, each block's graph by itself, so that graphs can be freed, or not be kept at all and be
+made again when their turn comes. No parameter requires a gradient: :class:`~evo_hpo.scoring.projections.Projector`
+takes what is asked from the gradients of the layers' outputs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evo_hpo.levels.levels import Levels
+from evo_hpo.models.experts import LinearExperts
+from evo_hpo.models.gates import GatedModel
+from evo_hpo.scoring.head import Chunk, OutputHead
+from evo_hpo.scoring.output_gradient import divergence_gradient, likelihood_gradient, sampled_labels
+from evo_hpo.scoring.projections import Projector
+from evo_hpo.scoring.sampling import sequences_of
+from evo_hpo.scoring.switching import LevelSwitch
+from evo_hpo.search.problem import Minibatch
+from evo_hpo.search.sensitivities import READS, Kind, Sensitivities, check_kind
+from evo_hpo.space.compression_space import Assignment
+
+__all__ = ["SensitivityPass"]
+
+
+@dataclass
+class _Segment:
+    """A block's part of the graph.
+
+    Attributes:
+        leaf: its input, cut off from the block before.
+        tail: its output as the next block sees it.
+        output: its output with the graph; None: not kept.
+        again: runs the block on ``leaf``.
+        real: runs its own code on ``leaf``, also where it is dropped.
+    """
+
+    name: str
+    leaf: Tensor
+    tail: Tensor
+    output: Tensor | None
+    again: Callable[[], Any]
+    real: Callable[[], Any]
+
+
+class SensitivityPass:
+    """Measures :class:`Sensitivities` of a language model; shares the memory of the model's weights.
+
+    Args:
+        model: decoder-only Hugging Face model with the uncompressed weights; it is not changed.
+        levels: weights of every unit's levels, in the model's dtype and on its device.
+        tokens: the calibration pool, int64, sequences x length, on the model's device.
+        chunk: logits that exist at one time.
+        graph_bytes: memory for the graphs of blocks; blocks beyond it run a second time.
+        group: most sequences in one pass; levels are decoded once for each. A mixture of experts takes one at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        levels: Levels,
+        tokens: Tensor,
+        *,
+        chunk: Chunk | None = None,
+        graph_bytes: int = 1 << 31,
+        group: int = 16,
+    ) -> None:
+        example = tokens[:1, : min(tokens.shape[1], 16)]
+        self._gated = GatedModel(model, example)
+        with torch.no_grad():
+            hidden, _ = self._gated.final_hidden(example)
+        self._head = OutputHead(model, hidden, example, self._gated.head)
+        self._head.chunk = chunk or self._head.chunk
+        self._switch = LevelSwitch(self._gated, levels, example, threading.Lock())
+        self._tokens, self._graph_bytes = tokens, graph_bytes
+        self._numbers = {name: number for number, name in enumerate(self._gated.blocks)}
+        modules = dict(self._gated.model.named_modules())
+        members = {name: modules[name] for unit in levels.units for name in unit.members}
+        self._projector = Projector(levels, members, self._numbers, self._is_dropped)
+        self._wholes = [name for name in members if name in self._numbers]
+        self._group = 1 if any(isinstance(m, LinearExperts) for m in modules.values()) else group
+        self._segments: list[_Segment] | None = None
+        self._kept_from = len(self._numbers)
+        for name, block in self._gated.blocks.items():
+            block.forward = self._segmented(name, block, block.forward)
+
+    def measure(self, assignment: Assignment | None, minibatch: Minibatch, kind: Kind = "sampled") -> Sensitivities:
+        """Sensitivities at an assignment (None: the uncompressed model) on a minibatch of the pool.
+
+        Labels are drawn by a generator of the minibatch's seed and the sequence's number, so that a larger minibatch
+        of the same seed begins with the same projections.
+
+        Raises:
+            InvalidSettingError: tokens not a whole number of sequences, or more than the pool; an unknown kind.
+        """
+        check_kind(kind, assignment)
+        length = self._tokens.shape[1]
+        sequences = sequences_of(minibatch, len(self._tokens), length)
+        parts = [
+            self._measure(assignment, sequences[i : i + self._group], kind, minibatch.seed)
+            for i in range(0, len(sequences), self._group)
+        ]
+        projections = np.concatenate(parts).astype(np.float32)
+        return Sensitivities(kind, assignment, projections, length - 1, READS * minibatch.tokens)
+
+    def _measure(
+        self, assignment: Assignment | None, sequences: tuple[int, ...], kind: Kind, seed: int
+    ) -> NDArray[np.float64]:
+        ids = self._tokens[list(sequences)]
+        dense = None
+        if kind == "kl":
+            self._switch.set(None)
+            with torch.no_grad():
+                dense, _ = self._gated.final_hidden(ids)
+        self._switch.set(assignment)
+        self._projector.begin(len(sequences))
+        self._segments = []
+        self._kept_from = 0 if self._graph_bytes else len(self._numbers)
+        try:
+            with torch.enable_grad():
+                final, _ = self._gated.final_hidden(ids)
+            uniforms = [np.random.default_rng([seed, 0x666973, s]).random(ids.shape[1] - 1) for s in sequences]
+            with torch.no_grad():
+                gradient = self._at_output(ids, final.detach(), dense, kind, np.concatenate(uniforms))
+            (gradient,) = torch.autograd.grad(final, self._segments[-1].tail, gradient)
+            self._backward(gradient)
+            return self._projector.end()
+        finally:
+            self._segments = None
+
+    def _at_output(
+        self, ids: Tensor, final: Tensor, dense: Tensor | None, kind: Kind, uniforms: NDArray[np.float64]
+    ) -> Tensor:
+        """Gradient with respect to the final hidden states; the last position predicts nothing."""
+        hidden = final[:, :-1].reshape(-1, final.shape[-1])
+        if dense is not None:
+            found = divergence_gradient(self._head, hidden, dense[:, :-1].reshape(hidden.shape))
+        elif kind == "sampled":
+            found = sampled_labels(self._head, hidden, torch.from_numpy(uniforms).to(ids.device))[1]
+        else:
+            found = likelihood_gradient(self._head, hidden, ids[:, 1:].reshape(-1))
+        gradient = torch.zeros_like(final)
+        gradient[:, :-1] = found.view(len(ids), -1, final.shape[-1])
+        return gradient
+
+    def _backward(self, gradient: Tensor) -> None:
+        segments, self._segments = self._segments or [], None  # a block that runs again makes no new segment
+        while segments:
+            segment = segments.pop()
+            output = segment.output
+            if output is None:
+                with torch.enable_grad():
+                    output = _first(segment.again())
+            if segment.name in self._wholes:
+                with torch.no_grad():
+                    kept = _first(segment.real()) if self._is_dropped(segment.name) else output.detach()
+                    self._projector.whole(segment.name, kept - segment.leaf, gradient)
+            torch.autograd.backward(output, gradient)
+            assert segment.leaf.grad is not None
+            gradient = segment.leaf.grad
+            self._projector.forget()
+
+    def _segmented(self, name: str, block: nn.Module, gate: Callable[..., Any]) -> Callable[..., Any]:
+        """The block's forward, cut off from the one before; ``gate`` passes its input through where it is dropped."""
+        number = self._numbers[name]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._segments is None:
+                return gate(*args, **kwargs)
+            leaf = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+            if args:
+                args = (leaf, *args[1:])
+            else:
+                kwargs["hidden_states"] = leaf
+            saved = _Saved()
+            if number >= self._kept_from:
+                with torch.enable_grad(), saved:
+                    output = gate(*args, **kwargs)
+            else:
+                with torch.no_grad():
+                    output = gate(*args, **kwargs)
+            if number == 0 and self._kept_from == 0:  # the first block tells how many graphs fit, the last ones stay
+                fitting = self._graph_bytes // max(saved.bytes, 1)
+                self._kept_from = max(0, len(self._numbers) - fitting)
+            first = _first(output)
+            tail = first.detach().requires_grad_()
+            real = partial(type(block).forward, block, *args, **kwargs)
+            kept = first if number >= self._kept_from else None
+            self._segments.append(_Segment(name, leaf, tail, kept, partial(gate, *args, **kwargs), real))
+            return (tail, *output[1:]) if isinstance(output, tuple) else tail
+
+        return run
+
+    def _is_dropped(self, name: str) -> bool:
+        if name in self._numbers:
+            return self._numbers[name] in self._gated.dropped
+        return "forward" in self._switch.modules[name].__dict__
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes of what a graph saves, each storage once."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, int] = {}
+        super().__init__(self._note, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._storages.values())
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def _first(output: Any) -> Tensor:
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first

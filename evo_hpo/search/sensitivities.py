@@ -1,0 +1,123 @@
+"""What one backward pass tells of every level of every unit: a prediction of what moving there would cost.
+
+For a sequence s, unit u and level l, the projection is p[s, u, l] = g_s . (W_l - W_reference), with g_s the gradient of
+one of the following, summed over the sequence's predicted tokens:
+
+    sampled   log-likelihood of labels that are drawn from the model's own distribution
+    true      log-likelihood of the text's own next tokens
+    kl        KL divergence from the uncompressed model
+
+With sampled labels mean_s p^2 / 2 / positions is the curvature of the KL along the change (the Fisher information is
+the Gauss-Newton matrix; Martens, "New insights and perspectives on the natural gradient method", 2020), with true
+labels it is the empirical Fisher; mean_s p / positions of ``kl`` is the first-order change of the loss.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.space.compression_space import Assignment
+
+__all__ = ["READS", "Kind", "Sensitivities", "check_kind"]
+
+Kind = Literal["sampled", "true", "kl"]
+"""Which gradient is projected; see the module."""
+
+READS = 3
+"""Tokens charged for a token that is read forward (one) and backward (two)."""
+
+
+def check_kind(kind: str, assignment: Assignment | None) -> None:
+    """Raises InvalidSettingError for an unknown kind, or one that says nothing at this reference."""
+    if kind not in get_args(Kind):
+        raise InvalidSettingError(f"kind={kind!r} must be one of: {', '.join(get_args(Kind))}")
+    if kind == "kl" and assignment is None:
+        raise InvalidSettingError("kind='kl' at the uncompressed model: its gradient is zero there; use 'sampled'")
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivities:
+    """Projections of per-sequence gradients on the change that each level of each unit is.
+
+    Attributes:
+        kind: see :data:`Kind`.
+        reference: the assignment it was measured at; None: the uncompressed model.
+        projections: float32, sequences x units x levels (the most that any unit has), nats; zero at the reference's
+            own level, NaN where a unit has fewer levels.
+        positions: predicted tokens of a sequence that each projection is the sum of.
+        tokens: tokens charged, :data:`READS` for each token that was read.
+    """
+
+    kind: Kind
+    reference: Assignment | None
+    projections: NDArray[np.float32]
+    positions: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind, self.reference)
+        array = np.array(self.projections, dtype=np.float32)
+        if array.ndim != 3 or not len(array) or self.positions < 1:
+            raise InvalidSettingError(
+                f"projections of shape {array.shape}, positions={self.positions}: give sequences x units x levels, at"
+                " least one sequence and one position"
+            )
+        array.setflags(write=False)
+        object.__setattr__(self, "projections", array)
+
+    def effects(self) -> NDArray[np.float64]:
+        """Predicted change of the loss when one unit alone moves (units x levels, nats a token, lower is better)."""
+        return np.asarray(self._samples().mean(axis=0))
+
+    def noise(self) -> NDArray[np.float64]:
+        """Variance of :meth:`effects` by the choice of sequences (units x levels); infinite for a single sequence."""
+        samples = self._samples()
+        if len(samples) < 2:
+            return np.full(samples.shape[1:], np.inf)
+        return np.asarray(samples.var(axis=0, ddof=1) / len(samples))
+
+    def factors(self) -> NDArray[np.float64]:
+        """F, sequences x units x levels, of low rank: moving to levels a predicts |sum_u F[:, u, a_u]|^2 / 2.
+
+        So F[:, u, l] . F[:, v, m] is the cross term of two units, beside which :meth:`effects` are the squares.
+        ``kl`` has no curvature.
+        """
+        if self.kind == "kl":
+            raise InvalidSettingError("kind='kl' is of first order and has no cross terms: use 'sampled' or 'true'")
+        return np.asarray(self.projections / np.sqrt(float(len(self.projections) * self.positions)))
+
+    def predict(self, assignment: Assignment) -> float:
+        """Change of the loss from the reference to an assignment, nats a token: first order, or all cross terms."""
+        rows = np.arange(len(assignment))
+        if self.kind == "kl":
+            return float(self.effects()[rows, list(assignment)].sum())
+        return float(np.square(self.factors()[:, rows, list(assignment)].sum(axis=1)).sum() / 2)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON: the projections as base64 of little-endian float32."""
+        data = base64.b64encode(self.projections.astype("<f4").tobytes()).decode()
+        return {
+            "kind": self.kind,
+            "reference": None if self.reference is None else list(self.reference),
+            "shape": list(self.projections.shape),
+            "projections": data,
+            "positions": self.positions,
+            "tokens": self.tokens,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Sensitivities:
+        """The same bits again."""
+        array = np.frombuffer(base64.b64decode(data["projections"]), dtype="<f4").reshape(data["shape"])
+        reference = None if data["reference"] is None else tuple(map(int, data["reference"]))
+        return cls(data["kind"], reference, array, int(data["positions"]), int(data["tokens"]))
+
+    def _samples(self) -> NDArray[np.float64]:
+        p = self.projections.astype(np.float64)
+        return (p if self.kind == "kl" else np.square(p) / 2) / self.positions

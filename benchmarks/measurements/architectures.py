@@ -50,6 +50,7 @@ KINDS = ("quantized", "sparse", "parts", "blocks")
 TOLERANCE = 1e-4
 _SECONDS = 60.0
 _LAYERS = 400
+_BAR = "\\|"  # in a cell of a Markdown table
 
 
 @dataclass
@@ -302,7 +303,7 @@ def table(rows: Sequence[Row]) -> str:
         whole = row.found.get("all", "")
         words = [(whole or row.found.get(column, "")).partition(":")[0] for column in columns]
         why = [text.partition(": ")[2] for text in (whole, *(row.found.get(c, "") for c in columns)) if ": " in text]
-        lines.append(f"| {row.name} | {' | '.join(words)} | {'; '.join(dict.fromkeys(why)).replace('|', '/')} |")
+        lines.append(f"| {row.name} | {' | '.join(words)} | {'; '.join(dict.fromkeys(why)).replace('|', _BAR)} |")
     return "\n".join(lines) + "\n"
 
 

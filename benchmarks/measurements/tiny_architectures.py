@@ -133,4 +133,7 @@ def tiny_architecture(name: str, seed: int = 0) -> nn.Module:
                 if parameter.is_floating_point():
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
+            for module in model.modules():
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                    module.weight[module.padding_idx] = 0  # as transformers leaves it when it loads some of them
     return model.requires_grad_(False).eval()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evo_hpo.levels.levels import Levels
+from evo_hpo.models.dropping import Absent, absent, first_of
 from evo_hpo.models.structure import is_linear, is_transposed
 
 __all__ = ["Projector"]
@@ -47,6 +48,7 @@ class Projector:
             for name in unit.members:
                 self._owners.setdefault(name, []).append(number)
         self._decoded: dict[int, list[Mapping[str, Tensor | None]]] = {}
+        self._absent: dict[str, Absent] = {}
         self._sums: NDArray[np.float64] = np.zeros((0, 0, 0))
         for name, module in modules.items():
             if name not in blocks:
@@ -90,16 +92,18 @@ class Projector:
                 return None
             first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
             off = self._dropped(name)
-            if off:
+            if off and not first.requires_grad:
                 first = first.detach().requires_grad_()  # zeros, so that their gradient is there
             if linear:
                 given = (args[0] if args else kwargs["input"]).detach()
                 first.register_hook(lambda gradient: self._linear(name, given, gradient, off))
             else:
                 with torch.no_grad():
-                    kept = type(module).forward(module, *args, **kwargs) if off else first.detach()
-                kept = kept[0] if isinstance(kept, tuple) else kept
-                first.register_hook(lambda gradient: self.whole(name, kept, gradient))
+                    kept = first_of(type(module).forward(module, *args, **kwargs)) if off else first.detach()
+                    if name not in self._absent:
+                        self._absent[name] = absent(name, module, args, kwargs)
+                    added = kept - first_of(self._absent[name](*args, **kwargs))  # not the residual, if it adds that
+                first.register_hook(lambda gradient: self.whole(name, added, gradient))
             return None if not off else first if rest is None else (first, *rest)
 
         return hook

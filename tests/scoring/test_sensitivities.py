@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from benchmarks.measurements.tiny_architectures import tiny_architecture
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import unfuse_experts
@@ -150,24 +151,27 @@ def test_sampled_labels_give_the_curvature_of_the_divergence(name: str) -> None:
 
 
 @pytest.mark.parametrize("kinds", [("attention", "mlp"), ("block",), ("pair",)])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])
 @pytest.mark.parametrize("dropped", [(), (1,), (0, 2)])
 def test_modules_that_are_switched_off_or_on(name: str, kinds: Sequence[str], dropped: Sequence[int]) -> None:
-    """The derivative with respect to a factor on the module's contribution, by autograd in a float64 model."""
-    model, tokens = tiny_model(name), tiny_tokens()
+    """The derivative with respect to a factor on the module's contribution, by autograd in a float64 model.
+
+    Bloom's modules have the residual as their second argument and add it themselves.
+    """
+    made = tiny_architecture if name == "bloom" else tiny_model
+    model, tokens = made(name), tiny_tokens()
     levels = DropLevels(model, kinds)
     at = tuple(0 if unit in dropped else 1 for unit in range(len(levels.units)))
     if not any(at):
         return
     found = SensitivityPass(model, levels, tokens).measure(at, MINIBATCH, "true")
-    plain = tiny_model(name).double()
+    plain = made(name).double()
     modules = dict(plain.named_modules())
+    residual = 0 if kinds[0] in ("block", "pair") else 1 if name == "bloom" else None
     factors = torch.tensor(at, dtype=torch.float64, requires_grad=True)
     for unit, own in enumerate(levels.units):
         for member in own.members:
-            modules[member].register_forward_hook(
-                _scaled(factors[unit], kinds[0] in ("block", "pair")), with_kwargs=True
-            )
+            modules[member].register_forward_hook(_scaled(factors[unit], residual), with_kwargs=True)
     for row, number in zip(found.projections, sequences_of(MINIBATCH, len(tokens), tokens.shape[1]), strict=True):
         (slopes,) = torch.autograd.grad(_objective("true", plain, plain, tokens[number]), factors)
         expected = np.zeros((len(at), 2))
@@ -176,12 +180,12 @@ def test_modules_that_are_switched_off_or_on(name: str, kinds: Sequence[str], dr
         np.testing.assert_allclose(row, expected, atol=2e-4 * np.abs(expected).max())
 
 
-def _scaled(factor: Tensor, residual: bool) -> Callable[..., Any]:
-    """A hook that multiplies what a module contributes; ``residual``: its output has its input in it."""
+def _scaled(factor: Tensor, residual: int | None) -> Callable[..., Any]:
+    """A hook that multiplies what a module contributes; ``residual``: the argument that its output has in it."""
 
     def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
-        base = (args[0] if args else kwargs["hidden_states"]) if residual else 0.0
+        base = 0.0 if residual is None else args[residual] if args else kwargs["hidden_states"]
         first = base + factor * (first - base)
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
@@ -214,7 +218,7 @@ def test_a_linear_layer_that_is_dropped_takes_its_bias_along() -> None:
     factors = torch.tensor(at, dtype=torch.float64, requires_grad=True)
     for unit, own in enumerate(levels.units):
         modules[own.name].weight.data = levels.weights(unit, 1)[own.name].double()  # type: ignore[union-attr]
-        modules[own.name].register_forward_hook(_scaled(factors[unit], False), with_kwargs=True)
+        modules[own.name].register_forward_hook(_scaled(factors[unit], None), with_kwargs=True)
     for row, number in zip(found.projections, sequences_of(MINIBATCH, len(tokens), tokens.shape[1]), strict=True):
         (slopes,) = torch.autograd.grad(_objective("true", plain, plain, tokens[number]), factors)
         expected = np.zeros((len(at), 2))

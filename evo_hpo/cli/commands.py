@@ -70,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors.print("interrupted", style="bold")
         sys.exit(130)
     except Exception as error:
-        _say_error("; ".join([f"unexpected {_in_a_line(error)}", f"the trace is in {_kept_trace(error)}", *_notes(error)]))
+        _say_error(
+            "; ".join([f"unexpected {_in_a_line(error)}", f"the trace is in {_kept_trace(error)}", *_notes(error)])
+        )
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 

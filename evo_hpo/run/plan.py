@@ -15,7 +15,15 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.record.comparison import PlannedSearch
 from evo_hpo.run.ablation import expand, written_out
-from evo_hpo.run.entries import AblationEntry, BudgetEntry, ProblemEntry, SearcherEntry, Strict, VariantEntry
+from evo_hpo.run.entries import (
+    LONGEST_LABEL,
+    AblationEntry,
+    BudgetEntry,
+    ProblemEntry,
+    SearcherEntry,
+    Strict,
+    VariantEntry,
+)
 from evo_hpo.search.registry import describe_problem, make_searcher, searcher_class
 from evo_hpo.search.searcher import check_settings
 from evo_hpo.space.compression_space import CompressionSpace, Unit
@@ -23,7 +31,6 @@ from evo_hpo.space.compression_space import CompressionSpace, Unit
 __all__ = ["SAFE_NAME", "Plan", "make_plan"]
 
 SAFE_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
-LONGEST_LABEL = 100  # characters of what names folders, rows of tables and pictures
 LONGEST_FILE = 200  # characters of a journal's name: file systems take 255
 MOST_SEEDS = 10_000
 
@@ -92,16 +99,14 @@ class Plan(Strict):
             if min(seeds) < 0:
                 raise ValueError(f"{place}: {min(seeds)} must be 0 or more")
             if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
-                raise ValueError(f"{place}: {twice[0]} stands there twice, and would be the same search: give each once")
+                raise ValueError(
+                    f"{place}: {twice[0]} stands there twice, and would be the same search: give each once"
+                )
         for what, keys in (
             ("problem", [p.key for p in self.problems]),
             ("searcher", [s.key for s in self.searchers]),
         ):
             for key in keys:
-                if len(key) > LONGEST_LABEL:
-                    raise ValueError(
-                        f"the label {key[:40]!r}... of a {what} has {len(key)} characters: give at most {LONGEST_LABEL}"
-                    )
                 if keys.count(key) > 1:
                     raise ValueError(f"two {what}s are called {key!r}: give each a label of its own")
         return self

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
 
 from evo_hpo.cli.streams import LastingConsole, usable_streams
 from evo_hpo.errors import EvoHpoError, PlanError

@@ -120,7 +120,8 @@ def _follow_a_move(path: Path) -> None:
                 "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (f"{here}/{name}", number)
             )
             database.execute(
-                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE experiment_id = ? AND artifact_uri LIKE ?",
+                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?)"
+                " WHERE experiment_id = ? AND artifact_uri LIKE ?",
                 (here, len(there) + 1, number, f"{there}/%"),
             )
 

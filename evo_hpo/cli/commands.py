@@ -1,6 +1,7 @@
 """The command line: ``evo-hpo build | search | compare | ablate | report | track | ui | export | list``.
 
-Bad input ends with one line on standard error and exit code 2; an interrupt with 130 and the command that resumes.
+Bad input ends with one line on standard error and exit code 2; an interrupt with 130 and the command that resumes; what
+nobody expected with 1, one line, and where its trace is.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
 import tomllib
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
-from rich.console import Console
 
+from evo_hpo.cli.streams import LastingConsole, usable_streams
 from evo_hpo.errors import EvoHpoError, PlanError
 
 if TYPE_CHECKING:
@@ -37,8 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-console = Console(width=None if sys.stdout.isatty() else 150)  # files and pipes get whole tables
-errors = Console(stderr=True)
+console = LastingConsole(width=None if sys.stdout and sys.stdout.isatty() else 150)  # files and pipes get whole tables
+errors = LastingConsole(stderr=True)
 
 RootOption = Annotated[Path, typer.Option(help="Folder that holds the comparisons.")]
 UriOption = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: sqlite under mlruns/.")]
@@ -50,6 +53,7 @@ DEFAULT_ROOT = Path("mlruns") / "comparisons"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
+    usable_streams()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would tear ours
     try:
@@ -59,12 +63,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (EvoHpoError, UsageError) as error:
         text = str(getattr(error, "format_message", error.__str__)())
         if text:  # or else there was no command, and the help was printed
-            errors.print(f"error: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+            _say_error(text)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted", style="bold")
         sys.exit(130)
+    except Exception as error:
+        _say_error(
+            "; ".join([f"unexpected {_in_a_line(error)}", f"the trace is in {_kept_trace(error)}", *_notes(error)])
+        )
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_error(text: str) -> None:
+    line = " ".join(text.split("\n"))
+    errors.print(f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _in_a_line(error: Exception) -> str:
+    """Kind of an error and what it says, cut to a line's length."""
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def _notes(error: Exception) -> list[str]:
+    """What those who saw the error pass know of it: what is safe on disk, and how to go on."""
+    return list(getattr(error, "__notes__", []))
+
+
+def _kept_trace(error: Exception) -> str:
+    """The file that the trace of an unexpected error was written to."""
+    try:
+        number, path = tempfile.mkstemp(prefix="evo-hpo-", suffix=".log")
+        with open(number, "w", encoding="utf-8", errors="replace") as file:
+            file.writelines(traceback.format_exception(error))
+    except OSError as reason:
+        return f"no file ({reason.strerror})"
+    return path
 
 
 @contextmanager

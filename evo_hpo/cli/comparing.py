@@ -64,11 +64,18 @@ def run(
         raise
     except ComparisonFailed as error:
         raise ComparisonFailed(f"{error}; what is done is kept, resume with: {command}") from error
+    except Exception as error:
+        error.add_note(f"everything scored so far is in {folder}/journals, resume with: {command}")
+        raise
     finally:
         console.show_cursor()
-    show_report(folder, console)
-    if track:
-        _upload(folder, tracking_uri, console)
+    try:
+        show_report(folder, console)
+        if track:
+            _upload(folder, tracking_uri, console)
+    except Exception as error:
+        error.add_note(f"the searches are done and kept in {folder}, report them with: evo-hpo report {folder}")
+        raise
         say(console, "browse the runs: evo-hpo ui")
     return folder
 

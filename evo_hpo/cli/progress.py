@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -20,8 +19,6 @@ __all__ = ["BuildProgress", "ComparisonProgress", "say"]
 def say(console: Console, line: str) -> None:
     """One line as it is: no markup, no colours, not broken; at once, also into a pipe."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        sys.stdout.flush()
 
 
 def _amount(value: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from evo_hpo.errors import PlanError
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
+from evo_hpo.space.unit import integer
 
 __all__ = ["open_profile"]
 
@@ -21,9 +22,29 @@ def open_profile(path: Path, space: CompressionSpace | None = None) -> tuple[dic
     """
     try:
         profile = json.loads(path.read_text(encoding="utf-8"))
-        levels = tuple(map(int, profile["levels"]))
+        levels = tuple(map(integer, profile["levels"]))
+        _refuse_other_shape(profile)
     except FileNotFoundError:
         raise PlanError(f"no profile at {path}: a finished comparison keeps them under profiles/") from None
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise PlanError(f"cannot read {path}: {error.strerror}; name a file under a comparison's profiles/") from None
+    except KeyError as error:
+        raise PlanError(f"{path} is not a profile: it has no {error}") from None
+    except (TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not a profile: {error}") from None
     return profile, levels if space is None else space.from_labels(profile["units"])
+
+
+def _refuse_other_shape(profile: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError where what is read of a profile is missing or of another kind."""
+    problem, held_out = profile["problem"], profile["held_out"]
+    float(profile["average"]), float(held_out["loss"])
+    for what, value, kind in (
+        ("problem", problem, dict),
+        ("the problem's name", problem["name"], str),
+        ("the problem's settings", problem.get("settings", {}), dict),
+        ("units", profile["units"], dict),
+        ("fingerprint", profile.get("fingerprint") or {}, dict),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{what} is {value!r:.60}")

@@ -10,6 +10,9 @@ from evo_hpo.search.budget import Budget
 
 __all__ = ["AblationEntry", "BudgetEntry", "ProblemEntry", "SearcherEntry", "Strict", "VariantEntry"]
 
+LONGEST_LABEL = 100
+"""Characters of what names files, rows of tables and curves of pictures."""
+
 
 class Strict(BaseModel):
     """A part of a plan: unknown keys are refused."""
@@ -38,7 +41,7 @@ class NamedEntry(Strict):
     """Something registered, with its settings; ``label`` is what tables show."""
 
     name: str
-    label: str = ""
+    label: str = Field(default="", max_length=LONGEST_LABEL)
     settings: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -73,7 +76,7 @@ class SearcherEntry(NamedEntry):
 class VariantEntry(Strict):
     """Settings that change together in an ablation."""
 
-    label: str = ""
+    label: str = Field(default="", max_length=LONGEST_LABEL)
     settings: dict[str, Any]
 
 

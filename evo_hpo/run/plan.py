@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -14,7 +15,15 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.record.comparison import PlannedSearch
 from evo_hpo.run.ablation import expand, written_out
-from evo_hpo.run.entries import AblationEntry, BudgetEntry, ProblemEntry, SearcherEntry, Strict, VariantEntry
+from evo_hpo.run.entries import (
+    LONGEST_LABEL,
+    AblationEntry,
+    BudgetEntry,
+    ProblemEntry,
+    SearcherEntry,
+    Strict,
+    VariantEntry,
+)
 from evo_hpo.search.registry import describe_problem, make_searcher, searcher_class
 from evo_hpo.search.searcher import check_settings
 from evo_hpo.space.compression_space import CompressionSpace, Unit
@@ -22,6 +31,8 @@ from evo_hpo.space.compression_space import CompressionSpace, Unit
 __all__ = ["SAFE_NAME", "Plan", "make_plan"]
 
 SAFE_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
+LONGEST_FILE = 200  # characters of a journal's name: file systems take 255
+MOST_SEEDS = 10_000
 
 
 class Plan(Strict):
@@ -51,6 +62,8 @@ class Plan(Strict):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
+        if len(value) > LONGEST_LABEL:
+            raise ValueError(f"{len(value)} characters: give at most {LONGEST_LABEL}, it names a folder")
         if not value or SAFE_NAME.search(value) or value.startswith("."):
             raise ValueError(f"{value!r} must be letters, digits, dots, dashes and underscores: it names a folder")
         return value
@@ -58,7 +71,11 @@ class Plan(Strict):
     @field_validator("seeds", mode="before")
     @classmethod
     def _seeds(cls, value: object) -> object:
-        return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+        if isinstance(value, int) and not isinstance(value, bool):
+            if not 1 <= value <= MOST_SEEDS:
+                raise ValueError(f"{value} must be a number of seeds from 1 to {MOST_SEEDS}, or a list of seeds")
+            return tuple(range(value))
+        return value
 
     @field_validator("checkpoints")
     @classmethod
@@ -74,8 +91,17 @@ class Plan(Strict):
 
     @model_validator(mode="after")
     def _grid(self) -> Plan:
-        if not self.seeds:
-            raise ValueError("seeds: give at least one")
+        for place, seeds in [("seeds", self.seeds), *((f"searcher {s.key!r}: seeds", s.seeds) for s in self.searchers)]:
+            if seeds is None:
+                continue
+            if not seeds:
+                raise ValueError(f"{place}: give at least one")
+            if min(seeds) < 0:
+                raise ValueError(f"{place}: {min(seeds)} must be 0 or more")
+            if twice := [seed for seed in seeds if seeds.count(seed) > 1]:
+                raise ValueError(
+                    f"{place}: {twice[0]} stands there twice, and would be the same search: give each once"
+                )
         for what, keys in (
             ("problem", [p.key for p in self.problems]),
             ("searcher", [s.key for s in self.searchers]),
@@ -108,6 +134,8 @@ class Plan(Strict):
                     seed = seeds[position]
                     parts = [problem.key] if len(self.problems) > 1 else []
                     name = SAFE_NAME.sub("-", "-".join([*parts, entry.key, f"s{seed}"]))
+                    if len(name) > LONGEST_FILE:
+                        name = f"{name[:LONGEST_FILE]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
                     while name in seen:
                         name += "x"
                     seen.add(name)

@@ -38,7 +38,9 @@ class PlanFile:
             raise PlanError(f"no plan at {path}: copy one from benchmarks/plans") from None
         except IsADirectoryError:
             raise PlanError(f"{path} is a folder: give the plan's TOML file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise PlanError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:  # TOML or UTF-8 that is none; too many digits; nested too deep
             raise PlanError(f"{path} is not valid TOML: {error}") from None
         return file
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -163,12 +164,20 @@ def make_searcher(name: str, space: CompressionSpace, *, seed: int = 0, **settin
     """
     cls = searcher_class(name)
     check_settings(name, cls, settings)
-    try:
+    with _settings_judged(name):
         return cls(space, seed=seed, **settings)
+
+
+@contextmanager
+def _settings_judged(name: str) -> Iterator[None]:
+    """Turns what settings of a wrong type or size raise into InvalidSettingError."""
+    try:
+        yield
     except EvoHpoError:
         raise
-    except (TypeError, ValueError) as error:
-        raise InvalidSettingError(f"a setting of {name} has the wrong type or value: {error}") from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise InvalidSettingError(f"a setting of {name} has the wrong type or value: {reason}") from error
 
 
 def describe_searcher(name: str) -> Description:
@@ -228,9 +237,10 @@ def make_problem(name: str, **settings: Any) -> Problem:
 def preview_problem(name: str, settings: dict[str, Any]) -> Preview:
     """What a problem says of itself before anything is built; one that has nothing to build is simply made."""
     factory: object = problem_factory(name)
-    if isinstance(factory, Prepared):
-        return factory.preview(settings)
-    made = make_problem(name, **settings)
+    with _settings_judged(name):
+        if isinstance(factory, Prepared):
+            return factory.preview(settings)
+        made = make_problem(name, **settings)
     return Preview(made.space, made.tokens, made.check)
 
 

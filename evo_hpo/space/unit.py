@@ -12,6 +12,8 @@ from evo_hpo.errors import InvalidSpaceError
 
 __all__ = ["Unit", "integer"]
 
+LARGEST = 10**100
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -79,10 +81,13 @@ def integer(value: object, what: str = "cost") -> int:
     """``value`` as an int.
 
     Raises:
-        InvalidSpaceError: it is not an integer.
+        InvalidSpaceError: it is not an integer, or above 1e100: ratios of costs and of their sums must fit a float.
     """
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        found = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         hint = ": count bits or weights, never fractions" if what == "cost" else ""
         raise InvalidSpaceError(f"{what} {value!r} is not an integer{hint}") from None
+    if abs(found) > LARGEST:
+        raise InvalidSpaceError(f"{what} of {found.bit_length()} binary digits is out of range: give at most 1e100")
+    return found

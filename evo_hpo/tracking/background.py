@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from evo_hpo.tracking.location import database_path, default_uri, quiet_environment
+from evo_hpo.errors import TrackingError
+from evo_hpo.tracking.location import database_path, default_uri, quiet_environment, refuse_silent_server
 
 __all__ = ["BackgroundTracker"]
 
@@ -51,6 +52,10 @@ class BackgroundTracker:
 
     def __enter__(self) -> BackgroundTracker:
         database_path(self.uri)  # refuses a URI of no known kind before any work
+        try:
+            refuse_silent_server(self.uri)
+        except TrackingError as error:
+            self.say(f"{error} The search goes on; tracking is tried again meanwhile.")
         self.folder.mkdir(parents=True, exist_ok=True)
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         arguments = [str(self.folder), "--uri", self.uri, "--grace", str(self.grace)]

@@ -5,14 +5,32 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import os
 import re
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 from evo_hpo.errors import TrackingError
 
-__all__ = ["artifact_root", "database_path", "default_uri", "experiment_location", "file_lock", "quiet_environment"]
+__all__ = [
+    "artifact_root",
+    "database_path",
+    "default_uri",
+    "experiment_location",
+    "file_lock",
+    "quiet_environment",
+    "refuse_silent_server",
+]
+
+SIGN_OF_LIFE = 5.0
+"""Seconds within which a tracking server must answer to be tried at all."""
+
+PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+"""Of MLflow's client, unless the environment says otherwise: with its own, a silent server costs minutes a call."""
 
 
 def quiet_environment() -> dict[str, str]:
@@ -24,7 +42,27 @@ def quiet_environment() -> dict[str, str]:
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "GIT_PYTHON_REFRESH": "quiet",
+        **{name: os.environ.get(name, value) for name, value in PATIENCE.items()},
     }
+
+
+def refuse_silent_server(uri: str) -> None:
+    """Asks a tracking server for a sign of life; any answer will do.
+
+    Raises:
+        TrackingError: none within seconds; other stores are not asked.
+    """
+    if not uri.startswith("http"):
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SIGN_OF_LIFE):
+            pass
+    except urllib.error.HTTPError:
+        pass
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if not isinstance(reason, ssl.SSLError):  # which certificates are good is the client's business
+            raise TrackingError(f"the tracking server {uri} does not answer ({reason}): is it running?") from None
 
 
 def default_uri(folder: Path | str | None = None) -> str:

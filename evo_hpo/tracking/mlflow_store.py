@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import sqlalchemy
 from mlflow import MlflowClient
@@ -18,9 +20,14 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy import event
 
 from evo_hpo.errors import MissingPackageError, TrackingError
-from evo_hpo.tracking.location import artifact_root, database_path, file_lock
+from evo_hpo.tracking.location import artifact_root, database_path, file_lock, refuse_silent_server
 
 __all__ = ["comparisons", "connect", "prepare_store", "translated"]
+
+OUR_LOCATIONS = """
+    SELECT e.artifact_location, e.experiment_id FROM experiments e JOIN experiment_tags t USING (experiment_id)
+    WHERE t.key = 'evo_hpo.comparison' AND e.artifact_location IS NOT NULL
+"""
 
 for noisy in ("mlflow", "alembic"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -74,6 +81,7 @@ def prepare_store(uri: str) -> None:
                 create_schema(uri, artifacts)
         return
     if path.exists():
+        _follow_a_move(path)
         return
     try:
         with file_lock(path.with_name(path.name + ".lock")):
@@ -94,12 +102,37 @@ def prepare_store(uri: str) -> None:
         ) from error
 
 
+def _follow_a_move(path: Path) -> None:
+    """Lets the comparisons of a database whose folder was moved or copied keep their artifacts beside it.
+
+    MLflow records where artifacts lie as absolute places: what is tracked later would go where the folder was.
+    """
+    here = (path.parent / "artifacts").as_uri()
+    with contextlib.closing(sqlite3.connect(path, timeout=60.0)) as database, database:
+        known = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiment_tags'").fetchone()
+        for location, number in database.execute(OUR_LOCATIONS).fetchall() if known else ():
+            there, _, name = str(location).rpartition("/")
+            if there == here or not there.endswith("/artifacts") or not there.startswith("file://"):
+                continue
+            if Path(url2pathname(urlparse(location).path)).exists() and not (path.parent / "artifacts" / name).exists():
+                continue  # the database alone was moved
+            database.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (f"{here}/{name}", number)
+            )
+            database.execute(
+                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?)"
+                " WHERE experiment_id = ? AND artifact_uri LIKE ?",
+                (here, len(there) + 1, number, f"{there}/%"),
+            )
+
+
 def connect(uri: str) -> MlflowClient:
     """A client of a store, which is created if it is an SQLite file that does not exist.
 
     Raises:
         TrackingError: it cannot be used.
     """
+    refuse_silent_server(uri)
     with translated(f"tracking store {uri}"):
         prepare_store(uri)
         artifacts = artifact_root(uri)

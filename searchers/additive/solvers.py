@@ -21,6 +21,8 @@ Effects = Sequence[Sequence[float]]
 """Loss of each unit's levels; ``inf`` forbids a level."""
 
 NODES = 100_000  # of the branch and bound tree: a limit in seconds would give other trials on another machine
+LARGEST_EXACT = 2**50  # of the solver's doubles, with room for sums
+GRID = 2**20  # steps of a resource beyond that
 MOST_CELLS = 40_000_000  # of the table of choices, a byte each (two above 256 levels)
 
 
@@ -88,9 +90,10 @@ def _tabulate(
     steps, divisor = _steps(space, start), space.knapsack.counter.steps[0]
     spent, width = space.cost(start), high - low + 1
     layers = 1 if changes is None else changes + 1
-    costs = np.arange(low, high + 1) * divisor + spent
+    above = np.arange(low, high + 1)  # in units of the divisor: costs themselves may exceed 64 bits
+    affordable = (above <= (space.budget - spent) // divisor) & (above >= -((spent - space.floor) // divisor))
     best = np.full((len(batch), layers, width), np.inf)
-    best[:, :, (costs <= space.budget) & (costs >= space.floor)] = 0.0
+    best[:, :, affordable] = 0.0
     kind = np.min_scalar_type(max(map(len, steps)) - 1)
     choices = np.zeros((len(space), len(batch), layers, width), dtype=kind)
     losses = [
@@ -138,6 +141,15 @@ def _trace(
     return tuple(levels)
 
 
+def _in_doubles(costs: Sequence[int], floor: int, budget: int) -> tuple[Sequence[int], int, int]:
+    """A row of costs and its limits; what the solver's doubles do not hold, on a grid that keeps within the budget."""
+    largest = max(*costs, budget)
+    if largest <= LARGEST_EXACT:
+        return costs, floor, budget
+    grain = -(-largest // GRID)
+    return [-(-c // grain) for c in costs], -(-floor // grain), budget // grain
+
+
 def solve_by_integer_programming(
     space: CompressionSpace, effects: Effects, *, start: Assignment | None = None, changes: int | None = None
 ) -> Assignment | None:
@@ -150,13 +162,13 @@ def solve_by_integer_programming(
     ]
     units = np.array([u for u, _ in pairs])
     counter = space.knapsack.counter
-    costs = np.array([counter.options[u][k - space.lowest[u]] for u, k in pairs], dtype=float).T
+    options = zip(*(counter.options[u][k - space.lowest[u]] for u, k in pairs), strict=True)
+    rows_of_costs = map(_in_doubles, options, counter.floors, counter.budgets)
     columns = np.arange(len(pairs))
     one_level = coo_array((np.ones(len(pairs)), (units, columns)), shape=(len(space), len(pairs)))
     rows = [LinearConstraint(one_level, 1, 1)]
     rows += [
-        LinearConstraint(cost[None, :], floor, budget)
-        for cost, floor, budget in zip(costs, counter.floors, counter.budgets, strict=True)
+        LinearConstraint(np.array(costs, dtype=float)[None, :], floor, budget) for costs, floor, budget in rows_of_costs
     ]
     if changes is not None and start is not None:
         changed = np.array([float(start[u] != k) for u, k in pairs])

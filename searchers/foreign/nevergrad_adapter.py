@@ -101,6 +101,25 @@ class NevergradSearcher(ForeignSearcher):
 
     @cached_property
     def _bounds(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Least and greatest value of each coordinate, of the idle one too."""
+        low, high = self._ranges
+        return self._padded(low), self._padded(high, 1.0)
+
+    def _padded(self, point: Any, idle: float = 0.0) -> np.ndarray[Any, Any]:
+        """The point, where it has one coordinate only with a second one that nothing reads.
+
+        In one dimension Nevergrad's CMA sets ``fcmaes`` on the settings that its registered optimizers share, for the
+        rest of the process.
+        """
+        return np.asarray([*point, idle] if len(point) == 1 else point, float)
+
+    def _read(self, candidate: Any) -> list[float]:
+        """The coordinates of a candidate, without the idle one."""
+        values: list[float] = candidate.value.ravel().tolist()
+        return values[: len(self.encoding.free)]
+
+    @cached_property
+    def _ranges(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         if self.encoding.continuous:
             return np.zeros(len(self.encoding.free)), np.ones(len(self.encoding.free))
         return np.asarray(self.encoding.low, float), np.asarray(self.encoding.high, float)
@@ -108,7 +127,7 @@ class NevergradSearcher(ForeignSearcher):
     def _make(self) -> Any:
         ng = load()
         low, high = self._bounds
-        first = np.asarray(self._start().told) if self.start == "uniform" else (low + high) / 2
+        first = self._padded(self._start().told) if self.start == "uniform" else (low + high) / 2
         array = ng.p.Array(init=np.clip(first, low, high)).set_bounds(low, high)
         array.set_mutation(sigma=self.sigma * float((high - low).max()))
         if not self.encoding.continuous:
@@ -158,7 +177,7 @@ class NevergradSearcher(ForeignSearcher):
 
     def _candidate(self) -> tuple[Any, Decoded]:
         candidate = self.optimizer.ask()
-        return candidate, self.encoding.decode(candidate.value.ravel().tolist())
+        return candidate, self.encoding.decode(self._read(candidate))
 
     def _first(self) -> list[tuple[Any, Decoded]]:
         """The uniform assignment: the optimizer's own first candidate where it is that, else a point of ours."""
@@ -171,10 +190,10 @@ class NevergradSearcher(ForeignSearcher):
 
     def _told(self, candidate: Any, decoded: Decoded) -> Any:
         """The candidate to tell: the one asked, or the repaired point in its place."""
-        told = np.asarray(decoded.told, float)
+        told = self._padded(decoded.told)
         if candidate is None:
             return self.optimizer.parametrization.spawn_child(new_value=told)
-        if np.array_equal(told, candidate.value.ravel()):
+        if list(decoded.told) == self._read(candidate):
             return candidate
         twin = candidate.spawn_child(new_value=told)
         twin.uid, twin._meta = candidate.uid, dict(candidate._meta)

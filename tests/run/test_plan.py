@@ -224,3 +224,46 @@ def test_settings_of_the_build_are_checked_as_the_build_takes_them(exclude: str)
         preview_problem("language_model", {"model": "m", "build": {"exclude": "("}})
     with pytest.raises(EvoHpoError, match=r"kinds=\['head'\] must be"):
         preview_problem("language_model", {"model": "m", "method": "drop", "levels": [], "build": {"kinds": ["head"]}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seeds": [0, 0]}, "seeds: 0 stands there twice"),
+        ({"seeds": [0, -1]}, "-1 must be 0 or more"),
+        ({"seeds": 10**12}, "from 1 to"),
+        ({"searchers": [{"name": "random", "seeds": [3, 3]}]}, "3 stands there twice"),
+        ({"searchers": [{"name": "random", "seeds": [-3]}]}, "-3 must be 0 or more"),
+        ({"searchers": [{"name": "random", "label": "x" * 300}]}, "at most 100"),
+        ({"problems": [{"name": "additive", "label": "x" * 300}]}, "at most 100"),
+        ({"name": "x" * 300}, "at most 100"),
+    ],
+)
+def test_seeds_that_are_no_seeds_and_names_too_long_for_files_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(said)) as caught:
+        make_plan(plan_data(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_journals_of_long_labels_have_names_that_file_systems_take_and_differ() -> None:
+    values = [["x" * 300, n] for n in range(3)]
+    ablation = {"searcher": "evopress", "vary": {"offspring": values}}
+    files = [Path(t.journal).name for t in make_plan(plan_data(ablation=ablation)).tasks()]
+    assert len(set(files)) == len(files)
+    assert max(map(len, files)) < 256
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff", b"x = " + b"[" * 5000, b"x = 1" + b"0" * 5000], ids=["bytes", "deep", "long"]
+)
+def test_a_file_that_is_no_toml_is_refused_in_one_line(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_bytes(text)
+    with pytest.raises(PlanError, match="not valid TOML") as caught:
+        PlanFile.read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_problem_whose_settings_are_of_a_wrong_type_is_refused_by_name() -> None:
+    with pytest.raises(EvoHpoError, match="a setting of additive has the wrong type"):
+        preview_problem("additive", {"units": []})

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -329,3 +330,37 @@ def test_the_ui_serves_on_loopback_with_safe_settings(root: Path, uri: str) -> N
     assert f"--default-artifact-root file://{root}/artifacts" in command
     with pytest.raises(TrackingError, match="nothing is tracked here yet"):
         launch_ui(f"sqlite:///{root / 'other.db'}")
+
+
+def test_a_server_that_does_not_answer_is_named_within_seconds_and_not_waited_for(tmp_path: Path) -> None:
+    Script(tmp_path / "journals" / "a.jsonl").write([1.0, 2.0], end=True)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        said: list[str] = []
+        began = time.monotonic()
+        with BackgroundTracker(tmp_path, uri, say=said.append):
+            assert time.monotonic() - began < 10
+            assert "does not answer" in said[0]
+        assert time.monotonic() - began < 60
+        with pytest.raises(TrackingError, match="does not answer"):
+            track(tmp_path, uri)
+    assert any("evo-hpo track" in line for line in said)
+
+
+def test_after_a_move_of_mlruns_everything_is_written_beside_the_database(tmp_path: Path) -> None:
+    old, new = tmp_path / "old" / "mlruns", tmp_path / "new" / "mlruns"
+    folder = old / "comparisons" / "moved"
+    script = Script(folder / "journals" / "a.jsonl")
+    script.write([1.0])
+    track(folder)
+    new.parent.mkdir()
+    old.rename(new)
+    script = Script(new / "comparisons" / "moved" / "journals" / "b.jsonl", seed=1)
+    script.write([1.0], end=True)
+    track(new / "comparisons" / "moved")
+    with contextlib.closing(sqlite3.connect(new / "mlflow.db")) as database:
+        places = database.execute("SELECT artifact_uri FROM runs UNION SELECT artifact_location FROM experiments")
+        found = [place for (place,) in places if "/artifacts/moved" in place]
+    assert found
+    assert all(place.startswith((new / "artifacts").as_uri()) for place in found)
+    assert not old.exists()

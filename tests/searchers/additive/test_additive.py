@@ -218,3 +218,17 @@ def test_more_changes_than_units_cost_no_more_than_all_units(monkeypatch: pytest
     monkeypatch.setattr("searchers.additive.solvers.solve_by_integer_programming", None)
     effects = [[0.0, -float(i), -2.0 * i] for i in range(30)]
     assert solve_many(space, [effects], changes=10**5) == solve_many(space, [effects], changes=30)
+
+
+def test_costs_beyond_64_bits_are_solved_as_the_same_costs_on_a_small_scale() -> None:
+    rng = np.random.default_rng(0)
+    effects = rng.normal(size=(6, 3)).tolist()
+    small = CompressionSpace([Unit(f"u{i}", (1, 2, 3)) for i in range(6)], 12)
+    for scale in (2**63, 2**90):
+        large = CompressionSpace([Unit(f"u{i}", (scale, 2 * scale, 3 * scale)) for i in range(6)], 12 * scale)
+        for changes in (None, 2):
+            expected = solve(small, effects, changes=changes)
+            assert solve(large, effects, changes=changes) == expected
+            assert solve_by_integer_programming(large, effects, start=large.lowest, changes=changes) == expected
+        assert large.count() == small.count()
+        assert small.feasible(large.sample(np.random.default_rng(0)))

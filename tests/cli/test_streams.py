@@ -1,0 +1,97 @@
+"""Output that goes nowhere, and work that fails in a way nobody expected: what is shown is never worth the work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evo_hpo.cli import comparing
+from evo_hpo.cli.commands import main
+from evo_hpo.record.comparison import Comparison
+from tests.cli.test_cli import run, write_plan
+
+
+def in_a_shell(folder: Path, tail: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A comparison in a shell, with something after it, with its own exit code."""
+    write_plan(folder)
+    command = f"set -o pipefail; '{sys.executable}' -m evo_hpo.cli.commands compare tiny.toml --no-track {tail}"
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tail", "environment"),
+    [("| head -1", {}), (">&-", {}), (">/dev/full", {}), ("", {"PYTHONIOENCODING": "ascii"}), (">&- 2>&-", {})],
+    ids=["a pipe that is closed", "closed", "a full disk", "ASCII only", "both closed"],
+)
+def test_a_search_ends_well_wherever_its_output_goes(tmp_path: Path, tail: str, environment: dict[str, str]) -> None:
+    done = in_a_shell(tmp_path, tail, **environment)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    comparison = Comparison.read(tmp_path / "mlruns" / "comparisons" / "tiny")
+    assert [record.finished for record in comparison.records()] == [True, True]
+    assert (comparison.folder / "report" / "report.html").exists()
+
+
+def test_what_nobody_expected_is_one_line_with_the_trace_and_what_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("first\nsecond")
+
+    monkeypatch.setattr(comparing, "show_report", broken)
+    plan = write_plan(tmp_path)
+    assert run("compare", plan, "--no-track", "--root", tmp_path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "unexpected ZeroDivisionError: first second" in line
+    assert f"kept in {tmp_path / 'tiny'}" in line
+    trace = Path(line.split("the trace is in ")[1].split(";")[0])
+    assert "in broken" in trace.read_text(encoding="utf-8")
+    trace.unlink()
+    assert Comparison.read(tmp_path / "tiny").winner_files()
+
+
+def test_an_unexpected_error_in_the_midst_of_a_search_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(comparing, "compare", broken)
+    assert run("compare", write_plan(tmp_path), "--no-track", "--root", tmp_path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line
+    assert "--resume" in line
+    Path(line.split("the trace is in ")[1].split(";")[0]).unlink()
+
+
+@pytest.mark.parametrize("what", ["folder", "nothing", "a list", "no levels", "held out of another kind"])
+def test_a_profile_that_is_none_is_refused_in_one_line(
+    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {
+        "a list": "[]",
+        "no levels": "{}",
+        "held out of another kind": '{"levels": [0], "units": {"a": "0"}, "problem": {"name": "smollm2"}, "average": 3,'
+        ' "held_out": []}',
+    }
+    path = tmp_path if what == "folder" else tmp_path / "profile.json"
+    if what in texts:
+        path.write_text(texts[what], encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(path), str(tmp_path / "out")])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "profile" in line
+    assert not (tmp_path / "out").exists()

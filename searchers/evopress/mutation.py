@@ -206,12 +206,13 @@ class Exchange:
 
     def __init__(self, space: CompressionSpace, rule: str = "none") -> None:
         self.knapsack = space.knapsack
+        self._first = space.knapsack.first  # what an exchange spends
         self.groups = list(space.groups(rule).values())
         self._group_of_pick = [g for g in self.groups for _ in g]
 
     def unspent(self, parent: Assignment) -> bool:
         """True where the budget pays for another step of some unit."""
-        cursor = self.knapsack.first.cursor(parent)
+        cursor = self._first.cursor(parent)
         return cursor.slack >= self.knapsack.least_step and any(map(cursor.fits, self.knapsack.free))
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
@@ -221,7 +222,8 @@ class Exchange:
         members = self.groups[0]
         if len(self.groups) > 1:
             members = self._group_of_pick[stream.below(len(self._group_of_pick))]
-        cursor, lowest, highest = self.knapsack.first.cursor(parent), self.knapsack.lowest, self.knapsack.highest
+        knapsack = self._first
+        cursor, lowest, highest = knapsack.cursor(parent), knapsack.lowest, knapsack.highest
         levels = cursor.levels
         raised: set[int] = set()
         lowered: set[int] = set()
@@ -237,8 +239,9 @@ class Exchange:
                     return None
                 cursor.step(down, -1)
                 lowered.add(down)
-        picks = itertools.islice(stream.among(members), ATTEMPTS)
-        cursor.spend(itertools.filterfalse(lowered.__contains__, picks), self.knapsack.least_step)
+        if cursor.slack >= knapsack.least_step:  # else nothing more fits
+            picks = itertools.islice(stream.among(members), ATTEMPTS)
+            cursor.spend(itertools.filterfalse(lowered.__contains__, picks), knapsack.least_step)
         return _offspring(self.knapsack, cursor)
 
 

@@ -39,7 +39,6 @@ class BestOfRandom(OneFidelity):
         self.exchanges = max(1, len(space) // 2) if exchanges is None else positive("exchanges", exchanges)
 
     def steps(self) -> Steps[None]:
-        """Draws for ever, keeping the best."""
         self.incumbent = self.space.uniform()
         draws = self._draws()
         while chunk := [a for _, a in zip(range(self.batch), draws, strict=False)]:

@@ -43,7 +43,6 @@ class BruteForce(OneFidelity):
             )
 
     def steps(self) -> Steps[None]:
-        """Enumerates."""
         assignments = self.space.enumerate()
         while chunk := list(itertools.islice(assignments, self.batch)):
             yield self.request(chunk)

@@ -49,7 +49,6 @@ class Greedy(OneFidelity):
         self._rates: dict[tuple[int, int], float] = {}  # (unit, direction) -> last measured loss for its cost
 
     def steps(self) -> Steps[None]:
-        """Raises from the cheapest if asked to, then exchanges until none gains."""
         self.incumbent = self.space.uniform()
         if self.start == "cheapest":
             cheapest = self.space.repair(self.space.lowest)

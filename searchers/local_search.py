@@ -51,7 +51,6 @@ class LocalSearch(OneFidelity):
         self.kick = positive("kick", kick)
 
     def steps(self) -> Steps[None]:
-        """Descends from uniform, then from kicks of the best."""
         self.incumbent = yield from self._descend(self.space.uniform(), leads=True)
         kick, vain = self.kick, 0
         while vain <= VAIN:

@@ -18,5 +18,4 @@ class RandomSearch(Sampling):
     """
 
     def sample(self, count: int) -> list[Assignment]:
-        """Draws."""
         return [self.space.sample(self.rng) for _ in range(count)]

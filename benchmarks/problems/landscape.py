@@ -80,7 +80,6 @@ class RecordedProblem(FunctionProblem):
         self._digest = recorded.digest
 
     def fingerprint(self) -> dict[str, Any]:
-        """Space and data file."""
         return {**super().fingerprint(), "data": self._digest}
 
 

@@ -314,12 +314,7 @@ class CompressionSpace:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CompressionSpace:
         """The space that :meth:`to_json` described."""
-        units = []
-        for entry in data["units"]:
-            costs = tuple(tuple(c) if isinstance(c, list) else c for c in entry["costs"])
-            units.append(
-                Unit(**{**entry, "costs": costs, "levels": tuple(entry["levels"]), "members": tuple(entry["members"])})
-            )
+        units = [Unit(**entry) for entry in data["units"]]
         return cls(units, data["budget"], floor=data["floor"], resources=data["resources"])
 
     def describe(self) -> str:

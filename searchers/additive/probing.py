@@ -55,7 +55,6 @@ class Probing(OneFidelity):
         """The best feasible assignment for the effects."""
 
     def steps(self) -> Steps[None]:
-        """Probe, solve, measure, repeat."""
         self.incumbent = self.space.uniform()
         yield from self.measure([], self.incumbent)
         tried: set[Assignment] = set()

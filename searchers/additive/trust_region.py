@@ -67,7 +67,6 @@ class TrustRegion(OneFidelity):
         self.moves = Exchanges(space)
 
     def steps(self) -> Steps[None]:
-        """Probes, then region after region until the budget ends."""
         if self._auto:
             self.minibatch = "fresh" if self.allowance.default_tokens else "fixed"
         self.incumbent = self.space.uniform()

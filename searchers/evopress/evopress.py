@@ -141,7 +141,6 @@ class EvoPress(Procedure):
         self._noiseless = minibatch == "fixed"  # a loss of the last stage stays what it was
 
     def fidelities(self) -> tuple[int | None, ...]:
-        """Those of the stages."""
         return tuple(stage.tokens for stage in self.selection.stages)
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
@@ -159,7 +158,6 @@ class EvoPress(Procedure):
     # ------------------------------------------------------------------ the algorithm
 
     def steps(self) -> Steps[None]:
-        """Start, then breed and select, generation after generation."""
         if not self.allowance.default_tokens:
             self._exact = self._noiseless = True  # a loss stays what it was, and nothing needs a second look
             self.selection = self.selection.in_one_stage()

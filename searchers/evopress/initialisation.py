@@ -100,7 +100,6 @@ class WarmStart(Start):
 
     @property
     def number(self) -> int | None:
-        """Number of the best's first trial; None: it was not scored."""
         return self._numbers.get(self.best())
 
 

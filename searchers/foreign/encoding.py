@@ -183,7 +183,6 @@ class Native(Projection):
         self._ties = rng.random(len(self.free)).tolist()  # fixed, but in no order of position
 
     def decode(self, point: Sequence[float]) -> Decoded:
-        """The proposal's fixed projection."""
         told = tuple(map(float, point))
         return Decoded(self._project(point, self._ties), told, self._excess(self._levels(point)))
 

@@ -172,7 +172,6 @@ class OptunaSearcher(ForeignSearcher):
             ) from error
 
     def proposals(self, count: int) -> list[Decoded]:
-        """The study's own trials."""
         with quiet(), self._named("asked"):
             self._running = [self._ask() for _ in range(count)]
         return [decoded for _, decoded in self._running]

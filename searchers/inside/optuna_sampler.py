@@ -153,7 +153,6 @@ class EvoPressSampler(BaseSampler):
         """Nothing to do: every trial has a stream of its own number."""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The parameters that all completed trials have in common."""
         return self._intersection.calculate(study)
 
     def sample_relative(

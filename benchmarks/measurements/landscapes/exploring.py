@@ -116,5 +116,4 @@ class _Measured(Problem):
     def score(
         self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
     ) -> Sequence[Score]:
-        """Mean losses on the fixed text."""
         return [Score(loss) for loss in self._exploration.take(assignments, "search")]

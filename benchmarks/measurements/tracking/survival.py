@@ -53,7 +53,6 @@ class Slow(NoisyProblem):
     def score(
         self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
     ) -> Sequence[Score]:
-        """Sleeps, then scores."""
         time.sleep(self.seconds * len(assignments))
         return super().score(assignments, minibatch, keep=keep)
 

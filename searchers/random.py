@@ -13,7 +13,6 @@ class RandomSearch(Sampling):
 
     Args:
         batch: trials a batch; all trials see one fixed minibatch, so the batch changes nothing but speed.
-        tokens: calibration tokens a trial; None: the problem's default.
         minibatch: ``fixed`` (all trials comparable), or ``fresh`` for each batch (the incumbent is scored again in it).
     """
 

@@ -176,6 +176,17 @@ def probability(name: str, value: float) -> float:
     return float(value)
 
 
+def one_of(name: str, value: str, *allowed: str) -> str:
+    """``value`` where it is one of those allowed.
+
+    Raises:
+        InvalidSettingError: it is not.
+    """
+    if value not in allowed:
+        raise InvalidSettingError(f"{name}={value!r} must be one of: {', '.join(allowed)}")
+    return value
+
+
 def draw(name: str, value: str) -> Draw:
     """``value`` as the minibatch rule of a searcher whose trials all have one fidelity: ``fixed`` or ``fresh``.
 

@@ -82,8 +82,6 @@ class Probing(OneFidelity):
                 self.stop_reason = "the model's optimum is measured"
                 return
 
-    # ------------------------------------------------------------------ probes
-
     def _reach(self) -> int:
         if self.probe_levels is not None:
             return min(self.probe_levels, max(len(u.costs) for u in self.space.units) - 1)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.procedure import Procedure, Steps
-from evo_hpo.search.searcher import boolean, positive, probability
+from evo_hpo.search.searcher import boolean, one_of, positive, probability
 from evo_hpo.search.trial import Batch, Draw, Outcome, Terms
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.evopress.initialisation import WARM_STARTS, initialisation, random_and_spent
@@ -112,9 +112,7 @@ class EvoPress(Procedure):
             switch_counts(switch_rule, positive("max_switches", max_switches)),
             group,
         )
-        if minibatch not in ("fresh", "nested", "fixed"):
-            raise InvalidSettingError(f"minibatch={minibatch!r} must be one of: fresh, nested, fixed")
-        self.minibatch = minibatch
+        self.minibatch = one_of("minibatch", minibatch, "fresh", "nested", "fixed")
         self.widen_after = None if widen_after is None else positive("widen_after", widen_after)
         self.restart_after = None if restart_after is None else positive("restart_after", restart_after)
         if elitism == "none" and not (widen_after is None and restart_after is None):
@@ -154,8 +152,6 @@ class EvoPress(Procedure):
         if self.champion is not None:
             return self.champion.levels
         return self.parents[0].levels if self.parents else self.start.best()
-
-    # ------------------------------------------------------------------ the algorithm
 
     def steps(self) -> Steps[None]:
         if not self.allowance.default_tokens:

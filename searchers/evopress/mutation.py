@@ -11,8 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from evo_hpo.errors import InvalidSettingError
-from evo_hpo.search.searcher import probability
+from evo_hpo.search.searcher import one_of, probability
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.knapsack import Cursor, Knapsack
 
@@ -75,11 +74,9 @@ def switch_counts(rule: str, most: int) -> SwitchCount:
     Raises:
         InvalidSettingError: another rule.
     """
-    if rule == "min_of_two":  # P(1, 2, 3) = 5/9, 3/9, 1/9 for most = 3
+    if one_of("switch_rule", rule, "min_of_two", "fixed") == "min_of_two":  # P(1, 2, 3) = 5/9, 3/9, 1/9 for most = 3
         return lambda stream: 1 + min(stream.below(most), stream.below(most))
-    if rule == "fixed":
-        return lambda stream: most
-    raise InvalidSettingError(f"switch_rule={rule!r} must be one of: min_of_two, fixed")
+    return lambda stream: most
 
 
 def heavy_tailed(most: int) -> SwitchCount:
@@ -103,8 +100,7 @@ def mutation(space: CompressionSpace, group: str, cross_group: float) -> Mutatio
     Raises:
         InvalidSettingError: a value outside the above.
     """
-    if group not in ("size", "name", "none"):
-        raise InvalidSettingError(f"group={group!r} must be one of: size, name, none")
+    one_of("group", group, "size", "name", "none")
     cross_group = probability("cross_group", cross_group)
     within = UnrestrictedSwitch(space) if group == "none" else _within_groups(space, group)
     several = group != "none" and len(space.groups(group)) > 1

@@ -28,12 +28,7 @@ class BestOfRandom(OneFidelity):
     """
 
     def __init__(
-        self,
-        space: CompressionSpace,
-        *,
-        seed: int = 0,
-        exchanges: int | None = None,
-        **settings: Any,
+        self, space: CompressionSpace, *, seed: int = 0, exchanges: int | None = None, **settings: Any
     ) -> None:
         super().__init__(space, seed=seed, **settings)
         self.exchanges = max(1, len(space) // 2) if exchanges is None else positive("exchanges", exchanges)

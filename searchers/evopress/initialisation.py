@@ -18,13 +18,7 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = [
-    "WARM_STARTS",
-    "Start",
-    "initialisation",
-    "random_and_spent",
-    "rounded_up_and_decremented",
-]
+__all__ = ["WARM_STARTS", "Start", "initialisation", "random_and_spent", "rounded_up_and_decremented"]
 
 WARM_STARTS = ("dynamic_programming", "trust_region")
 """Searchers whose recommendation may be the start."""

@@ -110,12 +110,7 @@ class OptunaSearcher(ForeignSearcher):
     encodings = tuple(ENCODINGS)
 
     def __init__(
-        self,
-        space: CompressionSpace,
-        *,
-        seed: int = 0,
-        sampler: Mapping[str, Any] | None = None,
-        **settings: Any,
+        self, space: CompressionSpace, *, seed: int = 0, sampler: Mapping[str, Any] | None = None, **settings: Any
     ) -> None:
         super().__init__(space, seed=seed, **settings)
         names = [space.units[i].name for i in self.encoding.free]

@@ -98,18 +98,11 @@ def search_times(uri: str) -> dict[str, float]:
     """Milliseconds of the queries that people and the UI make; median of five."""
     client = connect(uri)
     (experiment,) = (e.experiment_id for e in client.search_experiments() if e.name != "Default")
+    best = {"order_by": ["metrics.loss ASC"], "max_results": 100}
     queries: dict[str, dict[str, Any]] = {
         "the searches": {"filter_string": "tags.kind = 'search'", "max_results": 100},
-        "100 best trials of all": {
-            "filter_string": "tags.kind = 'trial'",
-            "order_by": ["metrics.loss ASC"],
-            "max_results": 100,
-        },
-        "100 best trials of one search": {
-            "filter_string": "tags.search = 'repeat-s0' and tags.kind = 'trial'",
-            "order_by": ["metrics.loss ASC"],
-            "max_results": 100,
-        },
+        "100 best trials of all": {"filter_string": "tags.kind = 'trial'", **best},
+        "100 best trials of one search": {"filter_string": "tags.search = 'repeat-s0' and tags.kind = 'trial'", **best},
         "newest 100 runs": {"max_results": 100},
         "1000 trials in a page": {"filter_string": "tags.kind = 'trial'", "max_results": 1000},
     }

@@ -28,18 +28,12 @@ class BestOfRandom(OneFidelity):
     """
 
     def __init__(
-        self,
-        space: CompressionSpace,
-        *,
-        seed: int = 0,
-        exchanges: int | None = None,
-        **settings: Any,
+        self, space: CompressionSpace, *, seed: int = 0, exchanges: int | None = None, **settings: Any
     ) -> None:
         super().__init__(space, seed=seed, **settings)
         self.exchanges = max(1, len(space) // 2) if exchanges is None else positive("exchanges", exchanges)
 
     def steps(self) -> Steps[None]:
-        """Draws for ever, keeping the best."""
         self.incumbent = self.space.uniform()
         draws = self._draws()
         while chunk := [a for _, a in zip(range(self.batch), draws, strict=False)]:

@@ -17,8 +17,6 @@ class BruteForce(OneFidelity):
 
     Args:
         limit: the most assignments that the space may have.
-        batch: trials a batch.
-        tokens: calibration tokens a trial; None: the problem's default.
 
     Raises:
         InvalidSettingError: the space is larger than the limit.
@@ -43,7 +41,6 @@ class BruteForce(OneFidelity):
             )
 
     def steps(self) -> Steps[None]:
-        """Enumerates."""
         assignments = self.space.enumerate()
         while chunk := list(itertools.islice(assignments, self.batch)):
             yield self.request(chunk)

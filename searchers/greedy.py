@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.procedure import OneFidelity, Steps
-from evo_hpo.search.searcher import positive
+from evo_hpo.search.searcher import one_of, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.exchange import Exchanges
 
@@ -40,16 +39,13 @@ class Greedy(OneFidelity):
         **settings: Any,
     ) -> None:
         super().__init__(space, seed=seed, **settings)
-        if start not in ("uniform", "cheapest"):
-            raise InvalidSettingError(f"start={start!r} must be one of: uniform, cheapest")
-        self.start = start
+        self.start = one_of("start", start, "uniform", "cheapest")
         self.lazy = positive("lazy", lazy)
         self.patience = positive("patience", patience)
         self.moves = Exchanges(space)
         self._rates: dict[tuple[int, int], float] = {}  # (unit, direction) -> last measured loss for its cost
 
     def steps(self) -> Steps[None]:
-        """Raises from the cheapest if asked to, then exchanges until none gains."""
         self.incumbent = self.space.uniform()
         if self.start == "cheapest":
             cheapest = self.space.repair(self.space.lowest)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.procedure import OneFidelity, Steps
-from evo_hpo.search.searcher import positive
+from evo_hpo.search.searcher import one_of, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.exchange import Exchanges
 
@@ -44,14 +43,11 @@ class LocalSearch(OneFidelity):
         **settings: Any,
     ) -> None:
         super().__init__(space, seed=seed, **settings)
-        if improvement not in ("batch", "best", "first"):
-            raise InvalidSettingError(f"improvement={improvement!r} must be one of: batch, best, first")
-        self.improvement = improvement
+        self.improvement = one_of("improvement", improvement, "batch", "best", "first")
         self.moves = Exchanges(space, groups)
         self.kick = positive("kick", kick)
 
     def steps(self) -> Steps[None]:
-        """Descends from uniform, then from kicks of the best."""
         self.incumbent = yield from self._descend(self.space.uniform(), leads=True)
         kick, vain = self.kick, 0
         while vain <= VAIN:

@@ -113,11 +113,9 @@ class MultiStep(Procedure):
         self._size = self.searcher.batch  # of the last batch: the next one is expected to be as large
 
     def fidelities(self) -> tuple[int | None, ...]:
-        """Those of the stages."""
         return tuple(stage.tokens for stage in self.selection.stages)
 
     def steps(self) -> Steps[None]:
-        """Batch after batch of the inner searcher, each through the stages."""
         self._settle_stages()
         while (batch := self.searcher.ask(self._inner(self.allowance))) is not None:
             self._generation += 1

@@ -13,10 +13,8 @@ class RandomSearch(Sampling):
 
     Args:
         batch: trials a batch; all trials see one fixed minibatch, so the batch changes nothing but speed.
-        tokens: calibration tokens a trial; None: the problem's default.
         minibatch: ``fixed`` (all trials comparable), or ``fresh`` for each batch (the incumbent is scored again in it).
     """
 
     def sample(self, count: int) -> list[Assignment]:
-        """Draws."""
         return [self.space.sample(self.rng) for _ in range(count)]

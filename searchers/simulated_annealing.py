@@ -53,7 +53,6 @@ class SimulatedAnnealing(OneFidelity):
         self.moves = Exchanges(space, groups)
 
     def steps(self) -> Steps[None]:
-        """Probes, then cools; again from the best while there is budget."""
         self.incumbent = self.space.uniform()
         starts = [self.moves.random(self.incumbent, self.rng) for _ in range(self.probes)]
         candidates = [a for a in dict.fromkeys(starts) if a is not None]

@@ -14,7 +14,6 @@ class Uniform(Procedure):
     random = False
 
     def steps(self) -> Steps[None]:
-        """The uniform assignment, once."""
         yield self.propose([self.space.uniform()])
         self.stop_reason = "uniform compression has one assignment"
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from benchmarks.problems.bits import bits_space
 from benchmarks.problems.depth import depth_space
 from benchmarks.problems.surrogate import Features, Fit
-from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.problem import FunctionProblem
+from evo_hpo.search.searcher import one_of
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["LANDSCAPES", "RecordedProblem", "read", "tabular"]
@@ -80,7 +80,6 @@ class RecordedProblem(FunctionProblem):
         self._digest = recorded.digest
 
     def fingerprint(self) -> dict[str, Any]:
-        """Space and data file."""
         return {**super().fingerprint(), "data": self._digest}
 
 
@@ -94,8 +93,7 @@ def tabular(landscape: str = "pairs-5") -> RecordedProblem:
     Raises:
         InvalidSettingError: no such landscape.
     """
-    if landscape not in LANDSCAPES:
-        raise InvalidSettingError(f"landscape={landscape!r} must be one of: {', '.join(LANDSCAPES)}")
+    one_of("landscape", landscape, *LANDSCAPES)
     return _bits() if landscape == "smollm2-3bit" else _depth(*landscape.split("-"))
 
 

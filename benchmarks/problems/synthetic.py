@@ -2,6 +2,15 @@
 
 A unit's error falls from 1 (cheapest level) to 0 (dearest), to a quarter a level, as the error of quantization does a
 bit; its sensitivity is drawn from gamma(1, 1). Every factory takes keyword settings, so that plans can sweep them.
+
+Args:
+    units, levels: of the space; levels cost 1, 2, ... a weight.
+    tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+    unequal: units have the sizes of a decoder block's seven layers in turn (as for grouped-query attention), else 1.
+    exact: the whole budget must be spent (floor = budget).
+    structure: how much sensitivities follow a unit's role and block (standard deviation of their log).
+    interaction: standard deviation of the pairwise terms.
+    seed: of the instance.
 """
 
 from __future__ import annotations
@@ -30,13 +39,6 @@ def synthetic_space(
     units: int = 30, levels: int = 5, tightness: float = 0.6, unequal: bool = False, exact: bool = False
 ) -> CompressionSpace:
     """Units of equal step costs, or of unequal size, under one budget.
-
-    Args:
-        units: number of units.
-        levels: levels of each, costs ``size`` x (1 ... levels).
-        tightness: share of the range between cheapest and dearest that the budget does not pay; 0 pays for all.
-        unequal: sizes of a decoder block's seven layers in turn (as for grouped-query attention) instead of 1.
-        exact: the whole budget must be spent (floor = budget).
 
     Raises:
         InvalidSettingError: a setting outside its range.
@@ -146,16 +148,7 @@ def additive(
     structure: float = 0.0,
     seed: int = 0,
 ) -> FunctionProblem:
-    """Sum of independent unit losses; the optimum is exact, by dynamic programming.
-
-    Args:
-        units, levels: of the space; levels cost 1, 2, ... a weight.
-        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
-        unequal: units have the sizes of a decoder block's seven layers in turn.
-        exact: the whole budget must be spent.
-        structure: how much sensitivities follow a unit's role and block (standard deviation of their log).
-        seed: of the instance.
-    """
+    """Sum of independent unit losses; the optimum is exact, by dynamic programming."""
     space = synthetic_space(units, levels, tightness, unequal, exact)
     rng = np.random.default_rng([seed, 1])
     return _problem(space, Landscape(_errors(space), _sensitivities(space, rng, structure), None), "additive")
@@ -175,15 +168,6 @@ def interacting(
     """Additive losses and normal pairwise terms of standard deviation ``interaction``; optimum by brute force if small.
 
     Two levels, 16 units, ``exact`` and tightness 0.375 is dropping 6 of 16 modules: 8008 assignments.
-
-    Args:
-        units, levels: of the space; levels cost 1, 2, ... a weight.
-        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
-        unequal: units have the sizes of a decoder block's seven layers in turn.
-        exact: the whole budget must be spent.
-        structure: how much sensitivities follow a unit's role and block (standard deviation of their log).
-        interaction: standard deviation of the pairwise terms.
-        seed: of the instance.
     """
     space = synthetic_space(units, levels, tightness, unequal, exact)
     rng = np.random.default_rng([seed, 2])
@@ -208,13 +192,7 @@ def non_monotone(
     The EvoPress paper's premise (arXiv 2410.14649, section 3): dropping a superset of modules can lower the loss.
 
     Args:
-        units, levels: of the space; levels cost 1, 2, ... a weight.
-        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
-        unequal: units have the sizes of a decoder block's seven layers in turn.
-        exact: the whole budget must be spent.
         share: of the units that are not monotone, 0 to 1.
-        interaction: standard deviation of the pairwise terms.
-        seed: of the instance.
     """
     if not 0 <= share <= 1:
         raise InvalidSettingError(f"share={share} must be in 0..1")
@@ -234,10 +212,7 @@ def needle(units: int = 12, levels: int = 3, tightness: float = 0.5, radius: int
     """A plateau of loss 1 with one funnel: the number of level steps to a secret assignment, within ``radius``.
 
     Args:
-        units, levels: of the space; levels cost 1, 2, ... a weight.
-        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
         radius: level steps from which the funnel is felt.
-        seed: of the instance.
     """
     space = synthetic_space(units, levels, tightness)
     secret = np.array(space.sample(np.random.default_rng([seed, 4])))
@@ -290,7 +265,6 @@ class NoisyProblem(Problem):
     def score(
         self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
     ) -> Sequence[Score]:
-        """Losses on the minibatch's factors."""
         factors = self._factors.get(minibatch)
         if factors is None:
             self._factors.clear()
@@ -310,7 +284,6 @@ class NoisyProblem(Problem):
         return closed_form(scape.roots, scape.curvature(), factors, assignment, minibatch, kind, self.quality)
 
     def validate(self, assignment: Assignment) -> dict[str, float]:
-        """The loss without noise."""
         return {"loss": self.landscape(assignment)}
 
 
@@ -330,15 +303,9 @@ def noisy(
     """The interacting problem with minibatches: a loss depends on the data, less so with more tokens.
 
     Args:
-        units, levels: of the space; levels cost 1, 2, ... a weight.
-        tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
-        unequal: units have the sizes of a decoder block's seven layers in turn.
-        structure: how much sensitivities follow a unit's role and block (standard deviation of their log).
-        interaction: standard deviation of the pairwise terms.
         noise: standard deviation of a unit's factor on 1024 tokens.
         tokens: of a trial that names none.
         sensitivities: ``exact``, ``noisy`` as those of a model are, or ``misleading``.
-        seed: of the instance.
     """
     base = interacting(units, levels, tightness, unequal, structure=structure, interaction=interaction, seed=seed)
     assert isinstance(base.function, Landscape)

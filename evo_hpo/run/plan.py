@@ -158,14 +158,11 @@ class Plan(Strict):
         )
         for entry in self.searchers:
             with _at(f"searcher {entry.key!r}"):
-                check_settings(entry.name, searcher_class(entry.name), entry.settings)
                 make_searcher(entry.name, stand_in, seed=0, **entry.settings)
         for problem in self.problems:
             with _at(f"problem {problem.key!r}"):
                 known = describe_problem(problem.name).settings
-                for key in problem.settings:
-                    if key not in known:
-                        raise PlanError(f"has no setting {key!r}{_near(key, known)}; it has: {', '.join(known)}")
+                check_settings(f"problem {problem.name!r}", known, problem.settings)
                 if problem.instance and ("seed" in problem.settings or "seed" not in known):
                     raise PlanError("instance = 'seed' is for problems with a setting 'seed', and gives its values")
 

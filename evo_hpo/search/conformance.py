@@ -81,7 +81,6 @@ class TokenProblem(Problem):
     def score(
         self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
     ) -> Sequence[Score]:
-        """Scores, or fails by the levels alone."""
         self.scored += len(assignments)
         return [self._score(a, minibatch) for a in assignments]
 

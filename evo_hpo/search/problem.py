@@ -133,7 +133,6 @@ class FunctionProblem(Problem):
     def score(
         self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
     ) -> Sequence[Score]:
-        """Calls the function once for each assignment."""
         return [self._score(a) for a in assignments]
 
     def _score(self, assignment: Assignment) -> Score:

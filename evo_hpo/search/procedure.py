@@ -76,7 +76,6 @@ class Procedure(Searcher):
             self._advance()
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Hands the outcomes to the generator."""
         assert isinstance(self._yielded, Batch)
         self.allowance = self.allowance.less(len(outcomes), self._yielded.tokens)
         self._yielded = None
@@ -146,7 +145,6 @@ class OneFidelity(Procedure):
         self._idle = 0
 
     def fidelities(self) -> tuple[int | None, ...]:
-        """The one."""
         return (self.tokens,)
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
@@ -221,7 +219,6 @@ class Sampling(OneFidelity):
         """What became of the assignments that were sampled last; fewer where the budget ended inside the batch."""
 
     def steps(self) -> Steps[None]:
-        """Draws for ever."""
         while True:
             yield None  # no more is drawn than can be paid
             again = [] if self.incumbent is None or self.minibatch == "fixed" else [self.incumbent]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,13 +147,11 @@ def searcher_class(name: str) -> type[Searcher]:
         if member:
             raise _unknown("searcher", name, available_searchers())
         return target
-    if member not in target.members():
-        try:
-            found: type[Searcher] = target.member(member)
-        except UnknownNameError:
-            raise _unknown("searcher", name, tuple(f"{prefix}:{m}" for m in target.members())) from None
-        return found
-    return target.member(member)  # type: ignore[no-any-return]
+    try:
+        found: type[Searcher] = target.member(member)
+    except UnknownNameError:
+        raise _unknown("searcher", name, tuple(f"{prefix}:{m}" for m in target.members())) from None
+    return found
 
 
 def make_searcher(name: str, space: CompressionSpace, *, seed: int = 0, **settings: Any) -> Searcher:
@@ -163,7 +162,7 @@ def make_searcher(name: str, space: CompressionSpace, *, seed: int = 0, **settin
         InvalidSettingError: a setting outside its range.
     """
     cls = searcher_class(name)
-    check_settings(name, cls, settings)
+    check_settings(f"searcher {name!r}", settings_of(cls), settings)
     with _settings_judged(name):
         return cls(space, seed=seed, **settings)
 
@@ -225,12 +224,7 @@ def make_problem(name: str, **settings: Any) -> Problem:
         UnknownNameError: no such problem or setting.
     """
     factory = problem_factory(name)
-    known = _parameters(factory)
-    for key in settings:
-        if key not in known:
-            raise UnknownNameError(
-                f"problem {name!r} has no setting {key!r}; it has: {', '.join(sorted(known)) or 'none'}"
-            )
+    check_settings(f"problem {name!r}", _parameters(factory), settings)
     return factory(**settings)
 
 
@@ -258,9 +252,9 @@ def settled(name: str, settings: dict[str, Any], fingerprint: Mapping[str, Any])
 
 
 def describe_problem(name: str) -> Description:
-    """Summary and settings of a problem."""
+    """Summary and settings of a problem; its module's docstring may explain those that several factories share."""
     factory = problem_factory(name)
-    meanings = _meanings(getattr(factory, "documented_by", factory))
+    meanings = _meanings(sys.modules[factory.__module__]) | _meanings(getattr(factory, "documented_by", factory))
     return Description(name, _summary(factory), _parameters(factory), meanings=meanings)
 
 

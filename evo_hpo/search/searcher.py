@@ -11,7 +11,7 @@ import difflib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -120,15 +120,14 @@ def settings_of(cls: type) -> dict[str, Any]:
     return found
 
 
-def check_settings(name: str, cls: type, settings: dict[str, Any]) -> None:
-    """Raises UnknownNameError for a setting that the searcher does not have."""
-    known = settings_of(cls)
+def check_settings(owner: str, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises UnknownNameError for a setting that the owner, a searcher or problem, does not have."""
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise UnknownNameError(
-                f"searcher {name!r} has no setting {key!r}{hint}; it has: {', '.join(sorted(known)) or 'none'}"
+                f"{owner} has no setting {key!r}{hint}; it has: {', '.join(sorted(known)) or 'none'}"
             )
 
 
@@ -175,6 +174,17 @@ def probability(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
         raise InvalidSettingError(f"{name}={value!r} must be a probability, 0 to 1")
     return float(value)
+
+
+def one_of(name: str, value: str, *allowed: str) -> str:
+    """``value`` where it is one of those allowed.
+
+    Raises:
+        InvalidSettingError: it is not.
+    """
+    if value not in allowed:
+        raise InvalidSettingError(f"{name}={value!r} must be one of: {', '.join(allowed)}")
+    return value
 
 
 def draw(name: str, value: str) -> Draw:

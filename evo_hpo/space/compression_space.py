@@ -152,8 +152,6 @@ class CompressionSpace:
     def _per_weight(self, cost: int) -> str:
         return f" ({cost / self.total_size:.4g} a weight)" if self.total_size > len(self.units) else ""
 
-    # ------------------------------------------------------------------ reading
-
     @property
     def budget(self) -> int:
         """The most of the first resource that an assignment may cost."""
@@ -244,8 +242,6 @@ class CompressionSpace:
             levels.append(unit.levels.index(str(label)))
         return tuple(levels)
 
-    # ------------------------------------------------------------------ groups and neighbours
-
     def groups(self, rule: str = "size") -> dict[str, tuple[int, ...]]:
         """Units (indices, only those that can change) that may exchange level steps.
 
@@ -266,8 +262,6 @@ class CompressionSpace:
             for down, up in itertools.permutations(members, 2):
                 if (found := cursor.peek((down, -1), (up, +1))) is not None:
                     yield found
-
-    # ------------------------------------------------------------------ counting, sampling, enumerating
 
     def count(self) -> int:
         """Exact number of feasible assignments, by dynamic programming over costs.
@@ -290,8 +284,6 @@ class CompressionSpace:
         """Every feasible assignment, in lexicographic order."""
         return self.knapsack.counter.enumerate()
 
-    # ------------------------------------------------------------------ special assignments
-
     def uniform(self) -> Assignment:
         """Uniform compression; see :func:`evo_hpo.space.uniform.uniform`."""
         return uniform(self.knapsack, [u.size for u in self.units], self.groups().values())
@@ -299,8 +291,6 @@ class CompressionSpace:
     def repair(self, levels: Sequence[float], rng: Generator | None = None, *, fill: bool = False) -> Assignment:
         """The feasible assignment near ``levels``; see :func:`evo_hpo.space.repair.repair`."""
         return repair(self.knapsack, levels, rng, fill=fill)
-
-    # ------------------------------------------------------------------ in and out
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description; :meth:`from_json` gives an equal space back."""
@@ -314,12 +304,7 @@ class CompressionSpace:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CompressionSpace:
         """The space that :meth:`to_json` described."""
-        units = []
-        for entry in data["units"]:
-            costs = tuple(tuple(c) if isinstance(c, list) else c for c in entry["costs"])
-            units.append(
-                Unit(**{**entry, "costs": costs, "levels": tuple(entry["levels"]), "members": tuple(entry["members"])})
-            )
+        units = [Unit(**entry) for entry in data["units"]]
         return cls(units, data["budget"], floor=data["floor"], resources=data["resources"])
 
     def describe(self) -> str:

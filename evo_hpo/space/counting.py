@@ -60,8 +60,6 @@ class Counter:
         """Size of an exact table of all costs of all resources, for each unit."""
         return (len(self.options) + 1) * math.prod(b + 1 for b in self.budgets)
 
-    # ------------------------------------------------------------------ count
-
     def count(self) -> int:
         """Exact number of feasible assignments."""
         if math.prod(map(len, self.options)) <= MOST_SUMS:
@@ -106,8 +104,6 @@ class Counter:
                 )
             sums = following
         return sum(ways for total, ways in sums.items() if all(map(int.__ge__, total, self.floors)))
-
-    # ------------------------------------------------------------------ sample
 
     @cached_property
     def table(self) -> tuple[list[list[tuple[int, ...]]], list[Any], bool]:
@@ -164,8 +160,6 @@ class Counter:
             if exact or all(f <= t <= b for f, t, b in zip(self.floors, total, self.budgets, strict=True)):
                 return tuple(pick + low for pick, low in zip(chosen, self.lowest, strict=True))
         raise InfeasibleError("floor and budget are closer than the grid of costs resolves: widen them")
-
-    # ------------------------------------------------------------------ enumerate
 
     def enumerate(self) -> Iterator[tuple[int, ...]]:
         """Every feasible assignment, lexicographic, never entering a branch without a feasible leaf by cost bounds."""

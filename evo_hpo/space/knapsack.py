@@ -146,8 +146,6 @@ class Cursor:
         self.slack, self._others = left[0], left[1:]  # the others are () with one resource
         self._costs = knapsack.first_costs
 
-    # ------------------------------------------------------------------ reading
-
     @property
     def left(self) -> Costs:
         """Unspent budget of every resource; negative: over it."""
@@ -213,8 +211,6 @@ class Cursor:
         for unit, by in steps:
             self.step(unit, -by)
         return found
-
-    # ------------------------------------------------------------------ moving
 
     def step(self, unit: int, by: int = 1) -> None:
         """Moves a unit by so many levels, whatever that costs."""

@@ -18,5 +18,4 @@ class DynamicProgramming(Probing):
     """
 
     def solve(self, effects: Effects, start: Assignment) -> Assignment | None:
-        """The optimum of the model."""
         return solve(self.space, effects, start=start, changes=self.changes)

@@ -17,5 +17,4 @@ class IntegerProgramming(Probing):
     """
 
     def solve(self, effects: Effects, start: Assignment) -> Assignment | None:
-        """The optimum of the model."""
         return solve_by_integer_programming(self.space, effects, start=start, changes=self.changes)

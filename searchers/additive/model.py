@@ -81,8 +81,6 @@ class AdditiveModel:
             self._references.append(reference)
             self._differences.append(difference)
 
-    # ------------------------------------------------------------------ fitting
-
     def fit(self, centre: Assignment) -> None:
         """Fits the rows nearest to ``centre``; rows of more changed units count less, as they hold interactions."""
         levels, references = np.array(self._levels, dtype=np.int16), np.array(self._references, dtype=np.int16)
@@ -137,8 +135,6 @@ class AdditiveModel:
         alpha = cho_solve(self._factor, self._values)
         self._variance = float(self._values @ alpha) / len(self._values)
         self._weights = self._expanded.T @ alpha
-
-    # ------------------------------------------------------------------ reading
 
     def effects(self, rng: Generator | None = None) -> list[list[float]]:
         """Loss of each unit's levels above its lowest level: the posterior mean, or a draw from the posterior."""

@@ -55,7 +55,6 @@ class Probing(OneFidelity):
         """The best feasible assignment for the effects."""
 
     def steps(self) -> Steps[None]:
-        """Probe, solve, measure, repeat."""
         self.incumbent = self.space.uniform()
         yield from self.measure([], self.incumbent)
         tried: set[Assignment] = set()
@@ -82,8 +81,6 @@ class Probing(OneFidelity):
             if not self.refine:
                 self.stop_reason = "the model's optimum is measured"
                 return
-
-    # ------------------------------------------------------------------ probes
 
     def _reach(self) -> int:
         if self.probe_levels is not None:

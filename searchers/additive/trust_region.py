@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive, probability
@@ -35,7 +36,6 @@ class TrustRegion(OneFidelity):
         explore: share of a batch that are posterior draws.
         memory: measurements that the model is fitted to, the nearest ones.
         batch: trials a batch, the incumbent not counted.
-        tokens: calibration tokens a trial; None: the problem's default.
         minibatch: ``fixed``; ``fresh`` for each batch (the incumbent is scored again in it); ``auto``: fresh where the
             problem reads tokens.
     """
@@ -50,13 +50,10 @@ class TrustRegion(OneFidelity):
         reach: int | None = 1,
         explore: float = 0.6,
         memory: int = 600,
-        batch: int = 8,
-        tokens: int | None = None,
         minibatch: str = "auto",
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            space, seed=seed, batch=batch, tokens=tokens, minibatch="fixed" if minibatch == "auto" else minibatch
-        )
+        super().__init__(space, seed=seed, minibatch="fixed" if minibatch == "auto" else minibatch, **settings)
         self._auto = minibatch == "auto"
         self.first_radius = max(4, len(space) // 20) if radius is None else positive("radius", radius)
         self.largest_radius = max(self.first_radius, len(space) // LARGEST)
@@ -67,7 +64,6 @@ class TrustRegion(OneFidelity):
         self.moves = Exchanges(space)
 
     def steps(self) -> Steps[None]:
-        """Probes, then region after region until the budget ends."""
         if self._auto:
             self.minibatch = "fresh" if self.allowance.default_tokens else "fixed"
         self.incumbent = self.space.uniform()

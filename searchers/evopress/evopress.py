@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.procedure import Procedure, Steps
-from evo_hpo.search.searcher import boolean, positive, probability
+from evo_hpo.search.searcher import boolean, one_of, positive, probability
 from evo_hpo.search.trial import Batch, Draw, Outcome, Terms
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.evopress.initialisation import WARM_STARTS, initialisation, random_and_spent
@@ -112,9 +112,7 @@ class EvoPress(Procedure):
             switch_counts(switch_rule, positive("max_switches", max_switches)),
             group,
         )
-        if minibatch not in ("fresh", "nested", "fixed"):
-            raise InvalidSettingError(f"minibatch={minibatch!r} must be one of: fresh, nested, fixed")
-        self.minibatch = minibatch
+        self.minibatch = one_of("minibatch", minibatch, "fresh", "nested", "fixed")
         self.widen_after = None if widen_after is None else positive("widen_after", widen_after)
         self.restart_after = None if restart_after is None else positive("restart_after", restart_after)
         if elitism == "none" and not (widen_after is None and restart_after is None):
@@ -141,7 +139,6 @@ class EvoPress(Procedure):
         self._noiseless = minibatch == "fixed"  # a loss of the last stage stays what it was
 
     def fidelities(self) -> tuple[int | None, ...]:
-        """Those of the stages."""
         return tuple(stage.tokens for stage in self.selection.stages)
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
@@ -156,10 +153,7 @@ class EvoPress(Procedure):
             return self.champion.levels
         return self.parents[0].levels if self.parents else self.start.best()
 
-    # ------------------------------------------------------------------ the algorithm
-
     def steps(self) -> Steps[None]:
-        """Start, then breed and select, generation after generation."""
         if not self.allowance.default_tokens:
             self._exact = self._noiseless = True  # a loss stays what it was, and nothing needs a second look
             self.selection = self.selection.in_one_stage()

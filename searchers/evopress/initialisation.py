@@ -11,20 +11,14 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.procedure import Procedure, Steps
 from evo_hpo.search.registry import make_searcher
-from evo_hpo.search.searcher import Searcher, positive, probability
+from evo_hpo.search.searcher import Searcher, one_of, positive, probability
 from evo_hpo.search.trial import Batch, Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = [
-    "WARM_STARTS",
-    "Start",
-    "initialisation",
-    "random_and_spent",
-    "rounded_up_and_decremented",
-]
+__all__ = ["WARM_STARTS", "Start", "initialisation", "random_and_spent", "rounded_up_and_decremented"]
 
 WARM_STARTS = ("dynamic_programming", "trust_region")
 """Searchers whose recommendation may be the start."""
@@ -100,7 +94,6 @@ class WarmStart(Start):
 
     @property
     def number(self) -> int | None:
-        """Number of the best's first trial; None: it was not scored."""
         return self._numbers.get(self.best())
 
 
@@ -124,15 +117,11 @@ def initialisation(
     if not 0 < probability("initial_share", share) < 1:
         raise InvalidSettingError(f"initial_share={share!r} must be a share of the budget, above 0, below 1")
     tokens = None if tokens is None else positive("initial_tokens", tokens)
-    if rule in WARM_STARTS:
+    if one_of("init", rule, "uniform", "decremented", "random", *WARM_STARTS) in WARM_STARTS:
         return WarmStart(make_searcher(rule, space, seed=seed, tokens=tokens), tokens, share)
     rng, count = np.random.default_rng([seed, 1]), positive("initial", count)
     if rule == "uniform":
         return Start((space.uniform(),), tokens)
-    if rule not in ("decremented", "random"):
-        raise InvalidSettingError(
-            f"init={rule!r} must be one of: uniform, decremented, random, {', '.join(WARM_STARTS)}"
-        )
     draw = rounded_up_and_decremented if rule == "decremented" else random_and_spent
     return Start(tuple(dict.fromkeys(draw(space, rng) for _ in range(count))), tokens)
 

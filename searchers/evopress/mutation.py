@@ -11,23 +11,14 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from evo_hpo.errors import InvalidSettingError
-from evo_hpo.search.searcher import probability
+from evo_hpo.search.searcher import one_of, probability
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.knapsack import Cursor, Knapsack
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = [
-    "Exchange",
-    "LevelSwitch",
-    "Uniforms",
-    "UnrestrictedSwitch",
-    "heavy_tailed",
-    "mutation",
-    "switch_counts",
-]
+__all__ = ["Exchange", "LevelSwitch", "Uniforms", "UnrestrictedSwitch", "heavy_tailed", "mutation", "switch_counts"]
 
 ATTEMPTS = 64  # random picks before looking at every unit
 MOST_CHANGES = 10  # of the unrestricted switch, as published
@@ -75,11 +66,9 @@ def switch_counts(rule: str, most: int) -> SwitchCount:
     Raises:
         InvalidSettingError: another rule.
     """
-    if rule == "min_of_two":  # P(1, 2, 3) = 5/9, 3/9, 1/9 for most = 3
+    if one_of("switch_rule", rule, "min_of_two", "fixed") == "min_of_two":  # P(1, 2, 3) = 5/9, 3/9, 1/9 for most = 3
         return lambda stream: 1 + min(stream.below(most), stream.below(most))
-    if rule == "fixed":
-        return lambda stream: most
-    raise InvalidSettingError(f"switch_rule={rule!r} must be one of: min_of_two, fixed")
+    return lambda stream: most
 
 
 def heavy_tailed(most: int) -> SwitchCount:
@@ -103,8 +92,7 @@ def mutation(space: CompressionSpace, group: str, cross_group: float) -> Mutatio
     Raises:
         InvalidSettingError: a value outside the above.
     """
-    if group not in ("size", "name", "none"):
-        raise InvalidSettingError(f"group={group!r} must be one of: size, name, none")
+    one_of("group", group, "size", "name", "none")
     cross_group = probability("cross_group", cross_group)
     within = UnrestrictedSwitch(space) if group == "none" else _within_groups(space, group)
     several = group != "none" and len(space.groups(group)) > 1
@@ -206,12 +194,13 @@ class Exchange:
 
     def __init__(self, space: CompressionSpace, rule: str = "none") -> None:
         self.knapsack = space.knapsack
+        self._first = space.knapsack.first  # what an exchange spends
         self.groups = list(space.groups(rule).values())
         self._group_of_pick = [g for g in self.groups for _ in g]
 
     def unspent(self, parent: Assignment) -> bool:
         """True where the budget pays for another step of some unit."""
-        cursor = self.knapsack.first.cursor(parent)
+        cursor = self._first.cursor(parent)
         return cursor.slack >= self.knapsack.least_step and any(map(cursor.fits, self.knapsack.free))
 
     def __call__(self, parent: Assignment, stream: Uniforms, switches: int) -> Assignment | None:
@@ -221,7 +210,8 @@ class Exchange:
         members = self.groups[0]
         if len(self.groups) > 1:
             members = self._group_of_pick[stream.below(len(self._group_of_pick))]
-        cursor, lowest, highest = self.knapsack.first.cursor(parent), self.knapsack.lowest, self.knapsack.highest
+        knapsack = self._first
+        cursor, lowest, highest = knapsack.cursor(parent), knapsack.lowest, knapsack.highest
         levels = cursor.levels
         raised: set[int] = set()
         lowered: set[int] = set()
@@ -237,8 +227,9 @@ class Exchange:
                     return None
                 cursor.step(down, -1)
                 lowered.add(down)
-        picks = itertools.islice(stream.among(members), ATTEMPTS)
-        cursor.spend(itertools.filterfalse(lowered.__contains__, picks), self.knapsack.least_step)
+        if cursor.slack >= knapsack.least_step:  # else nothing more fits
+            picks = itertools.islice(stream.among(members), ATTEMPTS)
+            cursor.spend(itertools.filterfalse(lowered.__contains__, picks), knapsack.least_step)
         return _offspring(self.knapsack, cursor)
 
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.search.searcher import positive
+from evo_hpo.search.searcher import one_of, positive
 from evo_hpo.space.compression_space import CompressionSpace
 
 __all__ = ["PRESETS", "most_generations", "resolved"]
@@ -59,9 +59,8 @@ def resolved(preset: str, **given: Any) -> dict[str, Any]:
     Raises:
         InvalidSettingError: no such preset.
     """
-    if preset not in PRESETS:
-        raise InvalidSettingError(f"preset={preset!r} must be one of: {', '.join(PRESETS)}")
-    return _COMMON | PRESETS[preset] | {key: value for key, value in given.items() if value is not None}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    return _COMMON | PRESETS[one_of("preset", preset, *PRESETS)] | chosen
 
 
 def most_generations(space: CompressionSpace, given: int | str | None) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.budget import Allowance
-from evo_hpo.search.searcher import positive
+from evo_hpo.search.searcher import one_of, positive
 from evo_hpo.search.trial import Outcome
 
 __all__ = ["Selection", "Stage", "rank"]
@@ -51,8 +51,7 @@ class Selection:
         given = [positive("tokens", t) for t in each if t is not None]
         if given != sorted(given) or len(given) not in (0, len(each)):
             raise InvalidSettingError(f"tokens={each} must be a rising list of positive integers")
-        if elitism not in ("index", "count", "none"):
-            raise InvalidSettingError(f"elitism={elitism!r} must be one of: index, count, none")
+        one_of("elitism", elitism, "index", "count", "none")
         return cls(tuple(Stage(s, t) for s, t in zip(survivors, each, strict=True)), elitism)
 
     def in_one_stage(self) -> Selection:

@@ -28,7 +28,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.random import Generator
 
-from evo_hpo.errors import InvalidSettingError
+from evo_hpo.search.searcher import one_of
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.knapsack import Cursor
 
@@ -183,7 +183,6 @@ class Native(Projection):
         self._ties = rng.random(len(self.free)).tolist()  # fixed, but in no order of position
 
     def decode(self, point: Sequence[float]) -> Decoded:
-        """The proposal's fixed projection."""
         told = tuple(map(float, point))
         return Decoded(self._project(point, self._ties), told, self._excess(self._levels(point)))
 
@@ -275,6 +274,4 @@ def make_encoding(
     Raises:
         InvalidSettingError: no such encoding, or not one of ``allowed``.
     """
-    if name not in allowed:
-        raise InvalidSettingError(f"encoding={name!r} must be one of: {', '.join(allowed)}")
-    return ENCODINGS[name](space, rng, fill=fill)
+    return ENCODINGS[one_of("encoding", name, *allowed)](space, rng, fill=fill)

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.procedure import Sampling
-from evo_hpo.search.searcher import boolean, number
+from evo_hpo.search.searcher import boolean, number, one_of
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.foreign.encoding import Decoded, Encoding, make_encoding
@@ -23,7 +22,6 @@ class ForeignSearcher(Sampling):
     Args:
         encoding: how proposals become feasible (see ``encoding.py``); None: the optimizer's measured default.
         batch: trials a batch; None: what fits the optimizer.
-        tokens: calibration tokens a trial; None: the problem's default.
         minibatch: ``fixed`` (all trials comparable), or ``fresh`` for each batch (the incumbent is scored again in it,
             which the optimizer is not told).
         start: ``uniform`` scores the uniform assignment first and tells the optimizer; ``none`` leaves it alone.
@@ -52,9 +50,7 @@ class ForeignSearcher(Sampling):
     ) -> None:
         batch = self.default_batch if batch is None else batch
         super().__init__(space, seed=seed, batch=batch, tokens=tokens, minibatch=minibatch)
-        if start not in ("uniform", "none"):
-            raise InvalidSettingError(f"start={start!r} must be one of: uniform, none")
-        self.start = start
+        self.start = one_of("start", start, "uniform", "none")
         self.penalty = number("penalty", penalty, zero=True)
         default = (self.two_level_encoding if space.two_levels else None) or self.default_encoding
         streams = np.random.SeedSequence(seed).spawn(2)

@@ -97,8 +97,6 @@ class NevergradSearcher(ForeignSearcher):
         self._running: list[tuple[Any, Decoded]] = []
         self._waiting: list[tuple[Any, Decoded]] = []
 
-    # ------------------------------------------------------------------ the optimizer
-
     @cached_property
     def _bounds(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Least and greatest value of each coordinate, of the idle one too."""

@@ -14,20 +14,10 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
     "fcmaes": ("FCMA", "FCMAp13", "FCMAs03"),
     "nlopt": tuple(
         f"NLOPT_{name}"
-        for name in [
-            "GN_AGS",
-            "GN_CRS2_LM",
-            "GN_DIRECT",
-            "GN_DIRECT_L",
-            "GN_ESCH",
-            "GN_ISRES",
-            "LN_BOBYQA",
-            "LN_COBYLA",
-            "LN_NELDERMEAD",
-            "LN_NEWUOA_BOUND",
-            "LN_PRAXIS",
-            "LN_SBPLX",
-        ]
+        for name in (
+            *("GN_AGS", "GN_CRS2_LM", "GN_DIRECT", "GN_DIRECT_L", "GN_ESCH", "GN_ISRES", "LN_BOBYQA", "LN_COBYLA"),
+            *("LN_NELDERMEAD", "LN_NEWUOA_BOUND", "LN_PRAXIS", "LN_SBPLX"),
+        )
     ),
     "pybobyqa": ("BOBYQA",),
     "pymoo": ("PymooBIPOP", "PymooCMAES", "PymooNSGA2"),

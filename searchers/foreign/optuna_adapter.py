@@ -110,12 +110,7 @@ class OptunaSearcher(ForeignSearcher):
     encodings = tuple(ENCODINGS)
 
     def __init__(
-        self,
-        space: CompressionSpace,
-        *,
-        seed: int = 0,
-        sampler: Mapping[str, Any] | None = None,
-        **settings: Any,
+        self, space: CompressionSpace, *, seed: int = 0, sampler: Mapping[str, Any] | None = None, **settings: Any
     ) -> None:
         super().__init__(space, seed=seed, **settings)
         names = [space.units[i].name for i in self.encoding.free]
@@ -172,7 +167,6 @@ class OptunaSearcher(ForeignSearcher):
             ) from error
 
     def proposals(self, count: int) -> list[Decoded]:
-        """The study's own trials."""
         with quiet(), self._named("asked"):
             self._running = [self._ask() for _ in range(count)]
         return [decoded for _, decoded in self._running]

@@ -237,10 +237,6 @@ class ConfiguredEvoPress(_ConfiguredOptimizer):  # type: ignore[misc]
         noisy: bool = False,
     ) -> None:
         _both_or_neither(costs, cost_budget)
-        positive("offspring", offspring)
-        positive("max_switches", max_switches)
-        probability("cross_group", cross_group)
-        boolean("noisy", noisy)
         if costs is None:
             super().__init__(EvoPressOptimizer, locals())
             return

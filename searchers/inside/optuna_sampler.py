@@ -147,13 +147,10 @@ class EvoPressSampler(BaseSampler):
         """Everything but what is made anew where it is needed; so a sampler that was used can be pickled."""
         return {**self.__dict__, "_breeders": {}}
 
-    # ------------------------------------------------------------------ Optuna's interface
-
     def reseed_rng(self) -> None:
         """Nothing to do: every trial has a stream of its own number."""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The parameters that all completed trials have in common."""
         return self._intersection.calculate(study)
 
     def sample_relative(
@@ -205,8 +202,6 @@ class EvoPressSampler(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Forgets the trial: the study keeps all that is needed."""
         self._bred.discard(trial.number)
-
-    # ------------------------------------------------------------------ the search
 
     def _stream(self, trial: FrozenTrial) -> Uniforms:
         return Uniforms(np.random.default_rng([self._seed, trial.number]), block=256)

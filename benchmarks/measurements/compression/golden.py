@@ -37,7 +37,6 @@ def layer(rows: int = 1536, columns: int = 576, tokens: int = 3072, seed: int = 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1536)
-    parser.add_argument("--no-oracle", action="store_true")
     arguments = parser.parse_args()
     weight, hessian = layer(arguments.rows)
     seconds = []
@@ -51,12 +50,12 @@ def main() -> None:
     print(f"{len(BITS)} GPTQ levels of {shape}: {min(seconds):.3f} s (best of 5), {threads} threads")
     print("| level | ours | float64 oracle |\n|---|---|---|")
     for bits, level in zip(BITS, levels, strict=True):
-        theirs = "-" if arguments.no_oracle else _text(oracle.gptq(wide, square, bits, 64), wide, square)
+        theirs = _text(oracle.gptq(wide, square, bits, 64), wide, square)
         print(f"| {bits} bits | {output_error(weight, level.decode(), hessian):.4g} | {theirs} |")
     sparsities = parse_sparsities(SPARSITIES)
     for sparsity, (pruned, _) in zip(sparsities, sparsegpt(weight, factor, sparsities), strict=True):
         share = float(sparsity.share)
-        theirs = "-" if arguments.no_oracle else _text(oracle.sparsegpt(wide, square, share), wide, square)
+        theirs = _text(oracle.sparsegpt(wide, square, share), wide, square)
         print(f"| {sparsity.label} sparse | {output_error(weight, pruned, hessian):.4g} | {theirs} |")
 
 

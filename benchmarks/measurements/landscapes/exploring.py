@@ -59,11 +59,8 @@ class Exploration:
             self._search(number, evaluations)
         settings = None
         for number in range(rounds):
-            features, levels, losses = (
-                Features.of(self.space),
-                np.array(list(self.seen)),
-                np.array([*self.seen.values()]),
-            )
+            features = Features.of(self.space)
+            levels, losses = np.array(list(self.seen)), np.array(list(self.seen.values()))
             if number % 3 == 0:
                 settings = optimise(features, levels, losses, settings, steps=25)
             assert settings is not None
@@ -116,5 +113,4 @@ class _Measured(Problem):
     def score(
         self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
     ) -> Sequence[Score]:
-        """Mean losses on the fixed text."""
         return [Score(loss) for loss in self._exploration.take(assignments, "search")]

@@ -61,11 +61,6 @@ class Recorder:
         torch.set_num_threads(threads)
         return [self.rows.found[a] for a in assignments]
 
-    def mean(self, assignment: Assignment) -> float:
-        """KL(dense || compressed), nats a token, over the whole text; lower is better."""
-        values = self.losses([assignment])[0]
-        return sum(values) / len(values)
-
     def _measure(self, batch: Sequence[Assignment]) -> None:
         self.evaluator.score(batch, self.minibatch)
         self.rows.add({a: self.evaluator.per_sequence(a, self.minibatch).tolist() for a in batch})

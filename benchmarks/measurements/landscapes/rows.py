@@ -46,9 +46,6 @@ class Rows:
         if not lines:
             self._write([json.dumps({"context": context})])
 
-    def __len__(self) -> int:
-        return len(self.found)
-
     def missing(self, assignments: Iterable[Assignment]) -> list[Assignment]:
         """Those without losses, each once, in order."""
         return [a for a in dict.fromkeys(assignments) if a not in self.found]

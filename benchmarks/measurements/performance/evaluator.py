@@ -84,11 +84,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--offspring", nargs="+", type=int, default=[64], help="scored, for each of --tokens")
     parser.add_argument("--candidates", type=int, default=64, help="offspring of the parent, of which some are scored")
     parser.add_argument(
-        "--sample",
-        nargs="+",
-        type=int,
-        default=[2],
-        help="of them the slower ways run, each turn, for each of --tokens",
+        "--sample", nargs="+", type=int, default=[2], help="of them the slower ways run a turn, for each of --tokens"
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="also with compiled parts")

@@ -69,10 +69,8 @@ def plot(points: dict[int, list[tuple[float, float]]], path: Path) -> None:
     for offspring, pairs in points.items():
         x, y = zip(*sorted(pairs), strict=True)
         axes.loglog(x, y, "o-", label=f"λ = {offspring}")
-    ends = [
-        min(p[0] for pairs in points.values() for p in pairs),
-        max(p[0] for pairs in points.values() for p in pairs),
-    ]
+    bounds = [bound for pairs in points.values() for bound, _ in pairs]
+    ends = [min(bounds), max(bounds)]
     axes.loglog(ends, ends, "k--", label="k(n − k) / λ")
     axes.set_xlabel("k(n − k) / λ")
     axes.set_ylabel("mean generations to the optimum")

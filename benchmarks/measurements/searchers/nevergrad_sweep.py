@@ -64,12 +64,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=20.0, help="seconds for one optimizer")
     parser.add_argument("--stop-after", type=float, default=1e9, help="seconds after which to stop; run again to go on")
     arguments = parser.parse_args()
-    done = (
-        {json.loads(line)["name"] for line in arguments.output.read_text().splitlines()}
-        if (arguments.output.exists())
-        else set()
-    )
-    nevergrad_adapter.load()
+    written = arguments.output.read_text().splitlines() if arguments.output.exists() else []
+    done = {json.loads(line)["name"] for line in written}
     context = multiprocessing.get_context("fork")
     start = time.perf_counter()
     settings = {} if arguments.encoding is None else {"encoding": arguments.encoding}

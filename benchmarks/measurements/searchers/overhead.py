@@ -26,30 +26,11 @@ from searchers.evopress.mutation import Exchange, LevelSwitch, Uniforms, Unrestr
 from searchers.exchange import Exchanges
 
 SEARCHERS = (
-    "random",
-    "best_of_random",
-    "local_search",
-    "simulated_annealing",
-    "genetic",
-    "greedy",
-    "dynamic_programming",
-    "integer_programming",
-    "trust_region",
-    "evopress",
-    "multi_step:random",
-    "optuna:random",
-    "optuna:qmc",
-    "optuna:nsga2",
-    "optuna:cmaes",
-    "optuna:tpe",
-    "optuna:tpe_univariate",
-    "optuna:gp",
-    "nevergrad:DiscreteOnePlusOne",
-    "nevergrad:DiscreteLenglerOnePlusOne",
-    "nevergrad:CMA",
-    "nevergrad:NGOpt",
-    "nevergrad:TwoPointsDE",
-    "nevergrad:PSO",
+    *("random", "best_of_random", "local_search", "simulated_annealing", "genetic", "greedy", "dynamic_programming"),
+    *("integer_programming", "trust_region", "evopress", "multi_step:random"),
+    *(f"optuna:{name}" for name in ("random", "qmc", "nsga2", "cmaes", "tpe", "tpe_univariate", "gp")),
+    *(f"nevergrad:{name}" for name in ("DiscreteOnePlusOne", "DiscreteLenglerOnePlusOne", "CMA", "NGOpt")),
+    *("nevergrad:TwoPointsDE", "nevergrad:PSO"),
 )
 
 

@@ -53,7 +53,6 @@ class Slow(NoisyProblem):
     def score(
         self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
     ) -> Sequence[Score]:
-        """Sleeps, then scores."""
         time.sleep(self.seconds * len(assignments))
         return super().score(assignments, minibatch, keep=keep)
 
@@ -79,22 +78,16 @@ def run_search(folder: Path, seconds: float, *, tracked: bool) -> None:
         run()
 
 
+def child(folder: Path, seconds: float) -> list[str]:
+    """The command that runs the search in a process of its own."""
+    return [sys.executable, "-m", MODULE, "--child", str(folder), "--seconds", str(seconds)]
+
+
 def kill_one(folder: Path, seconds: float, rng: np.random.Generator) -> dict[str, Any]:
     """Starts the search, kills something of it after a random time and the rest later; says what and when."""
     victim = str(rng.choice(("both", "both", "search", "writer")))
     wait = float(rng.uniform(0.2, 9.0))
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            MODULE,
-            "--child",
-            str(folder),
-            "--seconds",
-            str(seconds),
-        ],
-        stderr=subprocess.DEVNULL,
-    )
+    process = subprocess.Popen(child(folder, seconds), stderr=subprocess.DEVNULL)
     time.sleep(wait)
     family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     if victim in ("both", "writer"):
@@ -183,16 +176,7 @@ def full_disk(size: str = "1000k") -> bool:
     try:
         folder = disk / "mlruns" / "comparisons" / "survival"
         prepare_store(default_uri(folder))
-        child = [
-            sys.executable,
-            "-m",
-            MODULE,
-            "--child",
-            str(folder),
-            "--seconds",
-            "0.005",
-        ]
-        done = subprocess.run(child, capture_output=True, text=True, check=False)
+        done = subprocess.run(child(folder, 0.005), capture_output=True, text=True, check=False)
         print(json.dumps({"code": done.returncode, "says": done.stderr.strip().splitlines()[-3:]}))
         kept = read_journal(folder / "journals" / "evopress-s0.jsonl")
         print(json.dumps({"kept_trials": len(kept.outcomes), "free": shutil.disk_usage(disk).free}), flush=True)

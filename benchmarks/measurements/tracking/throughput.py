@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,14 @@ def made_problem(units: int) -> FunctionProblem:
 def overhead(units: int, batch: int, work: Path, trials: int = 2000) -> tuple[float, float]:
     """Milliseconds a trial of the loop without a journal, and what a journal adds."""
     problem, budget = made_problem(units), Budget(evaluations=trials)
+    header = search_header("repeat-s0", "repeat", problem, budget)  # git and processor are looked up once a search
     times = []
     for journaled in (False, True):
         path = work / f"overhead-{units}-{batch}-{time.monotonic_ns()}.jsonl"
         searcher = Repeat(problem.space, batch=batch)
         start = time.perf_counter()
-        if journaled:
-            header = search_header("repeat-s0", "repeat", problem, budget)
-            begin = time.perf_counter()  # git and processor are looked up once a search
-            with Journal.open(path, header) as journal:
-                search(searcher, problem, budget=budget, journal=journal)
-            start = begin
-        else:
-            search(searcher, problem, budget=budget)
+        with Journal.open(path, header) if journaled else nullcontext() as journal:
+            search(searcher, problem, budget=budget, journal=journal)
         times.append(1000 * (time.perf_counter() - start) / trials)
     return times[0], times[1] - times[0]
 
@@ -98,18 +94,11 @@ def search_times(uri: str) -> dict[str, float]:
     """Milliseconds of the queries that people and the UI make; median of five."""
     client = connect(uri)
     (experiment,) = (e.experiment_id for e in client.search_experiments() if e.name != "Default")
+    best = {"order_by": ["metrics.loss ASC"], "max_results": 100}
     queries: dict[str, dict[str, Any]] = {
         "the searches": {"filter_string": "tags.kind = 'search'", "max_results": 100},
-        "100 best trials of all": {
-            "filter_string": "tags.kind = 'trial'",
-            "order_by": ["metrics.loss ASC"],
-            "max_results": 100,
-        },
-        "100 best trials of one search": {
-            "filter_string": "tags.search = 'repeat-s0' and tags.kind = 'trial'",
-            "order_by": ["metrics.loss ASC"],
-            "max_results": 100,
-        },
+        "100 best trials of all": {"filter_string": "tags.kind = 'trial'", **best},
+        "100 best trials of one search": {"filter_string": "tags.search = 'repeat-s0' and tags.kind = 'trial'", **best},
         "newest 100 runs": {"max_results": 100},
         "1000 trials in a page": {"filter_string": "tags.kind = 'trial'", "max_results": 1000},
     }

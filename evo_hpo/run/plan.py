@@ -76,10 +76,7 @@ class Plan(Strict):
     def _grid(self) -> Plan:
         if not self.seeds:
             raise ValueError("seeds: give at least one")
-        for what, keys in (
-            ("problem", [p.key for p in self.problems]),
-            ("searcher", [s.key for s in self.searchers]),
-        ):
+        for what, keys in (("problem", [p.key for p in self.problems]), ("searcher", [s.key for s in self.searchers])):
             for key in keys:
                 if keys.count(key) > 1:
                     raise ValueError(f"two {what}s are called {key!r}: give each a label of its own")

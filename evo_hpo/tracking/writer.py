@@ -204,15 +204,11 @@ def follow_until_closed(folder: Path, uri: str, grace: float) -> int:
                     break
                 if pause > 0.5:
                     time.sleep(min(pause, 1.0))
-        _leave(replayer)
+        try:
+            replayer.leave()
+        except EvoHpoError as error:
+            log.warning("%s", error)
     return replayer.waiting
-
-
-def _leave(replayer: Replayer) -> None:
-    try:
-        replayer.leave()
-    except EvoHpoError as error:
-        log.warning("%s", error)
 
 
 def _closed(wait: float) -> bool:

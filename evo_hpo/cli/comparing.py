@@ -73,10 +73,10 @@ def run(
         show_report(folder, console)
         if track:
             _upload(folder, tracking_uri, console)
+            say(console, "browse the runs: evo-hpo ui")
     except Exception as error:
         error.add_note(f"the searches are done and kept in {folder}, report them with: evo-hpo report {folder}")
         raise
-        say(console, "browse the runs: evo-hpo ui")
     return folder
 
 

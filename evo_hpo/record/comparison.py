@@ -195,10 +195,8 @@ class Comparison:
 
     def documents(self) -> tuple[list[Path], list[Path]]:
         """Files, and folders of files, that a copy of the comparison takes beside its journals."""
-        files, folders = (
-            (self.folder / f for f in (PLAN, RECORD, ERRORS)),
-            (self.folder / f for f in ("report", "profiles")),
-        )
+        files = [self.folder / name for name in (PLAN, RECORD, ERRORS)]
+        folders = [self.folder / name for name in ("report", "profiles")]
         return [f for f in files if f.is_file()], [f for f in folders if f.is_dir()]
 
     def note_failure(self, search: str, trace: str) -> None:

@@ -13,17 +13,8 @@ from typing import Any
 __all__ = ["environment", "git_state", "machine", "versions"]
 
 PACKAGES = (
-    "evo-hpo",
-    "numpy",
-    "scipy",
-    "torch",
-    "transformers",
-    "safetensors",
-    "optuna",
-    "cmaes",
-    "nevergrad",
-    "mlflow",
-)
+    "evo-hpo", "numpy", "scipy", "torch", "transformers", "safetensors", "optuna", "cmaes", "nevergrad", "mlflow",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

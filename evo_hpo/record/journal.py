@@ -6,6 +6,7 @@ and the analysis read it, and an interrupted search goes on by replaying it thro
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -273,19 +274,14 @@ class Journal:
             os.fdatasync(self._descriptor)
         except OSError as error:
             self.unsaved = pending
-            self._cut_back()
+            with contextlib.suppress(OSError):  # opening the journal again cuts it back
+                os.ftruncate(self._descriptor, self._size)
             raise JournalError(
                 f"{self.path}: cannot write ({error.strerror}): {len(pending)} scored line(s) are not saved; free some"
                 " space and resume (--resume): what is in the file is kept, the rest is scored again"
             ) from error
         self.unsaved = []
         self._size += size
-
-    def _cut_back(self) -> None:
-        try:
-            os.ftruncate(self._descriptor, self._size)
-        except OSError:
-            return  # opening the journal again cuts it back
 
     def close(self) -> None:
         """Tries once more to save what could not be saved, and closes the file."""

@@ -155,8 +155,7 @@ class SearchRecord:
     @property
     def loss(self) -> float:
         """Held-out loss of the last checkpoint (lower is better); inf when there is none."""
-        loss = self.checkpoints[-1].held_out.get("loss", math.inf) if self.checkpoints else math.inf
-        return math.inf if math.isnan(loss) else loss
+        return self.checkpoints[-1].loss if self.checkpoints else math.inf
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Takes in one line."""

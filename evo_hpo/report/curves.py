@@ -160,12 +160,11 @@ def speed_up(results: Results, problem: str, a: str, b: str, axis: str = "tokens
     that stopped on its own counts with what it spent.
     """
     first, second = results.by_seed(problem, a), results.by_seed(problem, b)
-    common = [s for s in first if s in second and first[s].finished and second[s].finished]
     factors = []
-    for seed in common:
-        needed = time_to(curve(first[seed], axis), second[seed].loss)
-        spent = curve(second[seed], axis).end
-        factors.append(spent / needed if needed > 0 and math.isfinite(needed) else 0.0)
+    for seed in first:
+        if seed in second and first[seed].finished and second[seed].finished:
+            needed = time_to(curve(first[seed], axis), second[seed].loss)
+            factors.append(curve(second[seed], axis).end / needed if 0 < needed < math.inf else 0.0)
     if not factors:
         return None
     return SpeedUp(a, b, spread(factors), sum(f > 0 for f in factors), len(factors))

@@ -33,7 +33,7 @@ def as_gaps(problems: Problems, runs: Sequence[SearchRun]) -> tuple[Problems, li
     for run in runs:
         if instances := problems[run.problem].instances:
             instance, optimum = (run.problem, run.seed), instances[str(run.seed)]["optimum"]
-            seen = min(map(_loss, run.checkpoints), default=math.inf)
+            seen = min((c.loss for c in run.checkpoints), default=math.inf)
             best[instance] = min(best.get(instance, math.inf), seen if optimum is None else optimum)
             if run.searcher == "uniform" and run.loss < math.inf:
                 uniform[instance] = run.loss
@@ -47,11 +47,6 @@ def as_gaps(problems: Problems, runs: Sequence[SearchRun]) -> tuple[Problems, li
         else:
             unmeasured[run.id] = "uniform compression of its instance, the measure of gaps, has no result yet"
     return {key: _scaled_problem(problem) for key, problem in problems.items()}, shown, unmeasured
-
-
-def _loss(checkpoint: Checkpoint) -> float:
-    loss = checkpoint.held_out.get("loss", math.inf)
-    return math.inf if math.isnan(loss) else loss
 
 
 def _scaled(run: SearchRun, best: float, uniform: float) -> SearchRun:

@@ -80,10 +80,9 @@ def problem_sheets(results: Results, problem: str) -> tuple[Sheet, ...]:
     """The table of results."""
     found = rows(results, problem)
     shown = columns(results, problem, found)
-    best = next((i for i, r in enumerate(found) if r.kind != "dense"), None)
     body = tuple(zip(*(c.cells for c in shown), strict=True))
     headers = tuple(c.title for c in shown)
-    strong = () if best is None else (best,)
+    strong = tuple(i for i, r in enumerate(found) if r.kind != "dense")[:1]
     return (Sheet("Results on held-out data", headers, body, interval_note(found) + FAIR, strong),)
 
 
@@ -236,7 +235,6 @@ def render(results: Results, sections: Sequence[Section], verdict: str) -> str:
 
 
 def _facts(results: Results) -> dict[str, str]:
-    """What a reader wants to know first."""
     budgets = {f"{v:,g} {k}" for r in results.runs for k, v in r.budget.items()}
     return {
         "problems": str(len(results.problems)),

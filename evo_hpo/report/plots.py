@@ -83,22 +83,14 @@ def _focus(ax: Axes, bands: dict[str, Band], uniform: float | None) -> set[str]:
 
 
 def _bands(results: Results, problem: str, axis: str) -> dict[str, Band]:
-    found = {}
-    for label in shown_labels(results, problem):
-        runs = results.of(problem, label)
-        if runs[0].searcher != "uniform":
-            found[label] = band([curve(r, axis) for r in runs])
-    return found
+    found = {label: results.of(problem, label) for label in shown_labels(results, problem)}
+    return {k: band([curve(r, axis) for r in runs]) for k, runs in found.items() if runs[0].searcher != "uniform"}
 
 
 def shown_labels(results: Results, problem: str, most: int = SHOWN) -> list[str]:
     """Searchers on a problem, best median first; where there are many, the best ``most`` and uniform."""
-    medians = {}
-    for label in results.labels:
-        losses = [r.loss for r in results.of(problem, label)]
-        if losses:
-            medians[label] = float(np.median(losses))
-    order = sorted(medians, key=lambda label: medians[label])
+    losses = {label: [r.loss for r in results.of(problem, label)] for label in results.labels}
+    order = sorted((label for label in losses if losses[label]), key=lambda label: float(np.median(losses[label])))
     uniform = [label for label in order if results.of(problem, label)[0].searcher == "uniform"]
     return [label for i, label in enumerate(order) if i < most or label in uniform]
 

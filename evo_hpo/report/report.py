@@ -13,15 +13,7 @@ from evo_hpo.record.files import write_whole
 from evo_hpo.report.curves import axes
 from evo_hpo.report.heat_maps import profiles_figure, winner_figure
 from evo_hpo.report.lineage import lineage, lineage_figure
-from evo_hpo.report.page import (
-    Picture,
-    Section,
-    lineage_sheet,
-    medians_sheet,
-    problem_sheets,
-    render,
-    standing_sheets,
-)
+from evo_hpo.report.page import Picture, Section, lineage_sheet, medians_sheet, problem_sheets, render, standing_sheets
 from evo_hpo.report.plots import anytime_figure, cost_figure, ecdf_figure, shown_labels
 from evo_hpo.report.rank_plots import rank_figure, wins_figure
 from evo_hpo.report.results import Results

@@ -49,13 +49,7 @@ class Results:
         missing = {planned.id: held for planned, held in found if isinstance(held, str)}
         runs = [SearchRun.of(planned, held) for planned, held in found if isinstance(held, SearchRecord)]
         problems, runs, unmeasured = as_gaps(recorded.problems, runs)
-        return cls(
-            name=recorded.name,
-            problems=problems,
-            runs=tuple(runs),
-            missing=missing | unmeasured,
-            recorded=recorded,
-        )
+        return cls(recorded.name, problems, tuple(runs), missing | unmeasured, recorded)
 
     # ------------------------------------------------------------------ selecting
 
@@ -134,19 +128,10 @@ class Results:
 
     def checkpoints(self) -> pd.DataFrame:
         """One row a held-out checkpoint, in the order they were taken."""
+        names = ("fraction", "tokens", "evaluations", "seconds")
+        taken = [(run, c) for run in self.runs for c in run.checkpoints]
         return pd.DataFrame(
-            [
-                {
-                    **_identity(run),
-                    "fraction": c.fraction,
-                    "tokens": c.tokens,
-                    "evaluations": c.evaluations,
-                    "seconds": c.seconds,
-                    **c.held_out,
-                }
-                for run in self.runs
-                for c in run.checkpoints
-            ]
+            [{**_identity(run), **{name: getattr(c, name) for name in names}, **c.held_out} for run, c in taken]
         )
 
     def trials(self) -> pd.DataFrame:

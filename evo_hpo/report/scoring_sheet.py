@@ -27,13 +27,8 @@ def scoring_sheet(results: Results, problem: str) -> Sheet | None:
         f"Losses that were not finite, in all: {failed}; they count as worst-possible. Times that memory ran out:"
         f" {memory}; the batch was halved and the search went on."
     )
-    return Sheet(
-        "How trials were scored",
-        ("search", "settings", *COUNTS.values()),
-        body,
-        note,
-        folded=not (failed or memory),
-    )
+    headers = ("search", "settings", *COUNTS.values())
+    return Sheet("How trials were scored", headers, body, note, folded=not (failed or memory))
 
 
 def _settings(scoring: Mapping[str, Any]) -> str:

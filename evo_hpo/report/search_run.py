@@ -16,11 +16,7 @@ from evo_hpo.search.trial import Measured, Outcome
 
 __all__ = ["AXES", "SearchRun"]
 
-AXES = {
-    "tokens": "calibration tokens spent",
-    "evaluations": "trials scored",
-    "seconds": "seconds of scoring",
-}
+AXES = {"tokens": "calibration tokens spent", "evaluations": "trials scored", "seconds": "seconds of scoring"}
 """What an anytime curve may be drawn against, and how the axis is labelled."""
 
 
@@ -113,10 +109,7 @@ class SearchRun:
     @property
     def loss(self) -> float:
         """Held-out loss of the last checkpoint (lower is better); inf when there is none."""
-        if self.final is None:
-            return math.inf
-        loss = self.final.held_out.get("loss", math.inf)
-        return math.inf if math.isnan(loss) else float(loss)
+        return self.final.loss if self.final else math.inf
 
     def spent(self, axis: str) -> float:
         """Tokens, evaluations or seconds of scoring that the search spent."""

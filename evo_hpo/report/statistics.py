@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 Floats = npt.NDArray[np.float64]
-Statistic = Callable[..., Floats]
+Statistic = Callable[..., Any]
 RESAMPLES = 10_000
 FEW = 5
 """With fewer values than this an interval is their range: resampling so few says nothing more."""
@@ -53,14 +54,12 @@ class Interval:
     count: int
 
 
+NOTHING = Interval(math.nan, math.nan, math.nan, "none", 0)
+
+
 def _finite(values: Sequence[float] | Floats) -> Floats:
     array = np.asarray(values, dtype=np.float64)
     return array[~np.isnan(array)]
-
-
-def median(values: Floats, axis: int = -1) -> Floats:
-    """Median along an axis."""
-    return np.asarray(np.median(values, axis=axis))
 
 
 def interquartile_mean(values: Sequence[float] | Floats, axis: int = -1) -> Floats:
@@ -70,7 +69,7 @@ def interquartile_mean(values: Sequence[float] | Floats, axis: int = -1) -> Floa
 
 def bootstrap(
     values: Sequence[float] | Floats,
-    statistic: Statistic = median,
+    statistic: Statistic = np.median,
     *,
     strata: Sequence[object] | None = None,
     confidence: float = 0.95,
@@ -97,17 +96,16 @@ def _strata(known: npt.NDArray[np.bool_], strata: Sequence[object] | None) -> li
 
 
 def spread(
-    values: Sequence[float] | Floats, statistic: Statistic = median, strata: Sequence[object] | None = None
+    values: Sequence[float] | Floats, statistic: Statistic = np.median, strata: Sequence[object] | None = None
 ) -> Interval:
     """The interval to show beside a statistic: bootstrap from :data:`FEW` values on, else their range."""
     array = _finite(values)
     if not len(array):
-        return Interval(math.nan, math.nan, math.nan, "none", 0)
-    if len(array) == 1:
-        return Interval(float(array[0]), float(array[0]), float(array[0]), "value", 1)
+        return NOTHING
     if len(array) >= FEW and np.isfinite(array).all():
         return bootstrap(values, statistic, strata=strata)
-    return Interval(float(statistic(array)), float(array.min()), float(array.max()), "range", len(array))
+    kind = "value" if len(array) == 1 else "range"
+    return Interval(float(statistic(array)), float(array.min()), float(array.max()), kind, len(array))
 
 
 def _paired(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> tuple[Floats, Floats]:

@@ -193,7 +193,6 @@ def _verdict(
 
 
 def _claims(others: Sequence[Standing]) -> str:
-    """Which differences from the best the paired tests support."""
     tests = [s.versus_best for s in others if s.versus_best is not None]
     if not tests:
         return "Nothing to compare it with."

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from evo_hpo.report.results import Results
-from evo_hpo.report.statistics import Interval, spread
+from evo_hpo.report.statistics import NOTHING, Interval, spread
 
 __all__ = ["Column", "Row", "columns", "figure_text", "interval_text", "rows", "table_frame", "write_tables"]
 
@@ -36,48 +36,32 @@ class Row:
     problem: str
     searcher: str
     kind: str
-    seeds: int
-    planned: int
-    finished: int
-    progress: float
-    loss: Interval
-    perplexity: Interval
-    average: Interval
-    gain: Interval
-    gap: Interval
-    reached: int
-    wins: int
-    compared: int
-    tokens: float
-    trials: float
-    failed: float
-    model_seconds: float
-    searcher_seconds: float
-
-
-NOTHING = Interval(math.nan, math.nan, math.nan, "none", 0)
+    seeds: int = 0
+    planned: int = 0
+    finished: int = 0
+    progress: float = 1.0
+    loss: Interval = NOTHING
+    perplexity: Interval = NOTHING
+    average: Interval = NOTHING
+    gain: Interval = NOTHING
+    gap: Interval = NOTHING
+    reached: int = 0
+    wins: int = 0
+    compared: int = 0
+    tokens: float = math.nan
+    trials: float = math.nan
+    failed: float = math.nan
+    model_seconds: float = math.nan
+    searcher_seconds: float = math.nan
 
 
 def rows(results: Results, problem: str) -> list[Row]:
     """Dense model first, then searchers by median held-out loss."""
     found = [_search_row(results, problem, label) for label in results.labels if results.of(problem, label)]
     found.sort(key=lambda r: (math.isnan(r.loss.estimate), r.loss.estimate))
-    dense = _dense_row(results, problem)
-    return [*([dense] if dense else []), *found]
-
-
-def _dense_row(results: Results, problem: str) -> Row | None:
     reference = results.problems[problem].reference
-    if not reference:
-        return None
-
-    def known(key: str) -> Interval:
-        return spread([reference[key]]) if key in reference else NOTHING
-
-    return Row(
-        problem, "dense", "dense", 0, 0, 0, 1.0, known("loss"), known("perplexity"), NOTHING, NOTHING, NOTHING, 0, 0, 0,
-        *[math.nan] * 5,
-    )  # fmt: skip
+    known: dict[str, Any] = {key: spread([reference[key]]) for key in ("loss", "perplexity") if key in reference}
+    return [Row(problem, "dense", "dense", **known), *found] if reference else found
 
 
 def _search_row(results: Results, problem: str, label: str) -> Row:
@@ -193,16 +177,20 @@ class Column:
 
     Attributes:
         key: what it holds, for code.
-        title: its header; ``short``: the header in lines, for narrow terminals.
+        short: its header in lines, for narrow terminals.
         priority: where the terminal is too narrow, columns go to a second table, 1 first; 0 stays.
         cells: one text a row.
     """
 
     key: str
-    title: str
     short: str
     priority: int
     cells: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """The header in one line."""
+        return self.short.replace("\n", " ")
 
 
 def wins_text(row: Row) -> str:
@@ -220,11 +208,6 @@ def reached_text(row: Row) -> str:
     return "–" if row.kind == "dense" else f"{row.reached}/{row.seeds}"
 
 
-def _lines(lines: Sequence[str], end: str = "") -> tuple[str, str]:
-    """A header in one line, and broken."""
-    return " ".join(lines) + end, "\n".join(lines) + end
-
-
 def columns(results: Results, problem: str, found: Sequence[Row]) -> list[Column]:
     """The columns of the shown table; those that say nothing are left out."""
     info = results.problems[problem]
@@ -232,41 +215,23 @@ def columns(results: Results, problem: str, found: Sequence[Row]) -> list[Column
     measured = any(not math.isnan(r.perplexity.estimate) for r in found)
     compared = any(not math.isnan(r.gain.estimate) for r in searched)
     known = info.optimum is not None
-    wanted: list[tuple[bool, str, str, str, int, Callable[[Row], str]]] = [
-        (True, "searcher", "searcher", "searcher", 0, lambda r: r.searcher),
-        (True, "loss", *_lines(info.loss_lines, "\u00a0↓"), 0, lambda r: interval_text(r.loss)),
-        (compared, "gain", "below uniform", "below\nuniform", 0, lambda r: percent_text(r.gain)),
-        (
-            compared,
-            "wins",
-            "seeds better",
-            "seeds\nbetter",
-            4,
-            lambda r: f"{r.wins}/{r.compared}" if r.compared else "–",
-        ),
-        (
-            known and not info.instances,
-            "gap",
-            "gap to optimum (uniform = 100)",
-            "gap to optimum\n(uniform = 100)",
-            0,
-            gap_text,
-        ),
-        (known, "reached", "optimum reached", "optimum reached", 0, reached_text),
-        (measured, "perplexity", "perplexity\u00a0↓", "perplexity\u00a0↓", 7, lambda r: interval_text(r.perplexity)),
-        (True, "average", *_lines(info.average_lines), 0, lambda r: interval_text(r.average)),
-        (any(r.tokens > 0 for r in searched), "tokens", "tokens", "tokens", 6, lambda r: count_text(r.tokens)),
-        (True, "trials", "trials", "trials", 1, lambda r: count_text(r.trials)),
-        (any(r.failed > 0 for r in searched), "failed", "failed", "failed", 5, lambda r: count_text(r.failed)),
-        (True, "model_seconds", "model s", "model\ns", 2, lambda r: seconds_text(r.model_seconds)),
-        (True, "searcher_seconds", "searcher s", "searcher\ns", 3, lambda r: seconds_text(r.searcher_seconds)),
-        (True, "seeds", "seeds", "seeds", 0, seeds_text),
+    wanted: list[tuple[bool, str, str, int, Callable[[Row], str]]] = [
+        (True, "searcher", "searcher", 0, lambda r: r.searcher),
+        (True, "loss", "\n".join(info.loss_lines) + "\u00a0↓", 0, lambda r: interval_text(r.loss)),
+        (compared, "gain", "below\nuniform", 0, lambda r: percent_text(r.gain)),
+        (compared, "wins", "seeds\nbetter", 4, wins_text),
+        (known and not info.instances, "gap", "gap to optimum\n(uniform = 100)", 0, gap_text),
+        (known, "reached", "optimum reached", 0, reached_text),
+        (measured, "perplexity", "perplexity\u00a0↓", 7, lambda r: interval_text(r.perplexity)),
+        (True, "average", "\n".join(info.average_lines), 0, lambda r: interval_text(r.average)),
+        (any(r.tokens > 0 for r in searched), "tokens", "tokens", 6, lambda r: count_text(r.tokens)),
+        (True, "trials", "trials", 1, lambda r: count_text(r.trials)),
+        (any(r.failed > 0 for r in searched), "failed", "failed", 5, lambda r: count_text(r.failed)),
+        (True, "model_seconds", "model\ns", 2, lambda r: seconds_text(r.model_seconds)),
+        (True, "searcher_seconds", "searcher\ns", 3, lambda r: seconds_text(r.searcher_seconds)),
+        (True, "seeds", "seeds", 0, seeds_text),
     ]
-    return [
-        Column(key, title, short, priority, tuple(map(cell, found)))
-        for says, key, title, short, priority, cell in wanted
-        if says
-    ]
+    return [Column(key, short, at, tuple(map(cell, found))) for says, key, short, at, cell in wanted if says]
 
 
 # ---------------------------------------------------------------------- files

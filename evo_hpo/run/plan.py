@@ -102,10 +102,7 @@ class Plan(Strict):
                 raise ValueError(
                     f"{place}: {twice[0]} stands there twice, and would be the same search: give each once"
                 )
-        for what, keys in (
-            ("problem", [p.key for p in self.problems]),
-            ("searcher", [s.key for s in self.searchers]),
-        ):
+        for what, keys in (("problem", [p.key for p in self.problems]), ("searcher", [s.key for s in self.searchers])):
             for key in keys:
                 if keys.count(key) > 1:
                     raise ValueError(f"two {what}s are called {key!r}: give each a label of its own")

@@ -46,8 +46,6 @@ class _Queue(Protocol):
 
 
 class _Reporter:
-    """Observer that sends each batch and checkpoint to the parent process."""
-
     def __init__(self, search: str, events: _Queue) -> None:
         self.search = search
         self.events = events

@@ -42,6 +42,12 @@ class Checkpoint:
     levels: Assignment
     held_out: dict[str, float]
 
+    @property
+    def loss(self) -> float:
+        """Held-out loss (lower is better); inf when there is none."""
+        loss = self.held_out.get("loss", math.inf)
+        return math.inf if math.isnan(loss) else float(loss)
+
 
 @dataclass
 class SearchResult:

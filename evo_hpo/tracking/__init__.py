@@ -14,15 +14,7 @@ from evo_hpo.tracking.location import default_uri, quiet_environment
 from evo_hpo.tracking.tracker import SearchTracker, Tracker
 from evo_hpo.tracking.ui import launch_ui
 
-__all__ = [
-    "BackgroundTracker",
-    "SearchTracker",
-    "Tracker",
-    "default_uri",
-    "launch_ui",
-    "log_comparison",
-    "track",
-]
+__all__ = ["BackgroundTracker", "SearchTracker", "Tracker", "default_uri", "launch_ui", "log_comparison", "track"]
 
 os.environ.update(quiet_environment())  # here, so that it is done before any module of this package imports MLflow
 

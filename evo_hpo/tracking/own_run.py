@@ -35,9 +35,11 @@ def upload(folder: Path, uri: str) -> str:
     details = _details(comparison, records, winners)
     run = tracker.own_run(shown(f"{name} comparison", LONGEST_NAME, "comparison.json"), {"kind": "comparison"})
     files, folders = comparison.documents()
+    plan = {k: v for k, v in comparison.plan.items() if v not in (None, [], {})}
+    params = flat(plan, "plan") if plan else {}
     tracker.log_own(
         run,
-        params={safe_key(k): shown(v, LONGEST_PARAM, "comparison.json") for k, v in _params(comparison).items()},
+        params={safe_key(k): shown(v, LONGEST_PARAM, "comparison.json") for k, v in params.items()},
         metrics=_winner_metrics(winners),
         tags={"mlflow.note.content": "\n".join(f"- {k}: {v}" for k, v in details.items())},
         files=files,
@@ -58,11 +60,6 @@ def _unplanned(folder: Path) -> list[SearchRecord]:
         return []
 
 
-def _params(comparison: Comparison) -> dict[str, Any]:
-    plan = {k: v for k, v in comparison.plan.items() if v not in (None, [], {})}
-    return flat(plan, "plan") if plan else {}
-
-
 def _winner_metrics(winners: Winners) -> dict[str, float]:
     """Held-out figures of the winner, under the problem's name where there are several."""
     return {
@@ -73,7 +70,6 @@ def _winner_metrics(winners: Winners) -> dict[str, float]:
 
 
 def _details(comparison: Comparison, records: Sequence[SearchRecord], winners: Winners) -> dict[str, str]:
-    """Facts for the banner."""
     finished = sum(r.finished for r in records)
     details = {
         "searches": f"{finished} of {len(comparison.searches or records)} finished",

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,7 @@ __all__ = ["launch_ui", "server_command"]
 
 HOST = "127.0.0.1"
 
-
-def _to_stdout(message: str) -> None:
-    sys.stdout.write(message + "\n")
-    sys.stdout.flush()
+_to_stdout = partial(print, flush=True)
 
 
 def server_command(uri: str, port: int) -> list[str]:
@@ -42,7 +40,10 @@ def server_command(uri: str, port: int) -> list[str]:
 
 
 def launch_ui(
-    folder_or_uri: str | Path | None = None, port: int = 5000, *, say: Callable[[str], None] = _to_stdout
+    folder_or_uri: str | Path | None = None,
+    port: int = 5000,
+    *,
+    say: Callable[[str], None] = _to_stdout,
 ) -> None:
     """Serves the UI until interrupted, and prints a link for each comparison.
 
@@ -134,7 +135,6 @@ def _say_links(uri: str, address: str, say: Callable[[str], None]) -> None:
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """Ends the server and its worker."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, number)

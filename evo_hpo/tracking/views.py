@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import statistics
 import time
 import urllib.parse
 import zlib
@@ -29,15 +30,9 @@ NAMEABLE = r"[\w.:() -]+"
 MODE = "workflowType=machine_learning"
 """Without it the UI may open in its mode for language-model applications, which shows no runs."""
 
-
 TRIAL_COLUMNS = (
-    "metrics.`loss`",
-    "metrics.`tokens`",
-    "metrics.`average`",
-    "params.`generation`",
-    "params.`stage`",
-    "tags.`parent_trial`",
-    "params.`levels`",
+    *("metrics.`loss`", "metrics.`tokens`", "metrics.`average`"),
+    *("params.`generation`", "params.`stage`", "tags.`parent_trial`", "params.`levels`"),
 )
 
 
@@ -143,12 +138,11 @@ def _card(kind: str, section: str, name: str, title: str) -> dict[str, Any]:
 
 def differing_units(records: Sequence[SearchRecord], most: int = 8) -> list[str]:
     """Names of the units whose levels differ most between what the searches recommend (by variance)."""
-    best = [r.best for r in records if r.best is not None]
     space = next((r.space for r in records if r.space is not None), None)
-    if space is None or not best:
+    if space is None:
         return []
-    columns = [[b[i] for b in best if len(b) == len(space.units)] for i in range(len(space.units))]
-    spread = [sum((x - sum(c) / len(c)) ** 2 for x in c) / len(c) if c else 0.0 for c in columns]
+    best = [r.best for r in records if r.best is not None and len(r.best) == len(space.units)]
+    spread = [statistics.pvariance(column) for column in zip(*best, strict=True)]
     order = sorted(range(len(spread)), key=lambda i: -spread[i])[:most]
     return [space.units[i].name for i in sorted(order)]
 
@@ -162,18 +156,12 @@ def views(records: Sequence[SearchRecord]) -> tuple[View, ...]:
     Args:
         records: its searches, in the plan's order.
     """
-    columns: tuple[str, ...] = (
-        "metrics.`held_out/loss`",
-        "metrics.`held_out/perplexity`",
-        "metrics.`held_out/average`",
-        "metrics.`search/tokens`",
-        "metrics.`final/trials`",
-        "params.`label`",
-        "params.`seed`",
-        "tags.`stop_reason`",
+    measured = any("perplexity" in c.held_out for r in records for c in r.checkpoints)
+    columns = (
+        *("metrics.`held_out/loss`", *(("metrics.`held_out/perplexity`",) if measured else ())),
+        *("metrics.`held_out/average`", "metrics.`search/tokens`", "metrics.`final/trials`"),
+        *("params.`label`", "params.`seed`", "tags.`stop_reason`"),
     )
-    measured = {key for r in records for c in r.checkpoints for key in c.held_out}
-    columns = tuple(c for c in columns if c != "metrics.`held_out/perplexity`" or "perplexity" in measured)
     curves = (
         _line("held-out data", "held_out/loss", "held-out loss over tokens spent"),
         _line("calibration data", "search/best_loss", "best calibration loss over trials"),
@@ -199,19 +187,13 @@ def views(records: Sequence[SearchRecord]) -> tuple[View, ...]:
 
 
 def _problem_views(records: Sequence[SearchRecord], only: str = "", mark: str = "", name: str = "") -> list[View]:
-    """Best trials, the winner's trials, and levels on one problem.
-
-    Args:
-        records: the searches on it.
-        only: added to the filters; ``mark``: to the ids; ``name``: to the names.
-    """
+    """Views of one problem's trials and levels; ``only`` is added to filters, ``mark`` to ids, ``name`` to names."""
     units = [safe_key(f"unit/{name}") for name in differing_units(records)]
     few = len(records) < 4 and len(next((r.space.units for r in records if r.space), ())) <= UNITS_SHOWN
     alike = not any("instance" in r.header for r in records)  # losses of two instances cannot be compared
     best = winner(r for r in records if r.checkpoints) if alike and len(records) > 1 else None
-    found = []
-    if alike:
-        found.append(View(f"trials{mark}", f"Best trials{name}", TRIALS + only, "metrics.`loss`", TRIAL_COLUMNS))
+    trials = View(f"trials{mark}", f"Best trials{name}", TRIALS + only, "metrics.`loss`", TRIAL_COLUMNS)
+    found = [trials] if alike else []
     if best is not None and re.fullmatch(NAMEABLE, best.search):
         where = f"{TRIALS} and tags.search = '{best.search}'"
         found.append(View(f"winner{mark}", f"Trials of {best.search}", where, "metrics.`loss`", TRIAL_COLUMNS))

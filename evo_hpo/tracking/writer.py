@@ -204,7 +204,10 @@ def follow_until_closed(folder: Path, uri: str, grace: float) -> int:
                     break
                 if pause > 0.5:
                     time.sleep(min(pause, 1.0))
-        _leave(replayer)
+        try:
+            replayer.leave()
+        except (EvoHpoError, OSError) as error:
+            log.warning("%s", error)
     return replayer.waiting
 
 
@@ -215,13 +218,6 @@ def _silent(uri: str) -> bool:
     except TrackingError:
         return True
     return False
-
-
-def _leave(replayer: Replayer) -> None:
-    try:
-        replayer.leave()
-    except (EvoHpoError, OSError) as error:
-        log.warning("%s", error)
 
 
 def _closed(wait: float) -> bool:

@@ -21,7 +21,6 @@ from evo_hpo.report.statistics import (
     holm,
     interquartile_mean,
     least_p,
-    median,
     pairs_needed,
     rank_biserial,
     spread,
@@ -175,7 +174,3 @@ def test_cliques_by_hand() -> None:
     assert cliques([1.0, 1.5, 3.0, 3.2], 1.0) == [(0, 1), (2, 3)]
     assert cliques([3.0, 1.0, 2.0], 1.5) == [(1, 2), (2, 0)]
     assert cliques([1.0, 5.0], 1.0) == []
-
-
-def test_median_follows_the_axis() -> None:
-    assert median(np.array([[1.0, 2.0, 9.0], [4.0, 5.0, 6.0]])).tolist() == [2.0, 5.0]

@@ -9,10 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import threading
 import tomllib
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from evo_hpo.cli.streams import LastingConsole, usable_streams
+from evo_hpo.cli.unexpected import unexpected
 from evo_hpo.errors import EvoHpoError, PlanError
 
 if TYPE_CHECKING:
@@ -69,9 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors.print("interrupted", style="bold")
         sys.exit(130)
     except Exception as error:
-        _say_error(
-            "; ".join([f"unexpected {_in_a_line(error)}", f"the trace is in {_kept_trace(error)}", *_notes(error)])
-        )
+        _say_error(unexpected(error))
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -79,28 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _say_error(text: str) -> None:
     line = " ".join(text.split("\n"))
     errors.print(f"error: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _in_a_line(error: Exception) -> str:
-    """Kind of an error and what it says, cut to a line's length."""
-    text = f"{type(error).__name__}: {error}"
-    return text if len(text) <= 300 else f"{text[:300]} ..."
-
-
-def _notes(error: Exception) -> list[str]:
-    """What those who saw the error pass know of it: what is safe on disk, and how to go on."""
-    return list(getattr(error, "__notes__", []))
-
-
-def _kept_trace(error: Exception) -> str:
-    """The file that the trace of an unexpected error was written to."""
-    try:
-        number, path = tempfile.mkstemp(prefix="evo-hpo-", suffix=".log")
-        with open(number, "w", encoding="utf-8", errors="replace") as file:
-            file.writelines(traceback.format_exception(error))
-    except OSError as reason:
-        return f"no file ({reason.strerror})"
-    return path
 
 
 @contextmanager

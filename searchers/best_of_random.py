@@ -8,7 +8,7 @@ from typing import Any
 from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-from searchers.exchange import Exchanges
+from searchers.moves import Moves
 
 __all__ = ["BestOfRandom"]
 
@@ -41,7 +41,7 @@ class BestOfRandom(OneFidelity):
         self.stop_reason = f"no assignment that is new in {TRIES} draws"
 
     def _draws(self) -> Iterator[Assignment]:
-        start, moves = self.space.uniform(), Exchanges(self.space)
+        start, moves = self.space.uniform(), Moves(self.space)
         seen = {start}
         failures = 0
         while failures < TRIES:

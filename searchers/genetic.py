@@ -7,7 +7,7 @@ from typing import Any
 from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive, probability
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-from searchers.exchange import Exchanges
+from searchers.moves import Moves
 
 __all__ = ["Genetic"]
 
@@ -46,7 +46,7 @@ class Genetic(OneFidelity):
         self.crossover = probability("crossover", crossover)
         self.mutation = positive("mutation", mutation)
         self.tournament = positive("tournament", tournament)
-        self.moves = Exchanges(space)
+        self.moves = Moves(space)
 
     def steps(self) -> Steps[None]:
         """Starts from uniform and exchanges of it, then breeds for ever."""

@@ -8,7 +8,7 @@ from typing import Any
 from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import one_of, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-from searchers.exchange import Exchanges
+from searchers.moves import Moves
 
 __all__ = ["Greedy"]
 
@@ -42,7 +42,7 @@ class Greedy(OneFidelity):
         self.start = one_of("start", start, "uniform", "cheapest")
         self.lazy = positive("lazy", lazy)
         self.patience = positive("patience", patience)
-        self.moves = Exchanges(space)
+        self.moves = Moves(space)
         self._rates: dict[tuple[int, int], float] = {}  # (unit, direction) -> last measured loss for its cost
 
     def steps(self) -> Steps[None]:

@@ -8,7 +8,7 @@ from typing import Any
 from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import one_of, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-from searchers.exchange import Exchanges
+from searchers.moves import Moves
 
 __all__ = ["LocalSearch"]
 
@@ -44,7 +44,7 @@ class LocalSearch(OneFidelity):
     ) -> None:
         super().__init__(space, seed=seed, **settings)
         self.improvement = one_of("improvement", improvement, "batch", "best", "first")
-        self.moves = Exchanges(space, groups)
+        self.moves = Moves(space, groups)
         self.kick = positive("kick", kick)
 
     def steps(self) -> Steps[None]:

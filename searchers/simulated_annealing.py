@@ -11,7 +11,7 @@ import numpy as np
 from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import number, positive
 from evo_hpo.space.compression_space import CompressionSpace
-from searchers.exchange import Exchanges
+from searchers.moves import Moves
 
 __all__ = ["SimulatedAnnealing"]
 
@@ -50,7 +50,7 @@ class SimulatedAnnealing(OneFidelity):
         self.heat = number("heat", heat)
         self.probes = positive("probes", probes)
         self.cooling_steps = positive("cooling_steps", cooling_steps)
-        self.moves = Exchanges(space, groups)
+        self.moves = Moves(space, groups)
 
     def steps(self) -> Steps[None]:
         self.incumbent = self.space.uniform()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from evo_hpo.errors import ModelError, PlanError
-from evo_hpo.export.published_layout import write_profile
+from evo_hpo.export.published_layout import write_level_lines
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import fuse_experts
 from evo_hpo.models.identity import differences, tokenizer_identity, warn_unchecked
@@ -58,7 +58,7 @@ def export_profile(profile: Path, output: Path, dtype: str = "") -> dict[str, An
     place(loaded.model, levels, assignment)
     loaded.model.save_pretrained(output)  # type: ignore[operator]
     loaded.tokenizer.save_pretrained(output)
-    write_profile(output / "profile.txt", levels, assignment)
+    write_level_lines(output / "profile.txt", levels, assignment)
     (output / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
     return data
 

@@ -19,7 +19,7 @@ from evo_hpo.levels.manifest import LevelRecord, UnitRecord, checksum
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.structure import is_linear
 
-__all__ = ["ReferenceFolder", "open_reference", "read_profile", "write_profile", "write_reference"]
+__all__ = ["ReferenceFolder", "open_reference", "read_level_lines", "write_level_lines", "write_reference"]
 
 
 class ReferenceFolder:
@@ -81,7 +81,7 @@ def write_reference(store: LevelStore, folder: str | Path, dtype: torch.dtype = 
             torch.save(weight.to(dtype).clone(), target / f"{name}.pth")
 
 
-def write_profile(path: str | Path, levels: LevelSet | LevelStore, assignment: Sequence[int]) -> None:
+def write_level_lines(path: str | Path, levels: LevelSet | LevelStore, assignment: Sequence[int]) -> None:
     """Write one `layer: level` line for each unit (for each member of a tied unit)."""
     lines = [
         f"{member}: {_integer_names(unit.levels)[level]}\n"
@@ -91,7 +91,7 @@ def write_profile(path: str | Path, levels: LevelSet | LevelStore, assignment: S
     Path(path).write_text("".join(lines))
 
 
-def read_profile(path: str | Path, levels: LevelSet | LevelStore) -> tuple[int, ...]:
+def read_level_lines(path: str | Path, levels: LevelSet | LevelStore) -> tuple[int, ...]:
     """The assignment that a `layer: level` file describes.
 
     Raises:

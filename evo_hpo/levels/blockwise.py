@@ -16,7 +16,7 @@ from torch import nn
 from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.levels.compressor import Compressor, Inputs
 from evo_hpo.levels.hessian import BlockCalls, InputStatistics, capture_calls, run_block
-from evo_hpo.levels.manifest import Manifest, Plan
+from evo_hpo.levels.manifest import Manifest, Recipe
 from evo_hpo.levels.writing import StoreWriter
 from evo_hpo.models.experts import fused_leftovers
 from evo_hpo.models.identity import tokens_identity
@@ -57,7 +57,7 @@ def build_store(
     """
     chosen = linear_modules(loaded.model, include, exclude)
     _refuse_leftovers(loaded.model, include, exclude)
-    plan = Plan(
+    plan = Recipe(
         model=loaded.name,
         identity=dict(loaded.identity),
         method=compressor.name,

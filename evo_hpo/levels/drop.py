@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.levels.manifest import LevelRecord, Manifest, Plan, UnitRecord
+from evo_hpo.levels.manifest import LevelRecord, Manifest, Recipe, UnitRecord
 from evo_hpo.levels.writing import StoreWriter
 from evo_hpo.models.dropping import check_droppable
 from evo_hpo.models.gates import example_tokens
@@ -47,7 +47,7 @@ def build_drop_store(
     members = {member for _, unit in chosen for member in unit}
     check_droppable(loaded.model, members, example_tokens(loaded.model))
     records = tuple(_record(loaded.model, name, members) for name, members in chosen)
-    plan = Plan(
+    plan = Recipe(
         model=loaded.name,
         identity=dict(loaded.identity),
         method="drop",

@@ -13,7 +13,7 @@ from typing import Any
 from evo_hpo.errors import StoreError
 from evo_hpo.models.identity import differences
 
-__all__ = ["FORMAT", "LevelRecord", "Manifest", "Plan", "UnitRecord", "checksum", "write_atomically"]
+__all__ = ["FORMAT", "LevelRecord", "Manifest", "Recipe", "UnitRecord", "checksum", "write_atomically"]
 
 FORMAT = 1
 
@@ -61,7 +61,7 @@ class UnitRecord:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Recipe:
     """Everything that decides what a build writes; a build may only go on in a folder with the same plan.
 
     Names say nothing about content: `model` and the calibration's `text` may differ where `identity` and `tokens`,
@@ -82,12 +82,12 @@ class Plan:
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
+    def from_json(cls, data: dict[str, Any]) -> Recipe:
         """Rebuild a plan from `to_json`, of this version or an earlier one."""
         known = {k: v for k, v in data.items() if k != "model_fingerprint"}
         return cls(**{"identity": {}, **known, "units": tuple(data["units"])})
 
-    def differences(self, wanted: Plan) -> str:
+    def differences(self, wanted: Recipe) -> str:
         """What decides about the files and is not equal in the plan that is wanted, in words; empty: the same store."""
         words = [differences(self.identity, wanted.identity)]
         named = {"tokens": "calibration text"}
@@ -103,7 +103,7 @@ class Plan:
 class Manifest:
     """The plan, the records, and the versions that wrote them."""
 
-    plan: Plan
+    plan: Recipe
     units: tuple[UnitRecord, ...]
     versions: dict[str, str]
 
@@ -133,7 +133,7 @@ class Manifest:
                     f"{str(path)!r} has format {data['plan']['format']}, this version reads {FORMAT}: rebuild"
                 )
             units = tuple(UnitRecord.from_json(unit) for unit in data["units"])
-            return cls(Plan.from_json(data["plan"]), units, data["versions"])
+            return cls(Recipe.from_json(data["plan"]), units, data["versions"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise StoreError(f"damaged manifest {str(path)!r} ({error}): rebuild the store") from error
 

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from evo_hpo.errors import StoreError
 from evo_hpo.levels.compressor import CompressedLevel
-from evo_hpo.levels.manifest import LevelRecord, Manifest, Plan, UnitRecord, checksum, versions, write_atomically
+from evo_hpo.levels.manifest import LevelRecord, Manifest, Recipe, UnitRecord, checksum, versions, write_atomically
 from evo_hpo.levels.packing import Encoded, decode_record
 from evo_hpo.models.loading import made_folder
 
@@ -27,19 +27,19 @@ class StoreWriter:
         StoreError: the folder holds a build with another plan.
     """
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    def __init__(self, folder: Path, plan: Recipe) -> None:
         self.folder = folder
         self.plan = plan
         made_folder(folder / "units")
         begun = folder / "build.json"
         if begun.is_file():
-            self._check(Plan.from_json(json.loads(begun.read_text())))
+            self._check(Recipe.from_json(json.loads(begun.read_text())))
         else:
             write_atomically(begun, json.dumps(plan.to_json(), indent=1).encode())
         self._records: dict[str, UnitRecord] = {}
 
-    def _check(self, found: Plan) -> None:
-        wanted = Plan.from_json(self.plan.to_json())
+    def _check(self, found: Recipe) -> None:
+        wanted = Recipe.from_json(self.plan.to_json())
         if different := found.differences(wanted):
             raise StoreError(
                 f"{str(self.folder)!r} holds a store with other {different}: use another folder or delete it"

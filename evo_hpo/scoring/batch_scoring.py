@@ -12,10 +12,10 @@ from torch import Tensor
 from evo_hpo.scoring.dense import DenseSide, PackedSide, joined
 from evo_hpo.scoring.divergence import Fitness
 from evo_hpo.scoring.kept_inputs import Reference, ReferenceStates
-from evo_hpo.scoring.pool import WorkerPool
+from evo_hpo.scoring.pool import ReplicaPool
 from evo_hpo.scoring.prefixes import Signature, signature
 from evo_hpo.scoring.racing import race
-from evo_hpo.scoring.worker import Worker
+from evo_hpo.scoring.replica import Replica
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["BatchScorer", "Sums"]
@@ -41,7 +41,7 @@ class BatchScorer:
         known: complete and partial sums on the last seed's minibatches, in its order of sequences.
     """
 
-    pool: WorkerPool
+    pool: ReplicaPool
     tokens: Tensor
     fitness: Fitness
     units_of_blocks: Sequence[Sequence[int]]
@@ -85,7 +85,7 @@ class BatchScorer:
             earlier = self.known.get(assignment, row[:0])[: len(row)]
             row[: len(earlier)] = earlier
         unread = int(np.isnan(sums).sum())
-        head = self.pool.workers[0].head.weight
+        head = self.pool.replicas[0].head.weight
         state = len(sequences) * self.tokens.shape[1] * head.shape[1] * head.element_size()
         bring_paths = self.reference.begin(
             (self.known_seed, len(sequences)), len(self.units_of_blocks) * state, len(todo)
@@ -125,11 +125,11 @@ class BatchScorer:
         signatures = {i: signature(todo[i], self.units_of_blocks) for i in candidates}
         order = sorted(candidates, key=signatures.__getitem__)
         whole = len(batches) // len(self.pool) * len(self.pool)
-        tasks: list[Callable[[Worker], Result]] = []
+        tasks: list[Callable[[Replica], Result]] = []
         for position, batch in enumerate(batches):
             chosen = [i for i in order if bring_paths or np.isnan(sums[i, batch[1]]).any()]
             parts = 1 if position < whole else min(len(self.pool), len(chosen))
-            for part in range(parts):  # batches that do not fill all workers are split by candidates
+            for part in range(parts):  # batches that do not fill all replicas are split by candidates
                 members = chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]
                 tasks.append(self._task(todo, members, signatures, batch, bring_paths))
         return self.pool.map(tasks)
@@ -141,9 +141,9 @@ class BatchScorer:
         signatures: Mapping[int, Signature],
         batch: Batch,
         bring_paths: bool,
-    ) -> Callable[[Worker], Result]:
-        def task(worker: Worker) -> Result:
-            values, paths = worker.run(
+    ) -> Callable[[Replica], Result]:
+        def task(replica: Replica) -> Result:
+            values, paths = replica.run(
                 [todo[i] for i in members],
                 [signatures[i] for i in members],
                 self.tokens[list(batch[0])],
@@ -161,7 +161,7 @@ class BatchScorer:
         if self.fitness == "perplexity":
             return
 
-        def task(sequence: int) -> Callable[[Worker], tuple[int, DenseSide | PackedSide]]:
-            return lambda worker: (sequence, worker.dense(self.tokens[[sequence]], self.dense_bits, self.top_k))
+        def task(sequence: int) -> Callable[[Replica], tuple[int, DenseSide | PackedSide]]:
+            return lambda replica: (sequence, replica.dense(self.tokens[[sequence]], self.dense_bits, self.top_k))
 
         self.dense.update(self.pool.map([task(s) for s in sequences if s not in self.dense]))

@@ -15,8 +15,8 @@ from evo_hpo.levels.levels import Levels
 from evo_hpo.scoring.dense import DenseSide
 from evo_hpo.scoring.divergence import divergences
 from evo_hpo.scoring.kernels import Kernels
-from evo_hpo.scoring.pool import WorkerPool
-from evo_hpo.scoring.worker import Worker
+from evo_hpo.scoring.pool import ReplicaPool
+from evo_hpo.scoring.replica import Replica
 
 __all__ = ["Compiled", "compile_parts"]
 
@@ -41,7 +41,7 @@ class Compiled:
     rows: tuple[tuple[str, float], ...] = ()
 
 
-def compile_parts(pool: WorkerPool, levels: Levels, ids: Tensor, known: Mapping[str, int]) -> Compiled:
+def compile_parts(pool: ReplicaPool, levels: Levels, ids: Tensor, known: Mapping[str, int]) -> Compiled:
     """Compiles every replica's blocks and its steps on logits for batches of the shape of ``ids``.
 
     Weights are inputs of the compiled code, so switching levels does not compile again, and blocks that are alike share
@@ -53,12 +53,12 @@ def compile_parts(pool: WorkerPool, levels: Levels, ids: Tensor, known: Mapping[
     """
 
     def blocks(compiler: Callable[..., Any] | None) -> None:
-        for worker in pool.workers:
-            worker.gated.compile_blocks(compiler)
+        for replica in pool.replicas:
+            replica.gated.compile_blocks(compiler)
 
     def chunk(compiler: Callable[..., Any] | None) -> None:
-        for worker in pool.workers:
-            worker.head.kernels = Kernels() if compiler is None else Kernels.compiled(compiler)
+        for replica in pool.replicas:
+            replica.head.kernels = Kernels() if compiler is None else Kernels.compiled(compiler)
 
     rows: list[tuple[str, float]] = []
     faster = {
@@ -74,10 +74,10 @@ def compile_parts(pool: WorkerPool, levels: Levels, ids: Tensor, known: Mapping[
 
 
 def _try(
-    pool: WorkerPool,
+    pool: ReplicaPool,
     part: str,
     install: Callable[[Callable[..., Any] | None], None],
-    work: Callable[[Worker, Tensor], object],
+    work: Callable[[Replica, Tensor], object],
     ids: Tensor,
     known: Mapping[str, int],
     rows: list[tuple[str, float]],
@@ -100,45 +100,45 @@ def _try(
     return ""
 
 
-def _rate(pool: WorkerPool, work: Callable[[Worker, Tensor], object], ids: Tensor) -> float:
+def _rate(pool: ReplicaPool, work: Callable[[Replica, Tensor], object], ids: Tensor) -> float:
     """Tokens a second of the best of a few runs, after one that is not counted; on a CPU of its own time."""
 
-    def task(worker: Worker) -> float:
+    def task(replica: Replica) -> float:
         with torch.inference_mode():
             for _ in range(2):
-                worker.place(None, ids)
-            work(worker, ids)
-            return min(_seconds(worker, work, ids) for _ in range(REPEATS))
+                replica.place(None, ids)
+            work(replica, ids)
+            return min(_seconds(replica, work, ids) for _ in range(REPEATS))
 
     return ids.numel() / pool.map([task])[0]
 
 
-def _seconds(worker: Worker, work: Callable[[Worker, Tensor], object], ids: Tensor) -> float:
+def _seconds(replica: Replica, work: Callable[[Replica, Tensor], object], ids: Tensor) -> float:
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
     clock = time.perf_counter if ids.is_cuda else time.thread_time  # other processes must not decide
     start = clock()
-    work(worker, ids)
+    work(replica, ids)
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
     return clock() - start
 
 
-def _body(worker: Worker, ids: Tensor) -> object:
-    return worker.gated.final_hidden(ids)
+def _body(replica: Replica, ids: Tensor) -> object:
+    return replica.gated.final_hidden(ids)
 
 
-def _chunk(worker: Worker, ids: Tensor) -> object:
+def _chunk(replica: Replica, ids: Tensor) -> object:
     """The divergence of a candidate from made-up vectors: what they hold does not matter for its speed."""
-    size, dtype = worker.head.weight.shape[1], worker.head.weight.dtype
+    size, dtype = replica.head.weight.shape[1], replica.head.weight.dtype
     count = ids.shape[0] * (ids.shape[1] - 1)
     hidden = torch.linspace(-1, 1, size, device=ids.device).expand(count, size).contiguous()
-    constants = hidden.new_zeros(count, dtype=torch.float64) if worker.head.linear else None
-    return divergences(worker.head, [hidden.to(dtype)], DenseSide(hidden, constants))
+    constants = hidden.new_zeros(count, dtype=torch.float64) if replica.head.linear else None
+    return divergences(replica.head, [hidden.to(dtype)], DenseSide(hidden, constants))
 
 
-def _obstacle(pool: WorkerPool, levels: Levels) -> str:
-    blocks = pool.workers[0].gated.blocks
+def _obstacle(pool: ReplicaPool, levels: Levels) -> str:
+    blocks = pool.replicas[0].gated.blocks
     for number in range(len(levels.units)):
         dropped = [name for name, weight in levels.weights(number, 0).items() if weight is None]
         inside = [name for name in dropped if name not in blocks]

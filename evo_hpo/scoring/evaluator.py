@@ -29,12 +29,12 @@ from evo_hpo.scoring.dense import DenseSide, PackedSide
 from evo_hpo.scoring.divergence import Fitness
 from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.kept_inputs import ReferenceStates
-from evo_hpo.scoring.pool import WorkerPool
+from evo_hpo.scoring.pool import ReplicaPool
+from evo_hpo.scoring.replica import Replica
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.score_cache import ScoreCache
-from evo_hpo.scoring.switching import LevelSwitch, blocks_of_units
-from evo_hpo.scoring.tuning import Measured, measure_settings
-from evo_hpo.scoring.worker import Worker
+from evo_hpo.scoring.switching import WeightSwitch, blocks_of_units
+from evo_hpo.scoring.tuning import Tuned, measure_settings
 from evo_hpo.search.problem import Minibatch, Score
 from evo_hpo.space.compression_space import Assignment
 
@@ -129,8 +129,8 @@ class Evaluator:
         members = {name for unit in levels.units for name in unit.members}
         check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_linear(m)}, example)
         self._packs = packed > 0
-        self.pool = WorkerPool([self._worker(model, example, lock, packed) for _ in range(count)], on_cpu)
-        self.blocks = tuple(self.pool.workers[0].gated.blocks)
+        self.pool = ReplicaPool([self._replica(model, example, lock, packed) for _ in range(count)], on_cpu)
+        self.blocks = tuple(self.pool.replicas[0].gated.blocks)
         self._batches = BatchScorer(
             self.pool,
             self.tokens,
@@ -147,27 +147,27 @@ class Evaluator:
             **(identity or model_identity(model)),
             "store": levels.fingerprint,
             "calibration text": tokens_identity(self.tokens),
-            "dtype": str(self.pool.workers[0].head.weight.dtype).removeprefix("torch."),
+            "dtype": str(self.pool.replicas[0].head.weight.dtype).removeprefix("torch."),
         }
         self.cache = ScoreCache(cache, self.context())
-        self.measured: Measured | None = None
+        self.measured: Tuned | None = None
         if measure:
             self._measure(batch_size, chunk, threads)
         self._expect_batches()
         self.compiled = self._compile() if compile else Compiled()
         self._held_out: dict[str, list[DenseSide | PackedSide]] = {}
 
-    def _worker(self, model: nn.Module, example: Tensor, lock: threading.Lock, packed: int) -> Worker:
+    def _replica(self, model: nn.Module, example: Tensor, lock: threading.Lock, packed: int) -> Replica:
         gated = GatedModel(model, example)
         with torch.inference_mode():
             hidden, _ = gated.final_hidden(example)
         head = OutputHead(model, hidden, example, gated.head, packed)
         head.chunk = self.chunk
-        return Worker(gated, LevelSwitch(gated, self.levels, example, lock, packed), head, self.fitness)
+        return Replica(gated, WeightSwitch(gated, self.levels, example, lock, packed), head, self.fitness)
 
     def _expect_batches(self) -> None:
-        for worker in self.pool.workers:
-            worker.batch = (self._batches.batch_size, self.length)
+        for replica in self.pool.replicas:
+            replica.batch = (self._batches.batch_size, self.length)
 
     def _measure(self, batch_size: int | None, chunk: Chunk | None, threads: int | None) -> None:
         kept = self.cache.settings()
@@ -179,8 +179,8 @@ class Evaluator:
         self._batches.batch_size = batch_size or kept["batch_size"]
         self.chunk = chunk or Chunk(kept["chunk_tokens"], kept["chunk_vocabulary"])
         self.pool.shrink(threads or kept["threads"])
-        for worker in self.pool.workers:
-            worker.head.chunk = self.chunk
+        for replica in self.pool.replicas:
+            replica.head.chunk = self.chunk
 
     def _compile(self) -> Compiled:
         kept = self.cache.settings()
@@ -269,8 +269,8 @@ class Evaluator:
                     batches.state_bytes = batches.reference.limit = 0
                     batches.reference.clear()
                     self._packs = False
-                    for worker in self.pool.workers:
-                        worker.forget_packed()
+                    for replica in self.pool.replicas:
+                        replica.forget_packed()
                 else:
                     raise MemoryError(str(error)) from error
                 _log.warning("out of memory: going on with %d sequences a batch", batches.batch_size)

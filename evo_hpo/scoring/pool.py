@@ -9,36 +9,36 @@ from typing import TypeVar
 
 import torch
 
-from evo_hpo.scoring.worker import Timing, Worker
+from evo_hpo.scoring.replica import Replica, Timing
 
-__all__ = ["WorkerPool"]
+__all__ = ["ReplicaPool"]
 
 T = TypeVar("T")
 
 
-class WorkerPool:
-    """Runs tasks on free workers.
+class ReplicaPool:
+    """Runs tasks on free replicas.
 
     Two threads with a replica each, every operation on one core, are at least as fast as operations split over two
     cores, do not collapse beside other busy processes, and leave each result independent of the number of threads.
 
     Args:
-        workers: at least one; they share weights.
+        replicas: at least one; they share weights.
         on_cpu: restrict operations to one core each while tasks run.
     """
 
-    def __init__(self, workers: Sequence[Worker], on_cpu: bool) -> None:
-        self.workers = tuple(workers)
+    def __init__(self, replicas: Sequence[Replica], on_cpu: bool) -> None:
+        self.replicas = tuple(replicas)
         self._on_cpu = on_cpu
-        self._free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        for worker in workers:
-            self._free.put(worker)
-        self._threads = ThreadPoolExecutor(len(workers), initializer=_one_core if on_cpu else None)
+        self._free: queue.SimpleQueue[Replica] = queue.SimpleQueue()
+        for replica in replicas:
+            self._free.put(replica)
+        self._threads = ThreadPoolExecutor(len(replicas), initializer=_one_core if on_cpu else None)
 
     def __len__(self) -> int:
-        return len(self.workers)
+        return len(self.replicas)
 
-    def map(self, tasks: Sequence[Callable[[Worker], T]]) -> list[T]:
+    def map(self, tasks: Sequence[Callable[[Replica], T]]) -> list[T]:
         """Results of the tasks, in order."""
         before = torch.get_num_threads()
         if self._on_cpu:
@@ -51,28 +51,28 @@ class WorkerPool:
             torch.set_num_threads(before)
 
     def shrink(self, count: int) -> None:
-        """Uses fewer workers from now on; call it while none is busy."""
-        while len(self.workers) > max(count, 1):
+        """Uses fewer replicas from now on; call it while none is busy."""
+        while len(self.replicas) > max(count, 1):
             gone = self._free.get()
-            self.workers = tuple(worker for worker in self.workers if worker is not gone)
+            self.replicas = tuple(replica for replica in self.replicas if replica is not gone)
 
     def timing(self) -> Timing:
-        """Summed over all workers."""
+        """Summed over all replicas."""
         total = Timing()
-        for worker in self.workers:
-            total.add(worker.timing)
+        for replica in self.replicas:
+            total.add(replica.timing)
         return total
 
     def close(self) -> None:
         """Ends the threads."""
         self._threads.shutdown()
 
-    def _call(self, task: Callable[[Worker], T]) -> T:
-        worker = self._free.get()
+    def _call(self, task: Callable[[Replica], T]) -> T:
+        replica = self._free.get()
         try:
-            return task(worker)
+            return task(replica)
         finally:
-            self._free.put(worker)
+            self._free.put(replica)
 
 
 def _one_core() -> None:

@@ -25,7 +25,7 @@ from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.output_gradient import divergence_gradient, likelihood_gradient, sampled_labels
 from evo_hpo.scoring.projections import Projector
 from evo_hpo.scoring.sampling import sequences_of
-from evo_hpo.scoring.switching import LevelSwitch
+from evo_hpo.scoring.switching import WeightSwitch
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.sensitivities import READS, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
@@ -81,7 +81,7 @@ class SensitivityPass:
             hidden, _ = self._gated.final_hidden(example)
         self._head = OutputHead(model, hidden, example, self._gated.head)
         self._head.chunk = chunk or self._head.chunk
-        self._switch = LevelSwitch(self._gated, levels, example, threading.Lock())
+        self._switch = WeightSwitch(self._gated, levels, example, threading.Lock())
         self._tokens, self._graph_bytes = tokens, graph_bytes
         self._numbers = {name: number for number, name in enumerate(self._gated.blocks)}
         modules = dict(self._gated.model.named_modules())

@@ -18,10 +18,10 @@ from evo_hpo.models.structure import is_linear, is_transposed
 from evo_hpo.scoring.prepacking import Prepacked, use_prepacked
 from evo_hpo.space.compression_space import Assignment, Unit
 
-__all__ = ["LevelSwitch", "blocks_of_units"]
+__all__ = ["WeightSwitch", "blocks_of_units"]
 
 
-class LevelSwitch:
+class WeightSwitch:
     """Sets the levels of a gated model's units.
 
     Args:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from evo_hpo.scoring.head import Chunk
-from evo_hpo.scoring.pool import WorkerPool
-from evo_hpo.scoring.worker import Worker
+from evo_hpo.scoring.pool import ReplicaPool
+from evo_hpo.scoring.replica import Replica
 
-__all__ = ["Measured", "fastest_dtype", "measure_settings"]
+__all__ = ["Tuned", "fastest_dtype", "measure_settings"]
 
 GAIN = 1.05
 """A larger setting must be this much faster than the smaller one."""
@@ -22,7 +22,7 @@ CHUNKS = (Chunk(512, 1024), Chunk(256, 2048), Chunk(512, 4096), Chunk(2048, 1638
 
 
 @dataclass(frozen=True)
-class Measured:
+class Tuned:
     """Settings and what was seen.
 
     Attributes:
@@ -35,11 +35,11 @@ class Measured:
     rows: tuple[tuple[str, float], ...]
 
 
-def measure_settings(pool: WorkerPool, tokens: Tensor) -> Measured:
+def measure_settings(pool: ReplicaPool, tokens: Tensor) -> Tuned:
     """Tries batch sizes, chunks and numbers of threads on a few forward passes of the uncompressed model.
 
     Args:
-        pool: workers, one for each thread that may be used.
+        pool: replicas, one for each thread that may be used.
         tokens: calibration pool, sequences x length.
     """
     rows: list[tuple[str, float]] = []
@@ -67,28 +67,28 @@ def measure_settings(pool: WorkerPool, tokens: Tensor) -> Measured:
     sizes = [s for s in (1, 2, 4, 8, 16, 32) if s <= len(tokens)]
     size = best("sequences a batch", sizes, batch_rate)
     threads = best("threads", range(1, len(pool) + 1), thread_rate)
-    chunk = _best_chunk(pool.workers[0], tokens[:size], rows)
-    return Measured(size, chunk, threads, tuple(rows))
+    chunk = _best_chunk(pool.replicas[0], tokens[:size], rows)
+    return Tuned(size, chunk, threads, tuple(rows))
 
 
-def _pass(ids: Tensor) -> Callable[[Worker], Tensor]:
-    def run(worker: Worker) -> Tensor:
+def _pass(ids: Tensor) -> Callable[[Replica], Tensor]:
+    def run(replica: Replica) -> Tensor:
         with torch.inference_mode():
-            worker.switch.set(None)
-            return worker.gated.final_hidden(ids)[0]
+            replica.switch.set(None)
+            return replica.gated.final_hidden(ids)[0]
 
     return run
 
 
-def _best_chunk(worker: Worker, ids: Tensor, rows: list[tuple[str, float]]) -> Chunk:
-    before, rates = worker.head.chunk, {}
+def _best_chunk(replica: Replica, ids: Tensor, rows: list[tuple[str, float]]) -> Chunk:
+    before, rates = replica.head.chunk, {}
     with torch.inference_mode():
-        hidden = _pass(ids)(worker).flatten(0, 1)
+        hidden = _pass(ids)(replica).flatten(0, 1)
         for chunk in CHUNKS:
-            worker.head.chunk = chunk
-            rates[chunk] = len(hidden) / _seconds(lambda: worker.head.log_normaliser(hidden), ids)
+            replica.head.chunk = chunk
+            rates[chunk] = len(hidden) / _seconds(lambda: replica.head.log_normaliser(hidden), ids)
             rows.append((f"chunk {chunk.tokens} x {chunk.vocabulary}", rates[chunk]))
-    worker.head.chunk = before
+    replica.head.chunk = before
     return max(rates, key=rates.__getitem__)
 
 

@@ -10,7 +10,7 @@ from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import boolean, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.model import AdditiveModel, Effects, within_reach
-from searchers.exchange import Exchanges
+from searchers.moves import Moves
 
 __all__ = ["Probing"]
 
@@ -48,7 +48,7 @@ class Probing(OneFidelity):
         self.changes = changes if changes is None else positive("changes", changes)
         self.refine = boolean("refine", refine)
         self.model = AdditiveModel(space)
-        self.moves = Exchanges(space)
+        self.moves = Moves(space)
 
     @abstractmethod
     def solve(self, effects: Effects, start: Assignment) -> Assignment | None:

@@ -10,7 +10,7 @@ from evo_hpo.search.searcher import positive, probability
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.model import AdditiveModel, within_reach
 from searchers.additive.solvers import solve_many
-from searchers.exchange import Exchanges
+from searchers.moves import Moves
 
 __all__ = ["TrustRegion"]
 
@@ -61,7 +61,7 @@ class TrustRegion(OneFidelity):
         self.reach = reach if reach is None else positive("reach", reach)
         self.explore = probability("explore", explore)
         self.model = AdditiveModel(space, memory=positive("memory", memory, 8))
-        self.moves = Exchanges(space)
+        self.moves = Moves(space)
 
     def steps(self) -> Steps[None]:
         if self._auto:

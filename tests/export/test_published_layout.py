@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evo_hpo.errors import StoreError
-from evo_hpo.export.published_layout import open_reference, read_profile, write_profile, write_reference
+from evo_hpo.export.published_layout import open_reference, read_level_lines, write_level_lines, write_reference
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.pruners import Magnitude
 from evo_hpo.levels.quantizers import RTN
@@ -46,17 +46,17 @@ def test_profiles_round_trip_and_are_checked(llama: LoadedModel, tmp_path: Path)
     store = open_store(tmp_path / "store")
     assignment = tuple(i % 2 for i in range(len(store.units)))
     path = tmp_path / "profile.txt"
-    write_profile(path, store, assignment)
+    write_level_lines(path, store, assignment)
     assert path.read_text().splitlines()[1] == "model.layers.0.self_attn.k_proj: 3"
-    assert read_profile(path, store) == assignment
-    write_profile(path, store.levels.tied(), (1,) * len(store.levels.tied().units))
-    assert read_profile(path, store) == (1,) * len(store.units)
+    assert read_level_lines(path, store) == assignment
+    write_level_lines(path, store.levels.tied(), (1,) * len(store.levels.tied().units))
+    assert read_level_lines(path, store) == (1,) * len(store.units)
     path.write_text(path.read_text().replace("q_proj: 3", "q_proj: 7", 1))
     with pytest.raises(StoreError, match="q_proj"):
-        read_profile(path, store)
+        read_level_lines(path, store)
     path.write_text("model.layers.9.x: 3\n")
     with pytest.raises(StoreError, match="levels 2, 3"):
-        read_profile(path, store)
+        read_level_lines(path, store)
 
 
 def test_what_does_not_fit_is_refused_by_name(llama: LoadedModel, tmp_path: Path) -> None:
@@ -81,12 +81,12 @@ def test_a_published_folder_and_profile_are_scored_like_our_own(
     build_store(llama, tmp_path / "store", RTN([2, 3], group_size=16))
     store = open_store(tmp_path / "store")
     write_reference(store, tmp_path / "dense", torch.float32)
-    write_profile(tmp_path / "profile.txt", store, tuple(i % 3 % 2 for i in range(len(store.units))))
+    write_level_lines(tmp_path / "profile.txt", store, tuple(i % 3 % 2 for i in range(len(store.units))))
     published = open_reference(tmp_path / "dense", "bits", llama.model)
     losses = []
     for levels in (store, published):
         evaluator = Evaluator(llama.model, levels, tokens)
-        figures = evaluator.evaluate_held_out(read_profile(tmp_path / "profile.txt", levels), tokens)
+        figures = evaluator.evaluate_held_out(read_level_lines(tmp_path / "profile.txt", levels), tokens)
         evaluator.close()
         losses.append(figures["loss"])
     assert losses[0] == losses[1] > 0

@@ -78,7 +78,7 @@ def test_two_bytes_a_number_change_no_loss_by_more_than_a_hundred_thousandth(nam
 
 
 def _hidden(evaluator: Evaluator) -> int:
-    return int(evaluator.pool.workers[0].head.weight.shape[1])
+    return int(evaluator.pool.replicas[0].head.weight.shape[1])
 
 
 def test_the_uncompressed_model_has_no_divergence_from_itself() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from evo_hpo.errors import InvalidSettingError, ModelError, StoreError
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.evaluator import Evaluator
-from evo_hpo.scoring.worker import Worker
+from evo_hpo.scoring.replica import Replica
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import Unit
 from tests.scoring.evaluators import LENGTH, SMALL, Parts, losses_of, make_evaluator
@@ -44,14 +44,14 @@ def test_running_out_of_memory_halves_the_batch(
     llama: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     candidates = random_assignments(3, len(llama[1].units), 3)
-    evaluator, run = make_evaluator(llama, batch_size=4), Worker.run
+    evaluator, run = make_evaluator(llama, batch_size=4), Replica.run
 
-    def greedy(self: Worker, *arguments: Any) -> Any:
+    def greedy(self: Replica, *arguments: Any) -> Any:
         if len(arguments[2]) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return run(self, *arguments)
 
-    monkeypatch.setattr(Worker, "run", greedy)
+    monkeypatch.setattr(Replica, "run", greedy)
     assert losses_of(evaluator, candidates) == losses_of(make_evaluator(llama, batch_size=1), candidates)
     assert evaluator.report()["batch_size"] == 1
     assert evaluator.report()["out_of_memory"] == 2
@@ -62,7 +62,7 @@ def test_memory_that_never_suffices_is_an_error(llama: Parts, monkeypatch: pytes
     def greedy(*_: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(Worker, "run", greedy)
+    monkeypatch.setattr(Replica, "run", greedy)
     with pytest.raises(MemoryError):
         losses_of(make_evaluator(llama), random_assignments(1, len(llama[1].units), 3))
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from evo_hpo.scoring import compiling
 from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.replica import Replica
 from evo_hpo.scoring.tuning import fastest_dtype
-from evo_hpo.scoring.worker import Worker
 from evo_hpo.search.problem import Minibatch
 from tests.scoring.evaluators import LARGE, LENGTH, Parts, losses_of, make_evaluator
 from tests.tiny import VOCABULARY, RoundedLevels, random_assignments, random_model, tiny_tokens
@@ -74,7 +74,7 @@ class _Clock:
         monkeypatch.setattr(torch, "compile", lambda code, **_: code)
         monkeypatch.setattr(compiling, "_seconds", self.seconds)
 
-    def seconds(self, _: Worker, work: Any, __: Tensor) -> float:
+    def seconds(self, _: Replica, work: Any, __: Tensor) -> float:
         self.runs[work] = self.runs.get(work, 0) + 1
         return 1.0 if self.runs[work] <= compiling.REPEATS else self.factor
 
@@ -121,6 +121,6 @@ def test_no_loss_depends_on_what_was_packed(wide: Parts, batch_size: int) -> Non
             evaluator.evaluate_held_out(order[0], tiny_tokens(2, 9))
         assert losses_of(evaluator, candidates, minibatch) == expected
         assert losses_of(made(packed_bytes), candidates[:1], minibatch) == expected[:1]
-    packs = evaluator.pool.workers[0].switch.packed
+    packs = evaluator.pool.replicas[0].switch.packed
     assert packs.rows == batch_size * 33
     assert not torch.backends.mkl.is_available() or len(packs) >= 8  # type: ignore[no-untyped-call]

@@ -23,7 +23,7 @@ from evo_hpo.search.loop import Checkpoint
 from evo_hpo.search.registry import make_searcher
 from evo_hpo.search.trial import Measured, Outcome
 from searchers.evopress.mutation import Exchange, LevelSwitch, Uniforms, UnrestrictedSwitch
-from searchers.exchange import Exchanges
+from searchers.moves import Moves
 
 SEARCHERS = (
     *("random", "best_of_random", "local_search", "simulated_annealing", "genetic", "greedy", "dynamic_programming"),
@@ -87,7 +87,7 @@ def space_operations() -> dict[str, float]:
     space = interacting(units=210, unequal=True, seed=0).space
     data, start, rng = space.to_json(), space.uniform(), np.random.default_rng(0)
     wishes = [rng.uniform(0, 4, 210).tolist() for _ in range(20)]
-    moves = Exchanges(space)
+    moves = Moves(space)
     switch, exchange, unrestricted = LevelSwitch(space), Exchange(space), UnrestrictedSwitch(space)
     stream = Uniforms(rng)
     space.sample(rng)

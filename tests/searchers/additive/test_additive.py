@@ -17,7 +17,7 @@ from searchers.additive.solvers import (
     solve_by_integer_programming,
     solve_many,
 )
-from searchers.exchange import Exchanges
+from searchers.moves import Moves
 from tests.spaces import all_feasible, spaces
 
 
@@ -133,7 +133,7 @@ def test_with_fewer_rows_than_effects_the_model_still_predicts_better_than_nothi
     space = CompressionSpace([Unit(f"layers.{i // 4}.r{i % 4}", (2, 3, 4)) for i in range(60)], 180)
     rng = np.random.default_rng(4)
     effects = [[0.0, -(4.0 ** (i % 4)), -1.25 * 4.0 ** (i % 4)] for i in range(60)]
-    moves, start = Exchanges(space), space.uniform()
+    moves, start = Moves(space), space.uniform()
     model = AdditiveModel(space)
     for _ in range(30):
         levels = moves.walk(start, 2, rng)
@@ -184,7 +184,7 @@ def test_neighbours_are_all_feasible_single_steps_and_pairs(space: CompressionSp
         steps = sorted(step for _, step in moved)
         if steps in ([-1], [1]) or (steps == [-1, 1] and any({i for i, _ in moved} <= set(g) for g in groups)):
             expected.add(other)
-    found = list(Exchanges(space, rule).neighbours(levels, np.random.default_rng(0)))
+    found = list(Moves(space, rule).neighbours(levels, np.random.default_rng(0)))
     assert len(found) == len(set(found))
     assert set(found) == expected
 
@@ -194,7 +194,7 @@ def test_neighbours_are_all_feasible_single_steps_and_pairs(space: CompressionSp
 def test_random_exchanges_are_feasible_and_move(space: CompressionSpace, seed: int) -> None:
     rng = np.random.default_rng(seed)
     levels = space.uniform()
-    moves = Exchanges(space)
+    moves = Moves(space)
     for _ in range(10):
         found = moves.random(levels, rng)
         assert found is None or (found != levels and space.feasible(found))
@@ -208,7 +208,7 @@ def test_random_exchanges_move_budget_between_units_of_different_size() -> None:
     rng = np.random.default_rng(0)
     levels, seen = space.uniform(), set()
     for _ in range(300):
-        levels = Exchanges(space).random(levels, rng) or levels
+        levels = Moves(space).random(levels, rng) or levels
         seen.add(levels[0])
     assert seen == {0, 1, 2}
 

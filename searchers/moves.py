@@ -11,12 +11,12 @@ from numpy.random import Generator
 
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["Exchanges"]
+__all__ = ["Moves"]
 
 TRIES = 20
 
 
-class Exchanges:
+class Moves:
     """Random and systematic neighbours of an assignment; every one is feasible.
 
     Args:

@@ -15,10 +15,10 @@ from evo_hpo.scoring.divergence import Fitness, cross_entropies, dense_side, div
 from evo_hpo.scoring.head import OutputHead
 from evo_hpo.scoring.kept_inputs import Reference
 from evo_hpo.scoring.prefixes import Signature, plan_visits, shared_prefix
-from evo_hpo.scoring.switching import LevelSwitch
+from evo_hpo.scoring.switching import WeightSwitch
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Timing", "Worker"]
+__all__ = ["Timing", "Replica"]
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Timing:
 
 
 @dataclass
-class Worker:
+class Replica:
     """A gated replica with its level switch.
 
     Attributes:
@@ -48,7 +48,7 @@ class Worker:
     """
 
     gated: GatedModel
-    switch: LevelSwitch
+    switch: WeightSwitch
     head: OutputHead
     fitness: Fitness
     group: int = 16

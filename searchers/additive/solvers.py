@@ -13,6 +13,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from evo_hpo.errors import InvalidSpaceError
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["solve", "solve_by_dynamic_programming", "solve_by_integer_programming"]
@@ -22,7 +23,6 @@ Effects = Sequence[Sequence[float]]
 
 NODES = 100_000  # of the branch and bound tree: a limit in seconds would give other trials on another machine
 LARGEST_EXACT = 2**50  # of the solver's doubles, with room for sums
-GRID = 2**20  # steps of a resource beyond that
 MOST_CELLS = 40_000_000  # of the table of choices, a byte each (two above 256 levels)
 
 
@@ -141,13 +141,18 @@ def _trace(
     return tuple(levels)
 
 
-def _in_doubles(costs: Sequence[int], floor: int, budget: int) -> tuple[Sequence[int], int, int]:
-    """A row of costs and its limits; what the solver's doubles do not hold, on a grid that keeps within the budget."""
-    largest = max(*costs, budget)
-    if largest <= LARGEST_EXACT:
-        return costs, floor, budget
-    grain = -(-largest // GRID)
-    return [-(-c // grain) for c in costs], -(-floor // grain), budget // grain
+def _held(costs: Sequence[int], budget: int) -> Sequence[int]:
+    """A row of costs that the solver's doubles hold.
+
+    Raises:
+        InvalidSpaceError: they do not.
+    """
+    if (largest := max(*costs, budget)) > LARGEST_EXACT:
+        raise InvalidSpaceError(
+            f"costs of up to {largest} after division by what they have in common are beyond what the solver holds "
+            f"exactly, {LARGEST_EXACT}: count in larger units"
+        )
+    return costs
 
 
 def solve_by_integer_programming(
@@ -163,7 +168,7 @@ def solve_by_integer_programming(
     units = np.array([u for u, _ in pairs])
     counter = space.knapsack.counter
     options = zip(*(counter.options[u][k - space.lowest[u]] for u, k in pairs), strict=True)
-    rows_of_costs = map(_in_doubles, options, counter.floors, counter.budgets)
+    rows_of_costs = zip(map(_held, options, counter.budgets), counter.floors, counter.budgets, strict=True)
     columns = np.arange(len(pairs))
     one_level = coo_array((np.ones(len(pairs)), (units, columns)), shape=(len(space), len(pairs)))
     rows = [LinearConstraint(one_level, 1, 1)]

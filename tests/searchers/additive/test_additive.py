@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evo_hpo.errors import InvalidSpaceError
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 from searchers.additive.model import AdditiveModel
 from searchers.additive.solvers import (
@@ -232,3 +233,10 @@ def test_costs_beyond_64_bits_are_solved_as_the_same_costs_on_a_small_scale() ->
             assert solve_by_integer_programming(large, effects, start=large.lowest, changes=changes) == expected
         assert large.count() == small.count()
         assert small.feasible(large.sample(np.random.default_rng(0)))
+
+
+def test_costs_that_no_solver_here_holds_exactly_are_refused() -> None:
+    units = [Unit(f"u{i}", (2**62 + i, 2**63 + 17 * i, 2**64 + i * i)) for i in range(9)]
+    space = CompressionSpace(units, 2**66 + 12345)
+    with pytest.raises(InvalidSpaceError, match="count in larger units"):
+        solve_by_integer_programming(space, [[0.0, -1.0, -2.0]] * 9)

@@ -279,7 +279,13 @@ def test_a_mixed_profile_is_exported_with_the_levels_that_it_names(rounded: dict
     names = [unit.name for unit in made.space.units]
     labels = dict.fromkeys(names, "2") | {names[0]: "magnitude 0.5", names[3]: "dropped"}
     assignment = [unit.levels.index(labels[unit.name]) for unit in made.space.units]
-    profile = {"problem": {"name": "language_model", "settings": problem}, "levels": assignment, "units": labels}
+    profile = {
+        "problem": {"name": "language_model", "settings": problem},
+        "held_out": {"loss": 0.1},
+        "average": made.space.average(assignment),
+        "levels": assignment,
+        "units": labels,
+    }
     (tmp_path / "profile.json").write_text(json.dumps(profile))
     export_profile(tmp_path / "profile.json", tmp_path / "model")
     exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_modules())

@@ -5,6 +5,8 @@
 A plan goes through ``evo-hpo compare`` up to where its searches would start, a profile through ``evo-hpo export`` and
 onto a space, a text through the reader of calibration texts. Hypothesis draws them: valid ones with values replaced,
 keys dropped and added, text cut and spoilt, or plain bytes.
+
+Needs the extra `measurements`.
 """
 
 from __future__ import annotations

@@ -86,6 +86,9 @@ class Prepared(Protocol):
     def preview(self, settings: dict[str, Any]) -> Preview:
         """What can be checked without building; raises an EvoHpoError for settings that cannot work."""
 
+    def settle(self, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings with what they leave to a measurement as it was chosen when this fingerprint was recorded."""
+
     def prepare(self, settings: dict[str, Any], progress: Callable[..., None]) -> None:
         """Builds what is missing."""
 
@@ -247,8 +250,8 @@ def prepare_problem(name: str, settings: dict[str, Any], progress: Callable[...,
 
 def settled(name: str, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with what they leave to a measurement as it was chosen when this fingerprint was recorded."""
-    settle = getattr(problem_factory(name), "settle", None)
-    return settings if settle is None else settle(settings, fingerprint)
+    factory: object = problem_factory(name)
+    return factory.settle(settings, fingerprint) if isinstance(factory, Prepared) else settings
 
 
 def describe_problem(name: str) -> Description:

@@ -134,7 +134,7 @@ def test_a_store_of_an_earlier_version_is_taken_with_a_warning(
         build(str(model), tmp_path / "store", **chosen | {"levels": [2, 4]})
 
 
-@pytest.mark.parametrize("change", [change_weights, lambda folder: change_config(folder, rms_norm_eps=0.3)])
+@pytest.mark.parametrize("change", [change_weights, lambda folder: change_config(folder, rms_norm_eps=1e-3)])
 def test_a_cached_loss_is_of_this_model_and_no_other(model: Path, tmp_path: Path, cache: Path, change: Any) -> None:
     def loss(where: str) -> float:
         problem = settings(
@@ -147,7 +147,9 @@ def test_a_cached_loss_is_of_this_model_and_no_other(model: Path, tmp_path: Path
     before = loss("shared")
     assert loss("shared") == before
     change(model)
-    assert loss("shared") == loss("fresh") != before
+    changed = loss("shared")
+    assert changed == pytest.approx(loss("fresh"), rel=1e-4)
+    assert changed != pytest.approx(before, rel=1e-2)
 
 
 def test_a_default_store_is_named_after_content(model: Path, tmp_path: Path, cache: Path) -> None:

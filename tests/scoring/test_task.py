@@ -74,6 +74,7 @@ def settings(folder: Path, store: Path, **changes: Any) -> dict[str, Any]:
         "sequence_length": 16,
         "calibration_tokens": 512,
         "held_out_tokens": 128,
+        "dtype": "float32",
         "tokens": 64,
     } | changes
 

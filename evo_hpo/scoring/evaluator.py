@@ -124,7 +124,6 @@ class Evaluator:
         self.seconds = 0.0
         example, lock = self.tokens[:1, : min(self.length, 16)], threading.Lock()
         count = (threads or len(os.sched_getaffinity(0))) if on_cpu else 1
-        check_droppable(model, levels.units_dropped(), example) if False else None
         packed = packed_bytes if on_cpu else 0
         members = {name for unit in levels.units for name in unit.members}
         check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_linear(m)}, example)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from evo_hpo.scoring.dense import DenseSide, PackedSide, joined
@@ -14,19 +13,13 @@ from evo_hpo.scoring.divergence import Fitness
 from evo_hpo.scoring.kept_inputs import Reference, ReferenceStates
 from evo_hpo.scoring.pool import ReplicaPool
 from evo_hpo.scoring.prefixes import Signature, signature
-from evo_hpo.scoring.racing import race
 from evo_hpo.scoring.replica import Replica
+from evo_hpo.scoring.rounds import Group, Rounds, Sums, groups_of
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["BatchScorer", "Sums"]
+__all__ = ["BatchScorer"]
 
-Sums = NDArray[np.float64]
-"""Sums over positions of each sequence, nats; NaN: not read; infinite: not finite. Lower is better."""
-
-Batch = tuple[tuple[int, ...], slice]
-"""Sequences of the pool, and their columns in the sums."""
-
-Result = tuple[list[int], Batch, Tensor, dict[int, Reference]]
+Result = tuple[list[int], Group, Tensor, dict[int, Reference]]
 
 
 @dataclass
@@ -38,7 +31,7 @@ class BatchScorer:
         units_of_blocks: for each decoder block, the units inside it.
         dense: what is kept of the uncompressed model, by sequence.
         batch_size: sequences in one forward pass.
-        known: complete and partial sums on the last seed's minibatches, in its order of sequences.
+        rounds: what is known of earlier batches, and what is read next.
     """
 
     pool: ReplicaPool
@@ -49,23 +42,9 @@ class BatchScorer:
     dense_bits: int
     top_k: int
     state_bytes: int
-    early_stopping: bool
+    rounds: Rounds
     reference: ReferenceStates
     dense: dict[int, DenseSide | PackedSide] = field(default_factory=dict)
-    known: dict[Assignment, Sums] = field(default_factory=dict)
-    known_seed: int | None = None
-
-    def begin(self, seed: int) -> None:
-        """Forgets what is known of another seed's minibatches."""
-        if seed != self.known_seed:
-            self.known, self.known_seed = {}, seed
-
-    def recall(self, assignment: Assignment, sequences: int) -> Sums | None:
-        """Complete sums of the first sequences, when an earlier call read them."""
-        known = self.known.get(assignment)
-        if known is None or len(known) < sequences or np.isnan(known[:sequences]).any():
-            return None
-        return known[:sequences]
 
     def evaluate(
         self, todo: Sequence[Assignment], sequences: Sequence[int], keep: int | None, totals: Sequence[float]
@@ -77,51 +56,44 @@ class BatchScorer:
             keep: how many, together with those of ``totals``, must be complete; None: all.
             totals: of candidates of the same batch that are complete already.
         """
-        size = self.batch_size
-        batches = [(tuple(sequences[i : i + size]), slice(i, i + size)) for i in range(0, len(sequences), size)]
+        groups = groups_of(sequences, self.batch_size)
         self.make_dense(sequences)
-        sums = np.full((len(todo), len(sequences)), np.nan)
-        for row, assignment in zip(sums, todo, strict=True):  # a nested minibatch begins with sequences that were read
-            earlier = self.known.get(assignment, row[:0])[: len(row)]
-            row[: len(earlier)] = earlier
-        unread = int(np.isnan(sums).sum())
         head = self.pool.replicas[0].head.weight
         state = len(sequences) * self.tokens.shape[1] * head.shape[1] * head.element_size()
         bring_paths = self.reference.begin(
-            (self.known_seed, len(sequences)), len(self.units_of_blocks) * state, len(todo)
+            (self.rounds.seed, len(sequences)), len(self.units_of_blocks) * state, len(todo)
         )
         paths: list[dict[tuple[int, ...], Reference]] = [{} for _ in todo]
 
-        def run(candidates: Sequence[int], numbers: Sequence[int]) -> None:
-            for members, (batch, columns), values, found in self._run(
-                todo, candidates, [batches[n] for n in numbers], sums, bring_paths
-            ):
-                fetched = values.cpu().numpy()
-                fetched[np.isnan(fetched)] = np.inf
-                sums[members, columns] = fetched
+        def read(_: Sequence[Assignment], candidates: Sequence[int], parts: Sequence[Group], sums: Sums) -> None:
+            for members, (batch, _), found in self._run(todo, candidates, parts, sums, bring_paths):
                 for i, reference in found.items():
                     paths[members[i]][batch] = reference
 
-        stoppable = self.early_stopping and len(batches) > 1
-        if stoppable and keep is not None and keep < len(todo) + len(totals) and keep <= len(todo):
-            race(run, sums, [columns for _, columns in batches], keep, totals)
-        else:
-            run(range(len(todo)), range(len(batches)))
+        sums, count = self.rounds.read(todo, groups, keep, totals, read)
         for row, path in zip(sums, paths, strict=True):
-            if len(path) == len(batches):
+            if len(path) == len(groups):
                 self.reference.offer(float(row.mean()), path)
-        self.known.update(zip(todo, sums, strict=True))
-        return sums, unread - int(np.isnan(sums).sum())
+        return sums, count
+
+    def read(self, assignments: Sequence[Assignment], groups: Sequence[Sequence[int]]) -> Sums:
+        """Sums of all the assignments on these groups of sequences, which nothing else decides."""
+        self.make_dense([s for group in groups for s in group])
+        ends = np.cumsum([0, *map(len, groups)])
+        parts = [(tuple(g), slice(int(a), int(b))) for g, a, b in zip(groups, ends, ends[1:], strict=False)]
+        sums = np.full((len(assignments), int(ends[-1])), np.nan)
+        self._run(assignments, range(len(assignments)), parts, sums, False)
+        return sums
 
     def _run(
         self,
         todo: Sequence[Assignment],
         candidates: Sequence[int],
-        batches: Sequence[Batch],
+        batches: Sequence[Group],
         sums: Sums,
         bring_paths: bool,
-    ) -> list[Result]:
-        """Runs candidates on batches where something is unknown."""
+    ) -> list[tuple[list[int], Group, dict[int, Reference]]]:
+        """Runs candidates on batches where something is unknown, and fills their sums in; with the paths they took."""
         signatures = {i: signature(todo[i], self.units_of_blocks) for i in candidates}
         order = sorted(candidates, key=signatures.__getitem__)
         whole = len(batches) // len(self.pool) * len(self.pool)
@@ -132,14 +104,20 @@ class BatchScorer:
             for part in range(parts):  # batches that do not fill all replicas are split by candidates
                 members = chosen[part * len(chosen) // parts : (part + 1) * len(chosen) // parts]
                 tasks.append(self._task(todo, members, signatures, batch, bring_paths))
-        return self.pool.map(tasks)
+        done = []
+        for members, batch, values, paths in self.pool.map(tasks):
+            fetched = values.cpu().numpy()
+            fetched[np.isnan(fetched)] = np.inf
+            sums[members, batch[1]] = fetched
+            done.append((members, batch, paths))
+        return done
 
     def _task(
         self,
         todo: Sequence[Assignment],
         members: list[int],
         signatures: Mapping[int, Signature],
-        batch: Batch,
+        batch: Group,
         bring_paths: bool,
     ) -> Callable[[Replica], Result]:
         def task(replica: Replica) -> Result:

@@ -23,7 +23,7 @@ from evo_hpo.models.gates import GatedModel
 from evo_hpo.models.identity import digest, model_identity, tokens_identity
 from evo_hpo.models.structure import is_linear
 from evo_hpo.scoring.allocator import keep_freed_memory
-from evo_hpo.scoring.batch_scoring import BatchScorer, Sums
+from evo_hpo.scoring.batch_scoring import BatchScorer
 from evo_hpo.scoring.compiling import Compiled, compile_parts
 from evo_hpo.scoring.dense import DenseSide, PackedSide
 from evo_hpo.scoring.divergence import Fitness
@@ -31,11 +31,12 @@ from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.kept_inputs import ReferenceStates
 from evo_hpo.scoring.pool import ReplicaPool
 from evo_hpo.scoring.replica import Replica
+from evo_hpo.scoring.rounds import Rounds, Sums, scored
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.score_cache import ScoreCache
 from evo_hpo.scoring.switching import WeightSwitch, blocks_of_units
 from evo_hpo.scoring.tuning import Tuned, measure_settings
-from evo_hpo.search.problem import Minibatch, Score
+from evo_hpo.search.problem import Minibatch, Reading, Score
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["Evaluator"]
@@ -139,7 +140,7 @@ class Evaluator:
             dense_bits,
             top_k,
             state_bytes,
-            early_stopping,
+            Rounds(early_stopping),
             ReferenceStates(reference_bytes),
         )
         self.identity = {
@@ -202,7 +203,7 @@ class Evaluator:
         """
         start = time.perf_counter()
         sequences = sequences_of(minibatch, len(self.tokens), self.length)
-        self._batches.begin(minibatch.seed)
+        self._batches.rounds.begin(minibatch.seed)
         unique = dict.fromkeys(tuple(map(int, a)) for a in assignments)
         found = {a: sums for a in unique if (sums := self._recall(a, minibatch, len(sequences))) is not None}
         self.counts["cached"] += len(found)
@@ -215,7 +216,15 @@ class Evaluator:
             self.cache.put({a: s for a, s in new.items() if not np.isnan(s).any()}, minibatch)
             found.update(new)
         self.seconds += time.perf_counter() - start
-        return [self._score(found[tuple(map(int, a))]) for a in assignments]
+        return [scored(found[tuple(map(int, a))], self.length) for a in assignments]
+
+    def reading(self) -> Reading:
+        """How minibatches are read: with :meth:`read`, all that another process needs to score like this one."""
+        return Reading(len(self.tokens), self.length, self._batches.batch_size, self._batches.rounds.early_stopping)
+
+    def read(self, assignments: Sequence[Assignment], groups: Sequence[Sequence[int]]) -> Sums:
+        """Sums (nats) over the positions of sequences of the pool, assignments x sequences; nothing is remembered."""
+        return self._with_less_memory(lambda: self._batches.read(assignments, groups))
 
     def prepare(self, sequences: int | None = None) -> None:
         """Makes what is kept of the uncompressed model now, not when needed: for the pool's first sequences, or all."""
@@ -231,17 +240,10 @@ class Evaluator:
 
     def _recall(self, assignment: Assignment, minibatch: Minibatch, sequences: int) -> Sums | None:
         """Complete sums that were paid for, on this minibatch or a larger one of the same seed."""
-        known = self._batches.recall(assignment, sequences)
+        known = self._batches.rounds.recall(assignment, sequences)
         if known is not None:
             return known
         return self.cache.get(assignment, minibatch)
-
-    def _score(self, sums: Sums) -> Score:
-        read = int((~np.isnan(sums)).sum())
-        loss = float(np.nansum(sums)) / (len(sums) * (self.length - 1))
-        if not math.isfinite(loss):
-            return Score(math.inf, read * self.length, reason="the loss is not finite")
-        return Score(loss, read * self.length, stopped=read < len(sums))
 
     def _count(self, sums: Sums, read: int) -> None:
         self.counts["candidates"] += len(sums)

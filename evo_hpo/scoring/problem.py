@@ -10,9 +10,10 @@ from torch import Tensor
 
 from evo_hpo.models.identity import tokens_identity
 from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.rounds import Sums
 from evo_hpo.scoring.sampling import check_tokens
 from evo_hpo.scoring.sensitivities import SensitivityPass
-from evo_hpo.search.problem import Minibatch, Problem, Score
+from evo_hpo.search.problem import Minibatch, Problem, Reading, Score
 from evo_hpo.search.sensitivities import Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
@@ -64,6 +65,15 @@ class LanguageModelProblem(Problem):
     ) -> Sequence[Score]:
         """Losses on one minibatch, nats a token, lower is better; see :meth:`Evaluator.score`."""
         return self.evaluator.score(assignments, minibatch, keep=keep)
+
+    @property
+    def reading(self) -> Reading:  # type: ignore[override]
+        """As the evaluator reads."""
+        return self.evaluator.reading()
+
+    def read(self, assignments: Sequence[Assignment], groups: Sequence[Sequence[int]]) -> Sums:
+        """Sums over each sequence's positions; see :meth:`Evaluator.read`."""
+        return self.evaluator.read(assignments, groups)
 
     def sensitivities(
         self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled"

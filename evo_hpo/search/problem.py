@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.sensitivities import Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["FunctionProblem", "Minibatch", "Problem", "Score"]
+__all__ = ["FunctionProblem", "Minibatch", "Problem", "Reading", "Score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,22 @@ class Score:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a problem reads that is scored sequence by sequence: all that decides what its trials are charged.
+
+    Attributes:
+        pool: sequences that minibatches are drawn from; ``length``: tokens of each.
+        group: sequences that are read in one pass.
+        early_stopping: candidates that are provably not among the best may be stopped.
+    """
+
+    pool: int
+    length: int
+    group: int
+    early_stopping: bool
+
+
 class Problem(ABC):
     """A space, a loss (lower is better), and held-out figures that are outside every budget.
 
@@ -57,6 +76,7 @@ class Problem(ABC):
         optimum: the least loss that any feasible assignment has, where it is known.
         notes: sentences that a reader of its results should know.
         has_sensitivities: whether :meth:`sensitivities` can be measured.
+        reading: how it is scored sequence by sequence, by :meth:`read`; None: a trial is scored as a whole.
     """
 
     name: str
@@ -66,6 +86,7 @@ class Problem(ABC):
     optimum: float | None = None
     notes: tuple[str, ...] = ()
     has_sensitivities: bool = False
+    reading: Reading | None = None
 
     @abstractmethod
     def score(
@@ -75,6 +96,14 @@ class Problem(ABC):
 
         ``keep=s`` allows exact early stopping: only the best s of the batch have to be complete.
         """
+
+    def read(self, assignments: Sequence[Assignment], groups: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """Sums of the loss (nats) over each sequence's positions, assignments x sequences, where it has a ``reading``.
+
+        ``groups``: numbers of sequences of the pool, in passes as :attr:`Reading.group` says. Stateless: a sum depends
+        on its assignment and sequence only, so the work may be done anywhere, in any order.
+        """
+        raise InvalidSettingError(f"problem {self.name!r} is not scored sequence by sequence")
 
     def sensitivities(
         self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled"

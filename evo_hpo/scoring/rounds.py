@@ -1,0 +1,98 @@
+"""Which candidates are read on which sequences, and what is charged for it; wherever the reading is done.
+
+A minibatch is a row of sequences, and a candidate's sum on one of them depends on nothing else. So what is known is
+kept by sequence, nested minibatches are read on, and candidates that cannot be among the best are stopped, alike for a
+model in this process and for models on other machines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evo_hpo.scoring.racing import race
+from evo_hpo.search.problem import Score
+from evo_hpo.space.compression_space import Assignment
+
+__all__ = ["Group", "Read", "Rounds", "Sums", "groups_of", "scored"]
+
+Sums = NDArray[np.float64]
+"""Sums over positions of each sequence, nats; NaN: not read; infinite: not finite. Lower is better."""
+
+Group = tuple[tuple[int, ...], slice]
+"""Sequences of the pool that are read in one pass, and their columns in the sums."""
+
+Read = Callable[[Sequence[Assignment], Sequence[int], Sequence[Group], Sums], None]
+"""Reads some of the candidates (by number) on groups of sequences and fills their rows of the sums."""
+
+
+def groups_of(sequences: Sequence[int], size: int) -> list[Group]:
+    """The sequences in passes of at most ``size``."""
+    return [(tuple(sequences[i : i + size]), slice(i, i + size)) for i in range(0, len(sequences), size)]
+
+
+def scored(sums: Sums, length: int) -> Score:
+    """The score that a candidate's sums make; ``length``: tokens of a sequence."""
+    read = int((~np.isnan(sums)).sum())
+    loss = float(np.nansum(sums)) / (len(sums) * (length - 1))
+    if not math.isfinite(loss):
+        return Score(math.inf, read * length, reason="the loss is not finite")
+    return Score(loss, read * length, stopped=read < len(sums))
+
+
+@dataclass
+class Rounds:
+    """What is known on the last seed's minibatches, and the order in which the rest is read.
+
+    Attributes:
+        early_stopping: with ``keep``, stop candidates that are provably not among the best; exact.
+        known: complete and partial sums on the last seed's minibatches, in its order of sequences.
+        seed: that seed.
+    """
+
+    early_stopping: bool
+    known: dict[Assignment, Sums] = field(default_factory=dict)
+    seed: int | None = None
+
+    def begin(self, seed: int) -> None:
+        """Forgets what is known of another seed's minibatches."""
+        if seed != self.seed:
+            self.known, self.seed = {}, seed
+
+    def recall(self, assignment: Assignment, sequences: int) -> Sums | None:
+        """Complete sums of the first sequences, when an earlier call read them."""
+        known = self.known.get(assignment)
+        if known is None or len(known) < sequences or np.isnan(known[:sequences]).any():
+            return None
+        return known[:sequences]
+
+    def read(
+        self, todo: Sequence[Assignment], groups: Sequence[Group], keep: int | None, totals: Sequence[float], read: Read
+    ) -> tuple[Sums, int]:
+        """Sums (candidates x sequences) and how many sequences were read for them.
+
+        Args:
+            todo: all different, none complete.
+            keep: how many, together with those of ``totals``, must be complete; None: all.
+            totals: of candidates of the same batch that are complete already.
+        """
+        sums = np.full((len(todo), sum(len(sequences) for sequences, _ in groups)), np.nan)
+        for row, assignment in zip(sums, todo, strict=True):  # a nested minibatch begins with sequences that were read
+            earlier = self.known.get(assignment, row[:0])[: len(row)]
+            row[: len(earlier)] = earlier
+        unread = int(np.isnan(sums).sum())
+
+        def run(candidates: Sequence[int], numbers: Sequence[int]) -> None:
+            read(todo, candidates, [groups[n] for n in numbers], sums)
+
+        stoppable = self.early_stopping and len(groups) > 1
+        if stoppable and keep is not None and keep < len(todo) + len(totals) and keep <= len(todo):
+            race(run, sums, [columns for _, columns in groups], keep, totals)
+        else:
+            run(range(len(todo)), range(len(groups)))
+        self.known.update(zip(todo, sums, strict=True))
+        return sums, unread - int(np.isnan(sums).sum())

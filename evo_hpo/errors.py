@@ -12,6 +12,7 @@
     ├── StoreError (ValueError)              a level store that is missing, damaged or of another model
     ├── JournalError (ValueError)            a journal that does not belong to this search
     ├── TrackingError (RuntimeError)         a tracking store that cannot be used
+    ├── ScorersError (RuntimeError)          a cluster that cannot be used
     └── MissingPackageError (ImportError)    an optional package that is not installed
 
 A message gives the value found, the allowed range, and what to do, in one line.
@@ -27,6 +28,7 @@ __all__ = [
     "InvalidSpaceError",
     "JournalError",
     "MissingPackageError",
+    "ScorersError",
     "ModelError",
     "PlanError",
     "StoreError",
@@ -85,6 +87,10 @@ class JournalError(EvoHpoError, ValueError):
 
 class TrackingError(EvoHpoError, RuntimeError):
     """A tracking store that cannot be used."""
+
+
+class ScorersError(EvoHpoError, RuntimeError):
+    """A cluster that cannot be used, or has no scorer left."""
 
 
 class MissingPackageError(EvoHpoError, ImportError):

@@ -14,6 +14,7 @@ __all__ = [
     "Listener",
     "ProblemLoading",
     "ProblemMade",
+    "ScorersUp",
     "SearchEnded",
     "SearchFailed",
     "SearchStarted",
@@ -32,6 +33,13 @@ class ProblemMade:
     """A process made a problem; each process makes its own."""
 
     problem: ProblemRecord
+
+
+@dataclass(frozen=True, slots=True)
+class ScorersUp:
+    """A cluster's scorers are there; ``count`` of them."""
+
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +84,26 @@ class SearchEnded:
 
 @dataclass(frozen=True, slots=True)
 class SearchFailed:
-    """A search could not go on; ``trace`` is empty for errors of ours, which say all in a line."""
+    """A search could not go on; ``trace`` is empty for errors of ours, which say all in a line.
+
+    Without a name in ``search``, none could begin.
+    """
 
     search: str
     message: str
     trace: str = ""
 
 
-Event = ProblemLoading | ProblemMade | SearchStarted | BatchScored | CheckpointTaken | SearchEnded | SearchFailed
+Event = (
+    ProblemLoading
+    | ProblemMade
+    | ScorersUp
+    | SearchStarted
+    | BatchScored
+    | CheckpointTaken
+    | SearchEnded
+    | SearchFailed
+)
 
 Listener = Callable[[Event], None]
 """Hears every event of a comparison, in the process that started it."""

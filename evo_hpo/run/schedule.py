@@ -12,6 +12,7 @@ from typing import Any
 
 from evo_hpo.errors import EvoHpoError, JournalError, PlanError
 from evo_hpo.record.comparison import Comparison, PlannedSearch
+from evo_hpo.run.cluster_process import run_on_cluster
 from evo_hpo.run.events import Event, Listener, ProblemMade, SearchFailed
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.search_process import run_searches
@@ -59,6 +60,7 @@ def compare(
     listener: Listener = lambda event: None,
     plan_text: str | None = None,
     folder: Path | None = None,
+    ray: str | None = None,
 ) -> Path:
     """Runs every search of the plan and returns the comparison's folder.
 
@@ -69,6 +71,8 @@ def compare(
         listener: hears every event, in this process.
         plan_text: the plan file's text, copied into the folder.
         folder: use this folder instead of the next free one.
+        ray: address of a Ray cluster (``auto``: the one that runs here; ``local``: one is started) whose devices score;
+            searchers and journals stay here. Results do not depend on it.
 
     Raises:
         EvoHpoError: bad input, before any work.
@@ -80,12 +84,14 @@ def compare(
     tasks = list(plan.tasks())
     comparison = Comparison.start(folder, plan.plain(), tasks, plan_text)
     failures: list[str] = []
-    with _processes(plan, folder, resume, tasks) as events:
+    with _processes(plan, folder, resume, tasks, ray) as events:
         for event in events:
             match event:
                 case ProblemMade(problem):
                     comparison = comparison.with_problem(problem)
                 case SearchFailed(search, message, trace):
+                    if not search:
+                        raise ComparisonFailed(message)
                     failures.append(f"{search}: {message}")
                     comparison.note_failure(search, trace)
             listener(event)
@@ -104,19 +110,23 @@ def process_count(plan: Plan, tasks: int) -> tuple[int, int]:
 
 
 @contextmanager
-def _processes(plan: Plan, folder: Path, resume: bool, tasks: Sequence[PlannedSearch]) -> Iterator[Iterator[Event]]:
+def _processes(
+    plan: Plan, folder: Path, resume: bool, tasks: Sequence[PlannedSearch], ray: str | None
+) -> Iterator[Iterator[Event]]:
     """Starts the processes, hands out the tasks, gives the stream of events; leaves no process behind."""
     context = multiprocessing.get_context("spawn")
     waiting, events = context.Queue(), context.Queue()
-    count, cores = process_count(plan, len(tasks))
     for task in tasks:
         waiting.put(task)
-    for _ in range(count):
-        waiting.put(None)
-    processes = [
-        context.Process(target=run_searches, args=(plan, folder, resume, cores, waiting, events), daemon=True)
-        for _ in range(count)
-    ]
+    if ray:
+        workers = [(run_on_cluster, (plan, folder, resume, ray, waiting, events))]
+    else:
+        count, cores = process_count(plan, len(tasks))
+        workers = [(run_searches, (plan, folder, resume, cores, waiting, events))] * count
+        for _ in range(count):
+            waiting.put(None)
+    # a cluster's process may start Ray here, so it may have children
+    processes = [context.Process(target=target, args=args, daemon=not ray) for target, args in workers]
     started = []
     try:
         for process in processes:

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +36,11 @@ from evo_hpo.search.problem import Problem
 from evo_hpo.search.registry import make_problem, make_searcher, settled
 from evo_hpo.search.trial import Measured, Outcome
 
-__all__ = ["run_searches"]
+__all__ = ["Maker", "begin_process", "run_searches", "run_tasks"]
+
+
+Maker = Callable[[str, dict[str, Any]], Problem]
+"""Makes a problem from its name and settings."""
 
 
 class _Queue(Protocol):
@@ -64,20 +68,30 @@ class _Reporter:
 
 def run_searches(plan: Plan, folder: Path, resume: bool, cores: int, tasks: _Queue, events: _Queue) -> None:
     """Entry point of the process: takes tasks until it gets None; evaluators in it may use so many cores."""
+    begin_process(cores)
+    run_tasks(plan, folder, resume, tasks, events, lambda name, settings: make_problem(name, **settings))
+    events.put(None)
+
+
+def begin_process(cores: int) -> None:
+    """Leaves interrupts to the parent, ends with it, and keeps numeric libraries to one thread each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     _die_with_parent()
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = "1"  # an evaluator runs one single-threaded replica a core
     os.environ["EVO_HPO_THREADS"] = str(cores)
+
+
+def run_tasks(plan: Plan, folder: Path, resume: bool, tasks: _Queue, events: _Queue, make: Maker) -> None:
+    """Runs the searches that the queue gives, until it gives None."""
     problems: dict[str, tuple[dict[str, Any], Problem]] = {}
     while (task := tasks.get()) is not None:
         try:
-            _run(plan, folder, resume, task, problems, events)
+            _run(plan, folder, resume, task, problems, events, make)
         except EvoHpoError as error:
             events.put(SearchFailed(task.id, str(error)))
         except Exception as error:
             events.put(SearchFailed(task.id, f"{type(error).__name__}: {error}", traceback.format_exc()))
-    events.put(None)
 
 
 def _run(
@@ -87,6 +101,7 @@ def _run(
     task: PlannedSearch,
     problems: dict[str, tuple[dict[str, Any], Problem]],
     events: _Queue,
+    make: Maker,
 ) -> None:
     key = task.problem
     entry = next(p for p in plan.problems if p.key == key)
@@ -95,7 +110,7 @@ def _run(
         events.put(ProblemLoading(key))
         known = Comparison.read(folder).problems.get(key)
         chosen = settled(entry.name, settings, known.fingerprint if known else {})
-        problems[key] = settings, make_problem(entry.name, **chosen)
+        problems[key] = settings, make(entry.name, chosen)
         events.put(ProblemMade(ProblemRecord.of(key, problems[key][1], task.seed if entry.instance else None)))
     problem = problems[key][1]
     searcher = make_searcher(task.searcher, problem.space, seed=task.seed, **task.settings)

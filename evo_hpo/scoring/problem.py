@@ -13,7 +13,7 @@ from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.rounds import Sums
 from evo_hpo.scoring.sampling import check_tokens
 from evo_hpo.scoring.sensitivities import SensitivityPass
-from evo_hpo.search.problem import Minibatch, Problem, Reading, Score
+from evo_hpo.search.problem import Minibatch, Problem, Score
 from evo_hpo.search.sensitivities import Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
@@ -58,6 +58,7 @@ class LanguageModelProblem(Problem):
         self.pool_tokens = int(evaluator.tokens.numel())
         self.check(tokens)
         self.tokens = tokens
+        self.reading = evaluator.reading()
         self._validated: dict[Assignment | None, dict[str, float]] = {}
 
     def score(
@@ -65,11 +66,6 @@ class LanguageModelProblem(Problem):
     ) -> Sequence[Score]:
         """Losses on one minibatch, nats a token, lower is better; see :meth:`Evaluator.score`."""
         return self.evaluator.score(assignments, minibatch, keep=keep)
-
-    @property
-    def reading(self) -> Reading:  # type: ignore[override]
-        """As the evaluator reads."""
-        return self.evaluator.reading()
 
     def read(self, assignments: Sequence[Assignment], groups: Sequence[Sequence[int]]) -> Sums:
         """Sums over each sequence's positions; see :meth:`Evaluator.read`."""

@@ -16,6 +16,7 @@ Args:
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any
@@ -235,6 +236,7 @@ class NoisyProblem(Problem):
         noise: standard deviation of a unit's factor on 1024 tokens.
         tokens: default fidelity.
         sensitivities: how good they are, see :data:`benchmarks.problems.closed_form.Quality`.
+        delay: seconds that scoring an assignment takes, to try schedules with.
     """
 
     has_sensitivities = True
@@ -248,8 +250,10 @@ class NoisyProblem(Problem):
         tokens: int = 1024,
         optimum: float | None = None,
         sensitivities: str = "noisy",
+        delay: float = 0.0,
     ) -> None:
         self.name = "noisy"
+        self.delay = delay
         self.space = space
         self.landscape = landscape
         self.noise = noise
@@ -269,6 +273,7 @@ class NoisyProblem(Problem):
         if factors is None:
             self._factors.clear()
             factors = self._factors[minibatch] = np.maximum(self._draws(minibatch).mean(axis=0) + 1.0, 0.0)
+        time.sleep(self.delay * len(assignments))
         return [Score(self.landscape(a, factors), minibatch.tokens) for a in assignments]
 
     def _draws(self, minibatch: Minibatch) -> np.ndarray[Any, Any]:
@@ -298,6 +303,7 @@ def noisy(
     noise: float = 0.3,
     tokens: int = 1024,
     sensitivities: str = "noisy",
+    delay: float = 0.0,
     seed: int = 0,
 ) -> NoisyProblem:
     """The interacting problem with minibatches: a loss depends on the data, less so with more tokens.
@@ -306,9 +312,18 @@ def noisy(
         noise: standard deviation of a unit's factor on 1024 tokens.
         tokens: of a trial that names none.
         sensitivities: ``exact``, ``noisy`` as those of a model are, or ``misleading``.
+        delay: seconds that scoring an assignment takes, to try schedules with; 0 to 3600.
     """
+    if not 0 <= delay <= 3600:
+        raise InvalidSettingError(f"delay={delay} must be 0 to 3600 seconds")
     base = interacting(units, levels, tightness, unequal, structure=structure, interaction=interaction, seed=seed)
     assert isinstance(base.function, Landscape)
     return NoisyProblem(
-        base.space, base.function, noise=noise, tokens=tokens, optimum=base.optimum, sensitivities=sensitivities
+        base.space,
+        base.function,
+        noise=noise,
+        tokens=tokens,
+        optimum=base.optimum,
+        sensitivities=sensitivities,
+        delay=delay,
     )

@@ -47,6 +47,9 @@ UriOption = Annotated[str | None, typer.Option(help="MLflow tracking URI; defaul
 TrackOption = Annotated[bool, typer.Option(help="Write every trial to MLflow while searching.")]
 WorkersOption = Annotated[int | None, typer.Option(help="Processes; changes no result. Default: the plan's.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; repeatable.")]
+RayOption = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Score on a Ray cluster: host:port, auto, or local.")
+]
 DEFAULT_ROOT = Path("mlruns") / "comparisons"
 
 
@@ -133,6 +136,7 @@ def compare(
     plan: Annotated[Path, typer.Argument(help="TOML file; copy one from benchmarks/plans.")],
     resume: Annotated[bool, typer.Option(help="Go on with the newest comparison of this name.")] = False,
     workers: WorkersOption = None,
+    ray: RayOption = None,
     root: RootOption = DEFAULT_ROOT,
     track: TrackOption = True,
     tracking_uri: UriOption = None,
@@ -143,7 +147,7 @@ def compare(
     """
     from evo_hpo.run.plan_file import PlanFile
 
-    _run(context, PlanFile.read(plan), root, resume, track, tracking_uri, workers)
+    _run(context, PlanFile.read(plan), root, resume, track, tracking_uri, workers, ray)
 
 
 def _run(
@@ -154,6 +158,7 @@ def _run(
     track: bool,
     tracking_uri: str | None,
     workers: int | None = None,
+    ray: str | None = None,
     *,
     uniform: bool = True,
 ) -> None:
@@ -164,7 +169,7 @@ def _run(
     if uniform:
         plan = plan.with_uniform()
     words, text = context.obj, file.text
-    run(plan, console, words, text, root=root, resume=resume, track=track, tracking_uri=tracking_uri)
+    run(plan, console, words, text, root=root, resume=resume, track=track, tracking_uri=tracking_uri, ray=ray)
 
 
 @app.command()

@@ -31,6 +31,7 @@ def run(
     resume: bool = False,
     track: bool = True,
     tracking_uri: str | None = None,
+    ray: str | None = None,
 ) -> Path:
     """Runs a plan, shows its table, and says where everything is.
 
@@ -56,7 +57,7 @@ def run(
     say(console, f"comparison: {folder}")
     try:
         with _tracking(folder, tracking_uri, track), ComparisonProgress(plan, console) as progress_of_all:
-            compare(plan, root=root, resume=resume, listener=progress_of_all, plan_text=text, folder=folder)
+            compare(plan, root=root, resume=resume, listener=progress_of_all, plan_text=text, folder=folder, ray=ray)
     except KeyboardInterrupt:
         tracked = "; MLflow has it too, except for what a message above names" if track else ""
         say(console, f"\ninterrupted: everything scored so far is in {folder}/journals{tracked}")

@@ -83,6 +83,8 @@ class ComparisonProgress:
             case events.ProblemMade(made):
                 for note in made.notes:
                     say(self.console, f"{made.key}: {note}")
+            case events.ScorersUp(count):
+                say(self.console, f"{count} scorers on the cluster")
             case events.SearchStarted(search):
                 self._start(search)
             case events.BatchScored():

@@ -23,7 +23,7 @@ def run_on_cluster(plan: Plan, folder: Path, resume: bool, address: str, tasks: 
 
     ``plan.workers`` searches are under way at the same time; 0: as many as there are scorers.
     """
-    from evo_hpo.run.scorers import Scorers, connect
+    from evo_hpo.run.scorers import Scorers, connect, disconnect
 
     begin_process(1)
     try:
@@ -46,4 +46,6 @@ def run_on_cluster(plan: Plan, folder: Path, resume: bool, address: str, tasks: 
         thread.start()
     for thread in threads:
         thread.join()
+    scorers.close()
+    disconnect()
     events.put(None)

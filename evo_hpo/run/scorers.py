@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 from evo_hpo.errors import EvoHpoError, ScorersError
 from evo_hpo.search.registry import make_problem
 
-__all__ = ["Call", "Scorers", "connect"]
+__all__ = ["Call", "Scorers", "connect", "disconnect"]
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 """A method of a problem, or an attribute, and its arguments."""
@@ -44,6 +45,12 @@ def connect(address: str) -> None:
     Raises:
         ScorersError: there is none at that address.
     """
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():  # Ray itself asks for minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise ScorersError(f"no Ray cluster at {address!r} ({error}): start one with `ray start --head`") from error
     where: dict[str, Any] = {"include_dashboard": False} if address == "local" else {"address": address}
     try:
         ray.init(**where, logging_level=logging.ERROR, log_to_driver=False)
@@ -52,6 +59,11 @@ def connect(address: str) -> None:
             f"no Ray cluster at {address!r} ({str(error).splitlines()[0]}): start one with `ray start --head`, or"
             " give --ray local"
         ) from error
+
+
+def disconnect() -> None:
+    """Leaves the cluster; one that was started here ends."""
+    ray.shutdown()
 
 
 class Scorer:
@@ -155,7 +167,8 @@ class Scorers:
                     return self._alive[self._next % len(self._alive)]
             if time.monotonic() > until:
                 raise ScorersError(
-                    f"no scorer came up within {PATIENCE:.0f} seconds: see `ray status`; what was scored is kept, resume"
+                    f"no scorer came up within {PATIENCE:.0f} seconds: see `ray status`; what was scored is"
+                    " kept, resume"
                 )
             time.sleep(0.2)
             self._look(first=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -51,9 +52,7 @@ class SpreadProblem(Problem):
         self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
     ) -> Sequence[Score]:
         if self.reading is None:
-            calls = [
-                ("score", (part, minibatch), {"keep": keep}) for part in _parts(assignments, len(self._scorers))
-            ]
+            calls = [("score", (part, minibatch), {"keep": keep}) for part in _parts(assignments, len(self._scorers))]
             return [score for scores in self._each(calls) for score in scores]
         sequences = sequences_of(minibatch, self.reading.pool, self.reading.length)
         groups = groups_of(sequences, self.reading.group)
@@ -66,9 +65,7 @@ class SpreadProblem(Problem):
             found.update(zip(todo, sums, strict=True))
         return [scored(found[tuple(map(int, a))], self.reading.length) for a in assignments]
 
-    def _read(
-        self, todo: Sequence[Assignment], candidates: Sequence[int], groups: Sequence[Group], sums: Sums
-    ) -> None:
+    def _read(self, todo: Sequence[Assignment], candidates: Sequence[int], groups: Sequence[Group], sums: Sums) -> None:
         """Candidates whose sums on a group are not known, spread over the scorers; neighbours share their blocks."""
         order = sorted(candidates, key=todo.__getitem__)
         wanted = [g for g in groups if any(np.isnan(sums[i, g[1]]).any() for i in order)]
@@ -114,4 +111,4 @@ def _parts(items: Sequence[Any], count: int) -> list[list[Any]]:
     """The items in at most ``count`` runs of nearly equal length, none empty."""
     count = max(1, min(count, len(items)))
     ends = [len(items) * i // count for i in range(count + 1)]
-    return [list(items[a:b]) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+    return [list(items[a:b]) for a, b in itertools.pairwise(ends) if b > a]

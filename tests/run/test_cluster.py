@@ -1,0 +1,190 @@
+"""Searches whose batches are scored on a Ray cluster: two nodes on this machine, some of which die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from evo_hpo.errors import ScorersError
+from evo_hpo.run.events import BatchScored, Event, ScorersUp
+from evo_hpo.run.plan import Plan, make_plan
+from evo_hpo.run.schedule import ComparisonFailed, compare
+from evo_hpo.run.spread_problem import SpreadProblem
+from evo_hpo.scoring.problem import LanguageModelProblem
+from evo_hpo.search.budget import Budget
+from evo_hpo.search.loop import search
+from evo_hpo.search.problem import Minibatch, Problem
+from evo_hpo.search.registry import make_problem, make_searcher
+from evo_hpo.space.compression_space import CompressionSpace, Unit
+from tests.run.test_compare import trials
+from tests.run.test_plan import plan_data
+from tests.scoring.evaluators import LENGTH, make_evaluator
+from tests.tiny import RoundedLevels, tiny_model, tiny_tokens
+
+STORE = 80_000_000  # bytes of a node's object store
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head and a node of two cores each."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": STORE})
+    made.add_node(num_cpus=2, object_store_memory=STORE)
+    yield made
+    made.shutdown()
+
+
+def plan(**changes: Any) -> Plan:
+    """Uniform and EvoPress on a problem with a fidelity, long enough to be disturbed."""
+    data = plan_data(budget={"tokens": 400_000}, seeds=[0], workers=1)
+    data["problems"] = [{"name": "noisy", "settings": {"units": 20}}]
+    return make_plan(data | changes)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The trials of the plan in a process of this machine."""
+    return trials(compare(plan(), root=tmp_path_factory.mktemp("alone")))
+
+
+def scorer_processes() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if "ray::Scorer" in " ".join(p.info["cmdline"] or ())]
+
+
+def disturbed(after: int, disturb: Callable[[], object], heard: list[Event]) -> Callable[[Event], None]:
+    """A listener that does something after so many batches."""
+
+    def listen(event: Event) -> None:
+        heard.append(event)
+        if sum(isinstance(e, BatchScored) for e in heard) == after and isinstance(event, BatchScored):
+            disturb()
+
+    return listen
+
+
+def test_a_scorer_and_a_node_that_die_change_no_trial_and_one_that_comes_back_is_used(
+    cluster: Any, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    heard: list[Event] = []
+    folder = compare(
+        plan(),
+        root=tmp_path / "killed",
+        ray=cluster.address,
+        listener=disturbed(3, lambda: scorer_processes()[0].kill(), heard),
+    )
+    assert trials(folder) == alone
+    assert ScorersUp(4) in heard
+
+    node = next(n for n in cluster.worker_nodes)
+    lost = disturbed(3, lambda: cluster.remove_node(node, allow_graceful=False), heard := [])
+    assert trials(compare(plan(), root=tmp_path / "lost", ray=cluster.address, listener=lost)) == alone
+    back = disturbed(3, lambda: cluster.add_node(num_cpus=2, object_store_memory=STORE), heard := [])
+    assert trials(compare(plan(), root=tmp_path / "back", ray=cluster.address, listener=back)) == alone
+    assert ScorersUp(2) in heard
+
+
+def test_a_driver_that_is_killed_is_resumed_to_the_same_trials(
+    cluster: Any, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        "from evo_hpo.run.schedule import compare\n"
+        "from tests.run.test_cluster import plan\n"
+        "if __name__ == '__main__': compare(plan(), root=Path(sys.argv[1]), ray=sys.argv[2])\n"
+    )
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    arguments = [sys.executable, str(script), str(tmp_path / "runs"), cluster.address]
+    process = subprocess.Popen(arguments, env=here, start_new_session=True)
+    journal = tmp_path / "runs" / plan().name / "journals" / "evopress-s0.jsonl"
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (journal.exists() and journal.stat().st_size > 20_000):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert journal.stat().st_size > 20_000
+    folder = compare(plan(), root=tmp_path / "runs", ray=cluster.address, resume=True)
+    assert trials(folder) == alone
+
+
+def test_an_address_without_a_cluster_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ComparisonFailed, match="no Ray cluster at '127.0.0.1:1'"):
+        compare(plan(), root=tmp_path, ray="127.0.0.1:1")
+
+
+class Here:
+    """Answers in this process, as so many scorers would; each has a problem of its own."""
+
+    def __init__(self, make: Callable[[], Problem], count: int) -> None:
+        self.problems = [make() for _ in range(count)]
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    def ask(self, name: str, settings: dict[str, Any], questions: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        self.asked.append(len(questions))
+        answers = []
+        for i, calls in enumerate(questions):
+            problem = self.problems[i % len(self.problems)]
+            found = [(getattr(problem, name), args, named) for name, args, named in calls]
+            answers.append([f(*args, **named) if callable(f) else f for f, args, named in found])
+        return answers
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
+def test_a_search_on_a_model_gives_the_same_trials_over_any_number_of_scorers(count: int) -> None:
+    """With nested minibatches, and candidates that are stopped early: what is charged is the same too."""
+    model = tiny_model("llama")
+
+    def make() -> LanguageModelProblem:
+        evaluator = make_evaluator((model, levels := RoundedLevels(model)))
+        units = [Unit(u.name, costs=(1, 2, 3), size=1) for u in levels.units]
+        space = CompressionSpace(units, 2 * len(units))
+        return LanguageModelProblem(evaluator, space, tiny_tokens(length=LENGTH)[:2], tokens=LENGTH, name="tiny")
+
+    def run(problem: Problem) -> list[Any]:
+        settings = {"offspring": 6, "survivors": [3, 1], "tokens": [2 * LENGTH, 6 * LENGTH]}
+        searcher = make_searcher("evopress", problem.space, seed=1, **settings)
+        found = search(searcher, problem, budget=Budget(tokens=60 * LENGTH), seed=3, checkpoints=[1.0])
+        return [[(o.trial, o.loss, o.tokens, o.status) for o in found.outcomes], found.checkpoints[0].held_out]
+
+    expected = run(make())
+    assert any(status == "stopped" for *_, status in expected[0])
+    assert run(SpreadProblem(Here(make, count), "tiny", {})) == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_search_gives_the_same_trials_over_any_number_of_scorers(count: int) -> None:
+    def run(problem: Problem) -> list[Any]:
+        searcher = make_searcher("evopress", problem.space, seed=1, offspring=8, survivors=[3, 1], tokens=[64, 256])
+        found = search(searcher, problem, budget=Budget(tokens=20_000), seed=3, checkpoints=[1.0])
+        return [[(o.trial, o.loss, o.tokens, o.minibatch) for o in found.outcomes], found.checkpoints[0].held_out]
+
+    def make() -> Problem:
+        return make_problem("noisy", units=12)
+
+    here = Here(make, count)
+    assert run(SpreadProblem(here, "noisy", {})) == run(make())
+    assert max(here.asked) == count
+
+
+def test_no_scorer_is_an_error() -> None:
+    class Nobody:
+        def __len__(self) -> int:
+            return 0
+
+        def ask(self, *_: Any) -> list[list[Any]]:
+            raise ScorersError("no scorer came up")
+
+    with pytest.raises(ScorersError):
+        SpreadProblem(Nobody(), "noisy", {}).score([], Minibatch(0, 64))

@@ -47,9 +47,7 @@ UriOption = Annotated[str | None, typer.Option(help="MLflow tracking URI; defaul
 TrackOption = Annotated[bool, typer.Option(help="Write every trial to MLflow while searching.")]
 WorkersOption = Annotated[int | None, typer.Option(help="Processes; changes no result. Default: the plan's.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; repeatable.")]
-RayOption = Annotated[
-    str | None, typer.Option(metavar="ADDRESS", help="Score on a Ray cluster: host:port, auto, or local.")
-]
+RayOption = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Score on Ray: host:port, auto or local.")]
 DEFAULT_ROOT = Path("mlruns") / "comparisons"
 
 
@@ -166,10 +164,8 @@ def _run(
     from evo_hpo.cli.comparing import run
 
     plan = file.plan(**({} if workers is None else {"workers": workers}))
-    if uniform:
-        plan = plan.with_uniform()
-    words, text = context.obj, file.text
-    run(plan, console, words, text, root=root, resume=resume, track=track, tracking_uri=tracking_uri, ray=ray)
+    plan, words = plan.with_uniform() if uniform else plan, context.obj
+    run(plan, console, words, file.text, root=root, resume=resume, track=track, tracking_uri=tracking_uri, ray=ray)
 
 
 @app.command()

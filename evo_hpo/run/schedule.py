@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ def _processes(
     waiting, events = context.Queue(), context.Queue()
     for task in tasks:
         waiting.put(task)
+    workers: list[tuple[Callable[..., None], tuple[Any, ...]]]
     if ray:
         workers = [(run_on_cluster, (plan, folder, resume, ray, waiting, events))]
     else:

@@ -75,7 +75,7 @@ class SpreadProblem(Problem):
         else:  # fewer candidates than scorers: their sequences are spread too
             slices = max(1, len(self._scorers) // max(1, len(parts)))
             questions = [(part, some) for part in parts for some in _parts(wanted, slices)]
-        calls = [("read", ([todo[i] for i in part], [g[0] for g in some]), {}) for part, some in questions]
+        calls: list[Call] = [("read", ([todo[i] for i in part], [g[0] for g in some]), {}) for part, some in questions]
         for (part, some), told in zip(questions, self._each(calls), strict=True):
             sums[np.ix_(part, np.r_[tuple(columns for _, columns in some)])] = told
 

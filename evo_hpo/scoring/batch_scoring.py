@@ -66,9 +66,9 @@ class BatchScorer:
         paths: list[dict[tuple[int, ...], Reference]] = [{} for _ in todo]
 
         def read(_: Sequence[Assignment], candidates: Sequence[int], parts: Sequence[Group], sums: Sums) -> None:
-            for members, (batch, _), found in self._run(todo, candidates, parts, sums, bring_paths):
+            for members, group, found in self._run(todo, candidates, parts, sums, bring_paths):
                 for i, reference in found.items():
-                    paths[members[i]][batch] = reference
+                    paths[members[i]][group[0]] = reference
 
         sums, count = self.rounds.read(todo, groups, keep, totals, read)
         for row, path in zip(sums, paths, strict=True):

@@ -56,8 +56,17 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return trials(compare(plan(), root=tmp_path_factory.mktemp("alone")))
 
 
-def scorer_processes() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if "ray::Scorer" in " ".join(p.info["cmdline"] or ())]
+def scorers_of(cluster: Any) -> list[psutil.Process]:
+    """The processes of its scorers; tests beside these may have a cluster of their own."""
+
+    def command(process: psutil.Process | None) -> str:
+        try:
+            return " ".join(process.cmdline()) if process else ""
+        except psutil.Error:
+            return ""
+
+    found = [p for p in psutil.process_iter() if "ray::Scorer" in command(p)]
+    return [p for p in found if cluster.address in command(p.parent())]
 
 
 def disturbed(after: int, disturb: Callable[[], object], heard: list[Event]) -> Callable[[Event], None]:
@@ -79,7 +88,7 @@ def test_a_scorer_and_a_node_that_die_change_no_trial_and_one_that_comes_back_is
         plan(),
         root=tmp_path / "killed",
         ray=cluster.address,
-        listener=disturbed(3, lambda: scorer_processes()[0].kill(), heard),
+        listener=disturbed(3, lambda: scorers_of(cluster)[0].kill(), heard),
     )
     assert trials(folder) == alone
     assert ScorersUp(4) in heard

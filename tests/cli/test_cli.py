@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from evo_hpo.cli.commands import app, main, parse_settings
+from evo_hpo.cli.commands import app, main
+from evo_hpo.cli.options import parse_settings
 from evo_hpo.errors import PlanError
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.run.plan_file import PlanFile

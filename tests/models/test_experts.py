@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from evo_hpo.cli.commands import parse_settings
+from evo_hpo.cli.options import parse_settings
 from evo_hpo.errors import ModelError
 from evo_hpo.levels.blockwise import build_store, exclude_also, toml_text
 from evo_hpo.levels.quantizers import GPTQ, RTN

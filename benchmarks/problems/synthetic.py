@@ -89,6 +89,10 @@ class Landscape:
             loss += float(roots @ self.pairs @ roots)
         return loss
 
+    def apart(self, levels: Assignment, changes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """How much more or less the loss is when ``changes`` (sequences x units) add to what scales sensitivities."""
+        return np.asarray(changes @ (self.errors[self._rows, list(levels)] * self.sensitivities))
+
     def of_many(self, levels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Losses of the rows of an array (assignments x units)."""
         losses = np.asarray((self.errors[self._rows, levels] * self.sensitivities).sum(axis=1))
@@ -263,18 +267,27 @@ class NoisyProblem(Problem):
         self.quality = sensitivities
 
     @cached_property
-    def _factors(self) -> dict[Minibatch, np.ndarray[Any, Any]]:
+    def _factors(self) -> dict[Minibatch, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """Of the last minibatch: each unit's factor, and how far it is from that in each sequence."""
         return {}
 
     def score(
         self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
     ) -> Sequence[Score]:
-        factors = self._factors.get(minibatch)
-        if factors is None:
+        if minibatch not in self._factors:
             self._factors.clear()
-            factors = self._factors[minibatch] = np.maximum(self._draws(minibatch).mean(axis=0) + 1.0, 0.0)
+            draws = self._draws(minibatch)
+            mean = draws.mean(axis=0)
+            self._factors[minibatch] = np.maximum(mean + 1.0, 0.0), draws - mean
+        factors, apart = self._factors[minibatch]
         time.sleep(self.delay * len(assignments))
-        return [Score(self.landscape(a, factors), minibatch.tokens) for a in assignments]
+        return [self._score(a, factors, apart, minibatch.tokens) for a in assignments]
+
+    def _score(
+        self, levels: Assignment, factors: np.ndarray[Any, Any], apart: np.ndarray[Any, Any], tokens: int
+    ) -> Score:
+        loss = self.landscape(levels, factors)
+        return Score(loss, tokens, by_sequence=tuple((loss + self.landscape.apart(levels, apart)).tolist()))
 
     def _draws(self, minibatch: Minibatch) -> np.ndarray[Any, Any]:
         """How far each unit's factor is from 1 in each sequence (sequences x units)."""

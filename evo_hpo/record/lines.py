@@ -71,6 +71,8 @@ def encode_outcome(outcome: Outcome, search: str, time: float, more: int) -> dic
     line.update({key: value for key, value in optional.items() if value not in (None, "", 0)})
     if terms.tokens == 0:
         line["asked"] = 0
+    if terms.by_sequence:
+        line["by_sequence"] = outcome.by_sequence
     return line
 
 
@@ -88,7 +90,9 @@ def decode_outcome(line: Mapping[str, Any]) -> Outcome:
         keep=line.get("keep"),
         generation=line["generation"],
         stage=line["stage"],
+        by_sequence="by_sequence" in line,
     )
+    parts = line.get("by_sequence")
     return Outcome(
         trial=trial,
         loss=float(line["loss"]),
@@ -98,6 +102,7 @@ def decode_outcome(line: Mapping[str, Any]) -> Outcome:
         status=line["status"],
         reason=line.get("reason", ""),
         terms=terms,
+        by_sequence=None if parts is None else tuple(map(float, parts)),
     )
 
 

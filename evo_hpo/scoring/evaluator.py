@@ -231,13 +231,6 @@ class Evaluator:
         count = len(self.tokens) if sequences is None else sequences
         self._with_less_memory(lambda: self._batches.make_dense(range(count)))
 
-    def per_sequence(self, assignment: Assignment, minibatch: Minibatch) -> Sums:
-        """Mean loss of each sequence of a minibatch (nats a token), for intervals and paired comparisons."""
-        self.score([assignment], minibatch)
-        sums = self.cache.get(assignment, minibatch)
-        assert sums is not None
-        return sums / (self.length - 1)
-
     def _recall(self, assignment: Assignment, minibatch: Minibatch, sequences: int) -> Sums | None:
         """Complete sums that were paid for, on this minibatch or a larger one of the same seed."""
         known = self._batches.rounds.recall(assignment, sequences)

@@ -41,7 +41,9 @@ def scored(sums: Sums, length: int) -> Score:
     loss = float(np.nansum(sums)) / (len(sums) * (length - 1))
     if not math.isfinite(loss):
         return Score(math.inf, read * length, reason="the loss is not finite")
-    return Score(loss, read * length, stopped=read < len(sums))
+    if read < len(sums):
+        return Score(loss, read * length, stopped=True)
+    return Score(loss, read * length, by_sequence=tuple((sums / (length - 1)).tolist()))
 
 
 @dataclass

@@ -33,6 +33,10 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 __all__ = ["SPACES", "SearcherConformance", "TokenProblem", "loss"]
 
 
+Fact = tuple[Trial, Terms, float, tuple[float, ...] | None, int]
+"""What a trial, its terms and its minibatch gave."""
+
+
 def _spaces() -> dict[str, CompressionSpace]:
     sizes = (3, 1, 1, 3, 8)
     unequal = [
@@ -68,10 +72,11 @@ def loss(levels: Assignment) -> float:
 
 
 class TokenProblem(Problem):
-    """A loss that depends a little on the minibatch; trials cost tokens, chosen ones fail, and calls are counted."""
+    """A loss that depends a little on each sequence; trials cost tokens, chosen ones fail, and calls are counted."""
 
     name = "tokens"
     tokens = 64
+    sequence = 16
 
     def __init__(self, space: CompressionSpace, fails: str = "none") -> None:
         self.space = space
@@ -87,8 +92,12 @@ class TokenProblem(Problem):
     def _score(self, levels: Assignment, minibatch: Minibatch) -> Score:
         if self.fails == "all" or (self.fails == "some" and sum(i * k for i, k in enumerate(levels)) % 3 == 0):
             return Score(math.nan, minibatch.tokens, reason="chosen to fail")
-        wiggle = sum(math.sin(minibatch.seed % 1000 + i) * k for i, k in enumerate(levels))
-        return Score(loss(levels) + 0.1 * wiggle / math.sqrt(minibatch.tokens), minibatch.tokens)
+        exact, first = loss(levels), minibatch.seed % 1000
+        parts = [
+            exact + 0.1 / self.sequence * sum(math.sin(first + s * s + i) * k for i, k in enumerate(levels))
+            for s in range(max(1, minibatch.tokens // self.sequence))
+        ]
+        return Score(math.fsum(parts) / len(parts), minibatch.tokens, by_sequence=tuple(parts))
 
 
 class _Tape:
@@ -125,13 +134,11 @@ class _Tape:
         """Not needed."""
 
 
-def _facts(outcomes: Sequence[Outcome]) -> list[tuple[Trial, Terms, float, int]]:
-    return [(o.trial, o.terms, o.loss, o.minibatch) for o in outcomes]
+def _facts(outcomes: Sequence[Outcome]) -> list[Fact]:
+    return [(o.trial, o.terms, o.loss, o.by_sequence, o.minibatch) for o in outcomes]
 
 
-def _trace(
-    suite: type[SearcherConformance], name: str, space: str, seed: int, evaluations: int
-) -> list[tuple[Trial, Terms, float, int]]:
+def _trace(suite: type[SearcherConformance], name: str, space: str, seed: int, evaluations: int) -> list[Fact]:
     """Trials and losses of a search; runs in spawned processes too."""
     problem = TokenProblem(SPACES[space])
     searcher = suite().searcher(name, problem.space, seed)

@@ -335,6 +335,7 @@ def _score(problem: Problem, trials: Sequence[Trial], terms: Terms, minibatch: M
 def _outcome(trial: Trial, score: Score, tokens: int, seconds: float, minibatch: Minibatch, terms: Terms) -> Outcome:
     if math.isfinite(score.loss):
         status: Status = "stopped" if score.stopped else "complete"
-        return Outcome(trial, score.loss, tokens, seconds, minibatch.seed, status, terms=terms)
+        parts = score.by_sequence if terms.by_sequence and not score.stopped else None
+        return Outcome(trial, score.loss, tokens, seconds, minibatch.seed, status, terms=terms, by_sequence=parts)
     reason = score.reason or f"the loss is {score.loss}"
     return Outcome(trial, math.inf, tokens, seconds, minibatch.seed, "failed", reason, terms)

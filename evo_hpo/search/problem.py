@@ -41,12 +41,15 @@ class Score:
             minibatch is charged.
         stopped: scoring stopped early and the loss is a lower bound.
         reason: why it failed.
+        by_sequence: loss of each sequence of the minibatch, in its order; their mean is the loss, and a nested
+            minibatch begins with those of the smaller one. None: it was stopped, or the problem has no sequences.
     """
 
     loss: float
     tokens: int = 0
     stopped: bool = False
     reason: str = ""
+    by_sequence: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class Terms:
         draw: which minibatch, see :data:`Draw`.
         keep: only the best ``keep`` of the batch matter, the others may be stopped early; None: all matter.
         generation, stage: 0 where a searcher has none.
+        by_sequence: the losses of the minibatch's sequences are wanted too, see :attr:`Outcome.by_sequence`.
     """
 
     tokens: int | None = None
@@ -54,6 +55,7 @@ class Terms:
     keep: int | None = None
     generation: int = 0
     stage: int = 0
+    by_sequence: bool = False
 
 
 DEFAULT = Terms()
@@ -106,6 +108,9 @@ class Outcome:
         status: see :data:`Status`.
         reason: why it failed.
         terms: those of its batch.
+        by_sequence: loss of each sequence of the minibatch (their mean is ``loss``), in its order, so that trials on
+            one minibatch compare sequence by sequence; None where the batch did not ask, the problem has no sequences,
+            or the trial is not complete.
     """
 
     trial: Trial
@@ -116,6 +121,7 @@ class Outcome:
     status: Status = "complete"
     reason: str = ""
     terms: Terms = DEFAULT
+    by_sequence: tuple[float, ...] | None = None
 
     @property
     def usable(self) -> bool:

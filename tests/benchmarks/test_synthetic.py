@@ -68,6 +68,26 @@ def test_noise_is_shared_by_a_batch_nested_in_tokens_and_falls_with_them() -> No
     assert error(256) / error(4096) == pytest.approx(4, rel=0.3)
 
 
+@pytest.mark.parametrize("noise", [0.1, 1.5])  # with the second, some units' factors are cut off at zero
+def test_sequences_have_losses_of_their_own_whose_mean_is_the_loss(noise: float) -> None:
+    problem = noisy(units=30, noise=noise, seed=0)
+    a, b = problem.space.uniform(), problem.space.sample(np.random.default_rng(0))
+    for tokens in (64, 640, 4096):
+        for score in problem.score([a, b], Minibatch(3, tokens)):
+            assert score.by_sequence is not None
+            assert len(score.by_sequence) == tokens // 64
+            assert np.mean(score.by_sequence) == pytest.approx(score.loss, rel=1e-9)
+
+
+def test_a_nested_minibatch_begins_with_the_same_sequences() -> None:
+    problem = noisy(units=30, noise=0.1, seed=0)
+    one = problem.space.uniform()
+    small, large = (problem.score([one], Minibatch(3, tokens))[0].by_sequence for tokens in (640, 1280))
+    assert small is not None
+    assert large is not None
+    np.testing.assert_allclose(large[:10], small)
+
+
 @pytest.mark.parametrize("name", ["additive", "interacting", "needle", "noisy", "non_monotone"])
 def test_registered_by_name_and_the_same_for_the_same_seed(name: str) -> None:
     assert name in available_problems()

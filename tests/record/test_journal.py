@@ -191,6 +191,7 @@ def test_a_searcher_that_asks_for_something_else_is_refused(
         ({"draw": "same"}, "draw recorded as 'fixed', asked as 'same'"),
         ({"parent": 3}, "parent recorded as None, asked as 3"),
         ({"keep": 2}, "keep recorded as None, asked as 2"),
+        ({"by_sequence": True}, "by_sequence recorded as False, asked as True"),
         ({"note": "other words"}, ""),
     ],
 )
@@ -215,6 +216,22 @@ def test_recall_compares_every_field(
         pytest.raises(JournalError, match="recorded on minibatch 11, asked on 12"),
     ):
         journal.recall(Batch((trial,)), Minibatch(12, 5))
+
+
+@pytest.mark.parametrize("parts", [(1 / 3, 2**0.5, 5e-324, 0.1 + 0.2), (1.0,), None])
+@pytest.mark.parametrize("asked", [True, False])
+def test_losses_by_sequence_are_kept_to_the_bit_and_only_where_asked(
+    problem: FunctionProblem, tmp_path: Path, parts: tuple[float, ...] | None, asked: bool
+) -> None:
+    header = search_header("a-s0", "a", problem, Budget(evaluations=9))
+    trial, terms = Trial(0, problem.space.uniform()), Terms(by_sequence=asked)
+    given = Outcome(trial, 1.0, 5, 0.1, minibatch=11, terms=terms, by_sequence=parts if asked else None)
+    with Journal.open(tmp_path / "j.jsonl", header) as journal:
+        journal.record([given])
+    line = json.loads((tmp_path / "j.jsonl").read_text().splitlines()[1])
+    assert ("by_sequence" in line) == asked  # a line of a search that does not ask is what it was
+    with Journal.open(tmp_path / "j.jsonl", header, resume=True) as journal:
+        assert journal.recall(Batch((trial,), terms), Minibatch(11, 5)) == [given]
 
 
 def test_two_processes_cannot_write_one_journal(problem: FunctionProblem, tmp_path: Path) -> None:

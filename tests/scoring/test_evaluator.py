@@ -67,6 +67,7 @@ def test_early_stopping_finds_the_same_best(llama: Parts, fitness: str) -> None:
     for score, loss in zip(scores, truth, strict=True):
         assert score.loss == loss if not score.stopped else sorted(truth)[1] < score.loss <= loss
         assert score.tokens == LARGE.tokens or score.stopped
+        assert (score.by_sequence is None) == score.stopped
     assert evaluator.counts["tokens"] == sum(s.tokens for s in scores)
     if fitness == "kl":
         assert evaluator.counts["stopped"] > 0

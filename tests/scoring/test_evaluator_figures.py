@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.sampling import sequences_of
+from evo_hpo.search.problem import Minibatch
 from tests.scoring.evaluators import LARGE, LENGTH, Parts, losses_of, make_evaluator
 from tests.tiny import (
     DropLevels,
@@ -45,9 +47,25 @@ def test_top_k_divergence_pools_the_tail(llama: Parts) -> None:
 def test_losses_of_each_sequence_average_to_the_loss(llama: Parts) -> None:
     evaluator = make_evaluator(llama)
     candidate = random_assignments(1, len(llama[1].units), 3)[0]
-    sequences = evaluator.per_sequence(candidate, LARGE)
+    sequences = evaluator.score([candidate], LARGE)[0].by_sequence
+    assert sequences is not None
     assert len(sequences) == 7
-    assert float(sequences.mean()) == pytest.approx(losses_of(evaluator, [candidate])[0], rel=1e-12)
+    assert float(np.mean(sequences)) == pytest.approx(losses_of(evaluator, [candidate])[0], rel=1e-12)
+    alone = [losses_of(make_evaluator(llama), [candidate], Minibatch(LARGE.seed, n * LENGTH))[0] for n in range(1, 8)]
+    running = [m * n - (alone[n - 2] * (n - 1) if n > 1 else 0.0) for n, m in enumerate(alone, start=1)]
+    np.testing.assert_allclose(sequences, running, rtol=1e-6)  # the smaller minibatches of one seed tell each apart
+    np.testing.assert_array_equal(sequences, evaluator.score([candidate], LARGE)[0].by_sequence)  # found, not read
+
+
+def test_losses_of_each_sequence_are_the_same_from_cache_company_and_replicas(llama: Parts, tmp_path: Path) -> None:
+    candidates = random_assignments(5, len(llama[1].units), 3)
+    truth = [s.by_sequence for s in make_evaluator(llama).score(candidates, LARGE)]
+    assert [s.by_sequence for s in make_evaluator(llama, threads=2).score(candidates[::-1], LARGE)] == truth[::-1]
+    for _ in range(2):  # read, then found in the file
+        evaluator = make_evaluator(llama, cache=tmp_path / "scores.sqlite")
+        assert [s.by_sequence for s in evaluator.score(candidates, LARGE)] == truth
+        evaluator.close()
+    assert evaluator.counts["cached"] == 5
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from evo_hpo import Allowance, Batch, Budget, CompressionSpace, Outcome, Searcher, Terms, Trial, Unit, search
+from evo_hpo import (
+    Allowance,
+    Batch,
+    Budget,
+    CompressionSpace,
+    FunctionProblem,
+    Outcome,
+    Searcher,
+    Terms,
+    Trial,
+    Unit,
+    search,
+)
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.search.conformance import TokenProblem
+from evo_hpo.search.conformance import TokenProblem, loss
 from evo_hpo.search.problem import Minibatch, Score
 from evo_hpo.space.compression_space import Assignment
 
@@ -78,6 +91,30 @@ def test_fixed_fresh_and_same_name_the_minibatch_and_outcomes_carry_the_terms() 
     assert [o.terms for o in result.outcomes] == [t for t in terms for _ in range(2)]
     assert searcher.told == result.outcomes
     assert result.stop_reason == "the searcher has nothing more to ask"
+
+
+def test_losses_by_sequence_are_told_where_they_were_asked_for_and_the_problem_has_them() -> None:
+    terms = (Terms(tokens=64), Terms(tokens=64, by_sequence=True), Terms(tokens=16, by_sequence=True))
+    told = search(Script(*terms), Watched(), budget=Budget(evaluations=100)).outcomes
+    assert [None if o.by_sequence is None else len(o.by_sequence) for o in told] == [None, None, 4, 4, 1, 1]
+    for outcome in told[2:]:
+        assert outcome.by_sequence is not None
+        assert math.fsum(outcome.by_sequence) / len(outcome.by_sequence) == outcome.loss
+    without = search(Script(*terms), FunctionProblem(SPACE, loss), budget=Budget(evaluations=100)).outcomes
+    assert [o.by_sequence for o in without] == [None] * 6
+    assert all(o.usable for o in without)
+
+
+def test_a_trial_that_was_stopped_or_failed_has_no_losses_by_sequence() -> None:
+    class Partial(TokenProblem):
+        def score(
+            self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
+        ) -> Sequence[Score]:
+            stopped = Score(1.0, 32, stopped=True, by_sequence=(1.0, 1.0))
+            return [stopped, Score(math.nan, 64, reason="chosen", by_sequence=(math.nan, 1.0))]
+
+    told = search(Script(Terms(by_sequence=True)), Partial(SPACE), budget=Budget(evaluations=2)).outcomes
+    assert [(o.status, o.by_sequence) for o in told] == [("stopped", None), ("failed", None)]
 
 
 def test_a_batch_that_is_paid_in_part_keeps_its_terms() -> None:

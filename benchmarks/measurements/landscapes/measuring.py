@@ -62,5 +62,5 @@ class Recorder:
         return [self.rows.found[a] for a in assignments]
 
     def _measure(self, batch: Sequence[Assignment]) -> None:
-        self.evaluator.score(batch, self.minibatch)
-        self.rows.add({a: self.evaluator.per_sequence(a, self.minibatch).tolist() for a in batch})
+        scores = self.evaluator.score(batch, self.minibatch)
+        self.rows.add({a: list(s.by_sequence or ()) for a, s in zip(batch, scores, strict=True)})

@@ -1,4 +1,4 @@
-"""The command line: ``evo-hpo build | search | compare | ablate | report | track | ui | export | list``.
+"""The command line: ``evo-hpo build | search | compare | ablate | report | track | ui | export | plan-memory | list``.
 
 Bad input ends with one line on standard error and exit code 2; an interrupt with 130 and the command that resumes; what
 nobody expected with 1, one line, and where its trace is.
@@ -17,6 +17,7 @@ from typing import Annotated, cast
 
 import typer
 
+from evo_hpo.cli.memory_command import plan_memory
 from evo_hpo.cli.model_commands import build, export
 from evo_hpo.cli.options import console, errors
 from evo_hpo.cli.result_commands import list_names, report, track, ui
@@ -101,6 +102,7 @@ def _options(
 
 for command in (compare, search, ablate, build, report, track, ui, export):
     app.command()(command)
+app.command("plan-memory")(plan_memory)
 app.command("list")(list_names)
 
 

@@ -117,6 +117,8 @@ class LevelStore:
             return dict.fromkeys(record.members)
         weight = self._decode(record, label)
         self._remember(key, weight)
+        if self._limit is None and all((unit, level.label) in self._decoded for level in record.levels):
+            del self._packed[unit]  # nothing is decoded twice
         return {unit: weight}
 
     def preload(self) -> None:
@@ -126,8 +128,6 @@ class LevelStore:
                 self._encoded(record)
                 for level in record.levels if self._limit is None else ():
                     self.unit_weights(record.name, level.label)
-                if self._limit is None:
-                    del self._packed[record.name]
 
     def verify(self) -> None:
         """Read every file and compare its checksum."""

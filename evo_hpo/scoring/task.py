@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -49,6 +49,8 @@ class LanguageModelTask:
             kernels fuse them.
         join: folders of further stores of the model, whose levels every unit is offered too, under the method's name.
         dropped: every unit may also be dropped, at no cost.
+        memory: ``resident``: every level decoded, the fastest; ``packed``: levels as on disk, decoded when they are
+            switched to, for models whose levels do not fit. Changes no loss.
         calibration, held_out: text (``pydoc``, a hub data set, files, ``self``); always disjoint: what stands in the
             calibration text, under whatever name, is left out of the held-out text.
         sequence_length: tokens a sequence.
@@ -80,6 +82,7 @@ class LanguageModelTask:
     tie: tuple[tuple[str, ...], ...] = ()
     join: tuple[str, ...] = ()
     dropped: bool = False
+    memory: str = "resident"
     calibration: str = "pydoc"
     held_out: str = "pydoc"
     sequence_length: int = 256
@@ -112,6 +115,8 @@ class LanguageModelTask:
             raise InvalidSettingError(f"resource={self.resource!r} must be empty or 'storage', and empty for drop")
         if self.drop and self.method != "drop":
             raise InvalidSettingError(f"drop={dict(self.drop)} needs method = 'drop', not {self.method!r}")
+        if self.memory not in ("resident", "packed"):
+            raise InvalidSettingError(f"memory={self.memory!r} must be 'resident' or 'packed'")
         if self.fitness not in ("kl", "perplexity", "topk_kl"):
             raise InvalidSettingError(f"fitness={self.fitness!r} must be one of: kl, perplexity, topk_kl")
         if self.cache and self.early_stopping:
@@ -202,7 +207,11 @@ class LanguageModelTask:
         Raises:
             StoreError: it is missing, damaged, or was built from another model.
         """
-        return LevelStore.open(self.store_folder, dtype, device=self.device, model=model)
+        return self._opened(self.store_folder, dtype, model)
+
+    def _opened(self, folder: str | Path, dtype: torch.dtype, model: Mapping[str, str] | None) -> LevelStore:
+        memory: Literal["packed", "resident"] = "packed" if self.memory == "packed" else "resident"
+        return LevelStore.open(folder, dtype, memory, self.device, model)
 
     def open_levels(self, model: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32) -> LevelSet:
         """The levels that are searched: the store's, joined with others', dropped ones added, tied.
@@ -215,7 +224,7 @@ class LanguageModelTask:
         levels, others = store.levels, []
         for folder in self.join:
             of = model or store.manifest.plan.identity
-            others.append(LevelStore.open(folder, dtype, device=self.device, model=of))
+            others.append(self._opened(folder, dtype, of))
         if others:
             prefixes = ["", *(f"{other.manifest.plan.method} " for other in others)]
             levels = joined([levels, *(other.levels for other in others)], self.resource or "bits", prefixes)

@@ -1,0 +1,81 @@
+"""``evo-hpo plan-memory``: what a search needs of a device, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from evo_hpo.cli.options import console
+from evo_hpo.errors import InvalidSettingError
+
+__all__ = ["plan_memory"]
+
+UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def plan_memory(
+    model: Annotated[
+        list[str] | None, typer.Argument(help="Folders, hub ids, or 1B, 8B, 70B: shapes of Llama 3. Default: these.")
+    ] = None,
+    levels: Annotated[str, typer.Option(help="Bits, or sparsities, separated by commas.")] = "2,3,4,5,6",
+    method: Annotated[str, typer.Option(help="gptq, rtn, sparsegpt, magnitude, wanda or drop.")] = "gptq",
+    device: Annotated[str, typer.Option(help="Memory of one device, such as '80 GB'.")] = "80 GB",
+    context: Annotated[int, typer.Option(help="Tokens of a key-value cache, for the last column.")] = 8192,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 2048,
+    calibration_tokens: Annotated[int, typer.Option(help="Pool that minibatches are drawn from.")] = 524_288,
+    held_out_tokens: Annotated[int, typer.Option(help="Held-out text.")] = 131_072,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 128,
+) -> None:
+    """Say what a search needs of a device's memory, from the model's configuration alone.
+
+    [bold]Example:[/bold] evo-hpo plan-memory 8B --levels 2,3,4 --device "24 GB"
+    """
+    from evo_hpo.scoring.footprint import TYPICAL, ModelShape, configuration, footprint
+
+    room, wanted = _bytes(device), _levels(levels)
+    table = Table(title=f"memory of a search in 16 bits, {method} {levels}; device: {device}")
+    for column in ("model", "weights", "levels", "uncompressed", "inputs", "a pass", "in all", f"{device} device"):
+        table.add_column(column, justify="left" if column in ("model", f"{device} device") else "right")
+    table.add_column(f"cache of {context}", justify="right")
+    for name in model or list(TYPICAL):
+        shape = ModelShape.of(configuration(name))
+        given: dict[str, Any] = {
+            "method": method,
+            "group_size": group_size,
+            "sequence_length": sequence_length,
+            "calibration_tokens": calibration_tokens,
+            "held_out_tokens": held_out_tokens,
+        }
+        resident, packed = (footprint(shape, wanted, memory=kind, **given) for kind in ("resident", "packed"))
+        for kind, needs in (("resident", resident), ("packed", packed)):
+            cells = [f"{size / 1e9:.1f}" for _, size in needs.rows()]
+            fits = "fits" if needs.total <= room else f"needs {-(-needs.total // room)} devices"
+            cache = f"{2 * context * shape.key_values / 1e9:.1f}"
+            table.add_row(f"{name}, {kind}", *cells, f"{needs.total / 1e9:.1f}", fits, cache)
+    console.print(table)
+    console.print(
+        "GB, counted from the configuration; a key-value cache is what serving needs on top of the compressed model.\n"
+        'resident: every level decoded. packed (memory = "packed"): as on disk, decoded when they are switched to.\n'
+        "One search runs a model on one device: what needs several cannot be searched yet.",
+        markup=False,
+    )
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text, re.IGNORECASE)
+    if not found or float(found[1]) <= 0:
+        raise InvalidSettingError(f"device={text!r} must be a size above 0 with its unit, such as '24 GB' or '80 GiB'")
+    return int(float(found[1]) * UNITS[found[2].lower()])
+
+
+def _levels(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= level <= 16 for level in found):
+        raise InvalidSettingError(f"levels={text!r} must be numbers separated by commas, 0 to 16")
+    return found

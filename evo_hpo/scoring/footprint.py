@@ -1,0 +1,184 @@
+"""What a search needs of a device's memory, from the model's configuration alone: nothing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evo_hpo.errors import ModelError
+from evo_hpo.models.loading import resolve_folder
+from evo_hpo.models.structure import decoder_blocks, linear_modules
+
+__all__ = ["TYPICAL", "Footprint", "ModelShape", "configuration", "footprint"]
+
+TYPICAL: dict[str, dict[str, Any]] = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+}
+"""Shapes of Llama 3.2 1B, Llama 3.1 8B and 70B."""
+
+SPARSE = ("sparsegpt", "magnitude", "wanda")
+GROUP = 16  # candidates whose final hidden states wait for one pass over the logits
+FLASH = 2  # copies of a block's attention inputs that a pass holds beside its hidden states
+
+
+def configuration(name: str) -> Any:
+    """The configuration of a folder (its config.json is enough), a hub id, or a name in :data:`TYPICAL`.
+
+    Raises:
+        ModelError: nothing is found.
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    if name in TYPICAL:
+        common = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+        return LlamaConfig(**{**common, **TYPICAL[name]})
+    path = Path(name).expanduser()
+    return AutoConfig.from_pretrained(path if (path / "config.json").is_file() else resolve_folder(name))
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes that decide memory.
+
+    Attributes:
+        parameters: all of them; ``shared`` weights (tied heads) counted once.
+        linear: weights of the searched layers; ``largest``: of the largest of them.
+        blocks, hidden, widest, vocabulary: decoder blocks, width of the stream, of the widest layer, entries.
+        key_values: numbers that a token adds to the key-value cache, all blocks together.
+    """
+
+    parameters: int
+    linear: int
+    largest: int
+    blocks: int
+    hidden: int
+    widest: int
+    vocabulary: int
+    key_values: int
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """Of a configuration of transformers; the model is made without memory.
+
+        Raises:
+            ModelError: transformers cannot build it, or it has no decoder blocks.
+        """
+        from transformers import AutoModelForCausalLM
+
+        make: Any = AutoModelForCausalLM
+        try:
+            with torch.device("meta"):
+                model: nn.Module = make.from_config(config)
+        except Exception as error:
+            raise ModelError(f"transformers cannot build this configuration: {str(error).splitlines()[0]}") from error
+        weights = {id(p): p.numel() for p in model.parameters()}
+        layers = linear_modules(model)
+        sizes = [m.weight.numel() for m in layers.values()]  # type: ignore[operator]
+        text = config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        blocks = len(decoder_blocks(model))
+        return cls(
+            sum(weights.values()),
+            sum(sizes),
+            max(sizes),
+            blocks,
+            text.hidden_size,
+            max(max(m.weight.shape) for m in layers.values()),  # type: ignore[arg-type]
+            text.vocab_size,
+            2 * blocks * heads * width,
+        )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on the device, by what takes them.
+
+    Attributes:
+        weights: the uncompressed model.
+        levels: every level of every unit, decoded ("resident") or as packed as on disk.
+        decoding: where levels are packed: the assignment in place, decoded, and room to decode the largest layer.
+        dense: what is kept of the uncompressed model, for calibration and held-out tokens.
+        kept: block inputs that candidates share.
+        running: a pass: hidden states, the widest layer, a chunk of logits.
+    """
+
+    weights: int
+    levels: int
+    decoding: int
+    dense: int
+    kept: int
+    running: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.levels + self.decoding + self.dense + self.kept + self.running
+
+    def rows(self) -> list[tuple[str, int]]:
+        """What takes memory, and how many bytes."""
+        return [
+            ("model", self.weights),
+            ("levels", self.levels + self.decoding),
+            ("kept of the uncompressed model", self.dense),
+            ("block inputs", self.kept),
+            ("a pass", self.running),
+        ]
+
+
+def footprint(
+    shape: ModelShape,
+    levels: Sequence[float],
+    *,
+    method: str = "gptq",
+    memory: str = "resident",
+    group_size: int = 128,
+    number: int = 2,
+    sequence_length: int = 2048,
+    calibration_tokens: int = 524_288,
+    held_out_tokens: int = 131_072,
+    batch_size: int = 4,
+    replicas: int = 1,
+    state_bytes: int = 1 << 28,
+    reference_bytes: int = 1 << 29,
+    chunk: tuple[int, int] = (2048, 16384),
+) -> Footprint:
+    """What one evaluator needs.
+
+    Args:
+        levels: bits, or sparsities.
+        memory: ``resident``: levels decoded; ``packed``: as on disk.
+        number: bytes of a number in the compute dtype.
+        batch_size: sequences in one pass; ``replicas``: passes at the same time (one a core; on a GPU one).
+        state_bytes, reference_bytes, chunk: the evaluator's own settings.
+    """
+    pass_tokens = batch_size * sequence_length
+    state = pass_tokens * shape.hidden * number
+    path = (shape.blocks - 1) * state
+    decoded = shape.linear * number * len(levels)
+    packed = sum(_packed(shape.linear, level, method, group_size) for level in levels)
+    logits = chunk[0] * min(chunk[1], shape.vocabulary) * 4
+    return Footprint(
+        weights=shape.parameters * number,
+        levels=decoded if memory == "resident" else packed,
+        decoding=0 if memory == "resident" else shape.linear * number + shape.largest * (number + 2 * 4),
+        dense=2 * shape.hidden * (calibration_tokens + held_out_tokens),
+        kept=replicas * min(state_bytes, path) + min(reference_bytes, 2 * path),
+        running=replicas * ((2 + FLASH + GROUP) * state + 3 * pass_tokens * shape.widest * number + 3 * logits),
+    )
+
+
+def _packed(weights: int, level: float, method: str, group_size: int) -> int:
+    """Bytes of the layers at one level, as the store keeps them."""
+    if method == "drop":
+        return 0
+    if method in SPARSE:
+        return int(weights * ((1 - level) * 2 + 1 / 8))
+    return int(weights * level / 8 + weights / group_size * 3)

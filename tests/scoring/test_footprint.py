@@ -1,0 +1,68 @@
+"""Memory from a configuration, against sizes that are published and what tensors really take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from evo_hpo.cli.commands import app
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.levels.build import build
+from evo_hpo.levels.store import LevelStore
+from evo_hpo.scoring.footprint import TYPICAL, ModelShape, configuration, footprint
+from tests.scoring.test_task import model_folder
+
+__all__ = ["model_folder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("1B", 1_235_814_400), ("8B", 8_030_261_248), ("70B", 70_553_706_496)]
+)
+def test_typical_shapes_have_the_published_numbers_of_parameters(name: str, parameters: int) -> None:
+    shape = ModelShape.of(configuration(name))
+    assert shape.parameters == parameters
+    assert shape.key_values == 2 * TYPICAL[name]["num_hidden_layers"] * 8 * shape.hidden // (
+        64 if name == "70B" else 32
+    )
+
+
+def test_levels_and_weights_take_what_is_predicted(model_folder: Path, tmp_path: Path) -> None:
+    build(str(model_folder), tmp_path / "store", method="rtn", levels=[2, 3, 8], group_size=16)
+    store = LevelStore.open(tmp_path / "store", torch.bfloat16)
+    decoded = sum(
+        w.nbytes
+        for u in range(len(store.units))
+        for k in range(3)
+        for w in store.weights(u, k).values()
+        if w is not None
+    )
+    assert not store._packed  # what is decoded is not kept packed too
+    shape = ModelShape.of(LlamaConfig.from_pretrained(model_folder))
+    predicted = {m: footprint(shape, [2, 3, 8], memory=m, group_size=16) for m in ("resident", "packed")}
+    assert predicted["resident"].levels == decoded
+    on_disk = sum(level.storage for unit in store.manifest.units for level in unit.levels) / 8
+    assert predicted["packed"].levels == pytest.approx(on_disk, rel=0.03)
+    assert predicted["resident"].weights == 2 * shape.parameters
+
+
+def test_packed_levels_are_the_same_weights(model_folder: Path, tmp_path: Path) -> None:
+    build(str(model_folder), tmp_path / "store", method="rtn", levels=[2, 3], group_size=16)
+    resident, packed = (LevelStore.open(tmp_path / "store", memory=m) for m in ("resident", "packed"))
+    for unit in range(len(resident.units)):
+        for name, weight in resident.weights(unit, 1).items():
+            other = packed.weights(unit, 1)[name]
+            assert weight is not None
+            assert other is not None
+            assert torch.equal(weight, other)
+
+
+def test_the_command_says_what_fits() -> None:
+    told = CliRunner().invoke(app, ["plan-memory", "1B", "70B", "--device", "24 GB"]).output
+    assert "fits" in told
+    assert "devices" in told
+    with pytest.raises(InvalidSettingError, match="device='24' must be a size above 0 with its unit"):
+        CliRunner().invoke(app, ["plan-memory", "1B", "--device", "24"], catch_exceptions=False)

@@ -157,7 +157,7 @@ def search(
     if searcher.asks_for_sensitivities and not problem.has_sensitivities:
         raise InvalidSettingError(
             f"{type(searcher).__name__} asks for sensitivities, problem {problem.name!r} has none:"
-            " take another searcher"
+            " take another searcher, or settings that ask for none"
         )
     start = time.perf_counter()
     run = _Run(searcher, problem, budget, seed, journal, tuple(observers), sorted(checkpoints))

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -204,6 +204,9 @@ class _Run:
         allowance = self.ledger.allowance()
         before = time.perf_counter()
         probe = self.searcher.next_probe(allowance)
+        pool = self.problem.pool_tokens
+        if probe is not None and pool and (probe.tokens or 0) > pool:  # more text than there is tells no more
+            probe = replace(probe, tokens=pool)
         batch = None if probe else self.searcher.ask(allowance)
         self.result.searcher_seconds += time.perf_counter() - before
         if probe is not None:

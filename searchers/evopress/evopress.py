@@ -142,11 +142,16 @@ class EvoPress(Procedure):
         self.asks_for_sensitivities = chosen["init"] == "fisher"
         self.paired = PairedAcceptance(doubt, minibatches)
         self.acceptance = one_of("acceptance", acceptance, "loss", "paired")
-        apart = {"elitism": elitism == "none", "minibatch": minibatch == "fixed", "restart_after": restart_after}
-        apart["survivors"] = self.selection.population > 1
-        if acceptance == "paired" and (barred := [name for name, given in apart.items() if given]):
+        against = {
+            "elitism": elitism == "none",
+            "minibatch": minibatch == "fixed",
+            "restart_after": restart_after is not None,
+            "survivors": self.selection.population > 1,
+        }
+        if acceptance == "paired" and any(against.values()):
+            change = next(name for name, given in against.items() if given)
             raise InvalidSettingError(
-                f"acceptance='paired' compares one parent with one offspring on ever new text: change {barred[0]}"
+                f"acceptance='paired' compares one parent with one offspring on ever new text: change {change}"
             )
         self.generation = 0
         self.stagnant = 0  # generations since the best parent was last a new one

@@ -8,10 +8,10 @@ sequences are read only while they do not tell (racing: Maron and Moore, "Hoeffd
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit
 
 __all__ = ["Differences", "Race"]
@@ -32,7 +32,7 @@ class Differences:
     squares: float = 0.0
 
     @classmethod
-    def between(cls, candidate: Sequence[float], incumbent: Sequence[float]) -> Differences:
+    def between(cls, candidate: ArrayLike, incumbent: ArrayLike) -> Differences:
         """Of losses on the same sequences, in the same order."""
         apart = np.subtract(candidate, incumbent)
         mean = float(apart.mean())

@@ -33,7 +33,8 @@ def test_pieces_add_up_to_the_whole_in_any_order() -> None:
     for piece in reversed(pieces):
         backwards += piece
     for found in (total, backwards):
-        assert (found.count, found.mean) == (50, pytest.approx(whole.mean))
+        assert found.count == 50
+        assert found.mean == pytest.approx(whole.mean)
         assert found.doubt == pytest.approx(whole.doubt)
 
 

@@ -129,7 +129,7 @@ def _sensitivities(space: CompressionSpace, rng: np.random.Generator, structure:
 
 def _problem(space: CompressionSpace, landscape: Landscape, name: str) -> FunctionProblem:
     problem = FunctionProblem(space, landscape, name)
-    if landscape.pairs is None:
+    if landscape.pairs is None or not landscape.pairs.any():
         best = solve_by_dynamic_programming(space, landscape.effects())
         problem.optimum = None if best is None else landscape(best)
     elif space.count() <= BRUTE:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -157,7 +157,7 @@ def search(
     if searcher.asks_for_sensitivities and not problem.has_sensitivities:
         raise InvalidSettingError(
             f"{type(searcher).__name__} asks for sensitivities, problem {problem.name!r} has none:"
-            " take another searcher"
+            " take another searcher, or settings that ask for none"
         )
     start = time.perf_counter()
     run = _Run(searcher, problem, budget, seed, journal, tuple(observers), sorted(checkpoints))
@@ -204,6 +204,9 @@ class _Run:
         allowance = self.ledger.allowance()
         before = time.perf_counter()
         probe = self.searcher.next_probe(allowance)
+        pool = self.problem.pool_tokens
+        if probe is not None and pool and (probe.tokens or 0) > pool:  # more text than there is tells no more
+            probe = replace(probe, tokens=pool)
         batch = None if probe else self.searcher.ask(allowance)
         self.result.searcher_seconds += time.perf_counter() - before
         if probe is not None:

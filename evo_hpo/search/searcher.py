@@ -37,7 +37,7 @@ class Searcher(ABC):
 
     random: ClassVar[bool] = True
     """False: the seed changes nothing, one run says all."""
-    asks_for_sensitivities: ClassVar[bool] = False
+    asks_for_sensitivities: bool = False
     """True: it searches no problem that has none."""
     batch: int = 1
 

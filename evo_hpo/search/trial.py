@@ -136,7 +136,8 @@ class Probe:
     Attributes:
         reference: the assignment they are seen from, feasible or not; None: the uncompressed model.
         kind: see :data:`evo_hpo.search.sensitivities.Kind`.
-        tokens: calibration tokens that are read, each charged as three trials' tokens; None: the problem's default.
+        tokens: calibration tokens that are read, each charged as three trials' tokens, all of the pool where it holds
+            fewer; None: the problem's default.
         draw: which minibatch, see :data:`Draw`.
 
     Raises:

@@ -15,6 +15,7 @@ from evo_hpo.search.procedure import Procedure, Steps
 from evo_hpo.search.searcher import boolean, one_of, positive, probability
 from evo_hpo.search.trial import Batch, Draw, Outcome, Terms
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
+from searchers.evopress.acceptance import PairedAcceptance
 from searchers.evopress.initialisation import WARM_STARTS, initialisation, random_and_spent
 from searchers.evopress.mutation import Uniforms, mutation, switch_counts
 from searchers.evopress.offspring import Breeding, Candidate, Measured
@@ -44,7 +45,8 @@ class EvoPress(Procedure):
         group: a switch stays within units of equal ``size``, of equal ``name`` (role), or ``none`` (anywhere).
         cross_group: probability that an offspring exchanges budget across groups; 0 is the published search.
         init: ``uniform``, ``decremented`` (rounded up, then random decrements), ``random``, or what another searcher
-            recommends after ``initial_share`` of the budget: ``dynamic_programming``, ``trust_region``.
+            recommends after ``initial_share`` of the budget: ``dynamic_programming``, ``trust_region``, or ``fisher``
+            (which spends the share on sensitivities).
         initial: starting points drawn, of which the best on ``initial_tokens`` is taken.
         initial_tokens: calibration tokens of a starting point; None: the first stage's.
         initial_share: share of the budget for a start by another searcher; its trials are charged like all others.
@@ -57,6 +59,10 @@ class EvoPress(Procedure):
         revisit: let an offspring be an assignment measured before, as published; False (``plain``): not where its loss
             is exact (a problem without fidelity, or ``minibatch="fixed"``) and would only be read once more.
         invert: look for the worst assignment instead.
+        acceptance: ``loss``, as published: the least loss of the last stage is the next parent; ``paired``: offspring
+            replace it only where they are better sequence by sequence, beyond the error of the difference.
+        doubt: p-value of the one-sided paired test below which ``paired`` accepts; 0.16 is about one standard error.
+        minibatches: like the last stage's that ``paired`` may read to decide; it stops as soon as it is decided.
     """
 
     def __init__(
@@ -83,6 +89,9 @@ class EvoPress(Procedure):
         restart_after: int | None = None,
         revisit: bool | None = None,
         invert: bool = False,
+        acceptance: str = "loss",
+        doubt: float = 0.16,
+        minibatches: int = 4,
     ) -> None:
         super().__init__(space, seed=seed)
         chosen = resolved(
@@ -130,6 +139,20 @@ class EvoPress(Procedure):
             share=initial_share,
             seed=seed,
         )
+        self.asks_for_sensitivities = chosen["init"] == "fisher"
+        self.paired = PairedAcceptance(doubt, minibatches)
+        self.acceptance = one_of("acceptance", acceptance, "loss", "paired")
+        against = {
+            "elitism": elitism == "none",
+            "minibatch": minibatch == "fixed",
+            "restart_after": restart_after is not None,
+            "survivors": self.selection.population > 1,
+        }
+        if acceptance == "paired" and any(against.values()):
+            change = next(name for name, given in against.items() if given)
+            raise InvalidSettingError(
+                f"acceptance='paired' compares one parent with one offspring on ever new text: change {change}"
+            )
         self.generation = 0
         self.stagnant = 0  # generations since the best parent was last a new one
         self.parents: list[Candidate] = []
@@ -144,7 +167,7 @@ class EvoPress(Procedure):
     def tell(self, outcomes: Sequence[Outcome]) -> None:
         """Inverted, the worst has the least loss from here on."""
         if self.invert:
-            outcomes = [o if o.status == "failed" else replace(o, loss=-o.loss) for o in outcomes]
+            outcomes = [o if o.status == "failed" else _inverted(o) for o in outcomes]
         super().tell(outcomes)
 
     def recommend(self) -> Assignment:
@@ -220,11 +243,15 @@ class EvoPress(Procedure):
             keep = None if self.invert else stage.survivors + any(e is self.champion for e in elders)
             trials = [self.trial(e.levels, e.parent if e.number is None else e.number, "parent") for e in elders]
             trials += [self.trial(c.levels, c.parent) for c in offspring]
-            outcomes = yield Batch(tuple(trials), Terms(stage.tokens, draw, keep, self.generation, number))
+            decides = number == last and self.acceptance == "paired" and not self._noiseless
+            terms = Terms(stage.tokens, draw, None if decides else keep, self.generation, number, by_sequence=decides)
+            outcomes = yield Batch(tuple(trials), terms)
             if self.minibatch == "nested":
                 draw = "same"
             scored = sorted(zip(outcomes, [*elders, *offspring], strict=False), key=lambda pair: rank(pair[0]))
             if number == last:
+                if decides:
+                    scored = yield from self.paired.settle(self, scored, self.parents[0])
                 self._replace_parents(scored)
                 return
             # Parents that compete may take the place of offspring here, as published; a champion of an earlier start
@@ -302,3 +329,8 @@ class EvoPress(Procedure):
             return "no feasible mutant of the parent exists" + (": cross_group may give some" if several else "")
         advice = ": restart_after would go on from elsewhere" if self.restart_after is None else ""
         return f"no mutant was found that has not been measured{advice}"
+
+
+def _inverted(outcome: Outcome) -> Outcome:
+    parts = outcome.by_sequence
+    return replace(outcome, loss=-outcome.loss, by_sequence=None if parts is None else tuple([-x for x in parts]))

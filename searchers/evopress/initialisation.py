@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WARM_STARTS", "Start", "initialisation", "random_and_spent", "rounded_up_and_decremented"]
 
-WARM_STARTS = ("dynamic_programming", "trust_region")
+WARM_STARTS = ("dynamic_programming", "fisher", "trust_region")
 """Searchers whose recommendation may be the start."""
 
 UNMEASURED = 4  # trials a unit of such a searcher where the budget, in seconds, gives no share of trials
@@ -97,6 +98,23 @@ class WarmStart(Start):
         return self._numbers.get(self.best())
 
 
+class FisherStart(WarmStart):
+    """The solution of the searcher ``fisher``, not scored on its own: sensitivities are all that is charged."""
+
+    def steps(self, owner: Procedure) -> Steps[list[Outcome]]:
+        """One probe within the share, in multiples of a starting point's tokens."""
+        left, each = owner.allowance, self.tokens or owner.allowance.default_tokens
+        own = 1 - self.share
+        spared = Allowance(
+            None if left.tokens is None else int(left.tokens * own) - each,  # a trial more, which is not asked for
+            None if left.evaluations is None else int(left.evaluations * own) - 1,
+        )
+        probe = self.searcher.next_probe(replace(_without(left, spared, UNMEASURED), default_tokens=each))
+        if probe is not None:
+            self.searcher.learn_sensitivities((yield from owner.sensitivities(probe)))
+        return []
+
+
 def _without(allowance: Allowance, spared: Allowance, most: int) -> Allowance:
     """What is left without what is spared; ``most`` trials where neither tokens nor trials are limited."""
     tokens = None if allowance.tokens is None else allowance.tokens - (spared.tokens or 0)
@@ -117,7 +135,9 @@ def initialisation(
     if not 0 < probability("initial_share", share) < 1:
         raise InvalidSettingError(f"initial_share={share!r} must be a share of the budget, above 0, below 1")
     tokens = None if tokens is None else positive("initial_tokens", tokens)
-    if one_of("init", rule, "uniform", "decremented", "random", *WARM_STARTS) in WARM_STARTS:
+    if one_of("init", rule, "uniform", "decremented", "random", *WARM_STARTS) == "fisher":
+        return FisherStart(make_searcher(rule, space, seed=seed), tokens, share)
+    if rule in WARM_STARTS:
         return WarmStart(make_searcher(rule, space, seed=seed, tokens=tokens), tokens, share)
     rng, count = np.random.default_rng([seed, 1]), positive("initial", count)
     if rule == "uniform":

@@ -29,6 +29,11 @@ class TestTrustRegionOnAFixedMinibatch(SearcherConformance):
     settings = MappingProxyType({"minibatch": "fixed", "explore": 0.0, "batch": 4, "radius": 2})
 
 
+class TestPairedAcceptance(SearcherConformance):
+    names = ("evopress",)
+    settings = MappingProxyType({"acceptance": "paired", "tokens": 32})
+
+
 class TestThreeStages(SearcherConformance):
     names = ("multi_step:genetic", "multi_step:random", "multi_step:evopress")
     settings = MappingProxyType({"survivors": (3, 2, 1), "tokens": (8, 16, 64), "elitism": "count"})

@@ -60,6 +60,16 @@ def test_a_budget_that_does_not_pay_for_the_pass_scores_the_uniform_assignment(b
     assert "does not pay for" in result.stop_reason
 
 
+def test_a_pass_reads_no_more_than_the_pool_holds_and_is_charged_for_that() -> None:
+    whole = _problem()
+    problem = NoisyProblem(whole.space, whole.landscape, noise=0.2)
+    problem.pool_tokens = 2048
+    result = _run(problem)
+    assert result.probes[0].probe.tokens == 2048
+    assert result.ledger is not None
+    assert result.ledger.tokens == 3 * 2048 + 1024
+
+
 def test_another_seed_draws_another_calibration_sample() -> None:
     found = [_run(_problem("noisy"), seed=s).probes[0].sensitivities.projections for s in (0, 0, 1)]
     np.testing.assert_array_equal(found[0], found[1])

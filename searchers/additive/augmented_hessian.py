@@ -23,7 +23,7 @@ from searchers.additive.one_shot import OneShot, effects_of
 from searchers.additive.quadratic import Quadratic, minimise
 from searchers.additive.solvers import solve
 
-__all__ = ["AugmentedHessian", "curvature_with_cross_terms"]
+__all__ = ["AugmentedHessian", "curvature_with_cross_terms", "noise_of_pairs"]
 
 
 class AugmentedHessian(OneShot):
@@ -46,7 +46,7 @@ class AugmentedHessian(OneShot):
         start = solve(self.space, effects_of(self.space, found.effects()))
         if start is None:
             return None
-        shrinkage = _noise_of_pairs(found, start) if self.shrinkage is None else self.shrinkage
+        shrinkage = noise_of_pairs(found, start) if self.shrinkage is None else self.shrinkage
         return minimise(self.space, curvature_with_cross_terms(found, shrinkage), start, self.rng)
 
 
@@ -56,7 +56,7 @@ def curvature_with_cross_terms(found: Sensitivities, shrinkage: float) -> Quadra
     return Quadratic(shrinkage * found.effects(), factors, np.full(len(factors), 1.0 - shrinkage))
 
 
-def _noise_of_pairs(found: Sensitivities, at: Assignment) -> float:
+def noise_of_pairs(found: Sensitivities, at: Assignment) -> float:
     """Variance of the cross terms at an assignment, over their squares: the shrinkage of least expected error."""
     projections = found.projections.astype(np.float64)[:, np.arange(len(at)), list(at)]
     if len(projections) < 2:

@@ -68,7 +68,7 @@ def minimise(
     that no longer helps by the best change of one or two units; and again from random exchanges around the best.
 
     Args:
-        start: feasible, and at most ``changes`` units other than in the centre.
+        start: feasible, of levels that the model knows, and at most ``changes`` units other than in the centre.
         centre: counted from here; None: the start.
         changes: the most units that may differ from the centre; None: any number.
         kicks: descents from random exchanges.

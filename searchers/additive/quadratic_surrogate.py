@@ -129,7 +129,7 @@ class QuadraticSurrogate(OneFidelity):
 def _factor(kernels: tuple[Array, ...], scales: tuple[float, float, float]) -> tuple[Array, bool]:
     kernel = kernels[0] + scales[0] * kernels[1] + scales[1] * kernels[2]
     noise = scales[2] * float(np.trace(kernel)) / len(kernel) + 1e-12
-    return cho_factor(kernel + noise * np.eye(len(kernel)), lower=True)  # type: ignore[no-any-return]
+    return cho_factor(kernel + noise * np.eye(len(kernel)), lower=True)
 
 
 def _evidence(kernels: tuple[Array, ...], values: Array, scales: tuple[float, float, float]) -> float:

@@ -77,7 +77,7 @@ class SensitivityPass:
         group: int = 16,
     ) -> None:
         example = tokens[:1, : min(tokens.shape[1], 16)]
-        self._gated = GatedModel(model, example)
+        self._model, self._gated = model, GatedModel(model, example)
         with torch.no_grad():
             hidden, _ = self._gated.final_hidden(example)
         self._head = OutputHead(model, hidden, example, self._gated.head)
@@ -120,9 +120,8 @@ class SensitivityPass:
 
     def _written(self, minibatch: Minibatch) -> Tensor:
         """Text that the uncompressed model writes by the minibatch's seed, sequences x length."""
-        self._switch.set(None)
         length = self._tokens.shape[1]
-        text = sample_from_model(self._gated.model, minibatch.tokens // length, length, minibatch.seed)
+        text = sample_from_model(self._model, minibatch.tokens // length, length, minibatch.seed)
         return text.to(self._tokens.device)
 
     def _measure(

@@ -59,7 +59,7 @@ def _directly(
     for ids in text:
         model.zero_grad()
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        torch.log_softmax(logits, dim=-1).gather(1, ids[1:, None]).sum().backward()
+        torch.log_softmax(logits, dim=-1).gather(1, ids[1:, None]).sum().backward()  # type: ignore[no-untyped-call]
         row = [[0.0] * len(unit.costs) for unit in levels.units]
         for unit, found in enumerate(row):
             for level in range(len(found)):
@@ -124,7 +124,7 @@ def test_what_is_dropped_takes_its_output_along() -> None:
     model = tiny_model("llama")
     levels = DropLevels(model)
     measure = SensitivityPass(model, levels, tiny_tokens()).measure
-    found = {form: measure(None, MINIBATCH, "true", form).projections for form in ("inner", "absolute", "output")}  # type: ignore[arg-type]
+    found = {form: measure(None, MINIBATCH, "true", form).projections for form in ("inner", "absolute", "output")}
     assert (found["absolute"][:, :, 0] >= np.abs(found["inner"][:, :, 0])).all()
     assert (found["absolute"][:, :, 0] >= found["output"][:, :, 0]).all()
     assert (found["output"] >= 0).all()

@@ -13,7 +13,7 @@ import numpy as np
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.problem import Minibatch
-from evo_hpo.search.sensitivities import READS, Kind, Sensitivities, check_kind
+from evo_hpo.search.sensitivities import READS, Form, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["SEQUENCE", "Quality", "closed_form"]
@@ -34,6 +34,7 @@ def closed_form(
     assignment: Assignment | None,
     minibatch: Minibatch,
     kind: Kind,
+    form: Form,
     quality: str,
 ) -> Sensitivities:
     """Sensitivities of a landscape.
@@ -45,14 +46,14 @@ def closed_form(
         quality: see :data:`Quality`; with ``exact`` the effects are exact and the cross terms are of chance.
 
     Raises:
-        InvalidSettingError: an unknown kind or quality.
+        InvalidSettingError: an unknown kind, form or quality.
     """
-    check_kind(kind, assignment)
+    check_kind(kind, assignment, form)
     if quality not in ("exact", "noisy", "misleading"):
         raise InvalidSettingError(f"sensitivities={quality!r} must be one of: exact, noisy, misleading")
     units = len(roots)
     at = np.zeros(units) if assignment is None else roots[np.arange(units), list(assignment)]
-    rng = np.random.default_rng([minibatch.seed, 6])
+    rng = np.random.default_rng([minibatch.seed, 6 + 90 * minibatch.generated])
     if kind == "kl":
         rows = curvature @ at * (np.ones_like(factors) if quality == "exact" else factors) * SEQUENCE
     elif quality == "exact":
@@ -63,5 +64,8 @@ def closed_form(
         rows = (rng.normal(size=factors.shape) * np.sqrt(np.maximum(values, 0) * SEQUENCE)) @ vectors.T
     if quality == "misleading":
         rows = rows[:, np.random.default_rng([units, 7]).permutation(units)]
-    projections = rows[:, :, None] * (roots - at[:, None])
-    return Sensitivities(kind, assignment, projections.astype(np.float32), SEQUENCE, READS * minibatch.tokens)
+    projections = rows[:, :, None] * (roots if form == "absolute" else roots - at[:, None])
+    if form != "inner":  # of a unit's one weight, which is its one output too
+        projections = np.abs(projections)
+    charged = (READS + minibatch.generated) * minibatch.tokens
+    return Sensitivities(kind, assignment, projections.astype(np.float32), SEQUENCE, charged, form)

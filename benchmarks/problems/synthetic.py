@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.problems.closed_form import SEQUENCE, closed_form
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
-from evo_hpo.search.sensitivities import Kind, Sensitivities
+from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 from searchers.additive.solvers import solve_by_dynamic_programming
 
@@ -292,14 +292,18 @@ class NoisyProblem(Problem):
     def _draws(self, minibatch: Minibatch) -> np.ndarray[Any, Any]:
         """How far each unit's factor is from 1 in each sequence (sequences x units)."""
         shape = (max(1, minibatch.tokens // SEQUENCE), len(self.space))
-        return np.random.default_rng([minibatch.seed, 5]).normal(0.0, 4.0 * self.noise, shape)
+        return np.random.default_rng([minibatch.seed, 5 + 90 * minibatch.generated]).normal(
+            0.0, 4.0 * self.noise, shape
+        )
 
     def sensitivities(
-        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled"
+        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled", form: Form = "inner"
     ) -> Sensitivities:
-        """In closed form."""
+        """In closed form; layer-wise errors are those of the levels, which know nothing of the sensitivities."""
+        if kind == "layerwise":
+            return Sensitivities(kind, assignment, self.landscape.errors[None].astype(np.float32), 1, 0)
         scape, factors = self.landscape, 1.0 + self._draws(minibatch)
-        return closed_form(scape.roots, scape.curvature(), factors, assignment, minibatch, kind, self.quality)
+        return closed_form(scape.roots, scape.curvature(), factors, assignment, minibatch, kind, form, self.quality)
 
     def validate(self, assignment: Assignment) -> dict[str, float]:
         return {"loss": self.landscape(assignment)}

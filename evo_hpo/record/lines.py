@@ -142,6 +142,7 @@ def encode_probe(measured: Measured, search: str, time: float) -> dict[str, Any]
         "draw": measured.probe.draw,
         "minibatch": measured.minibatch,
         "seconds": round(measured.seconds, 9),
+        **({"generated": True} if measured.probe.generated else {}),
         "sensitivities": measured.sensitivities.to_json(),
         "time": time,
     }
@@ -150,7 +151,9 @@ def encode_probe(measured: Measured, search: str, time: float) -> dict[str, Any]
 def decode_probe(line: Mapping[str, Any]) -> Measured:
     """What a line of sensitivities tells."""
     found = Sensitivities.from_json(line["sensitivities"])
-    probe = Probe(found.reference, found.kind, line["asked"], line["draw"])
+    probe = Probe(
+        found.reference, found.kind, line["asked"], line["draw"], found.form, generated=line.get("generated", False)
+    )
     return Measured(probe, found, float(line["seconds"]), line["minibatch"])
 
 

@@ -6,7 +6,6 @@ from evo_hpo.errors import BudgetError, EvoHpoError, PlanError
 from evo_hpo.run.plan import Plan
 from evo_hpo.search.budget import Ledger
 from evo_hpo.search.registry import Preview, make_searcher
-from evo_hpo.search.sensitivities import READS
 from evo_hpo.search.trial import Probe
 
 __all__ = ["rehearse"]
@@ -31,7 +30,7 @@ def rehearse(plan: Plan, preview: Preview) -> None:
             if batch is None:
                 raise BudgetError(f"a budget of {budget.amount:g} {budget.kind}: {searcher.stop_reason}")
             each = tokens if batch.tokens is None else batch.tokens
-            least, what = (READS, "sensitivities") if isinstance(batch, Probe) else (1, "one trial")
+            least, what = (batch.reads, "sensitivities") if isinstance(batch, Probe) else (1, "one trial")
             if ledger.allowance().affords(least, each) < least:
                 raise BudgetError(
                     f"a budget of {budget.amount:g} {budget.kind} does not pay for {what} of {each} tokens:"

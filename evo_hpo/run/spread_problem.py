@@ -11,7 +11,7 @@ import numpy as np
 from evo_hpo.scoring.rounds import Group, Rounds, Sums, groups_of, scored
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.search.problem import Minibatch, Problem, Score
-from evo_hpo.search.sensitivities import Kind, Sensitivities
+from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["Asked", "SpreadProblem"]
@@ -80,9 +80,9 @@ class SpreadProblem(Problem):
             sums[np.ix_(part, np.r_[tuple(columns for _, columns in some)])] = told
 
     def sensitivities(
-        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled"
+        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled", form: Form = "inner"
     ) -> Sensitivities:
-        found: Sensitivities = self._one(("sensitivities", (assignment, minibatch), {"kind": kind}))[0]
+        found: Sensitivities = self._one(("sensitivities", (assignment, minibatch), {"kind": kind, "form": form}))[0]
         return found
 
     def validate(self, assignment: Assignment) -> dict[str, float]:

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from evo_hpo.errors import InvalidSettingError
 from evo_hpo.models.identity import tokens_identity
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.rounds import Sums
 from evo_hpo.scoring.sampling import check_tokens
 from evo_hpo.scoring.sensitivities import SensitivityPass
 from evo_hpo.search.problem import Minibatch, Problem, Score
-from evo_hpo.search.sensitivities import Kind, Sensitivities
+from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["LanguageModelProblem"]
@@ -44,6 +46,7 @@ class LanguageModelProblem(Problem):
         held_out: int64, sequences x length; text that is not in the pool.
         tokens: calibration tokens of a trial that names none; a multiple of the sequence length.
         name: shown in tables.
+        errors: layer-wise error of each level of each unit, as the level store knows it.
 
     Raises:
         InvalidSettingError: ``tokens`` is not a multiple of the sequence length or above the pool.
@@ -52,8 +55,16 @@ class LanguageModelProblem(Problem):
     has_sensitivities = True
 
     def __init__(
-        self, evaluator: Evaluator, space: CompressionSpace, held_out: Tensor, *, tokens: int, name: str
+        self,
+        evaluator: Evaluator,
+        space: CompressionSpace,
+        held_out: Tensor,
+        *,
+        tokens: int,
+        name: str,
+        errors: Sequence[Sequence[float]] | None = None,
     ) -> None:
+        self._errors = errors
         self.evaluator, self.space, self.held_out, self.name = evaluator, space, held_out, name
         self.pool_tokens = int(evaluator.tokens.numel())
         self.check(tokens)
@@ -72,10 +83,19 @@ class LanguageModelProblem(Problem):
         return self.evaluator.read(assignments, groups)
 
     def sensitivities(
-        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled"
+        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled", form: Form = "inner"
     ) -> Sensitivities:
         """Of the units' levels, by one backward pass on one core; see :meth:`SensitivityPass.measure`."""
-        return self.evaluator.pool.map([lambda _: self._gradients.measure(assignment, minibatch, kind)])[0]
+        if kind == "layerwise":
+            return self._layerwise()
+        return self.evaluator.pool.map([lambda _: self._gradients.measure(assignment, minibatch, kind, form)])[0]
+
+    def _layerwise(self) -> Sensitivities:
+        if self._errors is None:
+            raise InvalidSettingError(f"problem {self.name!r} knows no layer-wise errors: take another searcher")
+        width = max(map(len, self._errors))
+        padded = [[*row, *[np.nan] * (width - len(row))] for row in self._errors]
+        return Sensitivities("layerwise", None, np.array([padded], dtype=np.float32), 1, 0)
 
     @cached_property
     def _gradients(self) -> SensitivityPass:

@@ -1,4 +1,4 @@
-"""Inner products of weight gradients with the levels' changes, taken as each gradient appears."""
+"""What is wanted of weight gradients and the levels' changes, taken as each gradient appears."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import Absent, absent, first_of
 from evo_hpo.models.structure import is_linear, is_transposed
+from evo_hpo.scoring.changes import output_changes, weight_changes
+from evo_hpo.search.sensitivities import Form
 
 __all__ = ["Projector"]
 
-ELEMENTS = 1 << 20
-"""Numbers of the per-sequence gradients that exist at one time: rows of a weight are taken by so many."""
-
 
 class Projector:
-    """Collects g . (W_level - W_in_place) for every level of every unit, sequence by sequence.
+    """Collects g . (W_level - W_in_place) for every level of every unit, sequence by sequence, or another form of it.
 
     Hooks on the members keep a linear layer's input until the gradient of its output is there. A per-sequence weight
     gradient exists only for some rows at a time; it meets all levels at once. A member that may be dropped adds its
-    output or takes it away: its projection is the gradient of the output times that output.
+    output or takes it away: its projection is the gradient of the output times that output. The bias of a layer that
+    is switched on or off counts in the forms ``inner`` and ``output``.
 
     Args:
         modules: members by name; those in ``blocks`` are whole decoder blocks, for which :meth:`whole` is called.
@@ -50,12 +50,14 @@ class Projector:
         self._decoded: dict[int, list[Mapping[str, Tensor | None]]] = {}
         self._absent: dict[str, Absent] = {}
         self._sums: NDArray[np.float64] = np.zeros((0, 0, 0))
+        self._form: Form = "inner"
         for name, module in modules.items():
             if name not in blocks:
                 module.register_forward_hook(self._hook(name), with_kwargs=True)
 
-    def begin(self, sequences: int) -> None:
+    def begin(self, sequences: int, form: Form = "inner") -> None:
         """Starts with zeros."""
+        self._form = form
         counts = [len(unit.costs) for unit in self.levels.units]
         self._sums = np.zeros((sequences, len(counts), max(counts)))
         for number, count in enumerate(counts):
@@ -64,7 +66,7 @@ class Projector:
     def end(self) -> NDArray[np.float64]:
         """What was collected: sequences x units x levels."""
         self._decoded.clear()
-        return self._sums
+        return np.sqrt(self._sums) if self._form in ("output", "trace") else self._sums
 
     def forget(self) -> None:
         """Gives back levels that were decoded; called after each block."""
@@ -77,12 +79,22 @@ class Projector:
             output: what it contributes when it is kept, sequences x length x hidden.
             gradient: of its output, alike.
         """
-        contribution = self._by_sequence((gradient.float() * output.float()).double()).sum(dim=(1, 2)).cpu().numpy()
-        sign = 1.0 if self._dropped(name) else -1.0
+        product = self._by_sequence((gradient.float() * output.float()).double())
+        if self._form == "absolute":
+            found = product.abs().sum(dim=(1, 2))
+        elif self._form == "output":
+            found = product.square().sum(dim=(1, 2))
+        elif self._form == "trace":  # the outputs are what it has instead of weights
+            squares = (self._by_sequence(x.double()).square().sum(dim=(1, 2)) for x in (gradient, output))
+            found = next(squares) * next(squares) / product[0].numel()
+        else:
+            found = product.sum(dim=(1, 2)) * (1.0 if self._dropped(name) else -1.0)
+        contribution = found.cpu().numpy()
         for unit in self._owners[name]:
             for level, weights in enumerate(self._levels(unit)):
-                if (name in weights and weights[name] is None) != self._dropped(name):
-                    self._sums[:, unit, level] += sign * contribution
+                gone = name in weights and weights[name] is None
+                if gone if self._form == "absolute" else gone != self._dropped(name):
+                    self._sums[:, unit, level] += contribution
 
     def _hook(self, name: str) -> Callable[..., Any]:
         linear = is_linear(self._modules[name])
@@ -113,17 +125,21 @@ class Projector:
         weight, bias = module.weight, getattr(module, "bias", None)
         assert isinstance(weight, Tensor)
         left, right = self._by_sequence(gradient), self._by_sequence(given)
-        shift = None if bias is None else (left.sum(dim=1).double() @ bias.double()).cpu().numpy()
-        if is_transposed(module):
-            left, right = right, left
         place = None if off else weight.data
         for unit in self._owners[name]:
             found = self._levels(unit)
             targets = [level[name] if name in level else self._original[name] for level in found]
-            self._sums[:, unit, : len(found)] += _inner(left, right, place, targets).cpu().numpy()
-            if shift is not None:  # a switched-off layer adds no bias either
-                signs = [float(off) - float(target is None) for target in targets]
-                self._sums[:, unit, : len(found)] += shift[:, None] * np.array(signs)
+            signs = [float(off) - float(target is None) for target in targets]  # a switched-off layer adds no bias
+            sums = self._sums[:, unit, : len(found)]
+            if self._form == "output":
+                shifts = None if bias is None else [sign * bias.data for sign in signs]
+                sums += output_changes(left, right, place, targets, shifts, is_transposed(module)).cpu().numpy()
+                continue
+            rows, columns = (right, left) if is_transposed(module) else (left, right)
+            place_or_original = self._original[name] if self._form == "absolute" else place
+            sums += weight_changes(rows, columns, place_or_original, targets, self._form).cpu().numpy()
+            if bias is not None and self._form == "inner":
+                sums += (left.sum(dim=1).double() @ bias.double()).cpu().numpy()[:, None] * np.array(signs)
 
     def _levels(self, unit: int) -> list[Mapping[str, Tensor | None]]:
         if unit not in self._decoded:
@@ -134,27 +150,3 @@ class Projector:
     def _by_sequence(self, values: Tensor) -> Tensor:
         """Sequences x positions x width, also of values that a model flattened."""
         return values.detach().reshape(len(self._sums), -1, values.shape[-1])
-
-
-def _inner(left: Tensor, right: Tensor, place: Tensor | None, targets: list[Tensor | None]) -> Tensor:
-    """<left_s^T right_s, target - place> for each sequence s and target (sequences x targets, float64).
-
-    Args:
-        left: sequences x positions x rows. right: sequences x positions x columns.
-        place, targets: rows x columns; None: nothing.
-    """
-    exact = torch.float64 if right.dtype == torch.float64 else torch.float32
-    total = torch.zeros(len(left), len(targets), dtype=torch.float64, device=left.device)
-    step = max(16, ELEMENTS // (len(right) * right.shape[2]))
-    columns = right.shape[2]
-    for first in range(0, left.shape[2], step):
-        rows = slice(first, min(first + step, left.shape[2]))
-        changes = torch.zeros(len(targets), rows.stop - first, columns, dtype=exact, device=left.device)
-        for change, target in zip(changes, targets, strict=True):
-            if target is not None:
-                change.copy_(target[rows])
-            if place is not None:
-                change.sub_(place[rows])
-        gradients = torch.bmm(left[:, :, rows].transpose(1, 2), right).to(exact)
-        total += gradients.flatten(1) @ changes.flatten(1).T
-    return total

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import LinearExperts
 from evo_hpo.models.gates import GatedModel
+from evo_hpo.models.text import sample_from_model
 from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.output_gradient import divergence_gradient, likelihood_gradient, sampled_labels
 from evo_hpo.scoring.projections import Projector
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.switching import WeightSwitch
 from evo_hpo.search.problem import Minibatch
-from evo_hpo.search.sensitivities import READS, Kind, Sensitivities, check_kind
+from evo_hpo.search.sensitivities import READS, Form, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["SensitivityPass"]
@@ -76,7 +77,7 @@ class SensitivityPass:
         group: int = 16,
     ) -> None:
         example = tokens[:1, : min(tokens.shape[1], 16)]
-        self._gated = GatedModel(model, example)
+        self._model, self._gated = model, GatedModel(model, example)
         with torch.no_grad():
             hidden, _ = self._gated.final_hidden(example)
         self._head = OutputHead(model, hidden, example, self._gated.head)
@@ -94,7 +95,9 @@ class SensitivityPass:
         for name, block in self._gated.blocks.items():
             block.forward = self._segmented(name, block, block.forward)
 
-    def measure(self, assignment: Assignment | None, minibatch: Minibatch, kind: Kind = "sampled") -> Sensitivities:
+    def measure(
+        self, assignment: Assignment | None, minibatch: Minibatch, kind: Kind = "sampled", form: Form = "inner"
+    ) -> Sensitivities:
         """Sensitivities at an assignment (None: the uncompressed model) on a minibatch of the pool.
 
         Labels are drawn by a generator of the minibatch's seed and the sequence's number, so that a larger minibatch
@@ -103,27 +106,40 @@ class SensitivityPass:
         Raises:
             InvalidSettingError: tokens not a whole number of sequences, or more than the pool; an unknown kind.
         """
-        check_kind(kind, assignment)
+        check_kind(kind, assignment, form)
         length = self._tokens.shape[1]
         sequences = sequences_of(minibatch, len(self._tokens), length)
+        text = self._written(minibatch) if minibatch.generated else self._tokens[list(sequences)]
         parts = [
-            self._measure(assignment, sequences[i : i + self._group], kind, minibatch.seed)
-            for i in range(0, len(sequences), self._group)
+            self._measure(assignment, text[part], sequences[part], kind, form, minibatch.seed)
+            for part in (slice(i, i + self._group) for i in range(0, len(sequences), self._group))
         ]
         projections = np.concatenate(parts).astype(np.float32)
-        return Sensitivities(kind, assignment, projections, length - 1, READS * minibatch.tokens)
+        charged = (READS + minibatch.generated) * minibatch.tokens
+        return Sensitivities(kind, assignment, projections, length - 1, charged, form)
+
+    def _written(self, minibatch: Minibatch) -> Tensor:
+        """Text that the uncompressed model writes by the minibatch's seed, sequences x length."""
+        length = self._tokens.shape[1]
+        text = sample_from_model(self._model, minibatch.tokens // length, length, minibatch.seed)
+        return text.to(self._tokens.device)
 
     def _measure(
-        self, assignment: Assignment | None, sequences: tuple[int, ...], kind: Kind, seed: int
+        self,
+        assignment: Assignment | None,
+        ids: Tensor,
+        sequences: tuple[int, ...],
+        kind: Kind,
+        form: Form,
+        seed: int,
     ) -> NDArray[np.float64]:
-        ids = self._tokens[list(sequences)]
         dense = None
         if kind == "kl":
             self._switch.set(None)
             with torch.no_grad():
                 dense, _ = self._gated.final_hidden(ids)
         self._switch.set(assignment)
-        self._projector.begin(len(sequences))
+        self._projector.begin(len(sequences), form)
         self._segments = []
         self._kept_from = 0 if self._graph_bytes else len(self._numbers)
         try:

@@ -261,7 +261,9 @@ class LanguageModelTask:
             identity={**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)},
         )
         name = f"{loaded.name} {self.method}"
-        return LanguageModelProblem(evaluator, self.space(levels), held_out, tokens=self.tokens, name=name)
+        return LanguageModelProblem(
+            evaluator, self.space(levels), held_out, tokens=self.tokens, name=name, errors=levels.errors
+        )
 
     def _text(self, spec: str, split: Split, tokens: int, loaded: LoadedModel) -> torch.Tensor:
         read = [self.calibration, str(dict(self.build).get("calibration", self.calibration))]

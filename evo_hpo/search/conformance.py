@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from evo_hpo.search.budget import Allowance, Budget
@@ -27,6 +28,7 @@ from evo_hpo.search.loop import Checkpoint, SearchResult, search
 from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
 from evo_hpo.search.registry import make_searcher
 from evo_hpo.search.searcher import Searcher
+from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.search.trial import Batch, Measured, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 
@@ -77,6 +79,7 @@ class TokenProblem(Problem):
     name = "tokens"
     tokens = 64
     sequence = 16
+    has_sensitivities = True
 
     def __init__(self, space: CompressionSpace, fails: str = "none") -> None:
         self.space = space
@@ -98,6 +101,21 @@ class TokenProblem(Problem):
             for s in range(max(1, minibatch.tokens // self.sequence))
         ]
         return Score(math.fsum(parts) / len(parts), minibatch.tokens, by_sequence=tuple(parts))
+
+    def sensitivities(
+        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled", form: Form = "inner"
+    ) -> Sensitivities:
+        """Random gradients of four sequences; the error of a level is halved by the next."""
+        depth, units = max(len(u.costs) for u in self.space.units), range(len(self.space))
+        errors = np.array([[0.5**k if k < len(u.costs) else math.nan for k in range(depth)] for u in self.space.units])
+        if kind == "layerwise":
+            return Sensitivities(kind, None, errors[None].astype(np.float32), 1, 0)
+        at = 0.0 if assignment is None else errors[units, list(assignment)][:, None]
+        gradients = np.random.default_rng(minibatch.seed).normal(size=(4, len(self.space), 1)) + (kind == "kl")
+        found = gradients * (errors if form == "absolute" else errors - at)
+        found = found if form == "inner" else np.abs(found)
+        charged = minibatch.tokens * Probe(generated=minibatch.generated).reads
+        return Sensitivities(kind, assignment, found.astype(np.float32), 16, charged, form)
 
 
 class _Tape:
@@ -142,7 +160,7 @@ def _trace(suite: type[SearcherConformance], name: str, space: str, seed: int, e
     """Trials and losses of a search; runs in spawned processes too."""
     problem = TokenProblem(SPACES[space])
     searcher = suite().searcher(name, problem.space, seed)
-    return _facts(search(searcher, problem, budget=Budget(evaluations=evaluations), seed=3).outcomes)
+    return _facts(search(searcher, problem, budget=Budget(evaluations=evaluations), seed=seed).outcomes)
 
 
 @cache
@@ -197,8 +215,9 @@ class SearcherConformance:
         """Also on spaces with nothing, or next to nothing, to choose."""
         if space in self.skip_spaces:
             pytest.skip("not supported")
-        problem = FunctionProblem(SPACES[space], loss)
-        searcher = self.searcher(name, problem.space, 0)
+        searcher = self.searcher(name, SPACES[space], 0)
+        plain = FunctionProblem(SPACES[space], loss)
+        problem: Problem = TokenProblem(SPACES[space]) if searcher.asks_for_sensitivities else plain
         assert searcher.recommend() is None or problem.space.feasible(searcher.recommend() or ())
         result = search(searcher, problem, budget=Budget(evaluations=self.evaluations))
         assert result.outcomes or searcher.stop_reason
@@ -237,7 +256,14 @@ class SearcherConformance:
     def test_keeps_to_its_allowance(self, name: str) -> None:
         """Of trials and of tokens."""
         for allowance in (Allowance(evaluations=3, default_tokens=64), Allowance(tokens=3 * 64, default_tokens=64)):
-            batch = self.searcher(name, SPACES["equal"], 0).ask(allowance)
+            searcher, problem = self.searcher(name, SPACES["equal"], 0), TokenProblem(SPACES["equal"])
+            while (probe := searcher.next_probe(allowance)) is not None:
+                assert allowance.affords(probe.reads, probe.tokens) == probe.reads
+                allowance = allowance.less(probe.reads, probe.tokens)
+                minibatch = Minibatch(0, probe.tokens or 64, probe.generated)
+                found = problem.sensitivities(probe.reference, minibatch, kind=probe.kind, form=probe.form)
+                searcher.learn_sensitivities(found)
+            batch = searcher.ask(allowance)
             assert batch is not None
             assert 1 <= len(batch) <= allowance.affords(len(batch), batch.tokens)
 
@@ -267,7 +293,7 @@ class SearcherConformance:
         assert here == _spawned().submit(_trace, type(self), name, "unequal", 5, self.evaluations).result()
 
     def test_different_seeds_differ(self, name: str) -> None:
-        """Unless the searcher says that it is not random."""
+        """Seeds of the searcher and of the minibatches, unless the searcher says that it is not random."""
         traces = [[t.levels for t, *_ in _trace(type(self), name, "unequal", s, self.evaluations)] for s in range(4)]
         if self.searcher(name, SPACES["unequal"], 0).random:
             assert any(trace != traces[0] for trace in traces[1:])

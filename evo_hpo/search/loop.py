@@ -15,7 +15,6 @@ from evo_hpo.errors import BudgetError, InvalidSettingError
 from evo_hpo.search.budget import Budget, Ledger
 from evo_hpo.search.problem import Minibatch, Problem, Score
 from evo_hpo.search.searcher import Searcher
-from evo_hpo.search.sensitivities import READS
 from evo_hpo.search.trial import Batch, Draw, Measured, Outcome, Probe, Status, Terms, Trial
 from evo_hpo.space.compression_space import Assignment
 
@@ -210,7 +209,7 @@ class _Run:
         batch = None if probe else self.searcher.ask(allowance)
         self.result.searcher_seconds += time.perf_counter() - before
         if probe is not None:
-            if allowance.affords(READS, probe.tokens) == READS:
+            if allowance.affords(probe.reads, probe.tokens) == probe.reads:
                 return probe
             self.result.stop_reason = "the budget does not pay for the sensitivities"
             return None
@@ -244,11 +243,11 @@ class _Run:
 
     def measure(self, probe: Probe) -> None:
         """Sensitivities, recalled or measured, charged and told."""
-        minibatch = self.minibatch(probe.draw, probe.tokens)
+        minibatch = replace(self.minibatch(probe.draw, probe.tokens), generated=probe.generated)
         measured = self.journal.recall_probe(probe, minibatch) if self.journal else None
         if measured is None:
             start = time.perf_counter()
-            found = self.problem.sensitivities(probe.reference, minibatch, kind=probe.kind)
+            found = self.problem.sensitivities(probe.reference, minibatch, kind=probe.kind, form=probe.form)
             measured = Measured(probe, found, time.perf_counter() - start, minibatch.seed)
             if self.journal:
                 self.journal.record_probe(measured)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.search.sensitivities import Kind, Sensitivities
+from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["FunctionProblem", "Minibatch", "Problem", "Reading", "Score"]
@@ -25,10 +25,12 @@ class Minibatch:
 
     The seed orders the pool; the minibatch is its first ``tokens`` tokens. So the same seed with more tokens is a
     superset (nested minibatches), and the same seed with the same tokens is the same data in any process.
+    ``generated``: the uncompressed model writes them itself; only sensitivities are measured on such text.
     """
 
     seed: int
     tokens: int
+    generated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +111,12 @@ class Problem(ABC):
         raise InvalidSettingError(f"problem {self.name!r} is not scored sequence by sequence")
 
     def sensitivities(
-        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled"
+        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled", form: Form = "inner"
     ) -> Sensitivities:
         """Predicted cost of every level of every unit, seen from an assignment (None: the uncompressed model).
 
         Raises:
-            InvalidSettingError: the problem has none, or not of this kind.
+            InvalidSettingError: the problem has none, or not of this kind or form.
         """
         raise InvalidSettingError(f"problem {self.name!r} has no sensitivities: take a searcher that asks for none")
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.searcher import Searcher, draw, positive
-from evo_hpo.search.sensitivities import READS, Sensitivities
+from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Batch, Outcome, Probe
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
@@ -84,7 +84,7 @@ class Procedure(Searcher):
     def learn_sensitivities(self, found: Sensitivities) -> None:
         """Hands them to the generator."""
         assert isinstance(self._yielded, Probe)
-        self.allowance = self.allowance.less(READS, self._yielded.tokens)
+        self.allowance = self.allowance.less(self._yielded.reads, self._yielded.tokens)
         self._yielded = None
         self._advance(found)
 

@@ -7,6 +7,9 @@ one of the following, summed over the sequence's predicted tokens:
     true      log-likelihood of the text's own next tokens
     kl        KL divergence from the uncompressed model
 
+Other forms (:data:`Form`) take less of the gradient than its inner product with the change. The kind ``layerwise`` has
+no gradient: the error that each level makes of its layer's output by itself, known since the levels were made.
+
 With sampled labels mean_s p^2 / 2 / positions is the curvature of the KL along the change (the Fisher information is
 the Gauss-Newton matrix; Martens, "New insights and perspectives on the natural gradient method", 2020), with true
 labels it is the empirical Fisher; mean_s p / positions of ``kl`` is the first-order change of the loss.
@@ -24,19 +27,32 @@ from numpy.typing import NDArray
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["READS", "Kind", "Sensitivities", "check_kind"]
+__all__ = ["READS", "Form", "Kind", "Sensitivities", "check_kind"]
 
-Kind = Literal["sampled", "true", "kl"]
+Kind = Literal["sampled", "true", "kl", "layerwise"]
 """Which gradient is projected; see the module."""
+
+Form = Literal["inner", "absolute", "output", "trace"]
+"""What is taken of a sequence's gradient g and a change d of weights:
+
+    inner      g . d
+    absolute   sum of |g d| over the weights, d counted from the uncompressed weights; as a first-order effect
+    output     root of the sum of (h y)^2 over the layer's outputs at all positions: y their change, h their gradient
+    trace      |g| |d| / root of the number of weights: a Hessian that is a multiple of the identity
+"""
 
 READS = 3
 """Tokens charged for a token that is read forward (one) and backward (two)."""
 
 
-def check_kind(kind: str, assignment: Assignment | None) -> None:
-    """Raises InvalidSettingError for an unknown kind, or one that says nothing at this reference."""
+def check_kind(kind: str, assignment: Assignment | None, form: str = "inner") -> None:
+    """Raises InvalidSettingError for an unknown kind or form, or a kind that says nothing at this reference."""
     if kind not in get_args(Kind):
         raise InvalidSettingError(f"kind={kind!r} must be one of: {', '.join(get_args(Kind))}")
+    if form not in get_args(Form):
+        raise InvalidSettingError(f"form={form!r} must be one of: {', '.join(get_args(Form))}")
+    if kind == "layerwise" and (assignment is not None or form != "inner"):
+        raise InvalidSettingError("kind='layerwise' is of the uncompressed model and has no form: leave both out")
     if kind == "kl" and assignment is None:
         raise InvalidSettingError("kind='kl' at the uncompressed model: its gradient is zero there; use 'sampled'")
 
@@ -52,6 +68,7 @@ class Sensitivities:
             own level, NaN where a unit has fewer levels.
         positions: predicted tokens of a sequence that each projection is the sum of.
         tokens: tokens charged, :data:`READS` for each token that was read.
+        form: see :data:`Form`.
     """
 
     kind: Kind
@@ -59,9 +76,10 @@ class Sensitivities:
     projections: NDArray[np.float32]
     positions: int
     tokens: int
+    form: Form = "inner"
 
     def __post_init__(self) -> None:
-        check_kind(self.kind, self.reference)
+        check_kind(self.kind, self.reference, self.form)
         array = np.array(self.projections, dtype=np.float32)
         if array.ndim != 3 or not len(array) or self.positions < 1:
             raise InvalidSettingError(
@@ -86,16 +104,18 @@ class Sensitivities:
         """F, sequences x units x levels, of low rank: moving to levels a predicts |sum_u F[:, u, a_u]|^2 / 2.
 
         So F[:, u, l] . F[:, v, m] is the cross term of two units, beside which :meth:`effects` are the squares.
-        ``kl`` has no curvature.
+        ``kl`` has no curvature, and the other forms have lost the signs.
         """
-        if self.kind == "kl":
-            raise InvalidSettingError("kind='kl' is of first order and has no cross terms: use 'sampled' or 'true'")
+        if self._linear or self.form != "inner":
+            raise InvalidSettingError(
+                f"kind={self.kind!r}, form={self.form!r} has no cross terms: use 'sampled' or 'true', and 'inner'"
+            )
         return np.asarray(self.projections / np.sqrt(float(len(self.projections) * self.positions)))
 
     def predict(self, assignment: Assignment) -> float:
         """Change of the loss from the reference to an assignment, nats a token: first order, or all cross terms."""
         rows = np.arange(len(assignment))
-        if self.kind == "kl":
+        if self._linear or self.form != "inner":
             return float(self.effects()[rows, list(assignment)].sum())
         return float(np.square(self.factors()[:, rows, list(assignment)].sum(axis=1)).sum() / 2)
 
@@ -109,6 +129,7 @@ class Sensitivities:
             "projections": data,
             "positions": self.positions,
             "tokens": self.tokens,
+            **({} if self.form == "inner" else {"form": self.form}),
         }
 
     @classmethod
@@ -116,8 +137,15 @@ class Sensitivities:
         """The same bits again."""
         array = np.frombuffer(base64.b64decode(data["projections"]), dtype="<f4").reshape(data["shape"])
         reference = None if data["reference"] is None else tuple(map(int, data["reference"]))
-        return cls(data["kind"], reference, array, int(data["positions"]), int(data["tokens"]))
+        return cls(
+            data["kind"], reference, array, int(data["positions"]), int(data["tokens"]), data.get("form", "inner")
+        )
+
+    @property
+    def _linear(self) -> bool:
+        """Whether a projection is an effect itself, not its root."""
+        return self.kind in ("kl", "layerwise") or self.form == "absolute"
 
     def _samples(self) -> NDArray[np.float64]:
         p = self.projections.astype(np.float64)
-        return (p if self.kind == "kl" else np.square(p) / 2) / self.positions
+        return (p if self._linear else np.square(p) / 2) / self.positions

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.search.sensitivities import READS, Kind, Sensitivities, check_kind
+from evo_hpo.search.sensitivities import READS, Form, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["Batch", "Draw", "Measured", "Outcome", "Probe", "Status", "Terms", "Trial"]
@@ -136,9 +136,11 @@ class Probe:
     Attributes:
         reference: the assignment they are seen from, feasible or not; None: the uncompressed model.
         kind: see :data:`evo_hpo.search.sensitivities.Kind`.
-        tokens: calibration tokens that are read, each charged as three trials' tokens, all of the pool where it holds
+        tokens: calibration tokens that are read, each charged :attr:`reads` times; all of the pool where it holds
             fewer; None: the problem's default.
         draw: which minibatch, see :data:`Draw`.
+        form: see :data:`evo_hpo.search.sensitivities.Form`.
+        generated: read text that the uncompressed model writes itself, instead of the calibration text.
 
     Raises:
         InvalidSettingError: an unknown kind, or one that says nothing at this reference.
@@ -148,13 +150,20 @@ class Probe:
     kind: Kind = "sampled"
     tokens: int | None = None
     draw: Draw = "fresh"
+    form: Form = "inner"
+    generated: bool = False
 
     def __post_init__(self) -> None:
-        check_kind(self.kind, self.reference)
+        check_kind(self.kind, self.reference, self.form)
+
+    @property
+    def reads(self) -> int:
+        """Tokens charged for each token: one more where it is written first; none where nothing is read."""
+        return 0 if self.kind == "layerwise" else READS + self.generated
 
     def cost(self, default_tokens: int) -> list[int]:
-        """Tokens that it is charged: those of three trials."""
-        return [default_tokens if self.tokens is None else self.tokens] * READS
+        """Tokens that it is charged: those of :attr:`reads` trials."""
+        return [default_tokens if self.tokens is None else self.tokens] * self.reads
 
 
 @dataclass(frozen=True, slots=True)

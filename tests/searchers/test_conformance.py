@@ -7,7 +7,7 @@ from types import MappingProxyType
 from evo_hpo.search.conformance import SearcherConformance
 from evo_hpo.search.registry import available_searchers
 
-OWN = tuple(n for n in available_searchers() if not n.startswith(("nevergrad:", "optuna:")) and n != "fisher")
+OWN = tuple(n for n in available_searchers() if not n.startswith(("nevergrad:", "optuna:")))
 
 
 class TestOwnSearchers(SearcherConformance):
@@ -16,6 +16,17 @@ class TestOwnSearchers(SearcherConformance):
 
 class TestFreshMinibatches(SearcherConformance):
     names = ("best_of_random", "dynamic_programming", "genetic", "greedy", "local_search", "simulated_annealing")
+    settings = MappingProxyType({"minibatch": "fresh", "tokens": 32, "batch": 3})
+
+
+class TestOneShotSettings(SearcherConformance):
+    names = ("augmented_hessian", "delta_loss", "fisher", "gradient_threshold", "zeroq")
+    settings = MappingProxyType({"share": 0.5, "most_tokens": 128})
+    evaluations = 16
+
+
+class TestOpponentsOnFreshMinibatches(SearcherConformance):
+    names = ("layerwise", "measured_greedy", "quadratic_surrogate")
     settings = MappingProxyType({"minibatch": "fresh", "tokens": 32, "batch": 3})
 
 

@@ -14,7 +14,7 @@ from evo_hpo.record.journal import Journal, read_journal, search_header
 from evo_hpo.search.budget import Budget, Ledger
 from evo_hpo.search.loop import Checkpoint, SearchResult, search
 from evo_hpo.search.problem import Minibatch
-from evo_hpo.search.sensitivities import Kind, Sensitivities
+from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.search.trial import Measured, Probe
 from evo_hpo.space.compression_space import Assignment
 from searchers.additive.fisher import Fisher
@@ -99,10 +99,10 @@ class _Counting(NoisyProblem):
     passes = 0
 
     def sensitivities(
-        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled"
+        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled", form: Form = "inner"
     ) -> Sensitivities:
         type(self).passes += 1
-        return super().sensitivities(assignment, minibatch, kind=kind)
+        return super().sensitivities(assignment, minibatch, kind=kind, form=form)
 
 
 def _counting() -> _Counting:

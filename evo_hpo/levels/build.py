@@ -14,6 +14,7 @@ from evo_hpo.errors import InvalidSettingError, UnknownNameError
 if TYPE_CHECKING:
     from evo_hpo.levels.compressor import Compressor
     from evo_hpo.levels.store import LevelStore
+    from evo_hpo.models.corpora import Spec
 
 __all__ = ["METHODS", "build", "check_settings", "default_folder", "summary"]
 
@@ -28,7 +29,7 @@ def build(
     levels: Sequence[float | int | str] | None = None,
     device: str = "cpu",
     dtype: str = "float32",
-    calibration: str = "pydoc",
+    calibration: Spec = "pydoc",
     calibration_tokens: int = 32768,
     sequence_length: int = 512,
     seed: int = 0,
@@ -97,10 +98,14 @@ def check_settings(method: str, levels: Sequence[float | int | str] | None, sett
     Raises:
         UnknownNameError: there is no such method.
         InvalidSettingError: it has no such setting, or the setting a value outside its range.
+        TextError: the calibration text is no text, nor a mix of texts.
     """
+    from evo_hpo.models.corpora import shares_of
+
     named = {name: p for name, p in inspect.signature(build).parameters.items() if p.kind is p.KEYWORD_ONLY}
     own = set(named) - {"method", "levels", "device", "progress"}
     further = {name: value for name, value in settings.items() if name not in own}
+    shares_of(settings.get("calibration", "pydoc"))
     for name in ("include", "exclude"):
         try:
             re.compile(settings.get(name) or "")
@@ -146,7 +151,7 @@ def default_folder(
     Args:
         settings: those of `build` that differ from its defaults, the calibration text among them.
     """
-    from evo_hpo.models.corpora import local_files
+    from evo_hpo.models.corpora import local_files, shares_of
     from evo_hpo.models.identity import digest, folder_identity, text_identity, tokenizer_identity
     from evo_hpo.models.loading import cache_folder, load_tokenizer, resolve_folder
 
@@ -161,8 +166,9 @@ def default_folder(
         compressor = make_compressor(method, levels, chosen)
         decides, labels = decides | compressor.settings(), compressor.labels
         if compressor.needs != "nothing":
-            spec = str(settings.get("calibration", own["calibration"]))
-            decides |= text | {"text": text_identity(spec, local_files(spec))}
+            parts = shares_of(settings.get("calibration", own["calibration"]))
+            texts = [(text_identity(spec, local_files(spec)), share) for spec, share in parts.items()]
+            decides |= text | {"text": texts if len(texts) > 1 else texts[0][0]}
             decides |= {"tokenizer": tokenizer_identity(load_tokenizer(model))}
     identity = folder_identity(resolve_folder(model))
     name = re.sub(r"[^\w.=-]", "-", "-".join([Path(model).name, method, *labels]), flags=re.ASCII)[:100]

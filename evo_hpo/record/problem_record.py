@@ -27,6 +27,7 @@ class ProblemRecord:
         describe: of the space, a few lines; ``notes``: what else the reader should know.
         instances: where every seed has a problem of its own, on the same space: seed -> its ``fingerprint`` and
             ``optimum``. Losses of two instances cannot be compared; reports show gaps.
+        texts: names of the held-out texts, the one that names the winner first; empty: there is one, without a name.
     """
 
     key: str
@@ -37,6 +38,7 @@ class ProblemRecord:
     describe: str = ""
     notes: tuple[str, ...] = ()
     instances: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, key: str, problem: Problem, instance: int | None = None) -> ProblemRecord:
@@ -51,6 +53,7 @@ class ProblemRecord:
             problem.space.describe(),
             tuple(problem.notes),
             {} if instance is None else {str(instance): {"fingerprint": fingerprint, "optimum": optimum}},
+            tuple(problem.texts),
         )
 
     def joined(self, made: ProblemRecord) -> ProblemRecord:
@@ -84,12 +87,13 @@ class ProblemRecord:
             data.get("describe") or "",
             tuple(map(str, data.get("notes") or ())),
             data.get("instances") or {},
+            tuple(map(str, data.get("texts") or ())),
         )
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, without its key."""
         names: tuple[str, ...] = ("fingerprint", "reference", "optimum", "describe", "notes")
-        names += ("instances",) if self.instances else ()
+        names += tuple(name for name in ("instances", "texts") if getattr(self, name))
         return {"space": self.space.to_json(), **{name: getattr(self, name) for name in names}}
 
     @property

@@ -18,7 +18,7 @@ __all__ = ["Asked", "SpreadProblem"]
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
-TOLD = ("name", "space", "tokens", "pool_tokens", "optimum", "notes", "has_sensitivities", "reading")
+TOLD = ("name", "space", "tokens", "pool_tokens", "optimum", "notes", "has_sensitivities", "reading", "texts")
 
 
 class Asked(Protocol):

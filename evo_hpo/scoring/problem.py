@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +20,10 @@ from evo_hpo.search.problem import Minibatch, Problem, Score
 from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["LanguageModelProblem"]
+__all__ = ["LanguageModelProblem", "check_names"]
+
+FIGURES = ("loss", "cross_entropy", "perplexity", "average", "gap")
+"""What is said of a held-out text, and so the name of none."""
 
 REPORTED = (
     "device",
@@ -43,7 +47,7 @@ class LanguageModelProblem(Problem):
     Args:
         evaluator: model, levels and calibration pool.
         space: the evaluator's units under a budget.
-        held_out: int64, sequences x length; text that is not in the pool.
+        held_out: int64, sequences x length; text that is not in the pool, or several by name: the first is ``loss``.
         tokens: calibration tokens of a trial that names none; a multiple of the sequence length.
         name: shown in tables.
         errors: layer-wise error of each level of each unit, as the level store knows it.
@@ -58,14 +62,17 @@ class LanguageModelProblem(Problem):
         self,
         evaluator: Evaluator,
         space: CompressionSpace,
-        held_out: Tensor,
+        held_out: Tensor | Mapping[str, Tensor],
         *,
         tokens: int,
         name: str,
         errors: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self._errors = errors
-        self.evaluator, self.space, self.held_out, self.name = evaluator, space, held_out, name
+        self.evaluator, self.space, self.name = evaluator, space, name
+        named = {"": held_out} if isinstance(held_out, Tensor) else dict(held_out)
+        self.texts = tuple(filter(None, named))
+        self.held_out, *self._others = named.values()
         self.pool_tokens = int(evaluator.tokens.numel())
         self.check(tokens)
         self.tokens = tokens
@@ -105,15 +112,14 @@ class LanguageModelProblem(Problem):
     def validate(self, assignment: Assignment) -> dict[str, float]:
         """Held-out ``loss`` (KL from the uncompressed model, nats a token), ``cross_entropy`` and ``perplexity``.
 
-        Computed once for each assignment.
+        Computed once for each assignment; of each text after the first under its name, with its ``gap``.
         """
         return dict(self._held_out(tuple(assignment)))
 
     def reference(self) -> dict[str, float]:
         """The uncompressed model's held-out figures."""
-        figures = dict(self._held_out(None))
-        figures["loss"] = max(0.0, figures["loss"])  # rounding can put its divergence from itself below zero
-        return figures
+        # rounding can put its divergence from itself below zero
+        return {k: max(0.0, v) if k.endswith(("loss", "gap")) else v for k, v in self._held_out(None).items()}
 
     def check(self, tokens: int) -> None:
         """Raises InvalidSettingError when no minibatch of this many tokens can be drawn."""
@@ -129,10 +135,34 @@ class LanguageModelProblem(Problem):
     def fingerprint(self) -> dict[str, Any]:
         """Space, fitness, and the identity of model, tokenizer, store, calibration pool, held-out text and dtype."""
         identity = {**self.evaluator.identity, "held-out text": tokens_identity(self.held_out)}
+        for name, text in zip(self.texts[1:], self._others, strict=True):
+            identity[f"held-out text {name}"] = tokens_identity(text)
         return {**super().fingerprint(), "fitness": self.evaluator.fitness, "identity": identity}
 
     def _held_out(self, assignment: Assignment | None) -> dict[str, float]:
         if assignment not in self._validated:
-            figures = self.evaluator.evaluate_held_out(assignment, self.held_out)
-            self._validated[assignment] = {k: v for k, v in figures.items() if isinstance(v, float)}
+            found = self._figures(assignment, self.held_out)
+            for name, text in zip(self.texts[1:], self._others, strict=True):
+                own = self._figures(assignment, text)
+                own["gap"] = own["loss"] - found["loss"]
+                found |= {f"{name}/{k}": v for k, v in own.items()}
+            self._validated[assignment] = found
         return self._validated[assignment]
+
+    def _figures(self, assignment: Assignment | None, text: Tensor) -> dict[str, float]:
+        figures = self.evaluator.evaluate_held_out(assignment, text)
+        return {k: v for k, v in figures.items() if isinstance(v, float)}
+
+
+def check_names(held_out: str | Mapping[str, str]) -> None:
+    """Raises InvalidSettingError where held-out texts have no names that figures can be called by."""
+    if isinstance(held_out, str):
+        return
+    if not held_out or not all(isinstance(text, str) for text in held_out.values()):
+        raise InvalidSettingError(f"held_out={held_out!r:.120} must be a text, or name = text for several")
+    for name in held_out:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name) or name in FIGURES:
+            raise InvalidSettingError(
+                f"held_out: {name!r:.60} must be 1 to 40 letters, digits, dashes and underscores, and none of"
+                f" {', '.join(FIGURES)}"
+            )

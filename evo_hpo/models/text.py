@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from evo_hpo.errors import ModelError, TextError
-from evo_hpo.models.corpora import Spec, Split, is_local, read_documents, shares_of
+from evo_hpo.models.corpora import WHOLE, Spec, Split, is_local, read_documents, shares_of
 from evo_hpo.models.identity import digest, tokenizer_identity
 from evo_hpo.models.loading import cache_folder, made_folder
 
@@ -41,8 +41,8 @@ def load_tokens(
     Args:
         spec: "pydoc" (the text of Python's own help), "encyclopedia" (articles on units and quantities that a package
             carries), "wikitext2", "c4", "fineweb_edu", another hub data set as "name", "name:config" or
-            "name:config:column", a file or folder of .txt, .md, .jsonl or .parquet, "self" (sampled from `model`: no
-            data needed), or several with their shares of a mix, as {"pydoc": 3, "wikitext2": 1}: whatever number of
+            "name:config:column", a file or folder of .txt, .md, .jsonl or .parquet (a third of it is the held-out split;
+            "whole:" before it: all of it is, whatever the split), "self" (sampled from `model`), or several with their shares of a mix, as {"pydoc": 3, "wikitext2": 1}: whatever number of
             sequences is drawn holds them in these shares, to one sequence.
         sequence_length: tokens a sequence; sequences never overlap.
         seed: order of the sequences. More tokens with the same seed begin with the same sequences.
@@ -64,13 +64,13 @@ def load_tokens(
         _refuse_too_long(model, sequence_length)
     parts = shares_of(spec)
     if len(parts) > 1:
-        order = _mixed(parts, wanted)
+        chosen = _mixed(parts, wanted)
         more = (seed, split, model, apart_from, drawn)
-        rows = {
-            name: iter(load_tokens(name, tokenizer, sequence_length, order.count(name) * sequence_length, *more))
+        drawers = {
+            name: iter(load_tokens(name, tokenizer, sequence_length, chosen.count(name) * sequence_length, *more))
             for name in parts
         }
-        return torch.stack([next(rows[name]) for name in order])
+        return torch.stack([next(drawers[name]) for name in chosen])
     (spec,) = parts
     if spec == "self":
         return _sampled(model, tokenizer, sequence_length, wanted, seed, split)
@@ -124,6 +124,8 @@ def _mixed(shares: Mapping[str, float], count: int) -> list[str]:
 def _same(spec: str, other: str) -> bool:
     """Whether two names are of one text, whose splits share no document."""
     paths = [Path(name).expanduser() for name in (spec, other)]
+    if spec.startswith(WHOLE):
+        return False
     return spec == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 

@@ -278,6 +278,19 @@ def test_what_stands_in_any_part_of_a_mix_is_not_held_out(tmp_path: Path) -> Non
         assert not runs(found) & runs(calibration)
 
 
+def test_a_whole_text_is_not_divided_and_is_kept_apart_from_itself(tmp_path: Path) -> None:
+    name = str(tmp_path / "a.txt")
+    Path(name).write_text(book(1))
+    assert read_documents(f"whole:{name}", "held_out") == read_documents(f"whole:{name}", "calibration") == [book(1)]
+    divided = torch.from_numpy(np.array(token_stream(name, Characters(), "calibration")[None]))
+    found = load_tokens(f"whole:{name}", Characters(), 64, 640, split="held_out", apart_from=[name])
+    assert not runs(found) & runs(divided)
+    with pytest.raises(TextError, match="holds 0 sequences"):
+        load_tokens(f"whole:{name}", Characters(), 64, 640, split="held_out", apart_from=[f"whole:{name}"])
+    with pytest.raises(TextError, match="no text 'whole:/nowhere'"):
+        read_documents("whole:/nowhere", "held_out")
+
+
 def test_a_text_that_a_package_carries_is_read_from_it_without_formulas(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

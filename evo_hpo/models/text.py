@@ -41,9 +41,10 @@ def load_tokens(
     Args:
         spec: "pydoc" (the text of Python's own help), "encyclopedia" (articles on units and quantities that a package
             carries), "wikitext2", "c4", "fineweb_edu", another hub data set as "name", "name:config" or
-            "name:config:column", a file or folder of .txt, .md, .jsonl or .parquet (a third of it is the held-out split;
-            "whole:" before it: all of it is, whatever the split), "self" (sampled from `model`), or several with their shares of a mix, as {"pydoc": 3, "wikitext2": 1}: whatever number of
-            sequences is drawn holds them in these shares, to one sequence.
+            "name:config:column", a file or folder of .txt, .md, .jsonl or .parquet (a third of it is the held-out
+            split; all of it is either split with "whole:" before its name), "self" (sampled from `model`), or several
+            with their shares of a mix, as {"pydoc": 3, "wikitext2": 1}: whatever number of sequences is drawn holds
+            them in these shares, to one sequence.
         sequence_length: tokens a sequence; sequences never overlap.
         seed: order of the sequences. More tokens with the same seed begin with the same sequences.
         split: "calibration" and "held_out" come from different documents.

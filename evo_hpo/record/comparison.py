@@ -199,6 +199,10 @@ class Comparison:
         folders = [self.folder / name for name in ("report", "profiles")]
         return [f for f in files if f.is_file()], [f for f in folders if f.is_dir()]
 
+    def sensitivities_picture(self, search: str) -> Path:
+        """Where the report draws what a search measured of its units."""
+        return self.folder / "report" / "sensitivities" / f"{search}.png"
+
     def note_failure(self, search: str, trace: str) -> None:
         """Keeps the trace of a search that failed, where it has one, for its reader."""
         if trace:

@@ -112,7 +112,10 @@ class ProblemRecord:
         """Name and unit of the held-out loss, as it may be broken; lower is better."""
         if self.instances:
             return "gap to the best known loss", "(uniform = 100)"
-        return ("held-out KL", "(nats/token)") if self.is_language_model else ("held-out loss",)
+        name = f"on {self.texts[0]}" if self.texts else ""
+        if self.is_language_model:
+            return (f"KL {name}" if name else "held-out KL"), "(nats/token)"
+        return (f"loss {name}" if name else "held-out loss",)
 
     @property
     def loss_name(self) -> str:

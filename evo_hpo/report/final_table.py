@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from evo_hpo.report.results import Results
-from evo_hpo.report.tables import columns, interval_note, rows
+from evo_hpo.report.tables import Column, columns, interval_note, rows
+from evo_hpo.report.texts import text_columns
 
 __all__ = ["FinalTable", "final_table"]
 
@@ -31,6 +32,21 @@ def problem_table(
     shown = [c for c in columns(results, problem, found) if (0 < c.priority <= moved) == second or c.key == "searcher"]
     title = None if second else results.name if len(results.problems) == 1 else f"{results.name}: {problem}"
     caption = None if second else interval_note(found)
+    return laid_out(results, problem, shown, title, caption, compact=compact, second=second)
+
+
+def laid_out(
+    results: Results,
+    problem: str,
+    shown: Sequence[Column],
+    title: str | None,
+    caption: str | None = None,
+    *,
+    compact: bool = False,
+    second: bool = False,
+) -> Table:
+    """Columns as a table of the terminal, the best searcher in bold."""
+    found = rows(results, problem)
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.caption_justify = "left"
     for column in shown:
@@ -75,6 +91,21 @@ class FinalTable:
         yield table
         if moved:
             yield problem_table(self.results, key, compact=True, moved=moved, second=True)
+        yield from self._texts(key, console, options)
+
+    def _texts(self, key: str, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        """What there is on each held-out text: in one table where it fits, else in one a text."""
+        shown = text_columns(self.results, key)
+        if not shown:
+            return
+        for compact in (False, True):
+            table = laid_out(self.results, key, shown, "on each held-out text", compact=compact)
+            if _width(table, console, options) <= options.max_width:
+                yield table
+                return
+        for text in self.results.problems[key].texts:
+            own = [c for c in shown if c.key == "searcher" or c.key.startswith(f"{text}/")]
+            yield laid_out(self.results, key, own, f"on {text}", compact=True)
 
 
 def _width(table: Table, console: Console, options: ConsoleOptions) -> int:

@@ -19,7 +19,7 @@ from evo_hpo.report.results import Results
 from evo_hpo.report.style import FAINT, INK, clean, figure
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 
-__all__ = ["Layout", "layout_of", "level_values", "profile_figure", "profiles_figure", "winner_figure"]
+__all__ = ["Layout", "layout_of", "level_values", "places_of", "profile_figure", "profiles_figure", "winner_figure"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -60,7 +60,7 @@ class Layout:
 
 def layout_of(space: CompressionSpace, levels: Assignment) -> Layout:
     """Lays an assignment out as roles x blocks, or 32 units a line where names hold no blocks."""
-    places, row_names, column_names, blocks = _places(space.units)
+    places, row_names, column_names, blocks = places_of(space.units)
     numbers, _ = level_values(space)
     shape = (len(row_names), len(column_names))
     total, weight = np.zeros(shape), np.zeros(shape)
@@ -77,7 +77,8 @@ def layout_of(space: CompressionSpace, levels: Assignment) -> Layout:
         )  # fmt: skip
 
 
-def _places(units: Sequence[Unit]) -> tuple[list[tuple[int, int]], list[str], list[str], bool]:
+def places_of(units: Sequence[Unit]) -> tuple[list[tuple[int, int]], list[str], list[str], bool]:
+    """Row and column of each unit, their names (roles and blocks), and whether names hold blocks; else lines of 32."""
     if any(u.block is None for u in units):
         width = min(len(units), 32)
         names = [f"{i * width}" for i in range(math.ceil(len(units) / width))]

@@ -17,7 +17,8 @@ from evo_hpo.report.search_run import AXES
 from evo_hpo.report.statistics import PairedTest
 from evo_hpo.report.style import DPI
 from evo_hpo.report.summary import GOALS, Standing, Summary
-from evo_hpo.report.tables import columns, figure_text, interval_note, interval_text, rows
+from evo_hpo.report.tables import Column, columns, figure_text, interval_note, interval_text, rows
+from evo_hpo.report.texts import text_columns
 
 __all__ = [
     "Picture",
@@ -77,18 +78,28 @@ class Section:
 
 
 def problem_sheets(results: Results, problem: str) -> tuple[Sheet, ...]:
-    """The table of results."""
+    """The table of results; of several held-out texts, then one with all of them side by side."""
     found = rows(results, problem)
-    shown = columns(results, problem, found)
-    body = tuple(zip(*(c.cells for c in shown), strict=True))
-    headers = tuple(c.title for c in shown)
     strong = tuple(i for i, r in enumerate(found) if r.kind != "dense")[:1]
-    return (Sheet("Results on held-out data", headers, body, interval_note(found) + FAIR, strong),)
+    note, texts = interval_note(found), text_columns(results, problem)
+    first = _sheet("Results on held-out data", columns(results, problem, found), note + FAIR, strong)
+    return (first, *([_sheet("On each held-out text", texts, note + ELSEWHERE, strong)] if texts else []))
+
+
+def _sheet(title: str, shown: Sequence[Column], note: str, strong: tuple[int, ...]) -> Sheet:
+    body = tuple(zip(*(c.cells for c in shown), strict=True))
+    return Sheet(title, tuple(c.title for c in shown), body, note, strong)
 
 
 FAIR = (
     " Held-out figures are taken outside the budget; “model s” is scoring time, “searcher s” the time inside the"
     " searcher itself; medians over seeds."
+)
+
+
+ELSEWHERE = (
+    " The first text names the winner; “above” it is how much more the same assignment loses on the other. A gain on"
+    " text of the calibration's kind that is not there on the other is flattery."
 )
 
 

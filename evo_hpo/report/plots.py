@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,14 +22,32 @@ SHOWN = 14
 
 
 def anytime_figure(results: Results, problem: str, axis: str | None = None) -> Figure:
-    """Held-out loss of the incumbent against tokens, evaluations or seconds; median over seeds with its band."""
+    """Held-out loss of the incumbent against tokens, evaluations or seconds; median over seeds with its band.
+
+    Several held-out texts stand one below the other.
+    """
     axis = axis or axes(results, problem)[0]
+    texts = results.problems[problem].texts
+    shown = [results.on(problem, text) for text in texts] or [results]
+    height = 4.8 if len(shown) == 1 else 3.9 * len(shown)
+    drawn, parts = figure(9.0, height, nrows=len(shown), sharex=True, squeeze=False)
+    order, styles = shown_labels(results, problem), line_styles(results)
+    for ax, on in zip(parts.flat, shown, strict=True):
+        bands = _anytime(ax, on, problem, axis, order, styles)
+        if ax is parts.flat[0]:
+            ax.set_title(_title(results, problem, bands), loc="left", fontsize=10, color=INK)
+    parts.flat[-1].set_xlabel(AXES[axis], color=INK)
+    return drawn
+
+
+def _anytime(
+    ax: Axes, results: Results, problem: str, axis: str, labels: Sequence[str], styles: Mapping[str, LineStyle]
+) -> dict[str, Band]:
+    """The curves on one text."""
     info = results.problems[problem]
-    drawn, ax = figure(9.0, 4.8)
     clean(ax)
-    bands = _bands(results, problem, axis)
+    bands = _bands(results, problem, axis, labels)
     end = max((b.x[-1] for b in bands.values() if b.count), default=1.0)
-    styles = line_styles(results)
     for label, b in sorted(bands.items(), key=lambda item: -item[1].middle[-1] if item[1].count else 0):
         if b.count:
             _draw(ax, b, end, f"{label}  {figure_text(b.middle[-1])}", styles[label])
@@ -39,10 +58,8 @@ def anytime_figure(results: Results, problem: str, axis: str | None = None) -> F
     ax.set_xlim(0, end * 1.005)
     hidden = _focus(ax, bands, uniform.loss if uniform else None)
     _references(ax, info.reference.get("loss"), info.optimum)
-    ax.set_xlabel(AXES[axis], color=INK)
-    ax.set_ylabel(f"{info.loss_name}, lower is better", color=INK)
+    ax.set_ylabel(f"{info.loss_name}, lower is better" if not info.texts else info.loss_name, color=INK)
     thousands(ax)
-    ax.set_title(_title(results, problem, bands), loc="left", fontsize=10, color=INK)
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     if handles:
         names = sorted(handles, key=lambda name: -_last_figure(name))
@@ -54,7 +71,7 @@ def anytime_figure(results: Results, problem: str, axis: str | None = None) -> F
         )  # fmt: skip
     else:
         ax.text(0.5, 0.5, "no held-out checkpoint yet", transform=ax.transAxes, ha="center", color=FAINT)
-    return drawn
+    return bands
 
 
 def _last_figure(name: str) -> float:
@@ -82,8 +99,8 @@ def _focus(ax: Axes, bands: dict[str, Band], uniform: float | None) -> set[str]:
     return {label for label, value in ends.items() if value > limit}
 
 
-def _bands(results: Results, problem: str, axis: str) -> dict[str, Band]:
-    found = {label: results.of(problem, label) for label in shown_labels(results, problem)}
+def _bands(results: Results, problem: str, axis: str, labels: Sequence[str]) -> dict[str, Band]:
+    found = {label: results.of(problem, label) for label in labels}
     return {k: band([curve(r, axis) for r in runs]) for k, runs in found.items() if runs[0].searcher != "uniform"}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,15 +15,26 @@ from evo_hpo.record.files import write_whole
 from evo_hpo.report.curves import axes
 from evo_hpo.report.heat_maps import profiles_figure, winner_figure
 from evo_hpo.report.lineage import lineage, lineage_figure
-from evo_hpo.report.page import Picture, Section, lineage_sheet, medians_sheet, problem_sheets, render, standing_sheets
+from evo_hpo.report.page import (
+    Picture,
+    Section,
+    Sheet,
+    lineage_sheet,
+    medians_sheet,
+    problem_sheets,
+    render,
+    standing_sheets,
+)
 from evo_hpo.report.plots import anytime_figure, cost_figure, ecdf_figure, shown_labels
 from evo_hpo.report.rank_plots import rank_figure, wins_figure
 from evo_hpo.report.results import Results
 from evo_hpo.report.scoring_sheet import scoring_sheet
 from evo_hpo.report.search_run import AXES
+from evo_hpo.report.sensitivity_map import measured_best, search_figure
 from evo_hpo.report.style import save
 from evo_hpo.report.summary import Summary, summarise
-from evo_hpo.report.tables import write_tables
+from evo_hpo.report.tables import rows, write_tables
+from evo_hpo.report.texts import gains_figure
 
 __all__ = ["write_report"]
 
@@ -38,19 +51,40 @@ def write_report(folder: Path | str) -> Path:
     results = Results.load(folder)
     target = Path(folder) / "report"
     write_tables(results, target)
+    _draw_sensitivities(results)
     keys = [key for key in results.problems if results.of(key)]
-    summaries = {key: summarise(results, [key]) for key in keys}
+    by_text = {key: _by_text(results, key) for key in keys}
+    summaries = {key: next(iter(of.values())) for key, of in by_text.items()}
     overall = summarise(results, keys) if len(keys) > 1 else next(iter(summaries.values()), None)
-    _write_statistics(summaries, overall, target)
+    _write_statistics(by_text, overall, target)
     sections = [_overall(results, summaries, overall, target)] if overall and len(keys) > 1 else []
-    sections += [_section(results, key, summaries[key], target, single=len(keys) == 1) for key in keys]
+    sections += [_section(results, key, by_text[key], target, single=len(keys) == 1) for key in keys]
     verdict = overall.verdict if overall else "No search has a result yet."
     return write_whole(target / "report.html", render(results, sections, verdict))
 
 
-def _write_statistics(summaries: dict[str, Summary], overall: Summary | None, target: Path) -> None:
-    frames = [s.frame().assign(problem=key) for key, s in summaries.items() if s.standings]
-    if overall is not None and len(summaries) > 1 and overall.standings:
+def _draw_sensitivities(results: Results) -> None:
+    """One picture for each search that measured some, for its run in the tracker; a drawn one stays as it is."""
+    for run in results.runs:
+        path = results.recorded.sensitivities_picture(run.id)
+        if run.probes and not path.exists():
+            save(search_figure(results.problems[run.problem].space, run), path.with_suffix(""), formats=("png",))
+
+
+def _by_text(results: Results, key: str) -> dict[str, Summary]:
+    """Statistics of one problem on each of its held-out texts, the one that names the winner first."""
+    texts = results.problems[key].texts or ("",)
+    return {texts[0]: summarise(results, [key])} | {t: summarise(results.on(key, t), [key]) for t in texts[1:]}
+
+
+def _write_statistics(by_text: dict[str, dict[str, Summary]], overall: Summary | None, target: Path) -> None:
+    frames = [
+        summary.frame().assign(problem=key, text=text)
+        for key, of in by_text.items()
+        for text, summary in of.items()
+        if summary.standings
+    ]
+    if overall is not None and len(by_text) > 1 and overall.standings:
         frames.append(overall.frame().assign(problem="all"))
     if frames:
         pd.concat(frames, ignore_index=True).to_csv(target / "statistics.csv", index=False)
@@ -64,10 +98,10 @@ def _overall(results: Results, summaries: dict[str, Summary], summary: Summary, 
     )  # fmt: skip
 
 
-def _section(results: Results, key: str, summary: Summary, target: Path, *, single: bool) -> Section:
-    info = results.problems[key]
+def _section(results: Results, key: str, by_text: dict[str, Summary], target: Path, *, single: bool) -> Section:
+    info, (summary, *_) = results.problems[key], by_text.values()
     suffix = "" if single else "-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", key)
-    more = (lineage_sheet(results, key), scoring_sheet(results, key))
+    more = (*_elsewhere(by_text), lineage_sheet(results, key), scoring_sheet(results, key))
     return Section(
         anchor="p-" + re.sub(r"[^A-Za-z0-9]+", "-", key),
         title=key,
@@ -77,6 +111,13 @@ def _section(results: Results, key: str, summary: Summary, target: Path, *, sing
         pictures=_saved(_drawings(results, key, summary, suffix), target),
         more=tuple(sheet for sheet in more if sheet),
     )
+
+
+def _elsewhere(by_text: dict[str, Summary]) -> Iterator[Sheet]:
+    """The tests on every held-out text after the first."""
+    for text, summary in list(by_text.items())[1:]:
+        for sheet in standing_sheets(summary):
+            yield replace(sheet, title=f"On {text}: {sheet.title[:1].lower()}{sheet.title[1:]}", folded=True)
 
 
 def _saved(drawings: Iterator[Drawing], target: Path) -> tuple[Picture, ...]:
@@ -105,10 +146,14 @@ def _ranks(results: Results, summary: Summary, suffix: str) -> Iterator[Drawing]
 
 def _drawings(results: Results, key: str, summary: Summary, suffix: str) -> Iterator[Drawing]:
     """All pictures of one problem, in reading order."""
+    info = results.problems[key]
     for axis in axes(results, key):
         name = "anytime-seconds" if axis == "seconds" else "anytime"
         caption = f"Held-out loss of the incumbent against {AXES[axis]}; lower is better."
         yield f"{name}{suffix}", f"Against {AXES[axis]}", anytime_figure(results, key, axis), caption
+    if len(info.texts) > 1 and any(not math.isnan(r.gain.estimate) for r in rows(results, key)):
+        caption = "Median gain over uniform on each held-out text: where marks lie apart, one kind of text flatters."
+        yield f"texts{suffix}", "On each held-out text", gains_figure(results, key), caption
     yield from _ranks(results, summary, suffix)
     if len(results.labels) > 1:
         caption = "Share of (seed, target) pairs reached; 51 targets from uniform's loss to the best known."
@@ -129,5 +174,9 @@ def _drawings(results: Results, key: str, summary: Summary, suffix: str) -> Iter
     if len(lineage(winner, space)) > 1:
         caption = "How that assignment came about: its ancestors, from the start to the end."
         yield f"lineage{suffix}", "Lineage of the winner", lineage_figure(winner, space), caption
+    measured = measured_best(results, key)
+    if measured is not None:
+        caption = "What one backward pass predicts that each unit alone would cost, before any loss was asked."
+        yield f"sensitivities{suffix}", "Which units matter", search_figure(space, measured), caption
     caption = "What each search spent, by selection stage, and where its time went (means over seeds)."
     yield f"cost{suffix}", "Cost", cost_figure(results, key), caption

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -101,6 +101,23 @@ class Results:
         """The search that won on a problem so far, see :func:`evo_hpo.record.comparison.winner`; or of one searcher."""
         return winner(r for r in self.of(problem, label) if r.final is not None)
 
+    def on(self, problem: str, text: str) -> Self:
+        """The searches on one problem with the figures of one of its held-out texts in place of the first one's.
+
+        So tables, curves and tests are drawn of any text as of the first; who won is decided on the first.
+        """
+        record = self.problems[problem]
+        if text in record.texts[:1]:
+            problems, runs = {problem: replace(record, texts=(text,))}, self.of(problem)
+        else:
+            reference = _figures_on(record.reference, text)
+            problems = {problem: replace(record, texts=(text,), reference=reference)}
+            runs = tuple(
+                replace(r, checkpoints=tuple(replace(c, held_out=_figures_on(c.held_out, text)) for c in r.checkpoints))
+                for r in self.of(problem)
+            )
+        return replace(self, problems=problems, runs=runs)
+
     # ------------------------------------------------------------------ frames
 
     def frame(self) -> pd.DataFrame:
@@ -175,6 +192,11 @@ class Results:
         """How far above a target a loss may lie and still have reached it: the last digit."""
         best, width = self.scale(problem)
         return 1e-12 * max(abs(best), width)
+
+
+def _figures_on(figures: Mapping[str, float], text: str) -> dict[str, float]:
+    """Of held-out figures, those of one text after the first, without its name."""
+    return {name.removeprefix(f"{text}/"): x for name, x in figures.items() if name.startswith(f"{text}/")}
 
 
 def _identity(run: SearchRun) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from evo_hpo.report.statistics import (
     pairs_needed,
     spread,
 )
+from evo_hpo.report.texts import elsewhere
 
 __all__ = ["Standing", "Summary", "summarise"]
 
@@ -189,7 +190,8 @@ def _verdict(
         text += f", and is below uniform in {test.wins} of {test.pairs} (problem, seed) pairs"
     if len(standings) > 1 and standings[1].median.estimate == best.median.estimate:
         text += f" (level with {standings[1].label})"
-    return f"{text}. {_claims(standings[1:])}".rstrip()
+    other = elsewhere(results, keys[0], best.label) if len(keys) == 1 else ""
+    return " ".join(filter(None, [f"{text}.", _claims(standings[1:]), other]))
 
 
 def _claims(others: Sequence[Standing]) -> str:

@@ -14,7 +14,19 @@ import pandas as pd
 from evo_hpo.report.results import Results
 from evo_hpo.report.statistics import NOTHING, Interval, spread
 
-__all__ = ["Column", "Row", "columns", "figure_text", "interval_text", "rows", "table_frame", "write_tables"]
+__all__ = [
+    "Column",
+    "Row",
+    "columns",
+    "figure_text",
+    "interval_text",
+    "percent_text",
+    "rows",
+    "rows_by_text",
+    "table_frame",
+    "wins_text",
+    "write_tables",
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,8 @@ class Row:
         gain: percent below uniform's loss, positive is better; ``wins`` of ``compared`` seeds are below uniform.
         gap: percent of the way from the known optimum (0) to uniform (100); NaN without a known optimum.
         reached: of the seeds, how many ended at the known optimum; 0 without one.
+        text: which held-out text the figures are of, where they have names; ``text_gap``: how far the loss on it is
+            above that on the first.
         tokens, trials, failed: charged tokens, scored trials, failed trials; medians.
         model_seconds, searcher_seconds: scoring, and the searcher's own time; medians.
     """
@@ -53,6 +67,8 @@ class Row:
     failed: float = math.nan
     model_seconds: float = math.nan
     searcher_seconds: float = math.nan
+    text: str = ""
+    text_gap: Interval = NOTHING
 
 
 def rows(results: Results, problem: str) -> list[Row]:
@@ -61,7 +77,17 @@ def rows(results: Results, problem: str) -> list[Row]:
     found.sort(key=lambda r: (math.isnan(r.loss.estimate), r.loss.estimate))
     reference = results.problems[problem].reference
     known: dict[str, Any] = {key: spread([reference[key]]) for key in ("loss", "perplexity") if key in reference}
+    known["text"] = (results.problems[problem].texts or ("",))[0]
     return [Row(problem, "dense", "dense", **known), *found] if reference else found
+
+
+def rows_by_text(results: Results, problem: str) -> dict[str, list[Row]]:
+    """Name of each held-out text -> the rows on it, in the order of the first; one without a name is called "" here."""
+    first = rows(results, problem)
+    order = [r.searcher for r in first]
+    found = {text: rows(results.on(problem, text), problem) for text in results.problems[problem].texts[1:]}
+    ordered = {text: sorted(of, key=lambda r: order.index(r.searcher)) for text, of in found.items()}
+    return {(results.problems[problem].texts or ("",))[0]: first} | ordered
 
 
 def _search_row(results: Results, problem: str, label: str) -> Row:
@@ -99,6 +125,8 @@ def _search_row(results: Results, problem: str, label: str) -> Row:
         failed=_median(sum(o.status == "failed" for o in r.outcomes) for r in all_runs),
         model_seconds=_median(r.model_seconds for r in all_runs),
         searcher_seconds=_median(r.searcher_seconds for r in all_runs),
+        text=info.texts[0] if info.texts else "",
+        text_gap=spread([r.final.held_out.get("gap", math.nan) for r in runs if r.final]),
     )
 
 
@@ -239,8 +267,8 @@ def columns(results: Results, problem: str, found: Sequence[Row]) -> list[Column
 
 def table_frame(results: Results) -> pd.DataFrame:
     """The table as a DataFrame: intervals as three columns (``loss``, ``loss_low``, ``loss_high``) and their kind."""
-    flat = [_flat(r) for key in results.problems for r in rows(results, key)]
-    return pd.DataFrame(flat)
+    found = [r for key in results.problems for of in rows_by_text(results, key).values() for r in of]
+    return pd.DataFrame([_flat(r) for r in found])
 
 
 def _flat(row: Row) -> dict[str, Any]:
@@ -254,7 +282,7 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def write_tables(results: Results, folder: Path) -> list[Path]:
-    """Writes table.csv and .parquet (one row a searcher), searches.csv and checkpoints.csv."""
+    """Writes table.csv and .parquet (one row a searcher and held-out text), searches.csv and checkpoints.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     table = table_frame(results)
     paths = [folder / name for name in ("table.csv", "table.parquet", "searches.csv", "checkpoints.csv")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -40,7 +41,7 @@ def _bars(console: Console, *texts: str) -> Progress:
 class _Running:
     bar: TaskID | None = None
     best: float | None = None
-    held_out: float | None = None
+    held_out: Mapping[str, float] = field(default_factory=dict)
     failed: int = 0
     spent: float = 0.0
     trials: int = 0
@@ -90,7 +91,7 @@ class ComparisonProgress:
             case events.BatchScored():
                 self._batch(event)
             case events.CheckpointTaken(search, held_out):
-                self.searches[search].held_out = held_out.get("loss")
+                self.searches[search].held_out = held_out
             case events.SearchEnded(search, reason):
                 self._end(search, reason)
             case events.SearchFailed(search, message):
@@ -131,7 +132,8 @@ class ComparisonProgress:
 
     def _loss(self, running: _Running) -> str:
         best = "" if running.best is None else f"best {running.best:.4g}"
-        return best if running.held_out is None else f"{best} held-out {running.held_out:.4g}"
+        names = {"held-out": "loss", **{k.rpartition("/")[0]: k for k in running.held_out if k.endswith("/loss")}}
+        return " ".join([best, *(f"{n} {running.held_out[k]:.4g}" for n, k in names.items() if k in running.held_out)])
 
 
 class BuildProgress:

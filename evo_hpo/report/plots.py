@@ -35,7 +35,8 @@ def anytime_figure(results: Results, problem: str, axis: str | None = None) -> F
     for ax, on in zip(parts.flat, shown, strict=True):
         bands = _anytime(ax, on, problem, axis, order, styles)
         if ax is parts.flat[0]:
-            ax.set_title(_title(results, problem, bands), loc="left", fontsize=10, color=INK)
+            title = _title(results, problem, bands) + ("  ·  lower is better" if texts else "")
+            ax.set_title(title, loc="left", fontsize=10, color=INK)
     parts.flat[-1].set_xlabel(AXES[axis], color=INK)
     return drawn
 

@@ -47,7 +47,7 @@ def sensitivity_figure(space: CompressionSpace, found: Sensitivities, title: str
         grid[place] = np.nansum([grid[place], effect])
     count = len(column_names)
     drawn, parts = figure(
-        max(7.5, 3.6 + (0.34 if count <= 40 else 14 / count) * count), 2.6 + 0.34 * len(row_names), nrows=2, ncols=2,
+        max(10.5, 3.6 + (0.34 if count <= 40 else 14 / count) * count), 2.6 + 0.34 * len(row_names), nrows=2, ncols=2,
         sharex="col", sharey="row", width_ratios=[max(10, count), 6], height_ratios=[2.2, max(1.6, len(row_names))],
     )  # fmt: skip
     (top, corner), (main, right) = parts
@@ -68,12 +68,12 @@ def sensitivity_figure(space: CompressionSpace, found: Sensitivities, title: str
     bar.outline.set_visible(False)  # type: ignore[operator]
     known = effects != 0
     error = float(np.median(errors[known] / np.abs(effects[known]))) if known.any() else np.nan
-    sure = f", a unit's figure good to about ±{error:.0%}" if np.isfinite(error) else ""
     at = "the uncompressed model" if found.reference is None else "an assignment"
     total = figure_text(float(np.nansum(effects)))
     lines = [
         f"{title}predicted loss of each unit alone at {level}; together {total} nats/token",
-        f"{found.kind} labels at {at}, {len(found.projections)} sequences, {found.tokens:,} tokens charged{sure}",
+        f"{found.kind} labels at {at}, {len(found.projections)} sequences, {found.tokens:,} tokens charged"
+        + (f"; a unit's figure is good to about ±{error:.0%}" if np.isfinite(error) else ""),
     ]
     drawn.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, color=INK)
     return drawn

@@ -72,11 +72,12 @@ def gains_figure(results: Results, problem: str) -> Figure:
     shown = np.maximum(gains, least)
     ax.hlines(places, shown.min(axis=1), shown.max(axis=1), color="#c8c8c8", linewidth=3, zorder=1)
     for i, text in enumerate(texts):
-        ax.scatter(shown[:, i], places, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i], s=55, label=text, zorder=2)
+        mark, colour = MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)]
+        ax.scatter(shown[:, i], places, color=colour, marker=mark, s=55, alpha=0.85, label=text, zorder=2)
     for place, row in zip(places, gains, strict=True):
         if row.min() < least:
-            values = ", ".join(f"{figure_text(v, 3)} %" for v in row)
-            ax.annotate(f"← {values}", (least, place), (6, 9), textcoords="offset points", fontsize=8, color=INK)
+            beyond = ", ".join(f"{figure_text(v, 3)} %" for v in row if v < least)
+            ax.annotate(f"← {beyond}", (least, place), (-4, 8), textcoords="offset points", fontsize=8, color=INK)
     ax.axvline(0, color="black", dashes=(4, 2), linewidth=1.4)
     ax.annotate(
         "uniform", (0, 1.0), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8.5
@@ -92,4 +93,4 @@ def gains_figure(results: Results, problem: str) -> Figure:
 def _left_edge(gains: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> float:
     """Where to cut the picture, so that what is far worse than uniform does not squeeze the rest."""
     highest = float(gains.max(initial=1.0))
-    return -1.5 * highest if gains.min(initial=0.0) < -2 * highest else -math.inf
+    return -1.5 * highest if gains.min(initial=0.0) < -3 * highest else -math.inf

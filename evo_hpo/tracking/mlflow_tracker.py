@@ -116,6 +116,13 @@ class MlflowTracker:
                 return str(found[0].info.run_id)
             return str(self.client.create_run(self.experiment, tags=dict(tags), run_name=name).info.run_id)
 
+    def attach(self, header: Mapping[str, Any], file: Path, folder: str) -> None:
+        """Puts a file among the artifacts of a search, where the search is in the store; the same name is replaced."""
+        with translated(f"search {header.get('search')}"):
+            where = f"tags.`{KEY}` = '{SearchRuns(header).key}'"
+            for run in self.client.search_runs([self.experiment], where, ViewType.ACTIVE_ONLY, max_results=1):
+                self.client.log_artifact(run.info.run_id, str(file), folder)
+
     def log_own(
         self,
         run: str,

@@ -45,6 +45,10 @@ def upload(folder: Path, uri: str) -> str:
         files=files,
         folders=folders,
     )
+    for planned, record in comparison.journals():
+        picture = comparison.sensitivities_picture(planned.id)
+        if isinstance(record, SearchRecord) and picture.is_file():
+            tracker.attach(record.header, picture, picture.parent.name)
     made = views(records)
     tracker.tag_experiment(
         {v.tag: v.value() for v in made} | {"mlflow.note.content": note(tracker.experiment, name, made, details)}
@@ -79,8 +83,10 @@ def _details(comparison: Comparison, records: Sequence[SearchRecord], winners: W
     if len(budgets) == 1:
         details["budget of each search"] = ", ".join(f"{v} {k}" for k, v in json.loads(budgets.pop()).items())
     for problem, profile in winners.items():
-        loss = (profile.get("held_out") or {}).get("loss")
-        figure = "" if loss is None else f", held-out loss {loss:.6g}"
+        held_out = profile.get("held_out") or {}
+        parts = {"held-out loss": held_out.get("loss")}
+        parts |= {f"on {k.rpartition('/')[0]}": v for k, v in held_out.items() if k.endswith("/loss")}
+        figure = "".join(f", {name} {loss:.6g}" for name, loss in parts.items() if loss is not None)
         details[f"winner on {problem}" if len(winners) > 1 else "winner"] = f"{profile.get('search')}{figure}"
     details["folder"] = f"`{comparison.folder.resolve()}`"
     return details

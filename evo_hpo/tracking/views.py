@@ -156,14 +156,17 @@ def views(records: Sequence[SearchRecord]) -> tuple[View, ...]:
     Args:
         records: its searches, in the plan's order.
     """
-    measured = any("perplexity" in c.held_out for r in records for c in r.checkpoints)
+    figures = dict.fromkeys(name for r in records for c in r.checkpoints for name in c.held_out)
+    texts = [name.rpartition("/")[0] for name in figures if name.endswith("/loss")]
+    wanted = ["perplexity", *(f"{text}/{figure}" for text in texts for figure in ("loss", "gap"))]
     columns = (
-        *("metrics.`held_out/loss`", *(("metrics.`held_out/perplexity`",) if measured else ())),
+        *("metrics.`held_out/loss`", *(f"metrics.`held_out/{name}`" for name in wanted if name in figures)),
         *("metrics.`held_out/average`", "metrics.`search/tokens`", "metrics.`final/trials`"),
         *("params.`label`", "params.`seed`", "tags.`stop_reason`"),
     )
     curves = (
         _line("held-out data", "held_out/loss", "held-out loss over tokens spent"),
+        *(_line("held-out data", f"held_out/{text}/loss", f"loss on {text} over tokens spent") for text in texts),
         _line("calibration data", "search/best_loss", "best calibration loss over trials"),
         _line("calibration data", "search/trial_loss", "loss of each trial"),
         _line("spending", "search/tokens", "tokens spent over trials"),

@@ -11,17 +11,22 @@ import torch
 
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.levels.build import default_folder
+from evo_hpo.models.identity import tokens_identity
 from evo_hpo.models.loading import load_tokenizer
 from evo_hpo.models.text import load_tokens
 from evo_hpo.record.comparison import Comparison
+from evo_hpo.run.plan import make_plan
+from evo_hpo.run.plan_file import PlanFile
 from evo_hpo.run.schedule import compare
 from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.registry import make_problem
 from tests.scoring.test_identity import text
-from tests.scoring.test_task import model_folder, plan_of, rounded
+from tests.scoring.test_task import model_folder, plan_of, rehearse_and_prepare, rounded
 
 __all__ = ["model_folder", "rounded"]
+
+PLANS = Path(__file__).parents[2] / "benchmarks" / "plans"
 
 
 @pytest.fixture
@@ -126,3 +131,33 @@ def test_a_comparison_keeps_the_figures_of_each_text_and_the_first_names_the_win
     profile = json.loads((comparison.folder / "profiles" / "winner.json").read_text())
     assert profile["search"] == min(losses, key=losses.__getitem__)
     assert profile["held_out"].keys() >= {"loss", "perplexity", "prose/loss", "prose/perplexity", "prose/gap"}
+
+
+def test_the_papers_protocol_runs_on_files_of_the_users(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan that ships, on a tiny model: its texts are read whole, each from the file that it names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    data = dict(PlanFile.read(PLANS / "paper-protocol.toml").data)
+    (problem,) = data["problems"]
+    paths = [problem["settings"]["calibration"], *problem["settings"]["held_out"].values()]
+    files = [Path(path.removeprefix("whole:")) for path in paths]
+    files[0].parent.mkdir()
+    for path, word in zip(files, ("fine", "wiki", "crawl"), strict=True):
+        text(path, word)
+    small = {"model": str(model_folder), "device": "cpu", "sequence_length": 16, "calibration_tokens": 256}
+    small |= {"held_out_tokens": 64, "tokens": 32, "levels": [2, 3, 4], "dtype": "float32", "method": "rtn"}
+    problem["settings"] |= small | {"build": {"group_size": 16}, "store": str(tmp_path / "store")}
+    data |= {"budget": {"tokens": 512}, "seeds": [0], "searchers": [{"name": "uniform"}]}
+    plan = make_plan(data)
+    rehearse_and_prepare(problem["settings"], plan)
+    comparison = Comparison.read(compare(plan, root=tmp_path / "runs"))
+    (record,) = comparison.records()
+    tokenizer = load_tokenizer(str(model_folder))
+    named = {"held-out text": f"whole:{files[1]}", "held-out text c4": f"whole:{files[2]}"}
+    for what, spec in named.items():
+        drawn = load_tokens(spec, tokenizer, 16, 64, split="held_out")
+        assert record.header["fingerprint"]["identity"][what] == tokens_identity(drawn)
+    assert comparison.problems["3 bit"].texts == ("wikitext2", "c4")
+    assert {"loss", "perplexity", "c4/loss", "c4/perplexity", "c4/gap"} <= set(record.checkpoints[-1].held_out)

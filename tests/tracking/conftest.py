@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,13 @@ class Script:
         self.count = 0
 
     def write(
-        self, losses: Sequence[float] = (), *, end: bool = False, checkpoint: bool = False, **fields: Any
+        self,
+        losses: Sequence[float] = (),
+        *,
+        end: bool = False,
+        checkpoint: bool = False,
+        more_held_out: Mapping[str, float] = {},
+        **fields: Any,
     ) -> Script:
         """Appends a batch of trials with these losses, then a checkpoint, then the end."""
         levels = self.problem.space.uniform()
@@ -53,7 +59,7 @@ class Script:
             if outcomes:
                 journal.record(outcomes)
             if checkpoint:
-                held_out = {"loss": 0.5, "perplexity": 12.5}
+                held_out = {"loss": 0.5, "perplexity": 12.5, **more_held_out}
                 journal.record_checkpoint(Checkpoint(0.5, 100 * self.count, self.count, 1.0, levels, held_out))
             if end:
                 journal.finish(SearchResult(levels, 0.5, seconds=3.0, searcher_seconds=0.5, stop_reason="done"))

@@ -1,0 +1,68 @@
+"""In MLflow: the figures of every held-out text, and what a search measured as a picture on its own run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from evo_hpo.record.comparison import Comparison, PlannedSearch
+from evo_hpo.record.journal import read_journals
+from evo_hpo.record.problem_record import ProblemRecord
+from evo_hpo.tracking import log_comparison, track
+from evo_hpo.tracking.views import views
+from tests.tracking.conftest import Runs, Script
+
+PROSE = {"prose/loss": 1.25, "prose/perplexity": 40.0, "prose/gap": 0.75}
+
+
+@pytest.fixture
+def folder(root: Path) -> Path:
+    """A comparison of two searches, of which one measured sensitivities that were drawn."""
+    folder = root / "comparisons" / "texts"
+    entries = []
+    for seed in (0, 1):
+        script = Script(folder / "journals" / f"a-s{seed}.jsonl", seed=seed)
+        script.write([3.0, 2.0], checkpoint=True, more_held_out=PROSE, end=True)
+        entries.append(
+            PlannedSearch(f"a-s{seed}", "p", "script", "script", {}, seed, f"journals/a-s{seed}.jsonl", False)
+        )
+    record = {"plan": {"problems": [{"name": "p"}]}, "searches": [asdict(e) for e in entries]}
+    record["problems"] = {"p": ProblemRecord("p", script.problem.space, texts=("docs", "prose")).to_json()}
+    (folder / "comparison.json").write_text(json.dumps(record))
+    picture = Comparison.read(folder).sensitivities_picture("a-s1")
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"picture")
+    Comparison.read(folder).write_profiles()
+    return folder
+
+
+def test_searches_and_the_winner_have_the_figures_of_every_text(folder: Path, runs: Runs) -> None:
+    track(folder)
+    log_comparison(folder)
+    wanted = {f"held_out/{name}": value for name, value in PROSE.items()} | {"held_out/loss": 0.5}
+    found = [*runs("tags.kind = 'search'"), *runs("tags.kind = 'comparison'")]
+    assert len(found) == 3
+    for run in found:
+        assert wanted.items() <= run.data.metrics.items()
+    assert "held-out loss 0.5, on prose 1.25" in found[-1].data.tags["mlflow.note.content"]
+
+
+def test_a_search_that_measured_has_its_picture_and_no_other_has(folder: Path, root: Path, runs: Runs) -> None:
+    log_comparison(folder)  # before its searches are in the store: nothing to put it on
+    assert not runs("tags.kind = 'search'")
+    track(folder)
+    log_comparison(folder)
+    held = {
+        run.data.tags["search"]: [p.name for p in (root / "artifacts" / "texts" / run.info.run_id).rglob("*.png")]
+        for run in runs("tags.kind = 'search'")
+    }
+    assert held == {"a-s0": [], "a-s1": ["a-s1.png"]}
+
+
+def test_saved_views_show_every_text(folder: Path) -> None:
+    made = {view.id: view for view in views(read_journals(folder))}
+    assert {f"metrics.`held_out/prose/{name}`" for name in ("loss", "gap")} <= set(made["searches"].columns)
+    assert "held_out/prose/loss" in [card.get("metricKey") for card in made["curves"].charts]

@@ -17,6 +17,7 @@ from evo_hpo.report.page import medians_sheet
 from evo_hpo.report.report import write_report
 from evo_hpo.report.summary import Standing, Summary, summarise
 from evo_hpo.report.tables import columns, figure_text, interval_note, interval_text, rows
+from evo_hpo.report.texts import text_columns
 
 __all__ = ["keep", "main"]
 
@@ -77,7 +78,11 @@ def _tables(comparison: Comparison) -> Iterator[str]:
         found = rows(comparison, keys[0])
         shown = columns(comparison, keys[0], found)
         yield from _table([c.title for c in shown], list(zip(*(c.cells for c in shown), strict=True)))
-        yield from ("", interval_note(found), "", "![Held-out loss of the incumbent](anytime.png)")
+        yield from ("", interval_note(found), "")
+        if texts := text_columns(comparison, keys[0]):
+            yield from _table([c.title for c in texts], list(zip(*(c.cells for c in texts), strict=True)))
+            yield from ("", "![Gain over uniform on each held-out text](texts.png)", "")
+        yield "![Held-out loss of the incumbent](anytime.png)"
         return
     summary = summarise(comparison, keys)
     header = ["searcher", "mean rank", f"median {summary.value}", "best's wins / ties / losses", "p (Holm)"]

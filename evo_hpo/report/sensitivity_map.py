@@ -65,7 +65,7 @@ def sensitivity_figure(space: CompressionSpace, found: Sensitivities, title: str
     bar = drawn.colorbar(image, ax=corner, location="top", fraction=0.35, aspect=14, pad=-0.6)
     bar.set_label("of one unit, nats/token", fontsize=8.5, color=INK)
     bar.ax.tick_params(labelsize=7.5)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     known = effects != 0
     error = float(np.median(errors[known] / np.abs(effects[known]))) if known.any() else np.nan
     at = "the uncompressed model" if found.reference is None else "an assignment"

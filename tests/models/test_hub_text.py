@@ -107,7 +107,8 @@ def test_what_cannot_be_reached_is_refused_with_what_can(monkeypatch: pytest.Mon
 def test_held_out_text_is_kept_apart_from_all_that_was_drawn_of_a_large_data_set(hub: Hub, tmp_path: Path) -> None:
     late = [f"train text {i} of allenai/c4 " * 8 for i in range(200, 290)]
     (tmp_path / "late.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in late))
-    some: tuple[Any, ...] = (str(tmp_path / "late.jsonl"), Characters(), 50, 1000, 0, "held_out")
-    assert load_tokens(*some, apart_from=["c4"]).shape == (20, 50)
+    name, where = str(tmp_path / "late.jsonl"), ["c4"]
+    some = load_tokens(name, Characters(), 50, 1000, split="held_out", apart_from=where)
+    assert some.shape == (20, 50)
     with pytest.raises(TextError, match="beside 121 that stand in the calibration text"):
-        load_tokens(*some, apart_from=["c4"], drawn=2000)
+        load_tokens(name, Characters(), 50, 1000, split="held_out", apart_from=where, drawn=2000)

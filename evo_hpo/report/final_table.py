@@ -94,7 +94,7 @@ class FinalTable:
         yield from self._texts(key, console, options)
 
     def _texts(self, key: str, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        """What there is on each held-out text: in one table where it fits, else in one a text."""
+        """What there is on each held-out text: one table where that fits, else one for each text after the first."""
         shown = text_columns(self.results, key)
         if not shown:
             return
@@ -103,7 +103,7 @@ class FinalTable:
             if _width(table, console, options) <= options.max_width:
                 yield table
                 return
-        for text in self.results.problems[key].texts:
+        for text in self.results.problems[key].texts[1:]:
             own = [c for c in shown if c.key == "searcher" or c.key.startswith(f"{text}/")]
             yield laid_out(self.results, key, own, f"on {text}", compact=True)
 

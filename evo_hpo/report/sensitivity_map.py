@@ -29,11 +29,10 @@ def level_shown(space: CompressionSpace, found: Sensitivities) -> tuple[list[int
     uniform = space.uniform()
     labels = {u.levels[k] for u, k in zip(space.units, uniform, strict=True)}
     if len(labels) == 1 and found.effects()[np.arange(len(uniform)), list(uniform)].all():
-        return list(uniform), f"{labels.pop()}, uniform's level"
+        return list(uniform), f"level {labels.pop()} (uniform's)"
     cheapest = {u.levels[0] for u in space.units}
-    return [0] * len(space.units), f"{cheapest.pop()}, the cheapest level" if len(
-        cheapest
-    ) == 1 else "the cheapest level"
+    name = f"level {cheapest.pop()} (the cheapest)" if len(cheapest) == 1 else "its cheapest level"
+    return [0] * len(space.units), name
 
 
 def sensitivity_figure(space: CompressionSpace, found: Sensitivities, title: str = "") -> Figure:

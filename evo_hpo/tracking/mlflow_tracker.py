@@ -221,6 +221,8 @@ class MlflowSearch:
                 if new:
                     points += curve
                     children.append(self.runs.child(outcome, milliseconds(line["time"])))
+            elif kind == "probe":
+                self.runs.take_probe(line)
             elif kind == "checkpoint" and new:
                 points += self.runs.checkpoint(line)
             elif kind == "header" and new:

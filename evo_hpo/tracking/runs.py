@@ -177,6 +177,11 @@ class SearchRuns:
         when = milliseconds(line["time"])
         return outcome, [Point(key, value, when, step) for key, value in points.items()]
 
+    def take_probe(self, line: Mapping[str, Any]) -> None:
+        """Adds the tokens that sensitivities were charged to those of the next trial's point."""
+        step, tokens, best = self.state
+        self.state = step, tokens + int(line["sensitivities"]["tokens"]), best
+
     def child(self, outcome: Outcome, when: int) -> ChildRun:
         """A trial as a run."""
         trial = outcome.trial

@@ -191,10 +191,10 @@ def some(space: CompressionSpace, kind: Kind = "sampled", reference: Assignment 
 
 def test_the_level_that_is_drawn_is_uniforms_or_the_cheapest() -> None:
     space = model_space(2)
-    assert level_shown(space, some(space)) == (list(space.uniform()), "3, uniform's level")
-    assert level_shown(space, some(space, "kl", space.uniform())) == ([0] * 14, "2, the cheapest level")
+    assert level_shown(space, some(space)) == (list(space.uniform()), "level 3 (uniform's)")
+    assert level_shown(space, some(space, "kl", space.uniform())) == ([0] * 14, "level 2 (the cheapest)")
     dropping = CompressionSpace([Unit(f"layers.{i}.mlp", (0, 1), levels=("dropped", "kept")) for i in range(4)], 2)
-    assert level_shown(dropping, some(dropping)) == ([0] * 4, "dropped, the cheapest level")
+    assert level_shown(dropping, some(dropping)) == ([0] * 4, "level dropped (the cheapest)")
 
 
 def test_the_sums_beside_the_map_are_those_of_roles_and_blocks() -> None:

@@ -6,11 +6,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from evo_hpo.record.comparison import Comparison, PlannedSearch
-from evo_hpo.record.journal import read_journals
+from evo_hpo.record.journal import Journal, read_journals
 from evo_hpo.record.problem_record import ProblemRecord
+from evo_hpo.search.sensitivities import Sensitivities
+from evo_hpo.search.trial import Measured, Probe
 from evo_hpo.tracking import log_comparison, track
 from evo_hpo.tracking.views import views
 from tests.tracking.conftest import Runs, Script
@@ -66,3 +69,14 @@ def test_saved_views_show_every_text(folder: Path) -> None:
     made = {view.id: view for view in views(read_journals(folder))}
     assert {f"metrics.`held_out/prose/{name}`" for name in ("loss", "gap")} <= set(made["searches"].columns)
     assert "held_out/prose/loss" in [card.get("metricKey") for card in made["curves"].charts]
+
+
+def test_tokens_spent_count_what_sensitivities_were_charged(root: Path, runs: Runs) -> None:
+    script = Script(root / "comparisons" / "probed" / "journals" / "a-s0.jsonl")
+    found = Sensitivities("sampled", None, np.ones((2, 5, 3), dtype=np.float32), 7, 600)
+    with Journal.open(script.path, script.header) as journal:
+        journal.record_probe(Measured(Probe(None, "sampled", 200), found, 1.0, 7))
+    script.write([3.0, 2.0], end=True)  # of 100 tokens each
+    track(root / "comparisons" / "probed")
+    (run,) = runs("tags.kind = 'search'")
+    assert run.data.metrics["search/tokens"] == 600 + 200

@@ -159,13 +159,15 @@ def test_a_search_on_a_model_gives_the_same_trials_over_any_number_of_scorers(co
         evaluator = make_evaluator((model, levels := RoundedLevels(model)))
         units = [Unit(u.name, costs=(1, 2, 3), size=1) for u in levels.units]
         space = CompressionSpace(units, 2 * len(units))
-        return LanguageModelProblem(evaluator, space, tiny_tokens(length=LENGTH)[:2], tokens=LENGTH, name="tiny")
+        held_out = dict(zip(("docs", "prose"), tiny_tokens(length=LENGTH)[:4].split(2), strict=True))
+        return LanguageModelProblem(evaluator, space, held_out, tokens=LENGTH, name="tiny")
 
     def run(problem: Problem) -> list[Any]:
         settings = {"offspring": 6, "survivors": [3, 1], "tokens": [2 * LENGTH, 6 * LENGTH]}
         searcher = make_searcher("evopress", problem.space, seed=1, **settings)
         found = search(searcher, problem, budget=Budget(tokens=60 * LENGTH), seed=3, checkpoints=[1.0])
-        return [[(o.trial, o.loss, o.tokens, o.status) for o in found.outcomes], found.checkpoints[0].held_out]
+        trials = [(o.trial, o.loss, o.tokens, o.status) for o in found.outcomes]
+        return [trials, found.checkpoints[0].held_out, problem.texts]
 
     expected = run(make())
     assert any(status == "stopped" for *_, status in expected[0])

@@ -159,7 +159,8 @@ def test_a_search_on_a_model_gives_the_same_trials_over_any_number_of_scorers(co
         evaluator = make_evaluator((model, levels := RoundedLevels(model)))
         units = [Unit(u.name, costs=(1, 2, 3), size=1) for u in levels.units]
         space = CompressionSpace(units, 2 * len(units))
-        held_out = dict(zip(("docs", "prose"), tiny_tokens(length=LENGTH)[:4].split(2), strict=True))
+        rows = tiny_tokens(length=LENGTH)
+        held_out = {"docs": rows[:2], "prose": rows[2:4]}
         return LanguageModelProblem(evaluator, space, held_out, tokens=LENGTH, name="tiny")
 
     def run(problem: Problem) -> list[Any]:

@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/evo-hpo compare $(PLAN)
 
 test: $(STAMP) check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check .

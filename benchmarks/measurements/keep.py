@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from evo_hpo.report.comparison import Comparison
+from evo_hpo.report.findings import Findings
 from evo_hpo.report.page import medians_sheet
 from evo_hpo.report.report import write_report
 from evo_hpo.report.summary import Standing, Summary, summarise
@@ -47,12 +47,12 @@ def keep(folder: Path, target: Path, command: str, note: str = "") -> None:
         held = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
         text = text.replace(held, picture.name)
     (target / page.name).write_text(text, encoding="utf-8")
-    comparison = Comparison.load(folder)
+    comparison = Findings.load(folder)
     lines = [*_head(comparison, command), *([note.strip(), ""] if note else []), *_tables(comparison)]
     (target / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def _head(comparison: Comparison, command: str) -> Iterator[str]:
+def _head(comparison: Findings, command: str) -> Iterator[str]:
     keys = list(comparison.problems)
     summary = summarise(comparison, keys)
     recorded, machine, versions = comparison.recorded, comparison.recorded.machine, comparison.recorded.versions
@@ -72,7 +72,7 @@ def _head(comparison: Comparison, command: str) -> Iterator[str]:
     yield from ("[report.html](report.html) has everything; the tables are CSV files beside it.", "")
 
 
-def _tables(comparison: Comparison) -> Iterator[str]:
+def _tables(comparison: Findings) -> Iterator[str]:
     keys = list(comparison.problems)
     if len(keys) == 1:
         found = rows(comparison, keys[0])

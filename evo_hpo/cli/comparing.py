@@ -125,8 +125,9 @@ def show_report(folder: Path, console: Console) -> None:
     from evo_hpo.report.results import Results
 
     with _waiting("report: statistics and pictures", console):
-        page = write_report(folder)
-    console.print(final_table(Results.load(folder)))
+        results = Results.load(folder)
+        page = write_report(results)
+    console.print(final_table(results))
     names = sorted(p.name for p in page.parent.iterdir() if p.suffix == ".png")
     say(console, f"pictures: {page.parent}/ {' '.join(names)}")
     say(console, f"report: {page}")

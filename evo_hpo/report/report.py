@@ -42,14 +42,14 @@ Drawing = tuple[str, str, Figure, str]
 """File name without suffix, title, figure, caption."""
 
 
-def write_report(folder: Path | str) -> Path:
-    """Writes ``<folder>/report`` from what the comparison's journals hold so far; returns the HTML page.
+def write_report(comparison: Path | str | Results) -> Path:
+    """Writes ``report`` in a comparison's folder from what its journals hold so far; returns the HTML page.
 
     Raises:
         PlanError: not a comparison's folder.
     """
-    results = Results.load(folder)
-    target = Path(folder) / "report"
+    results = comparison if isinstance(comparison, Results) else Results.load(comparison)
+    target = results.recorded.folder / "report"
     write_tables(results, target)
     _draw_sensitivities(results)
     keys = [key for key in results.problems if results.of(key)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -81,19 +82,24 @@ def short_count(value: float) -> str:
 def save(drawn: Figure, stem: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Writes ``stem.png`` (at :data:`DPI`) and ``stem.svg``, the same bytes for the same figure."""
     stem.parent.mkdir(parents=True, exist_ok=True)
+    drawn.dpi = DPI
+    if (engine := drawn.get_layout_engine()) is not None:  # laid out once, not for each format before it is drawn
+        engine.execute(drawn)
+        drawn.set_layout_engine(None)
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
-    for path, suffix in zip(paths, formats, strict=True):
+    for path in paths:
+        if path.suffix == ".png":
+            _save_reduced(drawn, path)
+            continue
         with matplotlib.rc_context({"svg.hashsalt": "evo-hpo", "svg.fonttype": "path"}):
-            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-            drawn.savefig(path, dpi=DPI, metadata=metadata)
-        if suffix == "png":
-            _reduce(path)
-        drawn.set_layout_engine("none")  # what the first format laid out holds for the others
+            drawn.savefig(path, metadata={"Date": None})
     return paths
 
 
-def _reduce(path: Path) -> None:
+def _save_reduced(drawn: Figure, path: Path) -> None:
     """A palette of 128 colours: a third of the bytes, and no difference to be seen."""
-    with Image.open(path) as image:
-        small = image.convert("RGB").quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    canvas: Any = FigureCanvasAgg(drawn)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    small = image.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     small.save(path, optimize=True)

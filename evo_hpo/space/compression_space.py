@@ -286,6 +286,10 @@ class CompressionSpace:
 
     def uniform(self) -> Assignment:
         """Uniform compression; see :func:`evo_hpo.space.uniform.uniform`."""
+        return self._uniform
+
+    @cached_property
+    def _uniform(self) -> Assignment:
         return uniform(self.knapsack, [u.size for u in self.units], self.groups().values())
 
     def repair(self, levels: Sequence[float], rng: Generator | None = None, *, fill: bool = False) -> Assignment:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
+
 from evo_hpo.space.counting import Counter
 
 __all__ = ["Assignment", "Cursor", "Knapsack"]
@@ -71,6 +73,21 @@ class Knapsack:
     def first_costs(self) -> tuple[tuple[int, ...], ...]:
         """Cost of each unit's levels in the first resource."""
         return tuple(tuple(level[0] for level in unit) for unit in self.costs)
+
+    @cached_property
+    def rises(self) -> tuple[tuple[Costs, ...], ...]:
+        """What each unit's steps up from each level cost more, of every resource."""
+        steps = (itertools.pairwise(unit) for unit in self.costs)
+        return tuple(tuple(tuple(map(operator.sub, b, a)) for a, b in unit) for unit in steps)
+
+    @cached_property
+    def array(self) -> tuple[Any, Any]:
+        """Costs as an array (units, levels, resources), and where it holds a level that the unit may take."""
+        most = max(map(len, self.costs))
+        padded = [[*unit, *[unit[-1]] * (most - len(unit))] for unit in self.costs]
+        small = 4 * max(max(map(max, unit)) for unit in self.costs) * len(self.costs) < 2**63
+        levels, limits = np.arange(most), np.array([self.lowest, self.highest])[..., None]
+        return np.array(padded, dtype=np.int64 if small else object), (limits[0] <= levels) & (levels <= limits[1])
 
     @cached_property
     def free(self) -> tuple[int, ...]:

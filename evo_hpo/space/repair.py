@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from numpy.random import Generator
 
 __all__ = ["repair"]
+
+MOST_PAIRS = 20
+"""Pairs of changes that are tried before the table."""
 
 SMALL = 200_000
 """Cells of the table of costs up to which several resources are projected exactly, within milliseconds."""
@@ -57,7 +60,7 @@ def repair(
         cursor.follow(-1, farther, ties, 0)
         cursor.follow(+1, farther, ties, 0 if fill else knapsack.room[0])
     elif knapsack.counter.cells > SMALL:
-        _walk_several(cursor, farther, ties)
+        cursor = knapsack.cursor(_paired(knapsack, _walked(cursor, wish, ties), wish, ties))
     if not cursor.feasible:
         cursor = knapsack.cursor(_nearest(knapsack, wish, ties))
     if fill and knapsack.several:
@@ -65,42 +68,117 @@ def repair(
     return tuple(cursor.levels)
 
 
-def _walk_several(cursor: Cursor, farther: Callable[[int, int], float], ties: Sequence[float]) -> None:
-    """Several resources: steps that bring those out of their limits nearer to them, without putting others out.
+def _walked(cursor: Cursor, wish: Sequence[float], ties: Sequence[float]) -> list[int]:
+    """Several resources: levels after steps that bring those out of their limits nearer, without putting others out.
 
-    Steps are taken in order of added distance for what they bring, in shares of each resource's limit. It may end
+    Steps are taken in order of added distance for what they bring, in shares of each resource's budget. It may end
     short of the limits where costs of two resources run against each other.
     """
-    knapsack = cursor.knapsack
-    limits = [max(b, 1) for b in knapsack.budgets]
+    knapsack, levels, left = cursor.knapsack, cursor.levels, list(cursor.left)
+    rises, room, lowest, highest = knapsack.rises, knapsack.room, knapsack.lowest, knapsack.highest
+    shares = [1 / max(b, 1) for b in knapsack.budgets]
+    resources = range(len(room))
 
-    def outside(left: Sequence[int]) -> list[float]:
-        """How far each resource is out of its limits."""
-        return [max(-u, u - most, 0) / limit for u, most, limit in zip(left, knapsack.room, limits, strict=True)]
-
-    def step(i: int, by: int) -> tuple[float, float, int, int] | None:
-        if not cursor.can(i, by):
+    def entry(i: int, by: int) -> tuple[float, float, int, int] | None:
+        level = levels[i]
+        if level == (highest if by > 0 else lowest)[i]:
             return None
-        new = outside(cursor.after(i, by))
-        if any(n > o for n, o in zip(new, out, strict=True)) or sum(new) >= sum(out):
+        rise, brings = rises[i][level if by > 0 else level - 1], 0.0
+        for r in resources:
+            after = left[r] - by * rise[r]
+            after = -after if after < 0 else after - room[r] if after > room[r] else 0
+            if after > out[r]:
+                return None
+            brings += (out[r] - after) * shares[r]
+        if brings <= 0:
             return None
-        return farther(i, by) / (sum(out) - sum(new)), ties[i], i, by
+        return (abs(level + by - wish[i]) - abs(level - wish[i])) / brings, ties[i], i, by
 
-    out = outside(cursor.left)
-    while any(out):
-        heap = [s for i in knapsack.free for by in (-1, +1) if (s := step(i, by)) is not None]
+    while any(out := [max(-u, u - most, 0) for u, most in zip(left, room, strict=True)]):
+        heap = [e for i in knapsack.free for by in (-1, +1) if (e := entry(i, by)) is not None]
         if not heap:
-            return
+            break
         heapq.heapify(heap)
         short = [o > 0 for o in out]
         while heap and [o > 0 for o in out] == short:  # which steps help changes with what is out of its limits
             _, _, i, by = heapq.heappop(heap)
-            if step(i, by) is None:
+            if entry(i, by) is None:
                 continue
-            cursor.step(i, by)
-            out = outside(cursor.left)
-            if (again := step(i, by)) is not None:
+            rise = rises[i][levels[i] if by > 0 else levels[i] - 1]
+            levels[i] += by
+            for r in resources:
+                left[r] -= by * rise[r]
+                out[r] = max(-left[r], left[r] - room[r], 0)
+            if (again := entry(i, by)) is not None:
                 heapq.heappush(heap, again)
+    return levels
+
+
+def _paired(knapsack: Knapsack, levels: list[int], wish: Sequence[float], ties: Sequence[float]) -> list[int]:
+    """Several resources: levels after changes of two units at a time that bring the costs into their limits.
+
+    The pair of least distance that meets all limits ends it; until there is one, the pair that comes nearest to them is
+    taken, and where none comes nearer, a third unit is changed too, or another start is tried.
+    """
+    costs, allowed = knapsack.array
+    units, room = np.arange(len(levels)), np.array(knapsack.room, dtype=costs.dtype)
+    shares = 1 / np.maximum(np.array(knapsack.budgets, dtype=float), 1)
+    key = min(range(len(room)), key=lambda r: knapsack.room[r] * shares[r])
+    distances = np.abs(np.arange(costs.shape[1]) - np.array(wish)[:, None])
+    distances *= 1 + 1e-9 / (max(ties) or 1) * np.array(ties)[:, None]
+    unit, level = np.nonzero(allowed)  # staying is a change too: it makes a single one a pair
+
+    def outside(left: Any) -> Any:
+        """How far what is left is out of the limits, in shares of the budgets."""
+        return (np.maximum(np.maximum(-left, left - room), 0) * shares).sum(-1)
+
+    def partners(left: Any) -> tuple[Any, Any]:
+        """For each change, where those begin and end that together with it meet the limits of the key resource."""
+        wanted = left[key] - costing[:, key]
+        return np.searchsorted(costing[:, key], wanted - room[key]), np.searchsorted(costing[:, key], wanted, "right")
+
+    def met(left: Any, begin: Any, end: Any) -> tuple[Any, Any]:
+        """The pairs that meet all limits."""
+        counts = end - begin
+        a = np.repeat(changes, counts)
+        b = np.arange(len(a)) + np.repeat(begin - np.cumsum(counts) + counts, counts)
+        good = (of[a] < of[b]) & (outside(left - costing[a] - costing[b]) == 0)
+        return a[good], b[good]
+
+    for n in range(MOST_PAIRS):
+        now = costs[units, levels]
+        left = np.array(knapsack.budgets, dtype=costs.dtype) - now.sum(0)
+        if not (short := outside(left)):
+            break
+        costing = (costs - now[:, None])[unit, level]
+        order = np.argsort(costing[:, key], kind="stable")
+        of, to, costing = unit[order], level[order], costing[order]
+        added, changes = distances[of, to] - distances[units, levels][of], np.arange(len(order))
+        begin, end = partners(left)
+        a, b = met(left, begin, end)
+        if len(a):
+            best = int(np.argmin(added[a] + added[b]))
+            taken = [a[best], b[best]]
+        else:
+            near = np.clip(np.stack([begin - 1, begin, end]), 0, len(order) - 1)
+            a, b = np.broadcast_to(changes, near.shape).ravel(), near.ravel()
+            after = np.where(of[a] == of[b], np.inf, outside(left - costing[a] - costing[b]))
+            best = int(np.argmin(after))
+            taken = [a[best], b[best]] if after[best] < short else []
+        if not taken:
+            for third in np.argsort(added, kind="stable"):
+                a, b = met(left - costing[third], *partners(left - costing[third]))
+                apart = (of[a] != of[third]) & (of[b] != of[third])
+                if apart.any():
+                    best = int(np.argmin(np.where(apart, added[a] + added[b], np.inf)))
+                    taken = [third, a[best], b[best]]
+                    break
+            else:
+                cheapest = np.argsort(np.where((costing == 0).all(-1), np.inf, added), kind="stable")
+                taken = [cheapest[n % len(cheapest)]]
+        for change in taken:
+            levels[of[change]] = int(to[change])
+    return levels
 
 
 def _nearest(knapsack: Knapsack, wish: list[float], ties: Sequence[float]) -> list[int]:

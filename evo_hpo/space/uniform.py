@@ -29,7 +29,8 @@ def uniform(knapsack: Knapsack, sizes: Sequence[int], groups: Iterable[Sequence[
         return levels if knapsack.feasible(levels) else _raised(knapsack, repair(knapsack, levels), order)
     if len(set(knapsack.costs)) == 1:  # a level costs the same in all units, as a dropped module does
         sizes = [1] * len(sizes)
-    ratios = sorted({Fraction(c, size) for size, unit in zip(sizes, knapsack.first_costs, strict=True) for c in unit})
+    offered = {(c, size) for size, unit in zip(sizes, knapsack.first_costs, strict=True) for c in unit}
+    ratios = sorted({Fraction(*pair) for pair in offered})
     low, high = 0, len(ratios) - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -47,7 +48,7 @@ def _up_to(knapsack: Knapsack, sizes: Sequence[int], ratio: Fraction) -> Assignm
     """The dearest level of each unit whose cost a weight is at most ``ratio``."""
     units = zip(sizes, knapsack.first_costs, knapsack.lowest, knapsack.highest, strict=True)
     return tuple(
-        max([k for k in range(low, high + 1) if costs[k] <= ratio * size], default=low)
+        max([k for k in range(low, high + 1) if costs[k] * ratio.denominator <= ratio.numerator * size], default=low)
         for size, costs, low, high in units
     )
 

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 SIGN_OF_LIFE = 5.0
-"""Seconds within which a tracking server must answer to be tried at all."""
+"""Seconds within which a tracking server must answer to be tried at all, unless MLflow's own setting is lower."""
 
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 """Of MLflow's client, unless the environment says otherwise: with its own, a silent server costs minutes a call."""
@@ -54,8 +54,9 @@ def refuse_silent_server(uri: str) -> None:
     """
     if not uri.startswith("http"):
         return
+    patience = min(SIGN_OF_LIFE, float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", SIGN_OF_LIFE)))
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SIGN_OF_LIFE):
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=patience):
             pass
     except urllib.error.HTTPError:
         pass

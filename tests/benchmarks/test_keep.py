@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from benchmarks.measurements.keep import main
-from evo_hpo.report import Comparison
+from evo_hpo.report import Findings
 from tests.report.conftest import suite
 
 __all__ = ["suite"]
@@ -18,7 +18,7 @@ def test_a_kept_report_says_what_the_statistics_say(suite: Path, tmp_path: Path)
     target = tmp_path / "kept"
     main([str(suite), str(target), "--command", "evo-hpo compare plan.toml", "--note", str(note)])
     page = (target / "README.md").read_text(encoding="utf-8")
-    comparison = Comparison.load(suite)
+    comparison = Findings.load(suite)
     assert f"**{comparison.summary().verdict}**" in page
     assert all(comparison.summary(key).verdict in page for key in comparison.problems)
     assert all(label in page for label in comparison.labels)

@@ -12,7 +12,7 @@ import numpy as np
 from evo_hpo import Budget, CompressionSpace, Minibatch, Problem, Score, Unit, search
 from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.record.problem_record import ProblemRecord
-from evo_hpo.report.comparison import Comparison
+from evo_hpo.report.findings import Findings
 from evo_hpo.report.search_run import SearchRun
 from evo_hpo.search.problem import FunctionProblem
 from evo_hpo.space.compression_space import Assignment
@@ -120,7 +120,7 @@ def write_folder(
     return folder
 
 
-def in_memory(losses: dict[str, Sequence[float]], *, optimum: float | None = None) -> Comparison:
+def in_memory(losses: dict[str, Sequence[float]], *, optimum: float | None = None) -> Findings:
     """A comparison whose results are given: searcher -> held-out loss of each seed."""
     from evo_hpo.search.loop import Checkpoint
 
@@ -138,7 +138,7 @@ def in_memory(losses: dict[str, Sequence[float]], *, optimum: float | None = Non
         for name, values in losses.items()
         for seed, loss in enumerate(values)
     )
-    return Comparison("made", {"made": ProblemRecord("made", space, optimum=optimum)}, runs)
+    return Findings("made", {"made": ProblemRecord("made", space, optimum=optimum)}, runs)
 
 
 def known_optimum(units: int = 8) -> FunctionProblem:

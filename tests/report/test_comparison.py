@@ -12,7 +12,7 @@ import pytest
 
 from evo_hpo.errors import PlanError, UnknownNameError
 from evo_hpo.record.comparison import disambiguate
-from evo_hpo.report import Comparison
+from evo_hpo.report import Findings
 from evo_hpo.report.lineage import lineage
 from evo_hpo.report.summary import summarise
 from evo_hpo.report.tables import rows, table_frame
@@ -21,7 +21,7 @@ from tests.report.synthetic import StandIn, in_memory, model_space
 
 
 def test_figures_are_those_of_the_journals(demo: Path) -> None:
-    comparison = Comparison.load(demo)
+    comparison = Findings.load(demo)
     problem = StandIn(model_space(4))
     assert comparison.complete
     assert comparison.labels == ("uniform", "random", "evopress")
@@ -36,7 +36,7 @@ def test_figures_are_those_of_the_journals(demo: Path) -> None:
 
 
 def test_uniform_stands_for_every_seed(demo: Path) -> None:
-    comparison = Comparison.load(demo)
+    comparison = Findings.load(demo)
     pairs = comparison.pairs()
     assert list(pairs.index) == [("stand-in", 0), ("stand-in", 1)]
     assert pairs["uniform"].nunique() == 1
@@ -44,7 +44,7 @@ def test_uniform_stands_for_every_seed(demo: Path) -> None:
 
 
 def test_rows_hold_medians_gains_and_the_dense_model(demo: Path) -> None:
-    comparison = Comparison.load(demo)
+    comparison = Findings.load(demo)
     found = {r.searcher: r for r in rows(comparison, "stand-in")}
     pairs = comparison.pairs()
     assert found["dense"].perplexity.estimate == 20.0
@@ -58,7 +58,7 @@ def test_rows_hold_medians_gains_and_the_dense_model(demo: Path) -> None:
 
 
 def test_gap_is_zero_at_the_optimum_and_a_hundred_at_uniform(suite: Path) -> None:
-    comparison = Comparison.load(suite)
+    comparison = Findings.load(suite)
     gaps = comparison.pairs(value="gap").loc[["additive"]]
     assert np.allclose(gaps["uniform"], 100)
     assert (gaps >= -1e-9).all(axis=None)
@@ -70,7 +70,7 @@ def test_gap_is_zero_at_the_optimum_and_a_hundred_at_uniform(suite: Path) -> Non
 
 
 def test_variants_of_one_searcher_are_told_apart(suite: Path) -> None:
-    labels = Comparison.load(suite).labels
+    labels = Findings.load(suite).labels
     assert labels == ("uniform", "random", "evopress (offspring=4)", "evopress (offspring=16)")
     assert disambiguate([{"searcher": "a"}, {"searcher": "a", "settings": {"k": 1}}]) == [
         "a (default settings)",
@@ -80,12 +80,12 @@ def test_variants_of_one_searcher_are_told_apart(suite: Path) -> None:
 
 def test_a_folder_without_a_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"comparison\.json"):
-        Comparison.load(tmp_path)
+        Findings.load(tmp_path)
 
 
 def test_an_unknown_problem_is_refused(demo: Path) -> None:
     with pytest.raises(UnknownNameError, match="stand-in"):
-        Comparison.load(demo).problem("other")
+        Findings.load(demo).problem("other")
 
 
 def partial(folder: Path, target: Path) -> Path:
@@ -103,7 +103,7 @@ def partial(folder: Path, target: Path) -> Path:
 
 
 def test_partial_results_can_be_read(demo: Path, tmp_path: Path) -> None:
-    comparison = Comparison.load(partial(demo, tmp_path / "part"))
+    comparison = Findings.load(partial(demo, tmp_path / "part"))
     assert not comparison.complete
     assert comparison.missing["stand-in-random-s1"] == "not started"
     assert "damaged" in comparison.missing["stand-in-random-s0"] or comparison.missing["stand-in-random-s0"]
@@ -119,14 +119,14 @@ def test_nothing_started_yet(demo: Path, tmp_path: Path) -> None:
     target.mkdir()
     data = json.loads((demo / "comparison.json").read_text())
     (target / "comparison.json").write_text(json.dumps(data | {"problems": {}}))
-    comparison = Comparison.load(target)
+    comparison = Findings.load(target)
     assert not comparison.runs
     assert len(comparison.missing) == 5
     assert comparison.frame().empty
 
 
 def test_lineage_goes_from_the_start_to_the_winner(demo: Path) -> None:
-    comparison = Comparison.load(demo)
+    comparison = Findings.load(demo)
     run = next(r for r in comparison.runs if r.label == "evopress")
     space = comparison.problems["stand-in"].space
     steps = lineage(run, space)
@@ -159,7 +159,7 @@ def test_the_verdict_says_who_wins_and_how_sure_that_is() -> None:
 
 
 def test_summary_agrees_with_the_table_of_pairs(suite: Path) -> None:
-    comparison = Comparison.load(suite)
+    comparison = Findings.load(suite)
     summary = summarise(comparison)
     gaps = comparison.pairs(value="gap")
     assert summary.pairs == len(gaps) == 12

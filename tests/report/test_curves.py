@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from evo_hpo.report.comparison import Comparison
 from evo_hpo.report.curves import (
     Curve,
     area,
@@ -19,6 +18,7 @@ from evo_hpo.report.curves import (
     targets,
     time_to,
 )
+from evo_hpo.report.findings import Findings
 from evo_hpo.report.search_run import SearchRun
 from evo_hpo.search.loop import Checkpoint
 from evo_hpo.search.trial import Outcome, Trial
@@ -80,14 +80,14 @@ def test_band_is_the_median_over_seeds() -> None:
     assert band(curves * 2).kind == "95 % bootstrap"
 
 
-def made(losses: dict[str, list[tuple[int, float]]]) -> Comparison:
+def made(losses: dict[str, list[tuple[int, float]]]) -> Findings:
     base = in_memory({"uniform": [8.0]})
     runs = []
     for name, points in losses.items():
         found = run(points)
         paid = Outcome(Trial(0, (0,)), points[-1][1], tokens=points[-1][0])
         runs.append(SearchRun(name, "made", name, name, 0, outcomes=(paid,), checkpoints=found.checkpoints))
-    return Comparison("made", base.problems, (*base.runs, *runs))
+    return Findings("made", base.problems, (*base.runs, *runs))
 
 
 def test_speed_up_is_spending_over_spending() -> None:

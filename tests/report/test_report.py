@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from evo_hpo import Budget, CompressionSpace, FunctionProblem, Unit
-from evo_hpo.report import Comparison, final_table, write_report
+from evo_hpo.report import Findings, final_table, write_report
 from evo_hpo.report.final_table import LAST
 from evo_hpo.report.heat_maps import layout_of, profile_figure
 from evo_hpo.report.results import Results
@@ -108,7 +108,7 @@ def test_a_comparison_without_any_journal_is_reported(demo: Path, tmp_path: Path
     shutil.copy(demo / "comparison.json", tmp_path / "comparison.json")
     assert "No search has a result yet" in write_report(tmp_path).read_text(encoding="utf-8")
     console = Console(width=100, record=True, quiet=True)
-    console.print(final_table(Comparison.load(tmp_path)))
+    console.print(final_table(Findings.load(tmp_path)))
 
 
 def test_a_single_search_is_reported(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_single_search_is_reported(tmp_path: Path) -> None:
 def test_the_table_fits_its_terminal(demo: Path, width: int) -> None:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console:
-        console.print(final_table(Comparison.load(demo)))
+        console.print(final_table(Findings.load(demo)))
     console.file.close()
     lines = console.export_text().splitlines()
     assert max(len(line.rstrip()) for line in lines) <= width
@@ -149,7 +149,7 @@ def test_narrow_headers_break_the_wide_ones_where_they_may_be_broken(demo: Path,
 
 
 def test_a_notebook_has_figures_and_statistics_a_method_away(demo: Path) -> None:
-    comparison = Comparison.load(demo)
+    comparison = Findings.load(demo)
     assert comparison.anytime().axes
     assert comparison.profile(label="evopress").axes
     assert comparison.summary().verdict == summarise(Results.load(demo)).verdict

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from evo_hpo import Budget, CompressionSpace, Minibatch, Unit
-from evo_hpo.record.comparison import Comparison as Recorded
-from evo_hpo.report import Comparison, final_table, write_report
+from evo_hpo.record.comparison import Comparison
+from evo_hpo.report import Findings, final_table, write_report
 from evo_hpo.report.curves import curve
 from evo_hpo.report.plots import anytime_figure
 from evo_hpo.report.sensitivity_map import level_shown, sensitivity_figure
@@ -22,7 +22,7 @@ from evo_hpo.report.style import save
 from evo_hpo.report.summary import summarise
 from evo_hpo.report.tables import rows
 from evo_hpo.report.texts import elsewhere, text_columns
-from evo_hpo.search.sensitivities import Kind, Sensitivities
+from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment
 from tests.report.synthetic import StandIn, model_space, write_folder
 from tests.report.test_report import page
@@ -50,7 +50,7 @@ class TwoTexts(StandIn):
         return super().reference() | {f"prose/{k}": v for k, v in self.other.reference().items()} | {"prose/gap": 0.0}
 
     def sensitivities(
-        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled"
+        self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled", form: Form = "inner"
     ) -> Sensitivities:
         """Exact but for noise between sequences."""
         exact = self.weights[:, None] * 4.0 ** -np.arange(3) / self.weights.sum()
@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_table_has_each_text_with_its_gain_and_the_gap_by_hand(folder: Path) -> None:
-    results, problem = Comparison.load(folder), TwoTexts(model_space(4))
+    results, problem = Findings.load(folder), TwoTexts(model_space(4))
     levels = {label: [r.final.levels for r in results.of("stand-in", label) if r.final] for label in results.labels}
     uniform = problem.other.exact(problem.space.uniform())
     shown = {c.key: dict(zip(results_order(folder), c.cells, strict=True)) for c in text_columns(results, "stand-in")}
@@ -100,7 +100,7 @@ def test_the_table_has_each_text_with_its_gain_and_the_gap_by_hand(folder: Path)
 
 def results_order(folder: Path) -> list[str]:
     """Searchers in the order of the table."""
-    return [r.searcher for r in rows(Comparison.load(folder), "stand-in")]
+    return [r.searcher for r in rows(Findings.load(folder), "stand-in")]
 
 
 def test_tables_curves_and_statistics_of_a_text_are_those_of_a_comparison_on_it_alone(
@@ -117,7 +117,7 @@ def test_tables_curves_and_statistics_of_a_text_are_those_of_a_comparison_on_it_
             if line["kind"] == "checkpoint":
                 line["held_out"] = {k: line["held_out"][f"prose/{k}"] for k in ("loss", "perplexity")}
         (tmp_path / "journals" / journal.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    on, alone = Comparison.load(folder).on("stand-in", "prose"), Comparison.load(tmp_path)
+    on, alone = Findings.load(folder).on("stand-in", "prose"), Findings.load(tmp_path)
     pd.testing.assert_frame_equal(summarise(on).frame(), summarise(alone).frame())
     assert {r.searcher: r.loss for r in rows(on, "stand-in")} == {r.searcher: r.loss for r in rows(alone, "stand-in")}
     for a, b in zip(on.runs, alone.runs, strict=True):
@@ -125,7 +125,7 @@ def test_tables_curves_and_statistics_of_a_text_are_those_of_a_comparison_on_it_
 
 
 def test_the_verdict_says_what_is_left_on_the_other_text(folder: Path) -> None:
-    results = Comparison.load(folder)
+    results = Findings.load(folder)
     summary = summarise(results)
     best = {r.searcher: r for r in rows(results.on("stand-in", "prose"), "stand-in")}[summary.best]
     said = elsewhere(results, "stand-in", summary.best)
@@ -150,7 +150,7 @@ def test_page_pictures_and_files_show_each_text(folder: Path, written: Path) -> 
         assert said in text
     for name in ("texts", "sensitivities", "anytime"):
         assert (path.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert len(anytime_figure(Comparison.load(folder), "stand-in").axes) == 2
+    assert len(anytime_figure(Findings.load(folder), "stand-in").axes) == 2
     table, statistics = (pd.read_csv(path.parent / f"{name}.csv") for name in ("table", "statistics"))
     assert table["text"].value_counts().to_dict() == {"docs": 5, "prose": 5}
     assert statistics["text"].value_counts().to_dict() == {"docs": 4, "prose": 4}
@@ -161,7 +161,7 @@ def test_page_pictures_and_files_show_each_text(folder: Path, written: Path) -> 
 def test_the_tables_of_every_text_fit_the_terminal(folder: Path, width: int) -> None:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console:
-        console.print(final_table(Comparison.load(folder)))
+        console.print(final_table(Findings.load(folder)))
     console.file.close()
     lines = console.export_text().splitlines()
     assert max(len(line.rstrip()) for line in lines) <= width
@@ -176,7 +176,7 @@ def test_the_tables_of_every_text_fit_the_terminal(folder: Path, width: int) -> 
 
 
 def test_each_search_that_measured_has_a_picture_for_its_run(written: Path) -> None:
-    recorded = Recorded.read(written.parent.parent)
+    recorded = Comparison.read(written.parent.parent)
     drawn = {s.searcher for s in recorded.searches if recorded.sensitivities_picture(s.id).is_file()}
     assert drawn == {"fisher"}
 

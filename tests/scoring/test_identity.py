@@ -17,6 +17,7 @@ from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.export.folder import export_profile
 from evo_hpo.levels.build import build
 from evo_hpo.record.comparison import Comparison
+from evo_hpo.run.plan import Plan
 from evo_hpo.run.schedule import compare
 from evo_hpo.scoring import task
 from evo_hpo.scoring.score_cache import ScoreCache
@@ -65,11 +66,46 @@ def change_tokenizer(folder: Path) -> None:
     path.write_text(json.dumps(data))
 
 
-def found_profile(model: Path, tmp_path: Path, **changes: Any) -> Path:
-    problem = settings(model, tmp_path / "store", method="rtn", **changes)
+def searched(model: Path, folder: Path, **changes: Any) -> tuple[Plan, Path]:
+    """A plan, and the folder of its comparison, with a store beside it."""
+    problem = settings(model, folder / "store", method="rtn", **changes)
     plan = plan_of(problem, searchers=[{"name": "uniform"}])
     rehearse_and_prepare(problem, plan)
-    return compare(plan, root=tmp_path / "runs") / "profiles" / "winner.json"
+    return plan, compare(plan, root=folder / "runs")
+
+
+def found_profile(model: Path, tmp_path: Path, **changes: Any) -> Path:
+    return searched(model, tmp_path, **changes)[1] / "profiles" / "winner.json"
+
+
+@pytest.fixture(scope="module")
+def searched_once(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a store and a comparison that read no cache and are copied, never changed."""
+    folder = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVO_HPO_CACHE", str(folder / "cache"))
+        searched(shutil.copytree(model_folder, folder / "model"), folder)
+    return folder
+
+
+@pytest.fixture
+def comparison(searched_once: Path, tmp_path: Path, cache: Path) -> Path:
+    """The comparison's folder in a copy of all that belongs to it; every path in it names the copy."""
+    shutil.copytree(searched_once, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "runs").rglob("*"):
+        if path.is_file() and (text := path.read_bytes()).count(before := bytes(searched_once)):
+            path.write_bytes(text.replace(before, bytes(tmp_path)))
+    return tmp_path / "runs" / "tiny"
+
+
+@pytest.fixture
+def profile(comparison: Path) -> Path:
+    return comparison / "profiles" / "winner.json"
+
+
+def plan_here(tmp_path: Path) -> Plan:
+    """The plan of the copied comparison."""
+    return plan_of(settings(tmp_path / "model", tmp_path / "store", method="rtn"), searchers=[{"name": "uniform"}])
 
 
 @pytest.mark.parametrize(
@@ -81,20 +117,17 @@ def found_profile(model: Path, tmp_path: Path, **changes: Any) -> Path:
     ],
 )
 def test_a_profile_is_refused_where_the_model_is_another(
-    model: Path, tmp_path: Path, cache: Path, change: Any, named: str
+    profile: Path, tmp_path: Path, change: Any, named: str
 ) -> None:
-    profile = found_profile(model, tmp_path)
-    change(model)
+    change(tmp_path / "model")
     with pytest.raises(PlanError, match=f"winner.json was found with another {named}") as caught:
         export_profile(profile, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_profile_is_refused_where_the_store_was_built_again_otherwise(
-    model: Path, tmp_path: Path, cache: Path
-) -> None:
-    profile = found_profile(model, tmp_path)
+def test_a_profile_is_refused_where_the_store_was_built_again_otherwise(profile: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
     shutil.rmtree(tmp_path / "store")
     build(str(model), tmp_path / "store", method="rtn", levels=[2, 3, 4], group_size=16, symmetric=True)
     with pytest.raises(PlanError, match="another store"):
@@ -105,9 +138,8 @@ def test_a_profile_is_refused_where_the_store_was_built_again_otherwise(
 
 
 def test_a_profile_of_an_earlier_version_is_taken_with_a_warning(
-    model: Path, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+    profile: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    profile = found_profile(model, tmp_path)
     data = json.loads(profile.read_text())
     del data["fingerprint"]["identity"]
     profile.write_text(json.dumps(data))
@@ -201,8 +233,7 @@ def test_a_problem_says_what_it_is_of(model: Path, tmp_path: Path, cache: Path) 
     assert {key for key in words if found[key] != changed[key]} == {"calibration text", "held-out text"}
 
 
-def test_profiles_carry_the_identity(model: Path, tmp_path: Path, cache: Path) -> None:
-    profile = found_profile(model, tmp_path)
+def test_profiles_carry_the_identity(profile: Path) -> None:
     assert json.loads(profile.read_text())["fingerprint"]["identity"]["store"]
     assert profile in Comparison.read(profile.parent.parent).winner_files()
 
@@ -253,24 +284,18 @@ def prepared(model: Path, tmp_path: Path, dtype: str) -> dict[str, Any]:
     return {"dtype": dtype}
 
 
-def test_what_differs_at_a_resume_is_said_in_words(model: Path, tmp_path: Path, cache: Path) -> None:
-    problem = settings(model, tmp_path / "store", method="rtn")
-    plan = plan_of(problem, searchers=[{"name": "uniform"}])
-    rehearse_and_prepare(problem, plan)
-    compare(plan, root=tmp_path / "runs")
-    compare(plan, root=tmp_path / "runs", resume=True)
-    change_tokenizer(model)
+def test_what_differs_at_a_resume_is_said_in_words(comparison: Path, tmp_path: Path) -> None:
+    plan = plan_here(tmp_path)
+    assert compare(plan, root=tmp_path / "runs", resume=True) == comparison
+    change_tokenizer(tmp_path / "model")
     with pytest.raises(EvoHpoError, match=r"identity\.tokenizer: was '\w+', is '\w+'"):
         compare(plan, root=tmp_path / "runs", resume=True)
 
 
 def test_a_comparison_of_an_earlier_version_is_resumed_with_a_warning(
-    model: Path, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+    comparison: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    problem = settings(model, tmp_path / "store", method="rtn")
-    plan = plan_of(problem, searchers=[{"name": "uniform"}])
-    rehearse_and_prepare(problem, plan)
-    folder = compare(plan, root=tmp_path / "runs")
+    folder, plan = comparison, plan_here(tmp_path)
 
     def older(data: dict[str, Any]) -> dict[str, Any]:
         kept = {k: v for k, v in data["fingerprint"].items() if k in ("problem", "space")}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.export.folder import export_profile
 from evo_hpo.record.journal import read_journals
-from evo_hpo.report import Comparison
+from evo_hpo.report import Findings
 from evo_hpo.report.scoring_sheet import scoring_sheet
 from evo_hpo.run.plan import Plan, make_plan
 from evo_hpo.run.rehearsal import rehearse
@@ -106,7 +106,7 @@ def test_from_model_to_winning_profile_to_exported_model(
     folder = compare(plan, root=tmp_path / "runs")
     record = json.loads((folder / "comparison.json").read_text())
     assert record["problems"]["tiny"]["reference"]["loss"] == pytest.approx(0.0, abs=1e-6)
-    comparison = Comparison.load(folder)
+    comparison = Findings.load(folder)
     sheet = scoring_sheet(comparison, "tiny")
     assert sheet is not None
     assert len(sheet.rows) == len(comparison.runs)

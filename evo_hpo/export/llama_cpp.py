@@ -136,7 +136,9 @@ def _declared() -> Any:
     return shared
 
 
-@_Log
-def _log(level: int, message: bytes, _: object) -> None:
+def _heard(level: int, message: bytes, _: object) -> None:
     if level >= 4:  # errors
         _said.append(message.decode(errors="replace").strip())
+
+
+_log = _Log(_heard)  # kept: llama.cpp calls it as long as it runs

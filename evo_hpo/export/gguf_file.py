@@ -18,7 +18,7 @@ from evo_hpo.export.folder import opened, place
 from evo_hpo.export.gguf_header import architecture_of, copy_header, write_header
 from evo_hpo.export.gguf_tensors import kept_blocks, searched_types, tensors_of
 from evo_hpo.export.llama_cpp import LlamaCpp
-from evo_hpo.levels.ggml import ggml_type, library
+from evo_hpo.levels.ggml import dequantize, ggml_type, library, quantize
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.models.loading import LoadedModel, source_gguf
 
@@ -70,12 +70,21 @@ def export_gguf(
     size = write_gguf(output, loaded, levels, assignment, template=source, types=types)
     try:
         place(loaded.model, levels, assignment)
+        for name, kind in types.items():
+            _round(loaded.model, name, kind)
         divergence = difference(output, loaded)
     except BaseException:
         with suppress(OSError):
             output.unlink()
         raise
     return Exported(data, size, divergence)
+
+
+def _round(model: Any, name: str, kind: str) -> None:
+    """Gives the embedding or the head the values that its type can hold."""
+    part = model.get_input_embeddings() if name == "token_embd.weight" else model.get_output_embeddings()
+    with torch.no_grad():
+        part.weight.copy_(dequantize(quantize(part.weight, kind), kind))
 
 
 def write_gguf(

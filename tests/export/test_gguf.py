@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
+from evo_hpo.cli.commands import main
 from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.export.folder import place
 from evo_hpo.export.gguf_file import difference, export_gguf, write_gguf
@@ -26,6 +28,7 @@ from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.quantizers import GPTQ, Ggml
 from evo_hpo.levels.store import open_store
 from evo_hpo.models.loading import LoadedModel
+from evo_hpo.search.registry import make_problem, problem_factory
 from tests.tiny import VOCABULARY, random_model, tiny_tokens
 
 _SIZES: dict[str, Any] = {
@@ -217,8 +220,8 @@ def test_a_file_of_another_model_is_told(tmp_path: Path) -> None:
 TEXTS = ["It isn't 1234 things; don't count 12,5 % of them.\n\n  def f(x):\n\treturn x", "naïve — 3 °C, 你好"]
 
 
-@pytest.mark.parametrize("split", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
-def test_byte_level_tokenizers_cut_text_alike(split: str, tmp_path: Path) -> None:
+def byte_level_tokenizer(split: str) -> Any:
+    """A tokenizer that cuts text as the named family does, with merges of a few texts."""
     tokenizer = Tokenizer(models.BPE())
     pieces = {
         "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -237,7 +240,12 @@ def test_byte_level_tokenizers_cut_text_alike(split: str, tmp_path: Path) -> Non
         show_progress=False,
     )
     tokenizer.train_from_iterator([*TEXTS * 3, "return things 1234 isn't don't count"], trainer)
-    fast = _FAST(tokenizer_object=tokenizer, eos_token="<|end|>")
+    return _FAST(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+def test_byte_level_tokenizers_cut_text_alike(split: str, tmp_path: Path) -> None:
+    fast = byte_level_tokenizer(split)
     loaded = made(transformers.LlamaConfig(**_SIZES | {"vocab_size": 400, "num_hidden_layers": 1}))
     loaded = LoadedModel(loaded.model, fast, loaded.identity, loaded.name)
     levels = levels_of(loaded, ["Q8_0"], tmp_path / "store")
@@ -258,3 +266,43 @@ def test_a_tokenizer_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
         write_gguf(
             tmp_path / "m.gguf", LoadedModel(loaded.model, fast, loaded.identity, ""), levels, [0] * len(levels.units)
         )
+
+
+def test_a_profile_becomes_a_file_that_the_command_has_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = transformers.LlamaConfig(**_SIZES | {"vocab_size": 400, "num_hidden_layers": 1})
+    random_model(config, spread=0.08).save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    byte_level_tokenizer("qwen2").save_pretrained(tmp_path / "model")
+    settings = {"model": str(tmp_path / "model"), "method": "ggml", "levels": ["Q4_K", "Q8_0"], "average": 6.5}
+    settings |= {"store": str(tmp_path / "store"), "build": {"calibration_tokens": 64, "sequence_length": 32}}
+    settings |= {"sequence_length": 16, "calibration_tokens": 64, "held_out_tokens": 32, "tokens": 16}
+    rehearsed: Any = problem_factory("language_model")
+    rehearsed.preview(settings)
+    rehearsed.prepare(settings, lambda done, total, what: None)
+    problem: Any = make_problem("language_model", **settings)
+    levels = [number % 2 for number in range(len(problem.space.units))]
+    profile = {
+        "problem": {"name": "language_model", "settings": settings},
+        "held_out": {"loss": 0.25},
+        "average": problem.space.average(levels),
+        "levels": levels,
+        "units": {unit.name: unit.levels[k] for unit, k in zip(problem.space.units, levels, strict=True)},
+    }
+    (tmp_path / "p.json").write_text(json.dumps(profile))
+    path = tmp_path / "out" / "m.gguf"
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", str(tmp_path / "p.json"), str(path), "--embedding", "q2_k", "--head", "Q8_0"])
+    said = capsys.readouterr().out
+    assert f"{path.stat().st_size:,} bytes, held-out loss 0.25; llama.cpp reads it" in said
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert (types["token_embd.weight"], types["output.weight"]) == ("Q2_K", "Q8_0")
+    assert {types["blk.0.attn_q.weight"], types["blk.0.attn_k.weight"]} == {"Q4_K", "Q8_0"}
+    for arguments, message in (
+        ([str(path)], "exists already"),
+        ([str(path), "--dtype", "float16"], "a GGUF file has the types of its levels"),
+        ([str(tmp_path / "folder"), "--head", "Q8_0"], "name an output that ends in .gguf"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["export", str(tmp_path / "p.json"), *arguments])
+        assert message in " ".join(capsys.readouterr().err.split())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
 from evo_hpo.cli.commands import main
@@ -306,3 +306,23 @@ def test_a_profile_becomes_a_file_that_the_command_has_checked(
         with pytest.raises(SystemExit, match="2"):
             main(["export", str(tmp_path / "p.json"), *arguments])
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_tokenizers_with_byte_fallback_cut_text_alike(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([TEXTS[0].replace("\t", " ")] * 3 + ["return things don't count"] * 2, trainer)
+    rules = json.loads(tokenizer.to_str())
+    rules["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
+    rules["added_tokens"] = rules["added_tokens"][:3]
+    size = len(rules["model"]["vocab"])
+    fast = _FAST(tokenizer_object=Tokenizer.from_str(json.dumps(rules)), bos_token="<s>", eos_token="</s>")
+    loaded = made(transformers.LlamaConfig(**_SIZES | {"vocab_size": size, "num_hidden_layers": 1}))
+    loaded = LoadedModel(loaded.model, fast, loaded.identity, loaded.name)
+    levels = levels_of(loaded, ["Q8_0"], tmp_path / "store")
+    write_gguf(tmp_path / "m.gguf", loaded, levels, [0] * len(levels.units))
+    with LlamaCpp(tmp_path / "m.gguf") as program:
+        for text in TEXTS:
+            assert program.tokens(text) == fast(text, add_special_tokens=False)["input_ids"]

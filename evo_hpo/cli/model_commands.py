@@ -8,15 +8,16 @@ from typing import Annotated
 import typer
 
 from evo_hpo.cli.options import SetOption, console, parse_settings
+from evo_hpo.errors import InvalidSettingError
 
 __all__ = ["build", "export"]
 
 
 def build(
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or pypi:<package>.")],
-    method: Annotated[str, typer.Option(help="gptq, sparsegpt, rtn, magnitude, wanda or drop.")] = "gptq",
+    method: Annotated[str, typer.Option(help="gptq, ggml, sparsegpt, rtn, magnitude, wanda or drop.")] = "gptq",
     output: Annotated[Path | None, typer.Option(help="Folder of the store; default: under the cache.")] = None,
-    levels: Annotated[str | None, typer.Option(help="Bits, or sparsities, separated by commas.")] = None,
+    levels: Annotated[str | None, typer.Option(help="Bits, ggml types, or sparsities, separated by commas.")] = None,
     device: Annotated[str, typer.Option(help="Where layers are solved, one block at a time: cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
     settings: SetOption = None,
@@ -33,13 +34,31 @@ def build(
 
 def export(
     profile: Annotated[Path, typer.Argument(help="A file under a comparison's profiles/.")],
-    output: Annotated[Path, typer.Argument(help="Folder to make.")],
+    output: Annotated[Path, typer.Argument(help="Folder to make, or FILE.gguf for llama.cpp.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")] = "",
+    template: Annotated[Path | None, typer.Option(help="GGUF file of the model whose header a GGUF file gets.")] = None,
+    embedding: Annotated[str, typer.Option(help="ggml type of the token embedding in a GGUF file.")] = "",
+    head: Annotated[str, typer.Option(help="ggml type of the output matrix in a GGUF file.")] = "",
 ) -> None:
-    """Write the model of a profile: a Hugging Face folder that any library loads.
+    """Write the model of a profile: a Hugging Face folder that any library loads, or a GGUF file that llama.cpp runs.
 
     [bold]Example:[/bold] evo-hpo export mlruns/comparisons/smollm2-3bit/profiles/winner.json smollm2-3bit
     """
+    if output.suffix == ".gguf":
+        from evo_hpo.export.gguf_file import export_gguf
+
+        if dtype:
+            raise InvalidSettingError(f"dtype={dtype!r} is of a folder: a GGUF file has the types of its levels")
+        made = export_gguf(profile, output, template=template, embedding=embedding, head=head)
+        console.print(
+            f"{output}: {made.bytes:,} bytes, held-out loss {made.profile['held_out']['loss']:.4g}; llama.cpp reads it,"
+            f" KL to the model here {made.divergence:.2g} nats a token",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    if template or embedding or head:
+        raise InvalidSettingError("template, embedding and head are of a GGUF file: name an output that ends in .gguf")
     from evo_hpo.export.folder import export_profile
 
     data = export_profile(profile, output, dtype)

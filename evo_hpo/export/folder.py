@@ -11,15 +11,16 @@ from torch import nn
 
 from evo_hpo.errors import ModelError, PlanError
 from evo_hpo.export.published_layout import write_level_lines
+from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import fuse_experts
 from evo_hpo.models.identity import differences, tokenizer_identity, warn_unchecked
-from evo_hpo.models.loading import compute_dtype, load_model, made_folder, refuse_non_finite
+from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model, made_folder, refuse_non_finite
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.task import Factory
 from evo_hpo.search.registry import problem_factory
 
-__all__ = ["export_profile", "place"]
+__all__ = ["export_profile", "opened", "place"]
 
 
 def export_profile(profile: Path, output: Path, dtype: str = "") -> dict[str, Any]:
@@ -41,8 +42,25 @@ def export_profile(profile: Path, output: Path, dtype: str = "") -> dict[str, An
             others than those that the profile was found with: the message names which.
         StoreError: the level store is gone or is another model's.
     """
+    data, loaded, levels, assignment = opened(profile, output, dtype)
+    place(loaded.model, levels, assignment)
+    loaded.model.save_pretrained(output)  # type: ignore[operator]
+    loaded.tokenizer.save_pretrained(output)
+    write_level_lines(output / "profile.txt", levels, assignment)
+    (output / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
+    return data
+
+
+def opened(
+    profile: Path, output: Path, dtype: str = ""
+) -> tuple[dict[str, Any], LoadedModel, LevelSet, tuple[int, ...]]:
+    """What an export to `output` needs: the profile, its model, its levels, and which of them it takes.
+
+    Raises:
+        PlanError, StoreError: as :func:`export_profile`.
+    """
     if output.exists():
-        raise PlanError(f"{output} exists already: name a new folder")
+        raise PlanError(f"{output} exists already: name another")
     made_folder(output.parent)
     data, _ = open_profile(profile)
     factory = problem_factory(data["problem"]["name"])
@@ -54,13 +72,7 @@ def export_profile(profile: Path, output: Path, dtype: str = "") -> dict[str, An
     _refuse_others(profile, data, identity)
     levels = task.open_levels(loaded.identity)
     _refuse_others(profile, data, {"store": levels.fingerprint})
-    assignment = task.space(levels).from_labels(data["units"])
-    place(loaded.model, levels, assignment)
-    loaded.model.save_pretrained(output)  # type: ignore[operator]
-    loaded.tokenizer.save_pretrained(output)
-    write_level_lines(output / "profile.txt", levels, assignment)
-    (output / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
-    return data
+    return data, loaded, levels, task.space(levels).from_labels(data["units"])
 
 
 def _refuse_others(profile: Path, data: Mapping[str, Any], found: Mapping[str, str]) -> None:

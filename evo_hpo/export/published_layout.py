@@ -35,6 +35,9 @@ class ReferenceFolder:
             self._weights[unit, label] = _load(self.folder / unit / f"{label}.pth").to(self.dtype)
         return {unit: self._weights[unit, label]}
 
+    def unit_encoded(self, unit: str, label: str) -> None:
+        """Nothing is packed."""
+
 
 def open_reference(folder: str | Path, resource: str, model: nn.Module, dtype: torch.dtype = torch.float32) -> LevelSet:
     """Open a folder in the published layout.

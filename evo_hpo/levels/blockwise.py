@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shlex
@@ -22,6 +23,8 @@ from evo_hpo.models.experts import fused_leftovers
 from evo_hpo.models.identity import tokens_identity
 from evo_hpo.models.loading import LoadedModel, refuse_non_finite
 from evo_hpo.models.structure import ROUTERS, decoder_blocks, is_transposed, linear_modules
+
+_log = logging.getLogger("evo_hpo")
 
 __all__ = ["BuildProgress", "build_store"]
 
@@ -55,7 +58,7 @@ def build_store(
         batch_tokens: tokens that run through a block together (1024 fit a CPU cache; more on accelerators).
         text: what the tokens are, for the plan.
     """
-    chosen = linear_modules(loaded.model, include, exclude)
+    chosen = _offered(compressor, linear_modules(loaded.model, include, exclude))
     _refuse_leftovers(loaded.model, include, exclude)
     plan = Recipe(
         model=loaded.name,
@@ -76,6 +79,31 @@ def build_store(
         assert tokens is not None
         builder.with_data(torch.split(tokens, max(1, batch_tokens // tokens.shape[1])))
     return builder.writer.finish()
+
+
+def _offered(compressor: Compressor, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers that are offered levels; a warning says which levels fall out of which layers, and why.
+
+    Raises:
+        InvalidSettingError: none is offered any.
+    """
+    columns = {name: _rows_by_columns(module).shape[1] for name, module in modules.items()}
+    for wide in sorted(set(columns.values())):
+        missing = [label for label in compressor.labels if label not in compressor.offered(wide)]
+        of = [name for name, found in columns.items() if found == wide]
+        if missing:
+            what = "stay as they are" if len(missing) == len(compressor.labels) else "have other levels"
+            _log.warning(
+                "%d of %d layers %s: rows of %d weights are no multiple of the blocks of %s (such as %s)",
+                *(len(of), len(columns), what, wide, ", ".join(missing), of[0]),
+            )
+    found = {name: module for name, module in modules.items() if compressor.offered(columns[name])}
+    if not found:
+        raise InvalidSettingError(
+            f"no layer has rows that the blocks of {', '.join(compressor.labels)} divide: choose types with smaller"
+            " blocks (Q8_0, Q5_0, Q4_0 and IQ4_NL have 32)"
+        )
+    return found
 
 
 def usable_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "build", "check_settings", "default_folder", "summary"]
 
-METHODS = ("gptq", "sparsegpt", "rtn", "magnitude", "wanda", "drop")
+METHODS = ("gptq", "ggml", "sparsegpt", "rtn", "magnitude", "wanda", "drop")
 
 
 def build(
@@ -45,7 +45,7 @@ def build(
     Args:
         model: hub id, folder, .gguf file, or `pypi:<package>`.
         method: one of `METHODS`.
-        levels: bits (gptq, rtn) or sparsities (sparsegpt, magnitude, wanda); default: the method's own.
+        levels: bits (gptq, rtn), types (ggml) or sparsities (sparsegpt, magnitude, wanda); default: the method's own.
         calibration, calibration_tokens, sequence_length, seed: the text (see `load_tokens`), its `calibration` split.
         inputs: "dense", or a level's label to calibrate on the outputs of earlier blocks at that level; default: the
             level nearest to 3 bits, "dense" for sparsity.
@@ -127,9 +127,9 @@ def make_compressor(method: str, levels: Sequence[float | int | str] | None, set
         InvalidSettingError: it has no such setting.
     """
     from evo_hpo.levels.pruners import Magnitude, SparseGPT, Wanda
-    from evo_hpo.levels.quantizers import GPTQ, RTN
+    from evo_hpo.levels.quantizers import GPTQ, RTN, Ggml
 
-    classes: dict[str, type[Compressor]] = {c.name: c for c in (GPTQ, SparseGPT, RTN, Magnitude, Wanda)}
+    classes: dict[str, type[Compressor]] = {c.name: c for c in (GPTQ, Ggml, SparseGPT, RTN, Magnitude, Wanda)}
     if method not in classes:
         raise UnknownNameError(f"no compression method {method!r}: use one of {', '.join(METHODS)}")
     chosen = classes[method]
@@ -139,7 +139,7 @@ def make_compressor(method: str, levels: Sequence[float | int | str] | None, set
         raise InvalidSettingError(f"{method} has no setting {unknown[0]!r}: it has {', '.join(known[1:])}")
     if levels is None:
         return chosen(**settings)
-    values = [_bits(v) for v in levels] if chosen.resource == "bits" else list(levels)
+    values = [_bits(v) for v in levels] if chosen in (GPTQ, RTN) else list(levels)
     return chosen(values, **settings)  # type: ignore[call-arg]
 
 
@@ -203,12 +203,13 @@ def _bits(value: float | int | str) -> int:
 
 def _inputs(inputs: str | None, compressor: Compressor) -> str:
     if inputs is not None:
-        if inputs != "dense" and inputs not in compressor.labels:
-            raise InvalidSettingError(f"inputs={inputs!r} must be 'dense' or one of {', '.join(compressor.labels)}")
+        if inputs != "dense" and inputs not in compressor.everywhere:
+            levels = ", ".join(compressor.everywhere)
+            raise InvalidSettingError(f"inputs={inputs!r} must be 'dense'" + f" or one of {levels}" * bool(levels))
         return inputs
-    if compressor.resource != "bits":
+    if compressor.resource != "bits" or not compressor.everywhere:
         return "dense"
-    return min(compressor.labels, key=lambda label: (abs(float(label) - 3), float(label)))
+    return min(compressor.everywhere, key=lambda label: (abs(float(label) - 3), float(label)))
 
 
 def _dropped(levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -89,9 +89,18 @@ class Compressor(ABC):
     def labels(self) -> tuple[str, ...]:
         """Labels of the levels, from most to least compressed."""
 
+    @property
+    def everywhere(self) -> tuple[str, ...]:
+        """Labels of levels that every layer is offered, whatever its shape."""
+        return self.labels
+
+    def offered(self, columns: int) -> tuple[str, ...]:
+        """Labels of the levels of a layer with so many inputs."""
+        return self.labels
+
     @abstractmethod
     def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
-        """All levels of one layer, in the order of `labels`; weight is rows (outputs) x columns (inputs)."""
+        """All levels that a layer is offered, in the order of `labels`; weight is rows (outputs) x columns (inputs)."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

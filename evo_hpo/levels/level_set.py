@@ -14,6 +14,7 @@ import torch
 
 from evo_hpo.errors import InvalidSettingError, StoreError
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
+from evo_hpo.levels.packing import Encoded
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 
 __all__ = ["Choice", "LevelSet", "ModuleWeights", "joined"]
@@ -26,6 +27,9 @@ class ModuleWeights(Protocol):
 
     def unit_weights(self, unit: str, label: str) -> Mapping[str, torch.Tensor | None]:
         """Module name -> weight (None: dropped; missing: original)."""
+
+    def unit_encoded(self, unit: str, label: str) -> Encoded | None:
+        """One level of one unit as it is stored; None where it is not, or is no compressed matrix."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,11 @@ class LevelSet:
         for choice in choices:
             merged.update(choice.source.unit_weights(choice.unit.name, choice.level.label))
         return merged
+
+    def encoded(self, unit: int, level: int) -> Mapping[str, Encoded]:
+        """Module name -> weight as it is stored, outputs x inputs, of those that are."""
+        found = ((c.unit.name, c.source.unit_encoded(c.unit.name, c.level.label)) for c in self._rows[unit][1][level])
+        return {name: encoded for name, encoded in found if encoded is not None}
 
     def select(self, *, labels: Sequence[str] | None = None, include: str = ".") -> LevelSet:
         """Only the levels with these labels, of the units whose name contains the regular expression."""
@@ -245,6 +254,9 @@ class _Dropped:
     def unit_weights(self, unit: str, label: str) -> Mapping[str, torch.Tensor | None]:
         return dict.fromkeys(self._members)
 
+    def unit_encoded(self, unit: str, label: str) -> None:
+        return None
+
 
 def _dropped(choices: Sequence[Choice]) -> list[Choice]:
     level = LevelRecord("dropped", 0, 0, 0, 0, 1.0, {"kind": "dropped"})
@@ -258,6 +270,9 @@ class _Renamed:
 
     def unit_weights(self, unit: str, label: str) -> Mapping[str, torch.Tensor | None]:
         return self.source.unit_weights(unit, label.removeprefix(self.prefix))
+
+    def unit_encoded(self, unit: str, label: str) -> Encoded | None:
+        return self.source.unit_encoded(unit, label.removeprefix(self.prefix))
 
 
 def _unit(name: str, levels: Sequence[Sequence[Choice]], resource: str) -> Unit:

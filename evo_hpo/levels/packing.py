@@ -13,8 +13,12 @@ from typing import Any
 import torch
 
 from evo_hpo.errors import StoreError
+from evo_hpo.levels.ggml import dequantize
 
-__all__ = ["Encoded", "PackedQuantized", "PackedSparse", "Quantized", "decode_record", "pack_bits", "unpack_bits"]
+__all__ = [
+    *("Encoded", "GgmlBlocks", "PackedQuantized", "PackedSparse"),
+    *("Quantized", "decode_record", "pack_bits", "unpack_bits"),
+]
 
 _ROUNDING = 1e-4
 """Relative squared error that only a value outside a dtype's range brings about: bfloat16 itself stays below 1e-5."""
@@ -154,8 +158,29 @@ class PackedSparse(Encoded):
         return {"kind": self.kind, "shape": list(self.shape)}
 
 
+@dataclass(frozen=True)
+class GgmlBlocks(Encoded):
+    """Blocks of a ggml type as a GGUF file holds them: uint8, rows x bytes."""
+
+    type: str
+    blocks: torch.Tensor
+
+    kind = "ggml"
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return dequantize(self.blocks, self.type).to(self.blocks.device, dtype)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"blocks": self.blocks}
+
+    def settings(self) -> dict[str, Any]:
+        return {"kind": self.kind, "type": self.type}
+
+
 def decode_record(settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Encoded:
     """Rebuild what `Encoded.settings` and `Encoded.tensors` describe."""
+    if settings["kind"] == GgmlBlocks.kind:
+        return GgmlBlocks(str(settings["type"]), tensors["blocks"])
     shape = (int(settings["shape"][0]), int(settings["shape"][1]))
     if settings["kind"] == PackedSparse.kind:
         return PackedSparse(shape, tensors["mask"], tensors["values"])

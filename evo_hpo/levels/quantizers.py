@@ -1,4 +1,4 @@
-"""Quantization as compressors: GPTQ, and round-to-nearest for comparison."""
+"""Quantization as compressors: GPTQ, llama.cpp's own types, and round-to-nearest for comparison."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.compressor import CompressedLevel, Compressor, Inputs
 from evo_hpo.levels.factor import output_energy
+from evo_hpo.levels.ggml import GGML_TYPES, fitting, ggml_type, library, quantize
 from evo_hpo.levels.gptq import GPTQSettings, check_bits, gptq
 from evo_hpo.levels.grid import GridSettings
-from evo_hpo.levels.packing import Quantized
+from evo_hpo.levels.packing import GgmlBlocks, Quantized
 from evo_hpo.levels.rtn import round_to_nearest
 
-__all__ = ["GPTQ", "RTN"]
+__all__ = ["GPTQ", "RTN", "Ggml"]
 
 
 class GPTQ(Compressor):
@@ -89,6 +91,53 @@ class RTN(Compressor):
 
     def settings(self) -> dict[str, Any]:
         return {"bits": list(self.bits), **asdict(self.grid)}
+
+
+class Ggml(Compressor):
+    """Types of ggml as llama.cpp quantizes them (extra `gguf`), columns weighted by the diagonal of H.
+
+    Args:
+        types: Q4_K, IQ4_NL, ...; a layer gets those whose blocks divide its columns.
+
+    Raises:
+        MissingPackageError: the extra `gguf` is not installed.
+    """
+
+    name = "ggml"
+    needs = "diagonal"
+
+    def __init__(self, types: Sequence[str] = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q5_0", "Q6_K", "Q8_0")) -> None:
+        self.types = tuple(sorted({ggml_type(name) for name in types}, key=GGML_TYPES.index))
+        if not self.types:
+            raise InvalidSettingError(f"types=[] must be some of {', '.join(GGML_TYPES)}")
+        library()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.types
+
+    @property
+    def everywhere(self) -> tuple[str, ...]:
+        return ()
+
+    def offered(self, columns: int) -> tuple[str, ...]:
+        return fitting(self.types, columns)
+
+    def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
+        weight, squares = weight.float(), inputs.diagonal
+        mean = squares.mean()
+        squares = squares / mean if mean > 0 else torch.ones_like(squares)  # an expert that no token was routed to
+        energy = float((weight.square() * squares).double().sum()) or 1.0
+        found = []
+        for name in self.offered(weight.shape[1]):
+            blocks = GgmlBlocks(name, quantize(weight, name, squares))
+            difference = weight - blocks.decode().to(weight.device)
+            error = float((difference.square() * squares).double().sum()) / energy
+            found.append(CompressedLevel(name, blocks, blocks.storage_bits, weight.numel(), error))
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        return {"types": list(self.types)}
 
 
 def _level(quantized: Quantized, error: float) -> CompressedLevel:

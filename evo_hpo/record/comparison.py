@@ -96,6 +96,7 @@ class Comparison:
         plan: what was asked, as plain data.
         problems: what was searched, by key; a problem is there once it was made.
         searches: in the plan's order.
+        choices: key of a problem -> settings that were measured, for all who make it (the dtype for ``auto``).
         created: seconds since the epoch (text in old folders).
         versions, git, machine: what it ran on.
     """
@@ -105,6 +106,7 @@ class Comparison:
     plan: Mapping[str, Any] = field(default_factory=dict)
     problems: Mapping[str, ProblemRecord] = field(default_factory=dict)
     searches: tuple[PlannedSearch, ...] = ()
+    choices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     created: float | str = ""
     versions: Mapping[str, Any] = field(default_factory=dict)
     git: Mapping[str, Any] = field(default_factory=dict)
@@ -139,6 +141,7 @@ class Comparison:
             data.get("plan") or {},
             {key: ProblemRecord.from_json(key, entry) for key, entry in (data.get("problems") or {}).items()},
             _planned(data.get("searches") or []),
+            data.get("choices") or {},
             data.get("created") or "",
             data.get("versions") or {},
             data.get("git") or {},
@@ -149,13 +152,14 @@ class Comparison:
     def start(
         cls, folder: Path, plan: Mapping[str, Any], searches: Sequence[PlannedSearch], text: str | None = None
     ) -> Comparison:
-        """Writes the record of a comparison that begins or goes on; problems that the folder knows already stay.
+        """Writes the record of a comparison that begins or goes on; problems and choices that it knows already stay.
 
         ``text`` is that of the plan's file, where there is one.
         """
         (folder / "journals").mkdir(parents=True, exist_ok=True)
-        known = cls.read(folder).problems if cls.lies_in(folder) else {}
-        comparison = cls(folder, folder.name, plan, known, tuple(searches), time.time(), **environment())
+        known = cls.read(folder) if cls.lies_in(folder) else cls(folder)
+        held = known.problems, tuple(searches), known.choices
+        comparison = cls(folder, folder.name, plan, *held, time.time(), **environment())
         comparison._write()
         if text is not None:
             write_whole(folder / PLAN, text)
@@ -170,6 +174,12 @@ class Comparison:
         if problem.key in self.problems:
             problem = self.problems[problem.key].joined(problem)
         comparison = replace(self, problems={**self.problems, problem.key: problem})
+        comparison._write()
+        return comparison
+
+    def with_choices(self, choices: Mapping[str, Mapping[str, Any]]) -> Comparison:
+        """The comparison with what was measured for its problems, written."""
+        comparison = replace(self, choices=choices)
         comparison._write()
         return comparison
 
@@ -215,6 +225,7 @@ class Comparison:
             "plan": self.plan,
             "problems": {key: problem.to_json() for key, problem in self.problems.items()},
             "searches": [asdict(search) for search in self.searches],
+            "choices": self.choices,
             **{name: getattr(self, name) for name in ("created", "versions", "git", "machine")},
         }
         write_whole(self.folder / RECORD, json.dumps(data, indent=1))

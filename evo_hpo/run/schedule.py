@@ -16,6 +16,7 @@ from evo_hpo.run.cluster_process import run_on_cluster
 from evo_hpo.run.events import Event, Listener, ProblemMade, SearchFailed
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.search_process import run_searches
+from evo_hpo.search.registry import settled
 
 __all__ = ["DEFAULT_ROOT", "ComparisonFailed", "compare", "comparison_folder"]
 
@@ -82,7 +83,7 @@ def compare(
     plan.check()
     folder = folder or comparison_folder(plan, root, resume=resume)
     tasks = list(plan.tasks())
-    comparison = Comparison.start(folder, plan.plain(), tasks, plan_text)
+    comparison = _settled(Comparison.start(folder, plan.plain(), tasks, plan_text), plan)
     failures: list[str] = []
     with _processes(plan, folder, resume, tasks, ray) as events:
         for event in events:
@@ -100,6 +101,18 @@ def compare(
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise ComparisonFailed(f"{failures[0]}{more}")
     return folder
+
+
+def _settled(comparison: Comparison, plan: Plan) -> Comparison:
+    """The comparison with what its problems' settings leave to a measurement: measured once, whoever makes them."""
+    choices = dict(comparison.choices)
+    for entry in plan.problems:
+        known = comparison.problems.get(entry.key)
+        if entry.key not in choices and (
+            chosen := settled(entry.name, entry.settings, known.fingerprint if known else {})
+        ):
+            choices[entry.key] = chosen
+    return comparison.with_choices(choices)
 
 
 def process_count(plan: Plan, tasks: int) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from evo_hpo.run.plan import Plan
 from evo_hpo.search.budget import Ledger
 from evo_hpo.search.loop import Checkpoint, search
 from evo_hpo.search.problem import Problem
-from evo_hpo.search.registry import make_problem, make_searcher, settled
+from evo_hpo.search.registry import make_problem, make_searcher
 from evo_hpo.search.trial import Measured, Outcome
 
 __all__ = ["Maker", "begin_process", "run_searches", "run_tasks"]
@@ -108,8 +108,7 @@ def _run(
     settings = entry.settings_of(task.seed)
     if key not in problems or problems[key][0] != settings:  # of several instances the latest is kept
         events.put(ProblemLoading(key))
-        known = Comparison.read(folder).problems.get(key)
-        chosen = settled(entry.name, settings, known.fingerprint if known else {})
+        chosen = {**settings, **Comparison.read(folder).choices.get(key, {})}
         problems[key] = settings, make(entry.name, chosen)
         events.put(ProblemMade(ProblemRecord.of(key, problems[key][1], task.seed if entry.instance else None)))
     problem = problems[key][1]

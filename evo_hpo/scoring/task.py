@@ -66,7 +66,8 @@ class LanguageModelTask:
             ``early_stopping = false``, or what is in the file would decide which trials are stopped.
         device: ``cpu`` or ``cuda``.
         dtype: float32, bfloat16, float16, or ``auto``: bfloat16 where a short measurement finds it 1.5 times as fast as
-            float32 (CPUs with native bfloat16, GPUs), else float32. Losses are exact to five digits in float32 only.
+            float32 (CPUs with native bfloat16, GPUs), else float32; measured once a comparison, and recorded. Losses
+            are exact to five digits in float32 only.
         compile: compile the decoder blocks and the steps on logits, and keep what is measured faster; takes half a
             minute a process, so it pays from about five minutes of scoring.
         measure: choose sequences a batch, chunk of logits and threads by a few forward passes instead of fixed rules;
@@ -330,10 +331,12 @@ class Factory:
         return Preview(task.stand_in(), task.tokens, task.check_minibatch)
 
     def settle(self, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-        """Uses the dtype that ``auto`` chose when the fingerprint was recorded, also on another machine."""
+        """The dtype that ``auto`` chose when the fingerprint was recorded, also on another machine, or chooses now."""
+        task = self.task(settings)
+        if task.dtype != "auto":
+            return {}
         recorded = dict(fingerprint.get("identity") or {}).get("dtype")
-        automatic = recorded and self.task(settings).dtype == "auto"
-        return {**settings, "dtype": recorded} if automatic else settings
+        return {"dtype": recorded or str(fastest_dtype(task.device)).removeprefix("torch.")}
 
     def prepare(self, settings: dict[str, Any], progress: Callable[..., None]) -> None:
         """Builds the level store where it is missing."""

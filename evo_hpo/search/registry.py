@@ -87,7 +87,7 @@ class Prepared(Protocol):
         """What can be checked without building; raises an EvoHpoError for settings that cannot work."""
 
     def settle(self, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings with what they leave to a measurement as it was chosen when this fingerprint was recorded."""
+        """What the settings leave to a measurement: as this fingerprint recorded it, else measured now."""
 
     def prepare(self, settings: dict[str, Any], progress: Callable[..., None]) -> None:
         """Builds what is missing."""
@@ -249,9 +249,12 @@ def prepare_problem(name: str, settings: dict[str, Any], progress: Callable[...,
 
 
 def settled(name: str, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with what they leave to a measurement as it was chosen when this fingerprint was recorded."""
+    """What the settings leave to a measurement, such as a dtype, to be used by all that make the problem.
+
+    As it was chosen when the fingerprint was recorded, or else measured now; empty where they leave nothing.
+    """
     factory: object = problem_factory(name)
-    return factory.settle(settings, fingerprint) if isinstance(factory, Prepared) else settings
+    return factory.settle(settings, fingerprint) if isinstance(factory, Prepared) else {}
 
 
 def describe_problem(name: str) -> Description:

@@ -22,9 +22,9 @@ from evo_hpo.scoring.evaluator import Evaluator
 from tests.tiny import DropLevels, tiny_tokens
 
 
-@pytest.mark.parametrize("name", ["bloom", "mpt", "opt", "gemma2", "gptj", "gpt_oss"])
+@pytest.mark.parametrize("name", ["bloom", "mpt", "opt", "gemma2", "gptj", "gpt_oss", "gpt_neox_japanese"])
 def test_losses_and_folders_equal_plain_transformers(name: str) -> None:
-    """Bloom and MPT add the residual inside of a module; the others: biases, norms on both sides, parallel, experts."""
+    """Bloom and MPT add the residual inside of a module; the others: biases, norms on both sides, parallel, experts, a lone bias."""
     assert set(examine(name).found.values()) == {"ok"}
 
 

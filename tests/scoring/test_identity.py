@@ -17,6 +17,7 @@ from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.export.folder import export_profile
 from evo_hpo.levels.build import build
 from evo_hpo.record.comparison import Comparison
+from evo_hpo.run import schedule
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.schedule import compare
 from evo_hpo.scoring import task
@@ -262,26 +263,32 @@ def test_a_profile_counted_in_storage_is_exported(model: Path, tmp_path: Path, c
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_a_resume_uses_the_dtype_that_was_chosen(
+def test_the_dtype_is_measured_once_a_comparison_and_used_by_all_workers(
     model: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = language_model(**settings(model, tmp_path / "store", method="rtn") | prepared(model, tmp_path, "auto"))
-    recorded = made.fingerprint()
-    chosen = recorded["identity"]["dtype"]
-    other = torch.float32 if chosen == "bfloat16" else torch.bfloat16
-    monkeypatch.setattr(task, "fastest_dtype", lambda _: other)
+    """Here it is measured otherwise than any worker would, and before the resume otherwise than here."""
+    here = task.fastest_dtype("cpu")
+    other = torch.float32 if here == torch.bfloat16 else torch.bfloat16
+    problem = settings(model, tmp_path / "store", method="rtn", dtype="auto")
+    plan = plan_of(problem, searchers=[{"name": "uniform"}])
+    rehearse_and_prepare(problem, plan)
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    chosen = {"tiny": {"dtype": str(other).removeprefix("torch.")}}
+    for measured in (other, here):
+        monkeypatch.setattr(task, "fastest_dtype", lambda _, measured=measured: measured)
+        begun = schedule._settled(Comparison.start(tmp_path / "runs" / "tiny", plan.plain(), []), plan)
+        assert begun.choices == Comparison.read(begun.folder).choices == chosen
+    journal = compare(plan, root=tmp_path / "runs", resume=True) / "journals" / "uniform-s0.jsonl"
+    header = json.loads(journal.read_text().splitlines()[0])
+    assert {"dtype": header["fingerprint"]["identity"]["dtype"]} == chosen["tiny"]
+
+
+def test_a_resume_uses_the_dtype_that_was_recorded(model: Path, tmp_path: Path) -> None:
     asked = settings(model, tmp_path / "store", method="rtn", dtype="auto")
-    assert language_model(**asked).fingerprint()["identity"]["dtype"] != chosen
-    again = settled("language_model", asked, recorded)
-    assert language_model(**again).fingerprint() == recorded
-    assert settled("language_model", asked | {"dtype": "float32"}, recorded)["dtype"] == "float32"
-    assert settled("language_model", asked, {}) == asked
-
-
-def prepared(model: Path, tmp_path: Path, dtype: str) -> dict[str, Any]:
-    problem = settings(model, tmp_path / "store", method="rtn", dtype=dtype)
-    rehearse_and_prepare(problem, plan_of(problem))
-    return {"dtype": dtype}
+    for recorded in ("float32", "bfloat16", "float16"):  # also where no choice was written, by an earlier version
+        assert settled("language_model", asked, {"identity": {"dtype": recorded}}) == {"dtype": recorded}
+    assert settled("language_model", asked | {"dtype": "float32"}, {"identity": {"dtype": "bfloat16"}}) == {}
+    assert settled("language_model", asked, {})["dtype"] in ("float32", "bfloat16")
 
 
 def test_what_differs_at_a_resume_is_said_in_words(comparison: Path, tmp_path: Path) -> None:

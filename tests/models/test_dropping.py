@@ -24,7 +24,10 @@ from tests.tiny import DropLevels, tiny_tokens
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "opt", "gemma2", "gptj", "gpt_oss", "gpt_neox_japanese"])
 def test_losses_and_folders_equal_plain_transformers(name: str) -> None:
-    """Bloom and MPT add the residual inside of a module; the others: biases, norms on both sides, parallel, experts, a lone bias."""
+    """Bloom and MPT add the residual inside of a module.
+
+    The others: biases, norms on both sides, parallel parts, experts, a bias that stands alone.
+    """
     assert set(examine(name).found.values()) == {"ok"}
 
 

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -299,15 +299,9 @@ class Factory:
         self.__doc__ = summary
         self.documented_by = LanguageModelTask
         self.defaults = defaults
+        taken = inspect.signature(LanguageModelTask, eval_str=True).parameters.values()
         self.__signature__ = inspect.Signature(
-            [
-                inspect.Parameter(
-                    f.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=defaults.get(f.name, inspect.signature(LanguageModelTask).parameters[f.name].default),
-                )
-                for f in fields(LanguageModelTask)
-            ]
+            [p.replace(kind=p.KEYWORD_ONLY, default=defaults.get(p.name, p.default)) for p in taken]
         )
 
     def task(self, settings: dict[str, Any]) -> LanguageModelTask:

@@ -21,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 from evo_hpo.errors import EvoHpoError, InvalidSettingError, UnknownNameError
 from evo_hpo.search.problem import Problem
 from evo_hpo.search.searcher import Searcher, check_settings, settings_of
+from evo_hpo.search.setting_types import annotations_of, check_types
 from evo_hpo.space.compression_space import CompressionSpace
 
 __all__ = [
@@ -165,21 +166,30 @@ def make_searcher(name: str, space: CompressionSpace, *, seed: int = 0, **settin
         InvalidSettingError: a setting outside its range.
     """
     cls = searcher_class(name)
-    check_settings(f"searcher {name!r}", settings_of(cls), settings)
-    with _settings_judged(name):
+    owner = f"searcher {name!r}"
+    check_settings(owner, settings_of(cls), settings)
+    with _signature_kept(owner, cls, space, seed=seed, **settings):
         return cls(space, seed=seed, **settings)
 
 
 @contextmanager
-def _settings_judged(name: str) -> Iterator[None]:
-    """Turns what settings of a wrong type or size raise into InvalidSettingError."""
+def _signature_kept(owner: str, target: Callable[..., Any], *given: Any, **settings: Any) -> Iterator[None]:
+    """Tells settings that a signature does not allow, the user's fault, from whatever else is raised inside of a call.
+
+    Raises:
+        InvalidSettingError: a required setting is missing; or the call failed, and a setting is not of its type.
+    """
+    try:
+        inspect.signature(target).bind(*given, **settings)
+    except TypeError as error:
+        raise InvalidSettingError(f"{owner}: {error}") from None
     try:
         yield
     except EvoHpoError:
         raise
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, MemoryError) as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise InvalidSettingError(f"a setting of {name} has the wrong type or value: {reason}") from error
+    except Exception:
+        check_types(owner, annotations_of(target), settings)
+        raise
 
 
 def describe_searcher(name: str) -> Description:
@@ -227,17 +237,19 @@ def make_problem(name: str, **settings: Any) -> Problem:
         UnknownNameError: no such problem or setting.
     """
     factory = problem_factory(name)
-    check_settings(f"problem {name!r}", _parameters(factory), settings)
-    return factory(**settings)
+    owner = f"problem {name!r}"
+    check_settings(owner, _parameters(factory), settings)
+    with _signature_kept(owner, factory, **settings):
+        return factory(**settings)
 
 
 def preview_problem(name: str, settings: dict[str, Any]) -> Preview:
     """What a problem says of itself before anything is built; one that has nothing to build is simply made."""
     factory: object = problem_factory(name)
-    with _settings_judged(name):
-        if isinstance(factory, Prepared):
+    if isinstance(factory, Prepared):
+        with _signature_kept(f"problem {name!r}", problem_factory(name), **settings):
             return factory.preview(settings)
-        made = make_problem(name, **settings)
+    made = make_problem(name, **settings)
     return Preview(made.space, made.tokens, made.check)
 
 

@@ -265,5 +265,5 @@ def test_a_file_that_is_no_toml_is_refused_in_one_line(tmp_path: Path, text: byt
 
 
 def test_a_problem_whose_settings_are_of_a_wrong_type_is_refused_by_name() -> None:
-    with pytest.raises(EvoHpoError, match="a setting of additive has the wrong type"):
+    with pytest.raises(EvoHpoError, match=r"problem 'additive': units=\[\] must be an integer"):
         preview_problem("additive", {"units": []})

@@ -39,7 +39,12 @@ __all__ = [
 
 
 class EvoHpoError(Exception):
-    """Base of every error that this project raises on purpose."""
+    """Base of every error that this project raises on purpose.
+
+    ``exit_code`` is the command's: 2 where something must be mended by who typed it, 1 where that is not known.
+    """
+
+    exit_code = 2
 
 
 class InvalidSpaceError(EvoHpoError, ValueError):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evo_hpo.cli.progress import BuildProgress
+from evo_hpo.cli.unexpected import safe
 from evo_hpo.levels.build import build, default_folder, summary
 
 __all__ = ["build_from_cli"]
@@ -27,7 +28,8 @@ def build_from_cli(
     values = [v.strip() for v in levels.split(",")] if levels else None
     chosen = settings or {}
     folder = output or default_folder(model, method, values, chosen)
-    with BuildProgress("build", console) as progress:
+    kept = f"the units that were built are kept in {folder}, and the same command goes on from there"
+    with safe(kept, KeyboardInterrupt), BuildProgress("build", console) as progress:
         store = build(model, folder, method=method, levels=values, progress=progress, **chosen)
     console.print(f"{folder}: {len(store.units)} units, fingerprint {store.fingerprint}", soft_wrap=True)
     table = Table()

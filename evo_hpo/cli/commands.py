@@ -54,13 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = str(getattr(error, "format_message", error.__str__)())
         if text:  # or else there was no command, and the help was printed
             _say_error(text)
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted", style="bold")
+        sys.exit(getattr(error, "exit_code", 2))
+    except (KeyboardInterrupt, typer.Abort) as error:
+        text = "; ".join(["interrupted", *getattr(error, "__notes__", [])])
+        errors.print(text, style="bold", markup=False, highlight=False, soft_wrap=True)
         sys.exit(130)
     except Exception as error:
         _say_error(unexpected(error))
-        sys.exit(1)
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from evo_hpo.cli.progress import BuildProgress, ComparisonProgress, say
+from evo_hpo.cli.unexpected import safe
 from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.run.plan import Plan
@@ -46,7 +47,8 @@ def run(
     command = shlex.join(["evo-hpo", *(w for w in words if w != "--resume"), "--resume"])
     plan.check()
     for problem in plan.problems:
-        with BuildProgress(problem.key, console) as progress:
+        kept = "no search was started; the units that were built are kept, and the same command goes on from there"
+        with safe(kept, KeyboardInterrupt), BuildProgress(problem.key, console) as progress:
             rehearse(plan, preview_problem(problem.name, problem.settings))
             prepare_problem(problem.name, problem.settings, progress)
     folder = comparison_folder(plan, root, resume=resume)
@@ -56,7 +58,11 @@ def run(
         raise PlanError(f"cannot make the folder {folder}: {error.strerror}; choose another --root") from None
     say(console, f"comparison: {folder}")
     try:
-        with _tracking(folder, tracking_uri, track), ComparisonProgress(plan, console) as progress_of_all:
+        with (
+            safe(f"everything scored so far is in {folder}/journals, resume with: {command}"),
+            _tracking(folder, tracking_uri, track),
+            ComparisonProgress(plan, console) as progress_of_all,
+        ):
             compare(plan, root=root, resume=resume, listener=progress_of_all, plan_text=text, folder=folder, ray=ray)
     except KeyboardInterrupt:
         tracked = "; MLflow has it too, except for what a message above names" if track else ""
@@ -64,20 +70,15 @@ def run(
         say(console, f"resume with: {command}")
         raise
     except ComparisonFailed as error:
-        raise ComparisonFailed(f"{error}; what is done is kept, resume with: {command}") from error
-    except Exception as error:
-        error.add_note(f"everything scored so far is in {folder}/journals, resume with: {command}")
+        error.args = (f"{error}; what is done is kept, resume with: {command}",)
         raise
     finally:
         console.show_cursor()
-    try:
+    with safe(f"the searches are done and kept in {folder}, report them with: evo-hpo report {folder}"):
         show_report(folder, console)
         if track:
             _upload(folder, tracking_uri, console)
             say(console, "browse the runs: evo-hpo ui")
-    except Exception as error:
-        error.add_note(f"the searches are done and kept in {folder}, report them with: evo-hpo report {folder}")
-        raise
     return folder
 
 

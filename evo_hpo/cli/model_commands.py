@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from evo_hpo.cli.options import SetOption, console, parse_settings
+from evo_hpo.cli.unexpected import safe
 from evo_hpo.errors import InvalidSettingError
 
 __all__ = ["build", "export"]
@@ -61,7 +62,8 @@ def export(
         raise InvalidSettingError("template, embedding and head are of a GGUF file: name an output that ends in .gguf")
     from evo_hpo.export.folder import export_profile
 
-    data = export_profile(profile, output, dtype)
+    with safe(f"{output} was not made; the profile and the level store are as they were"):
+        data = export_profile(profile, output, dtype)
     console.print(
         f"{output}: {data['average']:.4g} a weight, held-out loss {data['held_out']['loss']:.4g}", markup=False
     )

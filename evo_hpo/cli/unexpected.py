@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import traceback
+from collections.abc import Iterator
 
-__all__ = ["unexpected"]
+from evo_hpo.errors import EvoHpoError
+
+__all__ = ["safe", "unexpected"]
 
 LONGEST = 300
 """Characters of an error's own text in the line; the trace has all of it."""
 
 
+@contextlib.contextmanager
+def safe(what: str, *also: type[BaseException]) -> Iterator[None]:
+    """Notes on an error that nobody expected, or one of those given, what is safe on disk and how to go on."""
+    try:
+        yield
+    except EvoHpoError:
+        raise
+    except (Exception, *also) as error:
+        error.add_note(what)
+        raise
+
+
 def unexpected(error: Exception) -> str:
-    """The line; notes on the error say what is safe on disk and how to go on."""
+    """The line; notes on the error, or else what is true of every command, say what is safe on disk."""
+    notes = getattr(error, "__notes__", ["journals and level stores that were on disk are as they were"])
     text = f"unexpected {type(error).__name__}: {error}"
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
-    return "; ".join([text, f"the trace is in {_kept_trace(error)}", *getattr(error, "__notes__", [])])
+    return "; ".join([text, f"the trace is in {_kept_trace(error)}", *notes])
 
 
 def _kept_trace(error: Exception) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +47,11 @@ def export_profile(profile: Path, output: Path, dtype: str = "") -> dict[str, An
     """
     data, loaded, levels, assignment = opened(profile, output, dtype)
     place(loaded.model, levels, assignment)
-    loaded.model.save_pretrained(output)  # type: ignore[operator]
-    loaded.tokenizer.save_pretrained(output)
-    write_level_lines(output / "profile.txt", levels, assignment)
-    (output / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
+    with _whole(output) as folder:
+        loaded.model.save_pretrained(folder)  # type: ignore[operator]
+        loaded.tokenizer.save_pretrained(folder)
+        write_level_lines(folder / "profile.txt", levels, assignment)
+        (folder / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
     return data
 
 
@@ -73,6 +77,18 @@ def opened(
     levels = task.open_levels(loaded.identity)
     _refuse_others(profile, data, {"store": levels.fingerprint})
     return data, loaded, levels, task.space(levels).from_labels(data["units"])
+
+
+@contextlib.contextmanager
+def _whole(output: Path) -> Iterator[Path]:
+    """A folder beside the output that takes its place once all is written; or else nothing is left behind."""
+    part = output.with_name(f".{output.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        yield part
+        part.rename(output)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _refuse_others(profile: Path, data: Mapping[str, Any], found: Mapping[str, str]) -> None:

@@ -28,7 +28,7 @@ from evo_hpo.record.files import write_whole
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.record.records import SearchRecord, read_journal
 
-__all__ = ["Comparison", "PlannedSearch", "disambiguate", "winner"]
+__all__ = ["ERRORS", "Comparison", "PlannedSearch", "disambiguate", "winner"]
 
 RECORD, PLAN, ERRORS = "comparison.json", "plan.toml", "errors.log"
 CHANGES_NO_RESULT = ("workers", "description")

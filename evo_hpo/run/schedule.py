@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evo_hpo.errors import EvoHpoError, JournalError, PlanError
-from evo_hpo.record.comparison import Comparison, PlannedSearch
+from evo_hpo.record.comparison import ERRORS, Comparison, PlannedSearch
 from evo_hpo.run.cluster_process import run_on_cluster
 from evo_hpo.run.events import Event, Listener, ProblemMade, SearchFailed
 from evo_hpo.run.plan import Plan
@@ -84,7 +84,7 @@ def compare(
     folder = folder or comparison_folder(plan, root, resume=resume)
     tasks = list(plan.tasks())
     comparison = _settled(Comparison.start(folder, plan.plain(), tasks, plan_text), plan)
-    failures: list[str] = []
+    failures, traced = list[str](), 0
     with _processes(plan, folder, resume, tasks, ray) as events:
         for event in events:
             match event:
@@ -94,12 +94,16 @@ def compare(
                     if not search:
                         raise ComparisonFailed(message)
                     failures.append(f"{search}: {message}")
+                    traced += bool(trace)
                     comparison.note_failure(search, trace)
             listener(event)
     comparison.write_profiles()
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        raise ComparisonFailed(f"{failures[0]}{more}")
+        trace = f"; the trace is in {comparison.folder / ERRORS}" if traced else ""
+        failed = ComparisonFailed(f"{failures[0]}{more}{trace}")
+        failed.exit_code = 1 if traced else 2  # of what nobody expected the cause is not known
+        raise failed
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from evo_hpo.cli import comparing
 from evo_hpo.cli.commands import main
 from evo_hpo.record.comparison import Comparison
+from evo_hpo.run import schedule
+from evo_hpo.run.events import SearchFailed
 from tests.cli.test_cli import run, write_plan
 
 
@@ -95,3 +98,54 @@ def test_a_profile_that_is_none_is_refused_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert "profile" in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "safe"),
+    [
+        (
+            ["build", "--model", "m"],
+            "levels.build.build",
+            "units that were built are kept in {folder}/store,",
+        ),
+        (
+            ["export", "profile.json", "out"],
+            "export.folder.export_profile",
+            "out was not made; the profile and the",
+        ),
+        (["report", "folder"], "cli.comparing.show_report", "journals and level stores that were on disk are as they"),
+        (["track", "folder"], "tracking.track", "journals and level stores that were on disk are as they were"),
+    ],
+)
+def test_every_command_says_what_is_safe_on_disk(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    place: str,
+    safe: str,
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise MemoryError("no memory is left")
+
+    monkeypatch.setattr(f"evo_hpo.{place}", broken)
+    monkeypatch.setattr("evo_hpo.cli.building.build", broken)
+    output = ["--output", str(tmp_path / "store")] if command[0] == "build" else []
+    assert run(*command, *output) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "unexpected MemoryError: no memory is left" in line
+    assert safe.format(folder=tmp_path) in line
+    Path(line.split("the trace is in ")[1].split(";")[0]).unlink()
+
+
+@pytest.mark.parametrize(("trace", "code"), [("Traceback (most recent call last):\n", 1), ("", 2)])
+def test_a_search_that_fails_for_a_reason_that_nobody_knows_is_no_fault_of_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trace: str, code: int
+) -> None:
+    failed = contextlib.nullcontext(iter([SearchFailed("uniform-s0", "TypeError: 'NoneType'", trace)]))
+    monkeypatch.setattr(schedule, "_processes", lambda *_: failed)
+    assert run("compare", write_plan(tmp_path), "--no-track", "--root", tmp_path) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "uniform-s0: TypeError: 'NoneType'" in line
+    assert "--resume" in line
+    assert (f"the trace is in {tmp_path / 'tiny' / 'errors.log'}" in line) == bool(trace)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from evo_hpo.errors import EvoHpoError
+from evo_hpo.export import folder
 from evo_hpo.export.folder import export_profile
 from evo_hpo.record.journal import read_journals
 from evo_hpo.report import Findings
@@ -273,7 +274,13 @@ def test_levels_of_other_stores_and_dropped_ones_are_offered_too(rounded: dict[s
     assert loss(mixed, dict.fromkeys(names, "4") | {names[-1]: "dropped"}) > loss(mixed, dict.fromkeys(names, "4"))
 
 
-def test_a_mixed_profile_is_exported_with_the_levels_that_it_names(rounded: dict[str, Any], tmp_path: Path) -> None:
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_mixed_profile_is_exported_with_the_levels_that_it_names(
+    rounded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = str(Path(rounded["store"]).with_name("magnitude"))
     problem = rounded | {"join": [other], "dropped": True, "tie": TIES}
     made = make_problem("language_model", **problem)
@@ -288,6 +295,11 @@ def test_a_mixed_profile_is_exported_with_the_levels_that_it_names(rounded: dict
         "units": labels,
     }
     (tmp_path / "profile.json").write_text(json.dumps(profile))
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "write_level_lines", full)
+        with pytest.raises(OSError, match="No space left"):
+            export_profile(tmp_path / "profile.json", tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]  # nothing half written
     export_profile(tmp_path / "profile.json", tmp_path / "model")
     exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_modules())
     share = [

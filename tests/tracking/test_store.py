@@ -350,20 +350,33 @@ def test_a_server_that_does_not_answer_is_named_within_seconds_and_not_waited_fo
     assert any("evo-hpo track" in line for line in said)
 
 
-def test_after_a_move_of_mlruns_everything_is_written_beside_the_database(tmp_path: Path) -> None:
-    old, new = tmp_path / "old" / "mlruns", tmp_path / "new" / "mlruns"
-    folder = old / "comparisons" / "moved"
-    script = Script(folder / "journals" / "a.jsonl")
-    script.write([1.0])
-    track(folder)
+def followed(folder: Path) -> None:
+    """What `compare --resume` does when its searches are done."""
+    with BackgroundTracker(folder):
+        pass
+    log_comparison(folder)
+
+
+@pytest.mark.parametrize("again", [track, followed], ids=["track", "resume"])
+def test_after_a_move_of_mlruns_everything_is_written_beside_the_database(
+    root: Path, tmp_path: Path, again: Callable[[Path], object]
+) -> None:
+    """Each alone is the first that meets the moved folder: a search goes on, another is new, a file is uploaded."""
+    new = tmp_path / "new" / "mlruns"
+    going_on = Script(root / "comparisons" / "moved" / "journals" / "a.jsonl").write([1.0])
+    track(root / "comparisons" / "moved")
     new.parent.mkdir()
-    old.rename(new)
-    script = Script(new / "comparisons" / "moved" / "journals" / "b.jsonl", seed=1)
-    script.write([1.0], end=True)
-    track(new / "comparisons" / "moved")
+    root.rename(new)
+    folder = new / "comparisons" / "moved"
+    going_on.path = folder / "journals" / "a.jsonl"
+    going_on.write([0.5], end=True)
+    Script(folder / "journals" / "b.jsonl", seed=1).write([1.0], end=True)
+    again(folder)
     with contextlib.closing(sqlite3.connect(new / "mlflow.db")) as database:
         places = database.execute("SELECT artifact_uri FROM runs UNION SELECT artifact_location FROM experiments")
         found = [place for (place,) in places if "/artifacts/moved" in place]
+        states = list(database.execute("SELECT DISTINCT status FROM runs"))
+        assert states == [("FINISHED",)]
     assert found
     assert all(place.startswith((new / "artifacts").as_uri()) for place in found)
-    assert not old.exists()
+    assert not root.exists()

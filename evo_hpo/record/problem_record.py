@@ -128,6 +128,8 @@ class ProblemRecord:
         resource = self.space.resources[0]
         if resource == "modules" and all(unit.size == 1 for unit in self.space.units):
             return "modules kept,", "share"
+        if resource in {unit.group for unit in self.space.units}:  # one resource a group: so many modules of it
+            return f"{resource} kept,", "of all modules"
         return ("weights kept,", "share") if resource == "weights" else (resource, "a weight")
 
     @property

@@ -2,9 +2,10 @@
 
     python -m benchmarks.measurements.fuzz [--cases 10000] [--seed 0]
 
-A plan goes through ``evo-hpo compare`` up to where its searches would start, a profile through ``evo-hpo export`` and
-onto a space, a text through the reader of calibration texts. Hypothesis draws them: valid ones with values replaced,
-keys dropped and added, text cut and spoilt, or plain bytes.
+A plan goes through ``evo-hpo compare`` up to where its searches would start; some go through their searches too, on a
+synthetic problem or on a tiny model whose levels are built. A profile goes through ``evo-hpo export`` and onto a space,
+a text through the reader of calibration texts. Hypothesis draws them: valid ones with values replaced, keys dropped and
+added, text cut and spoilt, or plain bytes.
 
 Needs the extra `measurements`.
 """
@@ -14,7 +15,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
+import math
+import os
+import queue
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,7 +35,12 @@ from evo_hpo import CompressionSpace, Unit
 from evo_hpo.cli.commands import main as evo_hpo
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.models.corpora import read_documents
+from evo_hpo.record.comparison import PlannedSearch
 from evo_hpo.record.profiles import open_profile
+from evo_hpo.run.events import Event
+from evo_hpo.run.plan import Plan
+from evo_hpo.run.schedule import compare
+from evo_hpo.run.search_process import run_searches
 
 __all__ = ["KINDS", "fuzz"]
 
@@ -51,6 +61,48 @@ PLAN: dict[str, Any] = {
     ],
     "ablation": {"searcher": "evopress", "vary": {"offspring": [2, 8]}, "grid": False},
 }
+SEARCHED: dict[str, Any] = {
+    "name": "tiny",
+    "seeds": [0],
+    "budget": {"evaluations": 20},
+    "checkpoints": [0.5, 1.0],
+    "problems": [{"name": "noisy", "settings": {"units": 4, "levels": 3, "tokens": 256, "noise": 0.3}}],
+    "searchers": [
+        {"name": "evopress", "settings": {"offspring": 4, "survivors": [2, 1], "tokens": [256, 512]}},
+        {"name": "local_search", "settings": {"batch": 2}},
+        {"name": "trust_region", "settings": {}},
+        {"name": "optuna:tpe", "settings": {"encoding": "keys", "sampler": {"n_startup_trials": 4}}},
+        {"name": "nevergrad:DiscreteOnePlusOne", "settings": {"horizon": 20}},
+    ],
+}
+MODEL: dict[str, Any] = {
+    "name": "tiny",
+    "budget": {"tokens": 256},
+    "checkpoints": [1.0],
+    "problems": [
+        {
+            "name": "language_model",
+            "settings": {
+                "model": "model",
+                "method": "rtn",
+                "levels": [2, 3, 4],
+                "average": 3.0,
+                "build": {"group_size": 16},
+                "sequence_length": 16,
+                "calibration_tokens": 128,
+                "held_out_tokens": 32,
+                "tokens": 32,
+                "dtype": "float32",
+                "fitness": "kl",
+                "tie": [["gate_proj", "up_proj"]],
+            },
+        }
+    ],
+    "searchers": [{"name": "evopress", "settings": {"offspring": 2}}],
+}
+LARGEST = 64
+"""Trials, and searches of a plan, up to which a plan goes through its searches."""
+
 PROFILE: dict[str, Any] = {
     "search": "evopress-s0",
     "searcher": "evopress",
@@ -173,6 +225,63 @@ def plan_case(folder: Path, data: bytes) -> int:
         return _command("compare", path, "--no-track", "--root", folder / "comparisons")
 
 
+def search_case(folder: Path, data: bytes) -> int:
+    """A plan, through its searches where they are few and short."""
+    path = folder / "plan.toml"
+    path.write_bytes(data)
+    if not (folder / "model").exists():
+        _write_model(folder / "model")
+    with (
+        patch("evo_hpo.cli.comparing.compare", _compared),
+        patch("evo_hpo.cli.comparing.show_report"),
+        patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),
+        patch.dict(os.environ, {"EVO_HPO_CACHE": str(folder / "cache"), "EVO_HPO_THREADS": "1"}),
+        contextlib.chdir(folder),
+    ):
+        return _command("compare", path, "--no-track", "--root", folder / "comparisons")
+
+
+def _compared(plan: Plan, **settings: Any) -> Path:
+    """The searches of a plan in this process, if that is short."""
+    tokens, trials = plan.budget.tokens or 0, plan.budget.evaluations or 0
+    searches = list(itertools.islice(plan.tasks(), LARGEST + 1))
+    if plan.budget.seconds or tokens > 16 * LARGEST or trials > LARGEST or len(searches) > LARGEST:
+        return Path(settings["folder"])
+    with patch("evo_hpo.run.schedule._processes", _here):
+        return compare(plan, **settings)
+
+
+@contextlib.contextmanager
+def _here(plan: Plan, folder: Path, resume: bool, tasks: list[PlannedSearch], *_: object) -> Iterator[Iterator[Event]]:
+    def events() -> Iterator[Event]:
+        waiting, heard = queue.SimpleQueue[Any](), queue.SimpleQueue[Any]()
+        for task in tasks:
+            waiting.put(task)
+        waiting.put(None)
+        with patch("evo_hpo.run.search_process._die_with_parent"), patch("signal.signal"):
+            run_searches(plan, folder, resume, 1, waiting, heard)
+        while (event := heard.get()) is not None:
+            yield event
+
+    yield events()
+
+
+def _write_model(folder: Path) -> None:
+    """A tiny Llama with a tokenizer of bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from benchmarks.measurements.tiny_architectures import VOCABULARY, tiny_architecture
+
+    model: Any = tiny_architecture("llama")
+    model.save_pretrained(folder)
+    words = {letter: i % VOCABULARY for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
 def profile_case(folder: Path, data: bytes) -> int:
     """A profile, exported (no problem here has a model) and put onto a space."""
     path = folder / "profile.json"
@@ -193,8 +302,12 @@ KINDS: dict[str, tuple[Callable[[Path, Any], int], st.SearchStrategy[Any]]] = {
     "plans": (plan_case, files(PLAN, tomlkit.dumps)),
     "profiles": (profile_case, files(PROFILE, json.dumps)),
     "texts": (text_case, texts()),
+    "searches": (search_case, files(SEARCHED, tomlkit.dumps)),
+    "models": (search_case, files(MODEL, tomlkit.dumps)),
 }
 """What is fuzzed: what tries a case and gives its exit code, and the strategy that draws cases."""
+SHARES = {"plans": 0.3, "profiles": 0.3, "texts": 0.3, "searches": 0.08, "models": 0.02}
+"""Of all cases: a search takes a hundred times as long as a text."""
 
 
 def fuzz(kind: str, cases: int, first_seed: int = 0) -> Counter[int]:
@@ -238,7 +351,8 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds = [arguments.kind] if arguments.kind else list(KINDS)
     for kind in kinds:
-        codes = fuzz(kind, -(-arguments.cases // len(kinds)), arguments.seed)
+        share = 1.0 if arguments.kind else SHARES[kind]
+        codes = fuzz(kind, math.ceil(share * arguments.cases), arguments.seed)
         told = ", ".join(f"{count} with exit code {code}" for code, count in sorted(codes.items()))
         print(f"{kind}: {sum(codes.values())} cases, {told}")
 

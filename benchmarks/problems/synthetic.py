@@ -33,6 +33,7 @@ from searchers.additive.solvers import solve_by_dynamic_programming
 __all__ = ["Landscape", "NoisyProblem", "additive", "interacting", "needle", "noisy", "non_monotone", "synthetic_space"]
 
 PATTERN = (3, 1, 1, 3, 8, 8, 8)  # sizes of one block's units, as in a decoder block with grouped-query attention
+LARGEST = 1_000_000  # levels of all units together
 BRUTE = 150_000  # assignments up to which the optimum is found by enumeration
 
 
@@ -44,9 +45,10 @@ def synthetic_space(
     Raises:
         InvalidSettingError: a setting outside its range.
     """
-    if units < 1 or levels < 2 or not 0 <= tightness <= 1:
+    if not (units >= 1 and levels >= 2 and units * levels <= LARGEST and 0 <= tightness <= 1):
         raise InvalidSettingError(
-            f"units={units}, levels={levels}, tightness={tightness}: need at least 1 unit, 2 levels, tightness in 0..1"
+            f"units={units}, levels={levels}, tightness={tightness}: need at least 1 unit, 2 levels, tightness in 0..1,"
+            f" and units x levels at most {LARGEST}"
         )
     sizes = [PATTERN[i % len(PATTERN)] if unequal else 1 for i in range(units)]
     made = [

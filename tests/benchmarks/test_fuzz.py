@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.measurements.fuzz import KINDS, fuzz
+from benchmarks.measurements.fuzz import fuzz
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_case_ends_in_a_traceback(kind: str) -> None:
-    codes = fuzz(kind, 100)
-    assert sum(codes.values()) >= 100
+@pytest.mark.parametrize(
+    ("kind", "cases"), [("plans", 60), ("profiles", 60), ("texts", 100), ("searches", 10), ("models", 5)]
+)
+def test_no_case_ends_in_a_traceback(kind: str, cases: int) -> None:
+    codes = fuzz(kind, cases)
+    assert sum(codes.values()) >= cases
     assert set(codes) == {0, 2}  # what is right still passes

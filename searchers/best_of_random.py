@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from evo_hpo.search.procedure import OneFidelity, Steps
-from evo_hpo.search.searcher import positive
+from evo_hpo.search.searcher import MANY, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.moves import Moves
 
@@ -31,7 +31,7 @@ class BestOfRandom(OneFidelity):
         self, space: CompressionSpace, *, seed: int = 0, exchanges: int | None = None, **settings: Any
     ) -> None:
         super().__init__(space, seed=seed, **settings)
-        self.exchanges = max(1, len(space) // 2) if exchanges is None else positive("exchanges", exchanges)
+        self.exchanges = max(1, len(space) // 2) if exchanges is None else positive("exchanges", exchanges, most=MANY)
 
     def steps(self) -> Steps[None]:
         self.incumbent = self.space.uniform()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from evo_hpo.search.procedure import OneFidelity, Steps
-from evo_hpo.search.searcher import positive, probability
+from evo_hpo.search.searcher import MANY, positive, probability
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.moves import Moves
 
@@ -42,9 +42,9 @@ class Genetic(OneFidelity):
         **settings: Any,
     ) -> None:
         super().__init__(space, seed=seed, **settings)
-        self.population = positive("population", population, 2)
+        self.population = positive("population", population, 2, MANY)
         self.crossover = probability("crossover", crossover)
-        self.mutation = positive("mutation", mutation)
+        self.mutation = positive("mutation", mutation, most=MANY)
         self.tournament = positive("tournament", tournament)
         self.moves = Moves(space)
 

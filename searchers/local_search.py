@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 from evo_hpo.search.procedure import OneFidelity, Steps
-from evo_hpo.search.searcher import one_of, positive
+from evo_hpo.search.searcher import MANY, one_of, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.moves import Moves
 
@@ -45,7 +45,7 @@ class LocalSearch(OneFidelity):
         super().__init__(space, seed=seed, **settings)
         self.improvement = one_of("improvement", improvement, "batch", "best", "first")
         self.moves = Moves(space, groups)
-        self.kick = positive("kick", kick)
+        self.kick = positive("kick", kick, most=MANY)
 
     def steps(self) -> Steps[None]:
         self.incumbent = yield from self._descend(self.space.uniform(), leads=True)

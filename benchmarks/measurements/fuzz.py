@@ -183,6 +183,17 @@ def files(draw: st.DrawFn, valid: dict[str, Any], written: Callable[[Any], str])
 
 
 @st.composite
+def set_otherwise(draw: st.DrawFn, valid: dict[str, Any]) -> bytes:
+    """A plan with up to two settings, or parts of them, of other values: most of it goes on to its searches."""
+    data: dict[str, Any] = json.loads(json.dumps(valid))
+    for _ in range(draw(st.integers(0, 2))):
+        entry = draw(st.sampled_from([*data["problems"], *data["searchers"]]))
+        container, key = draw(st.sampled_from(_places(entry["settings"]) or [(entry["settings"], "batch")]))
+        container[key] = draw(SCALARS)
+    return tomlkit.dumps(data).encode("utf-8", "surrogatepass")
+
+
+@st.composite
 def texts(draw: st.DrawFn) -> tuple[str, bytes]:
     """Suffix and bytes of a text."""
     mark = draw(st.sampled_from([b"", b"\xef\xbb\xbf", b"PAR1"]))
@@ -302,8 +313,8 @@ KINDS: dict[str, tuple[Callable[[Path, Any], int], st.SearchStrategy[Any]]] = {
     "plans": (plan_case, files(PLAN, tomlkit.dumps)),
     "profiles": (profile_case, files(PROFILE, json.dumps)),
     "texts": (text_case, texts()),
-    "searches": (search_case, files(SEARCHED, tomlkit.dumps)),
-    "models": (search_case, files(MODEL, tomlkit.dumps)),
+    "searches": (search_case, st.one_of(set_otherwise(SEARCHED), files(SEARCHED, tomlkit.dumps))),
+    "models": (search_case, st.one_of(set_otherwise(MODEL), files(MODEL, tomlkit.dumps))),
 }
 """What is fuzzed: what tries a case and gives its exit code, and the strategy that draws cases."""
 SHARES = {"plans": 0.3, "profiles": 0.3, "texts": 0.3, "searches": 0.08, "models": 0.02}

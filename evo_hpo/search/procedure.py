@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.budget import Allowance
-from evo_hpo.search.searcher import Searcher, draw, positive
+from evo_hpo.search.searcher import MANY, Searcher, draw, positive
 from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Batch, Outcome, Probe
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
@@ -137,7 +137,7 @@ class OneFidelity(Procedure):
         minibatch: str = "fixed",
     ) -> None:
         super().__init__(space, seed=seed)
-        self.batch = positive("batch", batch)
+        self.batch = positive("batch", batch, most=MANY)
         self.tokens = tokens if tokens is None else positive("tokens", tokens)
         self.minibatch = draw("minibatch", minibatch)
         self.incumbent: Assignment | None = None

@@ -177,7 +177,8 @@ def _signature_kept(owner: str, target: Callable[..., Any], *given: Any, **setti
     """Tells settings that a signature does not allow, the user's fault, from whatever else is raised inside of a call.
 
     Raises:
-        InvalidSettingError: a required setting is missing; or the call failed, and a setting is not of its type.
+        InvalidSettingError: a required setting is missing, or one is not of its type: said only after the call, which
+            may know better what it allows.
     """
     try:
         inspect.signature(target).bind(*given, **settings)
@@ -190,6 +191,7 @@ def _signature_kept(owner: str, target: Callable[..., Any], *given: Any, **setti
     except Exception:
         check_types(owner, annotations_of(target), settings)
         raise
+    check_types(owner, annotations_of(target), settings)
 
 
 def describe_searcher(name: str) -> Description:

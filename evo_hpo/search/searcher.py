@@ -22,7 +22,7 @@ from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Batch, Draw, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["Searcher", "boolean", "positive", "probability", "settings_of"]
+__all__ = ["MANY", "Searcher", "boolean", "positive", "probability", "settings_of"]
 
 
 class Searcher(ABC):
@@ -131,14 +131,20 @@ def check_settings(owner: str, known: Mapping[str, Any], settings: Mapping[str, 
             )
 
 
-def positive(name: str, value: int, least: int = 1) -> int:
-    """``value`` as an integer of at least ``least``.
+MANY = 100_000
+"""Most assignments that a searcher may be told to hold or to ask for at once."""
+
+
+def positive(name: str, value: int, least: int = 1, most: int = 10**12) -> int:
+    """``value`` as an integer of at least ``least`` and at most ``most``.
 
     Raises:
         InvalidSettingError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise InvalidSettingError(f"{name}={value!r} must be an integer of at least {least}")
+    if value > most:
+        raise InvalidSettingError(f"{name}={value!r} must be at most {most}")
     return int(value)
 
 

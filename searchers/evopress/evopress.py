@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.procedure import Procedure, Steps
-from evo_hpo.search.searcher import boolean, one_of, positive, probability
+from evo_hpo.search.searcher import MANY, boolean, one_of, positive, probability
 from evo_hpo.search.trial import Batch, Draw, Outcome, Terms
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.evopress.acceptance import PairedAcceptance
@@ -110,7 +110,7 @@ class EvoPress(Procedure):
             raise InvalidSettingError(
                 f"initial={initial!r} needs a start that is drawn: init='random' or 'decremented', not {chosen['init']}"
             )
-        self.offspring = positive("offspring", chosen["offspring"])
+        self.offspring = positive("offspring", chosen["offspring"], most=MANY)
         self.selection = Selection.of(chosen["survivors"], chosen["tokens"], elitism)
         self.generations = most_generations(space, chosen["generations"])
         self.cross_group = probability("cross_group", chosen["cross_group"])
@@ -118,7 +118,7 @@ class EvoPress(Procedure):
             space,
             Uniforms(self.rng),
             mutation(space, group, self.cross_group),
-            switch_counts(switch_rule, positive("max_switches", max_switches)),
+            switch_counts(switch_rule, positive("max_switches", max_switches, most=MANY)),
             group,
         )
         self.minibatch = one_of("minibatch", minibatch, "fresh", "nested", "fixed")

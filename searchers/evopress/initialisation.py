@@ -12,7 +12,7 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.procedure import Procedure, Steps
 from evo_hpo.search.registry import make_searcher
-from evo_hpo.search.searcher import Searcher, one_of, positive, probability
+from evo_hpo.search.searcher import MANY, Searcher, one_of, positive, probability
 from evo_hpo.search.trial import Batch, Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
@@ -139,7 +139,7 @@ def initialisation(
         return FisherStart(make_searcher(rule, space, seed=seed), tokens, share)
     if rule in WARM_STARTS:
         return WarmStart(make_searcher(rule, space, seed=seed, tokens=tokens), tokens, share)
-    rng, count = np.random.default_rng([seed, 1]), positive("initial", count)
+    rng, count = np.random.default_rng([seed, 1]), positive("initial", count, most=MANY)
     if rule == "uniform":
         return Start((space.uniform(),), tokens)
     draw = rounded_up_and_decremented if rule == "decremented" else random_and_spent

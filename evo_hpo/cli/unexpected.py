@@ -18,11 +18,12 @@ LONGEST = 300
 @contextlib.contextmanager
 def safe(what: str, *also: type[BaseException]) -> Iterator[None]:
     """Notes on an error that nobody expected, or one of those given, what is safe on disk and how to go on."""
+    expected: tuple[type[BaseException], ...] = (Exception, *also)
     try:
         yield
     except EvoHpoError:
         raise
-    except (Exception, *also) as error:
+    except expected as error:
         error.add_note(what)
         raise
 

@@ -23,6 +23,7 @@ from evo_hpo.run.schedule import compare
 from evo_hpo.scoring import task
 from evo_hpo.scoring.score_cache import ScoreCache
 from evo_hpo.scoring.task import LanguageModelTask, language_model
+from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.registry import make_problem, settled
 from tests.scoring.test_task import model_folder, plan_of, rehearse_and_prepare, settings
@@ -267,7 +268,7 @@ def test_the_dtype_is_measured_once_a_comparison_and_used_by_all_workers(
     model: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here it is measured otherwise than any worker would, and before the resume otherwise than here."""
-    here = task.fastest_dtype("cpu")
+    here = fastest_dtype("cpu")
     other = torch.float32 if here == torch.bfloat16 else torch.bfloat16
     problem = settings(model, tmp_path / "store", method="rtn", dtype="auto")
     plan = plan_of(problem, searchers=[{"name": "uniform"}])

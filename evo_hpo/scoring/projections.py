@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import Absent, absent, first_of
@@ -18,6 +19,9 @@ from evo_hpo.search.sensitivities import Form
 
 __all__ = ["Projector"]
 
+PART = 32
+"""Positions of a part of a sequence."""
+
 
 class Projector:
     """Collects g . (W_level - W_in_place) for every level of every unit, sequence by sequence, or another form of it.
@@ -26,6 +30,10 @@ class Projector:
     gradient exists only for some rows at a time; it meets all levels at once. A member that may be dropped adds its
     output or takes it away: its projection is the gradient of the output times that output. The bias of a layer that
     is switched on or off counts in the forms ``inner`` and ``output``.
+
+    Where it is parted, ``inner`` is taken part by part: what the layer does at some neighbouring positions. The parts of a
+    gradient are almost uncorrelated, so that the sum of their squares has the expectation of the squared sum at a
+    fraction of its variance.
 
     Args:
         modules: members by name; those in ``blocks`` are whole decoder blocks, for which :meth:`whole` is called.
@@ -49,24 +57,26 @@ class Projector:
                 self._owners.setdefault(name, []).append(number)
         self._decoded: dict[int, list[Mapping[str, Tensor | None]]] = {}
         self._absent: dict[str, Absent] = {}
-        self._sums: NDArray[np.float64] = np.zeros((0, 0, 0))
+        self._found: NDArray[np.float64] = np.zeros((0, 0, 0, 0))
         self._form: Form = "inner"
         for name, module in modules.items():
             if name not in blocks:
                 module.register_forward_hook(self._hook(name), with_kwargs=True)
 
-    def begin(self, sequences: int, form: Form = "inner") -> None:
-        """Starts with zeros."""
+    def begin(self, sequences: int, length: int, form: Form = "inner", parted: bool = True) -> None:
+        """Starts with zeros; ``parted``: the squares of parts are wanted, which takes the time of half a pass."""
         self._form = form
         counts = [len(unit.costs) for unit in self.levels.units]
-        self._sums = np.zeros((sequences, len(counts), max(counts)))
+        parts = -(-length // PART) if parted else 1
+        self._found = np.zeros((sequences, parts, len(counts), max(counts)))
         for number, count in enumerate(counts):
-            self._sums[:, number, count:] = np.nan
+            self._found[:, :, number, count:] = np.nan
 
-    def end(self) -> NDArray[np.float64]:
-        """What was collected: sequences x units x levels."""
+    def end(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What was collected (sequences x units x levels), and the sums of the squares of its parts, alike."""
         self._decoded.clear()
-        return np.sqrt(self._sums) if self._form in ("output", "trace") else self._sums
+        sums = self._found.sum(axis=1)
+        return np.sqrt(sums) if self._form in ("output", "trace") else sums, np.square(self._found).sum(axis=1)
 
     def forget(self) -> None:
         """Gives back levels that were decoded; called after each block."""
@@ -79,13 +89,13 @@ class Projector:
             output: what it contributes when it is kept, sequences x length x hidden.
             gradient: of its output, alike.
         """
-        product = self._by_sequence((gradient.float() * output.float()).double())
+        product = self._by_part((gradient.float() * output.float()).double())
         if self._form == "absolute":
             found = product.abs().sum(dim=(1, 2))
         elif self._form == "output":
             found = product.square().sum(dim=(1, 2))
         elif self._form == "trace":  # the outputs are what it has instead of weights
-            squares = (self._by_sequence(x.double()).square().sum(dim=(1, 2)) for x in (gradient, output))
+            squares = (self._by_part(x.double()).square().sum(dim=(1, 2)) for x in (gradient, output))
             found = next(squares) * next(squares) / product[0].numel()
         else:
             found = product.sum(dim=(1, 2)) * (1.0 if self._dropped(name) else -1.0)
@@ -94,7 +104,7 @@ class Projector:
             for level, weights in enumerate(self._levels(unit)):
                 gone = name in weights and weights[name] is None
                 if gone if self._form == "absolute" else gone != self._dropped(name):
-                    self._sums[:, unit, level] += contribution
+                    self._of(unit)[:, level] += contribution
 
     def _hook(self, name: str) -> Callable[..., Any]:
         linear = is_linear(self._modules[name])
@@ -124,13 +134,13 @@ class Projector:
         module = self._modules[name]
         weight, bias = module.weight, getattr(module, "bias", None)
         assert isinstance(weight, Tensor)
-        left, right = self._by_sequence(gradient), self._by_sequence(given)
+        left, right = self._by_part(gradient), self._by_part(given)
         place = None if off else weight.data
         for unit in self._owners[name]:
             found = self._levels(unit)
             targets = [level[name] if name in level else self._original[name] for level in found]
             signs = [float(off) - float(target is None) for target in targets]  # a switched-off layer adds no bias
-            sums = self._sums[:, unit, : len(found)]
+            sums = self._of(unit)[:, : len(found)]
             if self._form == "output":
                 shifts = None if bias is None else [sign * bias.data for sign in signs]
                 sums += output_changes(left, right, place, targets, shifts, is_transposed(module)).cpu().numpy()
@@ -147,6 +157,15 @@ class Projector:
             self._decoded[unit] = [self.levels.weights(unit, level) for level in range(count)]
         return self._decoded[unit]
 
-    def _by_sequence(self, values: Tensor) -> Tensor:
-        """Sequences x positions x width, also of values that a model flattened."""
-        return values.detach().reshape(len(self._sums), -1, values.shape[-1])
+    def _of(self, unit: int) -> NDArray[np.float64]:
+        """A unit's numbers, all parts of all sequences x levels, to be added to."""
+        return self._found.reshape(-1, *self._found.shape[2:])[:, unit]
+
+    def _by_part(self, values: Tensor) -> Tensor:
+        """Parts of all sequences x positions x width, also of values that a model flattened; zeros fill the last."""
+        sequences, parts = self._found.shape[:2]
+        values = values.detach().reshape(sequences, -1, values.shape[-1])
+        each = -(-values.shape[1] // parts)
+        if missing := each * parts - values.shape[1]:
+            values = pad(values, (0, 0, 0, missing))
+        return values.reshape(sequences * parts, each, -1)

@@ -110,13 +110,19 @@ class SensitivityPass:
         length = self._tokens.shape[1]
         sequences = sequences_of(minibatch, len(self._tokens), length)
         text = self._written(minibatch) if minibatch.generated else self._tokens[list(sequences)]
-        parts = [
+        groups = [
             self._measure(assignment, text[part], sequences[part], kind, form, minibatch.seed)
             for part in (slice(i, i + self._group) for i in range(0, len(sequences), self._group))
         ]
-        projections = np.concatenate(parts).astype(np.float32)
+        projections, squares = (np.concatenate(found).astype(np.float32) for found in zip(*groups, strict=True))
         charged = (READS + minibatch.generated) * minibatch.tokens
-        return Sensitivities(kind, assignment, projections, length - 1, charged, form)
+        parts = squares if self._parted(kind, form) else None
+        return Sensitivities(kind, assignment, projections, length - 1, charged, form, parts)
+
+    @staticmethod
+    def _parted(kind: Kind, form: Form) -> bool:
+        """Whether there is a curvature that parts of a sequence tell better than the sequence."""
+        return kind != "kl" and form == "inner"
 
     def _written(self, minibatch: Minibatch) -> Tensor:
         """Text that the uncompressed model writes by the minibatch's seed, sequences x length."""
@@ -132,14 +138,14 @@ class SensitivityPass:
         kind: Kind,
         form: Form,
         seed: int,
-    ) -> NDArray[np.float64]:
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         dense = None
         if kind == "kl":
             self._switch.set(None)
             with torch.no_grad():
                 dense, _ = self._gated.final_hidden(ids)
         self._switch.set(assignment)
-        self._projector.begin(len(sequences), form)
+        self._projector.begin(*ids.shape, form, self._parted(kind, form))
         self._segments = []
         self._kept_from = 0 if self._graph_bytes else len(self._numbers)
         try:

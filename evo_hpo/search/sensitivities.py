@@ -13,11 +13,16 @@ no gradient: the error that each level makes of its layer's output by itself, kn
 With sampled labels mean_s p^2 / 2 / positions is the curvature of the KL along the change (the Fisher information is
 the Gauss-Newton matrix; Martens, "New insights and perspectives on the natural gradient method", 2020), with true
 labels it is the empirical Fisher; mean_s p / positions of ``kl`` is the first-order change of the loss.
+
+p is the sum of what the layer does in each part of the sequence. These parts are almost uncorrelated, so the sum of
+their squares tells the same curvature with a fraction of the noise of p^2, a single number squared (on SmolLM2, with
+eight parts, 0.97 times the curvature at a quarter of the variance).
 """
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -69,6 +74,7 @@ class Sensitivities:
         positions: predicted tokens of a sequence that each projection is the sum of.
         tokens: tokens charged, :data:`READS` for each token that was read.
         form: see :data:`Form`.
+        squares: sums over the parts of a sequence of their squared projections, alike; None: parts were not measured.
     """
 
     kind: Kind
@@ -77,6 +83,7 @@ class Sensitivities:
     positions: int
     tokens: int
     form: Form = "inner"
+    squares: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         check_kind(self.kind, self.reference, self.form)
@@ -88,6 +95,12 @@ class Sensitivities:
             )
         array.setflags(write=False)
         object.__setattr__(self, "projections", array)
+        if self.squares is not None:
+            squares = np.array(self.squares, dtype=np.float32)
+            if squares.shape != array.shape:
+                raise InvalidSettingError(f"squares of shape {squares.shape} must be of {array.shape}, as projections")
+            squares.setflags(write=False)
+            object.__setattr__(self, "squares", squares)
 
     def effects(self) -> NDArray[np.float64]:
         """Predicted change of the loss when one unit alone moves (units x levels, nats a token, lower is better)."""
@@ -112,6 +125,19 @@ class Sensitivities:
             )
         return np.asarray(self.projections / np.sqrt(float(len(self.projections) * self.positions)))
 
+    def curvatures(self) -> NDArray[np.float64]:
+        """The curvature of every sequence (sequences x units x levels, nats a token) with the least noise: from its
+        parts, where they were measured.
+
+        Raises:
+            InvalidSettingError: this kind or form has none.
+        """
+        if self._linear:
+            raise InvalidSettingError(f"kind={self.kind!r}, form={self.form!r} has no curvature: use 'sampled'")
+        if self.squares is None:
+            return self._samples()
+        return np.asarray(self.squares.astype(np.float64) / 2 / self.positions)
+
     def predict(self, assignment: Assignment) -> float:
         """Change of the loss from the reference to an assignment, nats a token: first order, or all cross terms."""
         rows = np.arange(len(assignment))
@@ -120,25 +146,29 @@ class Sensitivities:
         return float(np.square(self.factors()[:, rows, list(assignment)].sum(axis=1)).sum() / 2)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON: the projections as base64 of little-endian float32."""
-        data = base64.b64encode(self.projections.astype("<f4").tobytes()).decode()
+        """Everything as JSON: the arrays as base64 of little-endian float32."""
         return {
             "kind": self.kind,
             "reference": None if self.reference is None else list(self.reference),
             "shape": list(self.projections.shape),
-            "projections": data,
+            "projections": _text(self.projections),
             "positions": self.positions,
             "tokens": self.tokens,
             **({} if self.form == "inner" else {"form": self.form}),
+            **({} if self.squares is None else {"squares": _text(self.squares)}),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Sensitivities:
         """The same bits again."""
-        array = np.frombuffer(base64.b64decode(data["projections"]), dtype="<f4").reshape(data["shape"])
-        reference = None if data["reference"] is None else tuple(map(int, data["reference"]))
         return cls(
-            data["kind"], reference, array, int(data["positions"]), int(data["tokens"]), data.get("form", "inner")
+            data["kind"],
+            None if data["reference"] is None else tuple(map(int, data["reference"])),
+            _array(data["projections"], data["shape"]),
+            int(data["positions"]),
+            int(data["tokens"]),
+            data.get("form", "inner"),
+            _array(data["squares"], data["shape"]) if "squares" in data else None,
         )
 
     @property
@@ -149,3 +179,11 @@ class Sensitivities:
     def _samples(self) -> NDArray[np.float64]:
         p = self.projections.astype(np.float64)
         return (p if self._linear else np.square(p) / 2) / self.positions
+
+
+def _text(array: NDArray[np.float32]) -> str:
+    return base64.b64encode(array.astype("<f4").tobytes()).decode()
+
+
+def _array(text: str, shape: Sequence[int]) -> NDArray[np.float32]:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4").reshape(shape)

@@ -52,7 +52,8 @@ class AdditiveModel:
         self._levels: list[Assignment] = []
         self._references: list[Assignment] = []
         self._differences: list[float] = []
-        self._choice = (SHARES[1], DECAYS[1], 1e-2)
+        self._weights_of_rows: list[float] = []
+        self._choice: tuple[Sequence[float], float, float] = (SHARES[1], DECAYS[1], 1e-2)
         self._tuned_at = 0
 
     def __len__(self) -> int:
@@ -74,12 +75,17 @@ class AdditiveModel:
             parts.append(np.array([index[value] for value in key], dtype=int))
         return parts
 
-    def add(self, levels: Assignment, reference: Assignment, difference: float) -> None:
-        """One row: loss of ``levels`` less loss of ``reference`` on the same minibatch; not finite rows are ignored."""
+    def add(self, levels: Assignment, reference: Assignment, difference: float, weight: float = 1.0) -> None:
+        """One row: loss of ``levels`` less loss of ``reference`` on the same minibatch; not finite rows are ignored.
+
+        Args:
+            weight: how many rows of plain noise it is worth, for example those whose mean it is.
+        """
         if np.isfinite(difference) and levels != reference:
             self._levels.append(levels)
             self._references.append(reference)
             self._differences.append(difference)
+            self._weights_of_rows.append(weight)
 
     def fit(self, centre: Assignment) -> None:
         """Fits the rows nearest to ``centre``; rows of more changed units count less, as they hold interactions."""
@@ -89,7 +95,8 @@ class AdditiveModel:
         distance = np.minimum((levels != at).sum(axis=1), (references != at).sum(axis=1))
         spread = changed + 0.5 * distance
         kept = np.argsort(spread, kind="stable")[: self.memory]
-        levels, references, self._spread = levels[kept], references[kept], np.maximum(spread[kept], 1.0)
+        levels, references = levels[kept], references[kept]
+        self._spread = np.maximum(spread[kept], 1.0) / np.array(self._weights_of_rows)[kept]
         values = np.array(self._differences)[kept]
         limit = self.outlier * float(np.median(np.abs(values)))
         self._values = np.clip(values, -limit, limit) if limit else values
@@ -100,6 +107,10 @@ class AdditiveModel:
             self._tune()
             self._tuned_at = len(self)
         self._solve(*self._choice)
+
+    def _hypotheses(self) -> Sequence[Sequence[float]]:
+        """The shares that are tried."""
+        return SHARES
 
     def _expand(self, shares: Sequence[float], decay: float) -> tuple[Array, Array]:
         """Scale of each step's effect, and the features of all parts of the prior side by side."""
@@ -117,7 +128,7 @@ class AdditiveModel:
         """Shares, decay and noise of the largest marginal likelihood; the overall scale has a closed form."""
         best = -np.inf
         count = len(self._values)
-        for shares, decay in itertools.product(SHARES, DECAYS):
+        for shares, decay in itertools.product(self._hypotheses(), DECAYS):
             _, expanded = self._expand(shares, decay)
             kernel = expanded @ expanded.T
             for noise in NOISES:
@@ -147,18 +158,23 @@ class AdditiveModel:
         return self._read(weights)
 
     def _read(self, weights: Array) -> list[list[float]]:
-        steps = np.zeros(len(self._unit))
-        offset = 0
-        for share, part in zip(self._shares, self._parts, strict=True):
-            if share:
-                size = int(part.max()) + 1
-                steps += np.sqrt(share) * weights[offset : offset + size][part]
-                offset += size
-        steps *= self._scale
+        steps = self._steps(self._shares, self._scale, weights)
         found = [[0.0] * len(u.costs) for u in self.space.units]
         for u, k, effect in zip(self._unit.tolist(), self._step.tolist(), steps.tolist(), strict=True):
             found[u][k] = found[u][k - 1] + effect
         return found
+
+    def _steps(self, shares: Sequence[float], scale: Array, weights: Array) -> Array:
+        """Effect of each step from the weights of all parts, which stand side by side as in :meth:`_expand`."""
+        steps = np.zeros(len(self._unit))
+        offset = 0
+        for share, part in zip(shares, self._parts, strict=True):
+            if share:
+                size = int(part.max()) + 1
+                steps += np.sqrt(share) * weights[offset : offset + size][part]
+                offset += size
+        steps *= scale
+        return steps
 
 
 def within_reach(effects: list[list[float]], centre: Assignment, reach: int | None) -> list[list[float]]:

@@ -96,6 +96,30 @@ def test_projections_equal_full_gradients_in_float64(name: str, kind: Kind) -> N
     np.testing.assert_allclose(found.projections, expected, atol=2e-4 * np.abs(expected).max())
 
 
+def test_squares_are_of_what_a_layer_does_at_neighbouring_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the derivative by a change of the layer's weight that is made at some positions only."""
+    monkeypatch.setattr("evo_hpo.scoring.projections.PART", 4)
+    levels = RoundedLevels(tiny_model("llama"))
+    found = SensitivityPass(tiny_model("llama"), levels, tiny_tokens()).measure(None, MINIBATCH, "true")
+    assert found.squares is not None
+    model, ids = tiny_model("llama").double(), tiny_tokens()[sequences_of(MINIBATCH, 8, 12)[0]]
+    for unit in (0, 2, 6):
+        ((name, target),) = levels.weights(unit, 0).items()
+        module: Any = dict(model.named_modules())[name]
+        assert target is not None
+        change, slopes = target.double() - module.weight.data, []
+        for part in range(3):
+            step, mask = torch.zeros((), dtype=torch.float64, requires_grad=True), torch.zeros(12, 1)
+            mask[4 * part : 4 * part + 4] = 1.0
+            handle = module.register_forward_hook(
+                lambda m, given, out, step=step, mask=mask, change=change: out + step * mask * (given[0] @ change.T)
+            )
+            slopes.append(float(torch.autograd.grad(_objective("true", model, model, ids), step)[0]))
+            handle.remove()
+        assert found.projections[0, unit, 0] == pytest.approx(sum(slopes), rel=1e-3, abs=1e-6)
+        assert found.squares[0, unit, 0] == pytest.approx(sum(x * x for x in slopes), rel=1e-3)
+
+
 def test_projections_of_experts_belong_to_their_sequences() -> None:
     def make() -> nn.Module:
         model = tiny_mixtral()

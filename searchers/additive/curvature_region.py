@@ -1,0 +1,294 @@
+"""Gradients first, then measured steps: the additive model within a trust region, told by gradients what to expect."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from evo_hpo.search.procedure import Procedure, Steps
+from evo_hpo.search.searcher import boolean, positive, probability
+from evo_hpo.search.sensitivities import READS
+from evo_hpo.search.trial import Outcome, Probe
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
+from searchers.additive.forecast import Forecast
+from searchers.additive.informed import InformedModel
+from searchers.additive.model import Array, within_reach
+from searchers.additive.solvers import solve_many
+from searchers.evopress.mutation import Uniforms, mutation, switch_counts
+
+__all__ = ["CurvatureRegion"]
+
+FIRST_PASS = 2048  # tokens that the first pass reads at most, and half of the budget
+SLOPE_SHARE = 0.6  # of what is left, that one look at the slope may cost
+GROWTH, SHRINKAGE = 1.6, 0.6
+SPAN = (1, 0.5, 2, 0.25, 4)  # radii of a batch's solutions, in those of the region
+ROUNDS = 6  # of one race, each on twice the tokens of the one before
+RACE_SHARE = 0.15  # of what is left, that one race may cost
+LONGEST = 4096  # tokens of a round at most
+LEAST_RACE = 8  # times the tokens of a trial, that a race may cost even so
+EVIDENCE = 1.0  # standard errors that end a race
+DOUBT = 0.5  # standard errors by which a candidate must be better at its end
+BORROWED = 3.0  # sequences' worth of the other candidates' variance
+
+
+class CurvatureRegion(Procedure):
+    """One backward pass tells what to expect of every level, measured steps within a region what becomes of it.
+
+    The curvature at the uncompressed model, from half of the budget or the first 2048 tokens, gives a first additive
+    model; its exact solutions, whole and within regions around uniform compression, race against uniform compression.
+    From the winner the slope of the loss is read, which holds the cross terms between units, and so on: proposals are
+    the exact solutions of what is foretold within r/4 to 4r changed units, draws from the posterior, and mutants as
+    EvoPress makes them. A race scores them beside the incumbent on minibatch after minibatch, sequence by sequence,
+    drops the worse half each time, and moves only to what is better by more than the error of the difference. All rows
+    teach the model how far the forecast is to be believed; where they speak against it, no more gradients are bought.
+
+    Args:
+        tokens: of each minibatch of a race; None: the problem's default.
+        batch: candidates of a race, the incumbent not counted.
+        radius: changed units of the first region; None: a tenth of the units, at least 4.
+        explore: share of a batch that are posterior draws.
+        mutate: share of a batch that are mutants.
+        prior: False: no gradients are asked for.
+        slopes: False: the only pass is the first one.
+        racing: False: one minibatch decides, and any gain is accepted.
+        region: False: solutions may change any number of units.
+    """
+
+    asks_for_sensitivities = True
+
+    def __init__(
+        self,
+        space: CompressionSpace,
+        *,
+        seed: int = 0,
+        tokens: int | None = None,
+        batch: int = 6,
+        radius: int | None = None,
+        explore: float = 0.3,
+        mutate: float = 0.2,
+        prior: bool = True,
+        slopes: bool = True,
+        racing: bool = True,
+        region: bool = True,
+    ) -> None:
+        super().__init__(space, seed=seed)
+        self.tokens = tokens if tokens is None else positive("tokens", tokens)
+        self.batch = positive("batch", batch)
+        self.first_radius = max(4, len(space) // 10) if radius is None else positive("radius", radius)
+        self.explore, self.mutate = probability("explore", explore), probability("mutate", mutate)
+        self.prior, self.slopes = boolean("prior", prior), boolean("slopes", slopes)
+        self.racing, self.region = boolean("racing", racing), boolean("region", region)
+        self.incumbent: Assignment = space.uniform()
+        self.model = InformedModel(space)
+        self.forecast = Forecast(space)
+        self._mutation, self._switches = mutation(space, "size", 0.5), switch_counts("min_of_two", 3)
+        self._stream = Uniforms(self.rng)
+        self._apart: dict[Assignment, list[float]] = {}  # differences from the present incumbent
+        self._squares, self._freedom, self._guesses = 0.0, 0, list[float]()
+
+    def fidelities(self) -> tuple[int | None, ...]:
+        return (self.tokens,)
+
+    def recommend(self) -> Assignment | None:
+        """The incumbent."""
+        return self.incumbent
+
+    def steps(self) -> Steps[None]:
+        if self.prior and (tokens := self._first_tokens()):
+            self.forecast.add((yield from self.sensitivities(Probe(None, "sampled", tokens))))
+            yield from self._race(self._solutions(len(self.space))[: self._most()])
+        self._radius = float(self.first_radius)
+        looked: Assignment | None = None
+        told = len(self.forecast) > 0
+        while True:
+            yield None
+            if told and not self._trusts():
+                told, self._radius = False, self.first_radius / 2
+            if told and self.slopes:
+                tokens = self._slope_tokens()
+                if tokens and (looked != self.incumbent or self._radius < self.first_radius):
+                    looked = self.incumbent
+                    self.forecast.add((yield from self.sensitivities(Probe(looked, "kl", tokens))))
+                    self._radius = max(self._radius, float(self.first_radius))
+            candidates = self._candidates(max(1, round(self._radius)))
+            if not candidates:
+                self.stop_reason = "no assignment that is new around the incumbent"
+                return
+            before = self.incumbent
+            if (yield from self._race(candidates)):
+                self._radius = min(
+                    max(GROWTH * self._changed(before), SHRINKAGE * self._radius), float(len(self.space))
+                )
+            else:
+                self._radius = self._radius * SHRINKAGE if self._radius > 2 else float(self.first_radius)
+
+    # ------------------------------------------------------------------ what is bought
+
+    @property
+    def _each(self) -> int:
+        return self.tokens or self.allowance.default_tokens
+
+    def _trusts(self) -> bool:
+        """Whether what was measured speaks for the forecast."""
+        if len(self.model):
+            self.model.fit(self.incumbent)
+        return self.model.trusted
+
+    def _first_tokens(self) -> int:
+        """Tokens of the first pass; 0: it cannot be paid beside a trial."""
+        left, each = self.allowance, self._each
+        if left.evaluations is not None and left.evaluations <= READS + 1:
+            return 0
+        most = FIRST_PASS if left.tokens is None else min(FIRST_PASS, left.tokens // 2 // READS)
+        return most // max(each, 1) * each if each else 1
+
+    def _slope_tokens(self) -> int:
+        left, each = self.allowance, self._each
+        most = FIRST_PASS if left.tokens is None else min(FIRST_PASS, int(SLOPE_SHARE * left.tokens) // READS)
+        return most // max(each, 1) * each
+
+    def _purse(self) -> float:
+        """Tokens that a race may cost."""
+        left = self.allowance.tokens
+        return math.inf if left is None else min(left, max(RACE_SHARE * left, LEAST_RACE * self._each))
+
+    def _most(self) -> int:
+        """Candidates of a race: the batch, or fewer where the first look at so many takes a third of what is left."""
+        return max(2, self.allowance.affords(3 * (1 + self.batch), self._each or None) // 3 - 1)
+
+    # ------------------------------------------------------------------ what is proposed
+
+    def _candidates(self, radius: int) -> list[Assignment]:
+        """New ones: solutions, draws, mutants."""
+        most = self._most()
+        mutants = round(self.mutate * most)
+        found = dict.fromkeys(self._solutions(radius) if len(self.forecast) or len(self.model) else [])
+        chosen = [a for a in found if not self._is_worse(a)][: most - mutants]
+        for _ in range(50 * most):
+            if len(chosen) >= most:
+                break
+            made = self._mutation(self.incumbent, self._stream, self._switches(self._stream))
+            if made is not None and made not in (self.incumbent, *chosen) and made not in self._apart:
+                chosen.append(made)
+        return chosen
+
+    def _is_worse(self, levels: Assignment) -> bool:
+        """Whether it was measured and is not better than the incumbent."""
+        return levels in self._apart and (not self._fidelity or self._mean(levels) > -self._error(levels))
+
+    def _solutions(self, radius: int) -> list[Assignment]:
+        """Exact solutions around the incumbent, of the mean within r/4 to 4r, and of draws within r."""
+        centre = self.incumbent
+        table = self.forecast.table(centre) if len(self.forecast) else None
+        if table is not None:
+            self.model.inform(table)
+        if len(self.model):
+            self.model.fit(centre)
+            mean = self.model.effects()
+            draws = [self.model.effects(self.rng) for _ in range(round(self.explore * self.batch))]
+        else:
+            assert table is not None
+            mean, draws = self._rows(table), []
+        radii = [max(1, round(radius * by)) for by in SPAN] if self.region else [len(self.space)]
+        reach = None if table is not None and self.model.trusted else 1
+        proposals = [
+            solve_many(self.space, [within_reach(mean, centre, reach)], start=centre, changes=self._limit(r))[0]
+            for r in dict.fromkeys(radii)
+        ]
+        if draws:
+            effects = [within_reach(e, centre, reach) for e in draws]
+            proposals += solve_many(self.space, effects, start=centre, changes=self._limit(radius))
+        return [a for a in dict.fromkeys(proposals) if a is not None and a != centre]
+
+    def _limit(self, radius: int) -> int | None:
+        return radius if radius < len(self.space) else None
+
+    def _rows(self, table: Array) -> list[list[float]]:
+        filled = np.where(np.isfinite(table), table, np.inf)
+        return [row[: len(u.costs)].tolist() for row, u in zip(filled, self.space.units, strict=True)]
+
+    # ------------------------------------------------------------------ what is measured
+
+    def _race(self, candidates: list[Assignment]) -> Steps[bool]:
+        """Scores candidates beside the incumbent until one is better beyond doubt or none may be; True: it moved in."""
+        running, cost, purse = candidates, 0, self._purse()
+        for number in range(ROUNDS if self.racing else 1):
+            tokens = min(self._each * 2**number, max(self._each, LONGEST))
+            sent = [self.incumbent, *running]
+            cost += tokens * len(sent)
+            if number and cost > purse:
+                break
+            outcomes: list[Outcome] = yield self.propose(
+                sent, tokens=tokens or None, draw="fresh", stage=number, by_sequence=True
+            )
+            self.remember(outcomes)
+            self._learn(outcomes)
+            running = sorted((a for a in running if a in self._apart), key=self._mean)
+            if not running or len(outcomes) < len(sent):
+                break
+            clear = self._mean(running[0]) / self._error(running[0]) if self._fidelity else math.inf
+            if clear > EVIDENCE or (clear < -EVIDENCE and self._leads(running)):
+                break
+            running = running[: max(1, len(running) // 2)]
+        doubt = DOUBT if self.racing and self._fidelity else 0.0
+        if not running or self._mean(running[0]) >= -doubt * self._error(running[0]):
+            return False
+        self.incumbent = running[0]
+        self._apart.clear()
+        return True
+
+    def _leads(self, running: list[Assignment]) -> bool:
+        """Whether the first is twice as much better than the incumbent as the second."""
+        return len(running) == 1 or self._mean(running[0]) < 2 * self._mean(running[1])
+
+    @property
+    def _fidelity(self) -> bool:
+        return self.allowance.default_tokens > 0
+
+    def _learn(self, outcomes: list[Outcome]) -> None:
+        """Adds what was measured to the differences from the incumbent, and to the model's rows."""
+        reference = outcomes[0]
+        if not reference.usable:
+            return
+        for outcome in outcomes[1:]:
+            if not outcome.usable:
+                self._apart.setdefault(outcome.trial.levels, []).append(math.inf)
+                continue
+            if reference.by_sequence and outcome.by_sequence:
+                found = np.subtract(outcome.by_sequence, reference.by_sequence).tolist()
+            else:
+                found = [outcome.loss - reference.loss]
+            self._apart.setdefault(outcome.trial.levels, []).extend(found)
+            self._note(outcome.trial.levels, found)
+            weight = outcome.tokens / self._each if self._each else 1.0
+            self.model.add(outcome.trial.levels, self.incumbent, outcome.loss - reference.loss, weight)
+
+    def _mean(self, levels: Assignment) -> float:
+        return float(np.mean(self._apart[levels]))
+
+    def _error(self, levels: Assignment) -> float:
+        """Standard error of the mean difference; few differences borrow their variance from all that were measured."""
+        own = self._apart[levels]
+        squares = float(np.var(own)) * len(own) if math.isfinite(sum(own)) else 0.0
+        variance = (squares + BORROWED * self._spread * self._changed(levels)) / (len(own) - 1 + BORROWED)
+        return math.sqrt(variance / len(own)) or 1e-12
+
+    def _changed(self, levels: Assignment) -> int:
+        return sum(a != b for a, b in zip(levels, self.incumbent, strict=True))
+
+    def _note(self, levels: Assignment, differences: list[float]) -> None:
+        """Learns how much a difference varies from sequence to sequence, for each unit that is changed."""
+        changed = self._changed(levels)
+        if len(differences) > 1:
+            self._squares += float(np.var(differences)) * len(differences) / changed
+            self._freedom += len(differences) - 1
+        else:  # of a single one, half is taken for noise until something better is known
+            self._guesses.append(differences[0] ** 2 / 2 / changed)
+
+    @property
+    def _spread(self) -> float:
+        """Variance of a sequence's difference, for each unit that is changed."""
+        if self._freedom:
+            return self._squares / self._freedom
+        return float(np.mean(self._guesses)) if self._guesses else 0.0

@@ -31,8 +31,8 @@ class Projector:
     output or takes it away: its projection is the gradient of the output times that output. The bias of a layer that
     is switched on or off counts in the forms ``inner`` and ``output``.
 
-    Where it is parted, ``inner`` is taken part by part: what the layer does at some neighbouring positions. The parts of a
-    gradient are almost uncorrelated, so that the sum of their squares has the expectation of the squared sum at a
+    Where it is parted, ``inner`` is taken part by part: what the layer does at some neighbouring positions. The parts
+    of a gradient are almost uncorrelated, so that the sum of their squares has the expectation of the squared sum at a
     fraction of its variance.
 
     Args:

@@ -247,7 +247,9 @@ class SearcherConformance:
         searcher.ask, searcher.tell = spy_ask, spy_tell  # type: ignore[method-assign]
         result = search(searcher, problem, budget=Budget(evaluations=evaluations))
         assert problem.scored == len(result.outcomes) <= evaluations
-        assert len(result.outcomes) == evaluations or searcher.stop_reason
+        assert result.ledger is not None
+        assert len(result.outcomes) <= result.ledger.evaluations <= evaluations  # probes are paid for too
+        assert result.ledger.evaluations == evaluations or searcher.stop_reason
         assert all(batch == list(of.trials[: len(batch)]) for batch, of in zip(told, asked, strict=False))
         assert [t for batch in told for t in batch] == [o.trial for o in result.outcomes]
         numbers = [o.trial.number for o in result.outcomes]

@@ -95,7 +95,7 @@ class CurvatureRegion(Procedure):
         return self.incumbent
 
     def steps(self) -> Steps[None]:
-        if self.prior and (tokens := self._first_tokens()):
+        if self.prior and (tokens := self._pass_tokens(0.5)):
             self.forecast.add((yield from self.sensitivities(Probe(None, "sampled", tokens))))
             yield from self._race(self._solutions(len(self.space))[: self._most()])
         self._radius = float(self.first_radius)
@@ -106,7 +106,7 @@ class CurvatureRegion(Procedure):
             if told and not self._trusts():
                 told, self._radius = False, self.first_radius / 2
             if told and self.slopes:
-                tokens = self._slope_tokens()
+                tokens = self._pass_tokens(SLOPE_SHARE)
                 if tokens and (looked != self.incumbent or self._radius < self.first_radius):
                     looked = self.incumbent
                     self.forecast.add((yield from self.sensitivities(Probe(looked, "kl", tokens))))
@@ -135,18 +135,13 @@ class CurvatureRegion(Procedure):
             self.model.fit(self.incumbent)
         return self.model.trusted
 
-    def _first_tokens(self) -> int:
-        """Tokens of the first pass; 0: it cannot be paid beside a trial."""
+    def _pass_tokens(self, share: float) -> int:
+        """Tokens that a pass reads, in whole trials' tokens, on at most this share of what is left; 0: none."""
         left, each = self.allowance, self._each
-        if left.evaluations is not None and left.evaluations <= READS + 1:
+        if left.evaluations is not None and left.evaluations <= READS + 2:
             return 0
-        most = FIRST_PASS if left.tokens is None else min(FIRST_PASS, left.tokens // 2 // READS)
+        most = FIRST_PASS if left.tokens is None else min(FIRST_PASS, int(share * left.tokens) // READS)
         return most // max(each, 1) * each if each else 1
-
-    def _slope_tokens(self) -> int:
-        left, each = self.allowance, self._each
-        most = FIRST_PASS if left.tokens is None else min(FIRST_PASS, int(SLOPE_SHARE * left.tokens) // READS)
-        return most // max(each, 1) * each
 
     def _purse(self) -> float:
         """Tokens that a race may cost."""

@@ -145,7 +145,7 @@ class SensitivityPass:
             with torch.no_grad():
                 dense, _ = self._gated.final_hidden(ids)
         self._switch.set(assignment)
-        self._projector.begin(*ids.shape, form, self._parted(kind, form))
+        self._projector.begin(len(ids), ids.shape[1], form, self._parted(kind, form))
         self._segments = []
         self._kept_from = 0 if self._graph_bytes else len(self._numbers)
         try:

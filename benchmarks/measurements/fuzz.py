@@ -14,12 +14,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
-import itertools
 import json
 import math
-import os
-import queue
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,16 +27,11 @@ import tomlkit
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from benchmarks.measurements.fuzzed_commands import exit_code, search_case
 from evo_hpo import CompressionSpace, Unit
-from evo_hpo.cli.commands import main as evo_hpo
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.models.corpora import read_documents
-from evo_hpo.record.comparison import PlannedSearch
 from evo_hpo.record.profiles import open_profile
-from evo_hpo.run.events import Event
-from evo_hpo.run.plan import Plan
-from evo_hpo.run.schedule import compare
-from evo_hpo.run.search_process import run_searches
 
 __all__ = ["KINDS", "fuzz"]
 
@@ -100,9 +91,6 @@ MODEL: dict[str, Any] = {
     ],
     "searchers": [{"name": "evopress", "settings": {"offspring": 2}}],
 }
-LARGEST = 64
-"""Trials, and searches of a plan, up to which a plan goes through its searches."""
-
 PROFILE: dict[str, Any] = {
     "search": "evopress-s0",
     "searcher": "evopress",
@@ -202,21 +190,6 @@ def texts(draw: st.DrawFn) -> tuple[str, bytes]:
     return suffix, mark + end.join(draw(st.lists(draw(st.sampled_from([LINES, PLAIN])), max_size=8)))
 
 
-def _command(*arguments: object) -> int:
-    """Exit code of a command, which must say one line where it is not 0."""
-    shown, said = io.StringIO(), io.StringIO()
-    code = 0
-    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(said):
-        try:
-            evo_hpo([str(a) for a in arguments])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-    lines = said.getvalue().strip("\n").split("\n")
-    if code not in (0, 2) or (code == 2 and len(lines) != 1):
-        raise AssertionError(f"exit code {code}: {said.getvalue()[:2000]}")
-    return code
-
-
 def _refused(doing: Callable[[], object]) -> int:
     """0, or 2 where it is refused in one line."""
     try:
@@ -233,71 +206,14 @@ def plan_case(folder: Path, data: bytes) -> int:
     path = folder / "plan.toml"
     path.write_bytes(data)
     with patch("evo_hpo.cli.comparing.compare"), patch("evo_hpo.cli.comparing.show_report"):
-        return _command("compare", path, "--no-track", "--root", folder / "comparisons")
-
-
-def search_case(folder: Path, data: bytes) -> int:
-    """A plan, through its searches where they are few and short."""
-    path = folder / "plan.toml"
-    path.write_bytes(data)
-    if not (folder / "model").exists():
-        _write_model(folder / "model")
-    with (
-        patch("evo_hpo.cli.comparing.compare", _compared),
-        patch("evo_hpo.cli.comparing.show_report"),
-        patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),
-        patch.dict(os.environ, {"EVO_HPO_CACHE": str(folder / "cache"), "EVO_HPO_THREADS": "1"}),
-        contextlib.chdir(folder),
-    ):
-        return _command("compare", path, "--no-track", "--root", folder / "comparisons")
-
-
-def _compared(plan: Plan, **settings: Any) -> Path:
-    """The searches of a plan in this process, if that is short."""
-    tokens, trials = plan.budget.tokens or 0, plan.budget.evaluations or 0
-    searches = list(itertools.islice(plan.tasks(), LARGEST + 1))
-    if plan.budget.seconds or tokens > 16 * LARGEST or trials > LARGEST or len(searches) > LARGEST:
-        return Path(settings["folder"])
-    with patch("evo_hpo.run.schedule._processes", _here):
-        return compare(plan, **settings)
-
-
-@contextlib.contextmanager
-def _here(plan: Plan, folder: Path, resume: bool, tasks: list[PlannedSearch], *_: object) -> Iterator[Iterator[Event]]:
-    def events() -> Iterator[Event]:
-        waiting, heard = queue.SimpleQueue[Any](), queue.SimpleQueue[Any]()
-        for task in tasks:
-            waiting.put(task)
-        waiting.put(None)
-        with patch("evo_hpo.run.search_process._die_with_parent"), patch("signal.signal"):
-            run_searches(plan, folder, resume, 1, waiting, heard)
-        while (event := heard.get()) is not None:
-            yield event
-
-    yield events()
-
-
-def _write_model(folder: Path) -> None:
-    """A tiny Llama with a tokenizer of bytes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from benchmarks.measurements.tiny_architectures import VOCABULARY, tiny_architecture
-
-    model: Any = tiny_architecture("llama")
-    model.save_pretrained(folder)
-    words = {letter: i % VOCABULARY for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    fast: Any = PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer).save_pretrained(folder)
+        return exit_code("compare", path, "--no-track", "--root", folder / "comparisons")
 
 
 def profile_case(folder: Path, data: bytes) -> int:
     """A profile, exported (no problem here has a model) and put onto a space."""
     path = folder / "profile.json"
     path.write_bytes(data)
-    if not _command("export", path, folder / "model"):
+    if not exit_code("export", path, folder / "model"):
         raise AssertionError("exported, though no problem here has a model")
     return _refused(lambda: open_profile(path, SPACE))
 

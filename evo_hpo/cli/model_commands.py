@@ -45,12 +45,14 @@ def export(
 
     [bold]Example:[/bold] evo-hpo export mlruns/comparisons/smollm2-3bit/profiles/winner.json smollm2-3bit
     """
+    kept = f"{output} was not made; the profile and the level store are as they were"
     if output.suffix == ".gguf":
         from evo_hpo.export.gguf_file import export_gguf
 
         if dtype:
             raise InvalidSettingError(f"dtype={dtype!r} is of a folder: a GGUF file has the types of its levels")
-        made = export_gguf(profile, output, template=template, embedding=embedding, head=head)
+        with safe(kept):
+            made = export_gguf(profile, output, template=template, embedding=embedding, head=head)
         console.print(
             f"{output}: {made.bytes:,} bytes, held-out loss {made.profile['held_out']['loss']:.4g}; llama.cpp reads it,"
             f" KL to the model here {made.divergence:.2g} nats a token",
@@ -62,7 +64,7 @@ def export(
         raise InvalidSettingError("template, embedding and head are of a GGUF file: name an output that ends in .gguf")
     from evo_hpo.export.folder import export_profile
 
-    with safe(f"{output} was not made; the profile and the level store are as they were"):
+    with safe(kept):
         data = export_profile(profile, output, dtype)
     console.print(
         f"{output}: {data['average']:.4g} a weight, held-out loss {data['held_out']['loss']:.4g}", markup=False

@@ -67,8 +67,8 @@ def export_gguf(
     library()
     data, loaded, levels, assignment = opened(profile, output, "float32")
     source = template or source_gguf(loaded.name)
-    size = write_gguf(output, loaded, levels, assignment, template=source, types=types)
     try:
+        size = write_gguf(output, loaded, levels, assignment, template=source, types=types)
         place(loaded.model, levels, assignment)
         for name, kind in types.items():
             _round(loaded.model, name, kind)

@@ -135,7 +135,7 @@ MANY = 100_000
 """Most assignments that a searcher may be told to hold or to ask for at once."""
 
 
-def positive(name: str, value: int, least: int = 1, most: int = 10**12) -> int:
+def positive(name: str, value: int, least: int = 1, most: float = math.inf) -> int:
     """``value`` as an integer of at least ``least`` and at most ``most``.
 
     Raises:

@@ -110,7 +110,7 @@ class EvoPress(Procedure):
             raise InvalidSettingError(
                 f"initial={initial!r} needs a start that is drawn: init='random' or 'decremented', not {chosen['init']}"
             )
-        self.offspring = positive("offspring", chosen["offspring"], most=MANY)
+        self.offspring = positive("offspring", chosen["offspring"])
         self.selection = Selection.of(chosen["survivors"], chosen["tokens"], elitism)
         self.generations = most_generations(space, chosen["generations"])
         self.cross_group = probability("cross_group", chosen["cross_group"])

@@ -103,6 +103,9 @@ class LanguageModelTask:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
+        kinds, what = ((str,), "ggml types, such as Q4_0") if self.method == "ggml" else ((int, float), "numbers")
+        if any(isinstance(level, bool) or not isinstance(level, kinds) for level in self.levels):
+            raise InvalidSettingError(f"levels={list(self.levels)} must be {what}")
         object.__setattr__(self, "build", tuple(sorted(dict(self.build).items())))
         object.__setattr__(self, "drop", tuple(sorted(dict(self.drop).items())))
         object.__setattr__(self, "tie", tuple(tuple(names) for names in self.tie))

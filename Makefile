@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 $(TESTED): $(STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,measurements,ray,gguf]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,measurements,ray,gguf,compressed-tensors]"
 	touch $(TESTED)
 
 clean:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from evo_hpo.models.structure import droppable_modules, linear_modules
@@ -140,3 +142,30 @@ def random_assignments(count: int, units: int, levels: int, seed: int = 0) -> li
         child[changed] = rng.integers(levels, size=2)
         found[tuple(int(x) for x in child)] = None
     return list(found)
+
+
+def save_tiny(folder: Path, config: transformers.PretrainedConfig | None = None, spread: float | None = None) -> Path:
+    """A model with random weights (by default a two-block Llama) and a byte-level tokenizer, in a folder."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=270,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat"] * 10, trainer)
+    fast: Any = transformers.PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    small = transformers.LlamaConfig(
+        vocab_size=280,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    model: Any = random_model(config or small, spread=spread)
+    model.save_pretrained(folder)
+    return folder

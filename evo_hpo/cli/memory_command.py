@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import typer
@@ -10,10 +9,9 @@ from rich.table import Table
 
 from evo_hpo.cli.options import console
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.space.amounts import Amount
 
 __all__ = ["plan_memory"]
-
-UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def plan_memory(
@@ -35,7 +33,7 @@ def plan_memory(
     """
     from evo_hpo.scoring.footprint import TYPICAL, ModelShape, configuration, footprint
 
-    room, wanted = _bytes(device), _levels(levels)
+    room, wanted = Amount.of(device, "device", relative=False).total(0), _levels(levels)
     table = Table(title=f"memory of a search in 16 bits, {method} {levels}; device: {device}")
     for column in ("model", "weights", "levels", "uncompressed", "inputs", "a pass", "in all", f"{device} device"):
         table.add_column(column, justify="left" if column in ("model", f"{device} device") else "right")
@@ -62,13 +60,6 @@ def plan_memory(
         "One search runs a model on one device: what needs several cannot be searched yet.",
         markup=False,
     )
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text, re.IGNORECASE)
-    if not found or float(found[1]) <= 0:
-        raise InvalidSettingError(f"device={text!r} must be a size above 0 with its unit, such as '24 GB' or '80 GiB'")
-    return int(float(found[1]) * UNITS[found[2].lower()])
 
 
 def _levels(text: str) -> list[float]:

@@ -37,11 +37,13 @@ def export(
     profile: Annotated[Path, typer.Argument(help="A file under a comparison's profiles/.")],
     output: Annotated[Path, typer.Argument(help="Folder to make, or FILE.gguf for llama.cpp.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")] = "",
+    format: Annotated[str, typer.Option(help="Of a folder: dense, or compressed-tensors for vLLM.")] = "dense",
+    check: Annotated[bool, typer.Option(help="Load a folder back and compare its KL with the search's.")] = True,
     template: Annotated[Path | None, typer.Option(help="GGUF file of the model whose header a GGUF file gets.")] = None,
     embedding: Annotated[str, typer.Option(help="ggml type of the token embedding in a GGUF file.")] = "",
     head: Annotated[str, typer.Option(help="ggml type of the output matrix in a GGUF file.")] = "",
 ) -> None:
-    """Write the model of a profile: a Hugging Face folder that any library loads, or a GGUF file that llama.cpp runs.
+    """Write the model of a profile: a Hugging Face folder, packed or dense, or a GGUF file for llama.cpp.
 
     [bold]Example:[/bold] evo-hpo export mlruns/comparisons/smollm2-3bit/profiles/winner.json smollm2-3bit
     """
@@ -49,8 +51,9 @@ def export(
     if output.suffix == ".gguf":
         from evo_hpo.export.gguf_file import export_gguf
 
-        if dtype:
-            raise InvalidSettingError(f"dtype={dtype!r} is of a folder: a GGUF file has the types of its levels")
+        if dtype or format != "dense":
+            what = f"dtype={dtype!r}" if dtype else f"format={format!r}"
+            raise InvalidSettingError(f"{what} is of a folder: a GGUF file has the types of its levels")
         with safe(kept):
             made = export_gguf(profile, output, template=template, embedding=embedding, head=head)
         console.print(
@@ -65,7 +68,10 @@ def export(
     from evo_hpo.export.folder import export_profile
 
     with safe(kept):
-        data = export_profile(profile, output, dtype)
+        data = export_profile(profile, output, dtype, format, check=check)
     console.print(
-        f"{output}: {data['average']:.4g} a weight, held-out loss {data['held_out']['loss']:.4g}", markup=False
+        f"{output}: {data['bytes']:,} bytes, {data['average']:.4g} a weight, held-out loss"
+        f" {data['held_out']['loss']:.4g}; loaded back: {data['checked']}",
+        markup=False,
+        soft_wrap=True,
     )

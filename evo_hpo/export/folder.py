@@ -3,56 +3,124 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from evo_hpo.errors import ModelError, PlanError
+from evo_hpo.errors import InvalidSettingError, MissingPackageError, ModelError, PlanError
+from evo_hpo.export.card import Card
+from evo_hpo.export.figures import Estimate, measure
+from evo_hpo.export.packed_folder import refuse_unservable, write_packed
 from evo_hpo.export.published_layout import write_level_lines
+from evo_hpo.export.reading import load_served, size_of
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.levels import Levels
+from evo_hpo.levels.packing import Encoded
 from evo_hpo.models.experts import fuse_experts
 from evo_hpo.models.identity import differences, tokenizer_identity, warn_unchecked
 from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model, made_folder, refuse_non_finite
 from evo_hpo.record.profiles import open_profile
-from evo_hpo.scoring.task import Factory
+from evo_hpo.scoring.task import Factory, LanguageModelTask
 from evo_hpo.search.registry import problem_factory
 
-__all__ = ["export_profile", "opened", "place"]
+__all__ = ["export_profile", "opened", "place", "task_of"]
 
 
-def export_profile(profile: Path, output: Path, dtype: str = "") -> dict[str, Any]:
-    """Writes the model that a profile describes, decoded to dense weights, with its tokenizer and the profile (as
-    ``profile.json``, and as ``profile.txt`` with one ``layer: level`` line each).
+def export_profile(
+    profile: Path, output: Path, dtype: str = "", format: str = "dense", *, check: bool = True
+) -> dict[str, Any]:
+    """Writes the model that a profile describes, with its tokenizer, the profile (as ``profile.json``, and as
+    ``profile.txt`` with one ``layer: level`` line each) and a model card; loads it back once and compares its KL.
 
     A dropped module keeps its place and gets zero weights, so that it contributes nothing and any library can load it.
 
     Args:
         profile: a file under a comparison's ``profiles/``.
         output: folder to make; must not exist.
-        dtype: of the weights that are written; empty: the model's own.
+        dtype: of the weights that are dense; empty: the model's own, or with packed weights a 16-bit one.
+        format: ``dense``, or ``compressed-tensors`` for packed integers; see :mod:`evo_hpo.export.packed_folder`.
+        check: load what was written, and compare its KL on the held-out text with the profile's.
 
     Returns:
-        The profile.
+        The profile, with ``bytes`` of the weight files and what was ``checked``.
 
     Raises:
         PlanError: not a profile of a language model, or the folder exists; or model, tokenizer or level store are
-            others than those that the profile was found with: the message names which.
+            others than those that the profile was found with: the message names which; or it cannot be served.
         StoreError: the level store is gone or is another model's.
+        ModelError: what was written does not compute what the search found; nothing is left then.
     """
+    if format not in ("dense", "compressed-tensors"):
+        raise InvalidSettingError(f"format={format!r} must be dense or compressed-tensors, or name a FILE.gguf")
+    packs = format == "compressed-tensors"
+    if packs and check and find_spec("compressed_tensors") is None:
+        raise MissingPackageError("to load packed weights back: pip install 'evo-hpo[compressed-tensors]'")
     data, loaded, levels, assignment = opened(profile, output, dtype)
-    place(loaded.model, levels, assignment)
+    model: Any = loaded.model
+    task = task_of(data)
+    encoded: dict[str, Encoded] = {}
+    if packs:
+        refuse_unservable(profile, levels, assignment, task.serve)
+        encoded = {n: e for u, level in enumerate(assignment) for n, e in levels.encoded(u, level).items()}
+        if not dtype and model.dtype == torch.float32:
+            model.to(torch.float16)
+    place(model, levels, assignment)
+    for name, tensor in model.state_dict().items():
+        refuse_non_finite(name, tensor)
     with _whole(output) as folder:
-        loaded.model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
+        if packs:
+            write_packed(folder, loaded, encoded)
         write_level_lines(folder / "profile.txt", levels, assignment)
         (folder / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
-    return data
+        checked = _loaded_back(folder, data, task) if check else "not done"
+        size, weights = size_of(str(folder)), sum({id(p): p.numel() for p in model.parameters()}.values())
+        kind = str(model.dtype).removeprefix("torch.")
+        card = Card(data, profile, levels, assignment, format, kind, size, weights, checked)
+        (folder / "README.md").write_text(card.text(), encoding="utf-8")
+    return {**data, "bytes": size, "checked": checked}
+
+
+def _loaded_back(folder: Path, data: Mapping[str, Any], task: LanguageModelTask) -> str:
+    """Loads what was written and compares its KL on the first held-out text with what the search found.
+
+    Raises:
+        ModelError: they differ by more than the dtypes explain.
+    """
+    recorded = ((data.get("fingerprint") or {}).get("identity") or {}).get("dtype", "float32")
+    dtype = compute_dtype(recorded)
+    original, again = load_model(task.model, dtype), load_served(str(folder), dtype)
+    text = next(iter(task.held_out_texts(original).values()))
+    found = Estimate.of(measure(again.model, text, original.model).divergence).mean
+    wanted = float(data["held_out"]["loss"])
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype", recorded)
+    share, least = (0.05, 2e-3) if "bfloat16" in (recorded, saved) else (0.01, 2e-4)
+    if not abs(found - wanted) <= share * abs(wanted) + least:
+        raise ModelError(
+            f"what was written has a KL of {found:.6g} nats a token on the held-out text, the search found"
+            f" {wanted:.6g}: model, text or libraries are not what they were; --no-check writes it all the same"
+        )
+    return f"KL {found:.5g} nats a token on the held-out text, the search found {wanted:.5g}"
+
+
+def task_of(data: Mapping[str, Any]) -> LanguageModelTask:
+    """The task that a profile was found on.
+
+    Raises:
+        PlanError: it is of no language model.
+    """
+    factory = problem_factory(data["problem"]["name"])
+    if not isinstance(factory, Factory):
+        raise PlanError(f"the profile is of problem {data['problem']['name']!r}, which has no model to export")
+    return factory.task(data["problem"].get("settings", {}))
 
 
 def opened(
@@ -67,10 +135,7 @@ def opened(
         raise PlanError(f"{output} exists already: name another")
     made_folder(output.parent)
     data, _ = open_profile(profile)
-    factory = problem_factory(data["problem"]["name"])
-    if not isinstance(factory, Factory):
-        raise PlanError(f"{profile} is of problem {data['problem']['name']!r}, which has no model to export")
-    task = factory.task(data["problem"].get("settings", {}))
+    task = task_of(data)
     loaded = load_model(task.model, compute_dtype(dtype) if dtype else None)
     identity = {**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)}
     _refuse_others(profile, data, identity)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
 
-__all__ = ["HEADER", "file_bytes", "has_zero_points", "scheme"]
+__all__ = ["HEADER", "file_bytes", "follows_columns", "has_zero_points", "scheme"]
 
 HEADER = 90
 """Bytes that a tensor takes in a file beside its data and its name, at most."""
@@ -24,9 +24,20 @@ def scheme(unit: UnitRecord, level: LevelRecord) -> tuple[int, bool, int] | None
 
 def has_zero_points(unit: UnitRecord, level: LevelRecord) -> bool:
     """Whether a quantized level stores zero points; records say it by the bits that the level takes."""
+    return _beside_codes(unit, level) > 0
+
+
+def follows_columns(unit: UnitRecord, level: LevelRecord) -> bool:
+    """Whether consecutive columns share a scale; or else the level stores a number for each column."""
+    rows, columns = unit.shape
+    return _beside_codes(unit, level) in (0, 8 * rows * -(-columns // int(level.settings["group_size"])))
+
+
+def _beside_codes(unit: UnitRecord, level: LevelRecord) -> int:
+    """Bits that a quantized level stores beside codes and scales."""
     settings, (rows, columns) = level.settings, unit.shape
     codes = -(-rows * columns // 8) * int(settings["bits"]) * 8
-    return level.storage > codes + 16 * rows * -(-columns // int(settings["group_size"]))
+    return level.storage - codes - 16 * rows * -(-columns // int(settings["group_size"]))
 
 
 def file_bytes(unit: UnitRecord, level: LevelRecord) -> int:

@@ -2,7 +2,7 @@
 
 The rules are those of packed integer weights (compressed-tensors) as transformers 5.23 and vLLM 0.32 load them: 2 to 8
 bits, in groups that follow the columns, one scheme for layers that the program fuses. vLLM has kernels for zero points
-at 4 and 8 bits; transformers loads none. llama.cpp runs ggml types; the experts of a block are one tensor of one type there.
+at 4 and 8 bits; transformers loads none. llama.cpp runs ggml types; experts of a block are one tensor there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.level_set import Choice, LevelSet, bundled
-from evo_hpo.levels.packed_size import has_zero_points, scheme
+from evo_hpo.levels.packed_size import follows_columns, has_zero_points, scheme
 
 __all__ = ["FUSED", "SERVERS", "Server", "check_levels", "server_named"]
 
@@ -28,7 +28,9 @@ FUSED: Mapping[str, str] = {
 }
 """Layers that vLLM reads as one matrix: name of the whole -> expression whose group is equal for its parts."""
 
-STACKED: Mapping[str, str] = {f"experts.{part}_proj": rf"(.*)\.experts\.\d+\.{part}_proj$" for part in ("gate", "up", "down")}
+STACKED: Mapping[str, str] = {
+    f"experts.{part}_proj": rf"(.*)\.experts\.\d+\.{part}_proj$" for part in ("gate", "up", "down")
+}
 """The same of experts that are one tensor a projection in a GGUF file."""
 
 
@@ -69,6 +71,8 @@ class Server:
             return "its weights are stored as inputs x outputs, which packed weights cannot be"
         if re.search(r"\.experts\.\d+\.", name) and not self.experts:
             return f"{self.name} loads no mixture of experts with packed weights"
+        if not follows_columns(choice.unit, choice.level):
+            return "its groups do not follow its columns: build with static_groups = true"
         if not 2 <= bits <= 8:
             return f"{bits} bits are outside 2 to 8"
         if has_zero_points(choice.unit, choice.level) and bits not in self.asymmetric:

@@ -14,7 +14,7 @@ from evo_hpo.errors import ModelError
 from evo_hpo.models.loading import resolve_folder
 from evo_hpo.models.structure import decoder_blocks, linear_modules
 
-__all__ = ["TYPICAL", "Footprint", "ModelShape", "configuration", "footprint"]
+__all__ = ["TYPICAL", "Footprint", "ModelShape", "configuration", "empty_model", "footprint"]
 
 TYPICAL: dict[str, dict[str, Any]] = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
@@ -41,6 +41,23 @@ def configuration(name: str) -> Any:
         return LlamaConfig(**{**common, **TYPICAL[name]})
     path = Path(name).expanduser()
     return AutoConfig.from_pretrained(path if (path / "config.json").is_file() else resolve_folder(name))
+
+
+def empty_model(config: Any) -> nn.Module:
+    """The model of a configuration of transformers, without memory.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    make: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model: nn.Module = make.from_config(config)
+    except Exception as error:
+        raise ModelError(f"transformers cannot build this configuration: {str(error).splitlines()[0]}") from error
+    return model
 
 
 @dataclass(frozen=True)
@@ -70,14 +87,7 @@ class ModelShape:
         Raises:
             ModelError: transformers cannot build it, or it has no decoder blocks.
         """
-        from transformers import AutoModelForCausalLM
-
-        make: Any = AutoModelForCausalLM
-        try:
-            with torch.device("meta"):
-                model: nn.Module = make.from_config(config)
-        except Exception as error:
-            raise ModelError(f"transformers cannot build this configuration: {str(error).splitlines()[0]}") from error
+        model = empty_model(config)
         weights = {id(p): p.numel() for p in model.parameters()}
         layers = linear_modules(model)
         sizes = [m.weight.numel() for m in layers.values()]  # type: ignore[operator]

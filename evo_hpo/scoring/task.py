@@ -7,25 +7,28 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from evo_hpo.errors import InfeasibleError, InvalidSettingError
+from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.build import build, check_settings, default_folder
 from evo_hpo.levels.level_set import LevelSet, joined
+from evo_hpo.levels.serving import check_levels, server_named
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.corpora import Spec, Split, shares_of
 from evo_hpo.models.identity import tokenizer_identity
 from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model
 from evo_hpo.models.text import load_tokens
 from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.file_size import FileSize
 from evo_hpo.scoring.problem import LanguageModelProblem, check_names
 from evo_hpo.scoring.sampling import check_tokens
+from evo_hpo.scoring.stand_in import stand_in, unknown
 from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.registry import Preview
+from evo_hpo.space.amounts import Amount
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 
 __all__ = ["Factory", "LanguageModelTask", "language_model"]
@@ -40,6 +43,11 @@ class LanguageModelTask:
         method: how the levels are made: gptq, ggml, sparsegpt, rtn, magnitude, wanda, drop.
         levels: bits, ggml types, sparsities, or nothing for drop.
         average: budget: bits a weight, share of weights removed (sparsity), or number of modules dropped (drop).
+        size: budget instead: of the exported file with all that is in it, as "400 MB" (10^6 bytes; also GB, MiB, GiB),
+            or as "3.4 bits a weight", "0.42 bytes a weight" of all weights of the model.
+        serve: ``vllm``, ``transformers`` or ``llama.cpp``: only levels that it loads are offered, and what it fuses
+            shares a level. GPTQ and RTN are then built without zero points.
+        tensor_parallel: devices that vLLM divides a layer over.
         resource: what the budget counts; empty: what the method is about (nominal bits, weights kept, modules kept);
             ``storage``: bits on disk, scales, zero points and masks included, and ``average`` in storage bits a weight.
         drop: modules dropped of each group instead, as {"attention": 6, "mlp": 6}.
@@ -78,6 +86,9 @@ class LanguageModelTask:
     method: str = "gptq"
     levels: tuple[Any, ...] = (2, 3, 4, 5, 6)
     average: float = 3.0
+    size: str = ""
+    serve: str = ""
+    tensor_parallel: int = 1
     resource: str = ""
     drop: tuple[tuple[str, int], ...] | dict[str, int] = ()
     store: str = ""
@@ -127,6 +138,14 @@ class LanguageModelTask:
             raise InvalidSettingError(f"fitness={self.fitness!r} must be one of: kl, perplexity, topk_kl")
         if self.cache and self.early_stopping:
             raise InvalidSettingError(f"cache={self.cache!r} needs early_stopping = false, so that it changes no trial")
+        if self.size and (self.resource or self.method == "drop" or not Amount.of(self.size).bytes):
+            raise InvalidSettingError(
+                f"size={self.size!r} is a budget of its own: leave out resource, and drop no modules"
+            )
+        if self.serve:
+            check_levels(
+                server_named(self.serve), self.method, self.levels, bool(self._build_settings.get("symmetric"))
+            )
         shares_of(self.calibration)
         check_names(self.held_out)
         if self.dtype != "auto":
@@ -148,37 +167,9 @@ class LanguageModelTask:
         Raises:
             InfeasibleError: the average is outside what the levels allow.
         """
-        if self.resource or self.join or self.method == "ggml":  # levels are known once they are built
-            return CompressionSpace([Unit(f"layers.{i}.unit", costs=(16, 32), size=16) for i in range(30)], 30 * 24)
-        if self.method in ("gptq", "rtn"):
-            ordered = sorted(self.levels)
-            low, high = 0 if self.dropped else ordered[0], ordered[-1]
-            if not low <= self.average <= high:
-                raise InfeasibleError(
-                    f"average={self.average} bits is outside what levels {list(ordered)} allow, {low} to {high}:"
-                    " change the average or the levels"
-                )
-            units = [
-                Unit(
-                    f"layers.{i}.unit",
-                    costs=tuple(int(b) * 16 for b in (*[0] * self.dropped, *ordered)),
-                    levels=tuple(map(str, (*["dropped"] * self.dropped, *ordered))),
-                    size=16,
-                )
-                for i in range(30)
-            ]
-            return CompressionSpace.from_average(units, self.average)
-        if self.method in ("sparsegpt", "magnitude", "wanda"):
-            if not min(self.levels) <= self.average <= (1 if self.dropped else max(self.levels)):
-                raise InfeasibleError(
-                    f"average={self.average} sparsity is outside what levels {sorted(self.levels)} allow:"
-                    " change the average or the levels"
-                )
-            kept = sorted(round(1000 * (1 - s)) for s in (*self.levels, *[1] * self.dropped))
-            units = [Unit(f"layers.{i}.unit", costs=tuple(kept), size=1000) for i in range(30)]
-            return CompressionSpace(units, int(30 * 1000 * (1 - Fraction(str(self.average)))))
-        units = [Unit(f"layers.{i}.unit", costs=(0, 1), levels=("dropped", "kept")) for i in range(30)]
-        return CompressionSpace(units, 30 - max(1, min(29, int(self.average))))
+        if self.resource or self.size or self.join or self.method == "ggml":  # levels are known once they are built
+            return unknown()
+        return stand_in(self.method, self.levels, self.average, self.dropped)
 
     def check_minibatch(self, tokens: int) -> None:
         """Raises InvalidSettingError when no minibatch of so many tokens can be drawn from the pool."""
@@ -195,7 +186,8 @@ class LanguageModelTask:
 
     @property
     def _build_settings(self) -> dict[str, Any]:
-        return {"calibration": self.calibration, **dict(self.build)}
+        own = {"symmetric": True} if self.serve and self.method in ("gptq", "rtn") else {}
+        return {"calibration": self.calibration, **own, **dict(self.build)}
 
     def ensure_store(self, progress: Callable[..., None]) -> None:
         """Builds the store, or checks that the one that is there belongs to the model."""
@@ -243,10 +235,15 @@ class LanguageModelTask:
             levels = levels.tied({"+".join(names): rf"(.*)\.(?:{pattern})$"})
             if len(levels.units) == before:
                 raise InvalidSettingError(f"tie={list(names)} ties nothing: the units are called {_last(levels.units)}")
-        return levels.counted_in(self.resource) if self.resource else levels
+        if self.serve:
+            levels = server_named(self.serve).served(levels, self.tensor_parallel)
+        counted = "bytes" if self.size else self.resource
+        return levels.counted_in(counted) if counted else levels
 
     def space(self, levels: LevelSet) -> CompressionSpace:
         """The search space on these levels."""
+        if self.size:
+            return FileSize.of(self.model, levels).space(levels, self.size)
         return levels.space(drop=dict(self.drop)) if self.drop else levels.space(self.average)
 
     def make(self) -> LanguageModelProblem:
@@ -255,8 +252,6 @@ class LanguageModelTask:
         loaded = load_model(self.model, dtype, self.device)
         levels = self.open_levels(loaded.identity, dtype)
         pool = self._text(self.calibration, "calibration", self.calibration_tokens, loaded)
-        named = {"": self.held_out} if isinstance(self.held_out, str) else self.held_out
-        held_out = {name: self._text(text, "held_out", self.held_out_tokens, loaded) for name, text in named.items()}
         evaluator = Evaluator(
             loaded.model,
             levels,
@@ -269,10 +264,20 @@ class LanguageModelTask:
             cache=Path(self.cache).expanduser() if self.cache else None,
             identity={**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)},
         )
-        name = f"{loaded.name} {self.method}"
+        name, texts = f"{loaded.name} {self.method}", self.held_out_texts(loaded)
         return LanguageModelProblem(
-            evaluator, self.space(levels), held_out, tokens=self.tokens, name=name, errors=levels.errors
+            evaluator,
+            self.space(levels),
+            texts,
+            tokens=self.tokens,
+            name=name,
+            errors=levels.errors,
         )
+
+    def held_out_texts(self, loaded: LoadedModel) -> dict[str, torch.Tensor]:
+        """Held-out tokens (sequences x length) by name, the one that names the winner first; "" where there is one."""
+        named = {"": self.held_out} if isinstance(self.held_out, str) else self.held_out
+        return {name: self._text(text, "held_out", self.held_out_tokens, loaded) for name, text in named.items()}
 
     def _text(self, spec: Spec, split: Split, tokens: int, loaded: LoadedModel) -> torch.Tensor:
         own = dict(self.build)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.export import folder
@@ -26,7 +25,7 @@ from evo_hpo.scoring import task
 from evo_hpo.scoring.task import language_model
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.registry import make_problem, prepare_problem, preview_problem
-from tests.tiny import random_model
+from tests.tiny import save_tiny
 
 
 def rehearse_and_prepare(problem: dict[str, Any], plan: Plan) -> None:
@@ -39,29 +38,7 @@ def rehearse_and_prepare(problem: dict[str, Any], plan: Plan) -> None:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-block Llama with random weights and a byte-level tokenizer."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=270,
-        special_tokens=["<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the cat sat on the mat"] * 10, trainer)
-    fast: Any = PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=280,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
-    model: Any = random_model(config)
-    model.save_pretrained(folder)
-    return folder
+    return save_tiny(folder)
 
 
 def settings(folder: Path, store: Path, **changes: Any) -> dict[str, Any]:
@@ -291,7 +268,7 @@ def test_a_mixed_profile_is_exported_with_the_levels_that_it_names(
     assignment = [unit.levels.index(labels[unit.name]) for unit in made.space.units]
     profile = {
         "problem": {"name": "language_model", "settings": problem},
-        "held_out": {"loss": 0.1},
+        "held_out": made.validate(tuple(assignment)),
         "average": made.space.average(assignment),
         "levels": assignment,
         "units": labels,

@@ -1,0 +1,116 @@
+"""The model card of an exported folder: what it is, how it was found, and how good it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evo_hpo.levels.level_set import LevelSet
+from evo_hpo.record.environment import versions
+from evo_hpo.space.amounts import shown
+
+__all__ = ["Card"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says.
+
+    Attributes:
+        profile: as it was read.
+        path: its file; the plan of its comparison lies beside it.
+        levels, assignment: what it takes of what.
+        format: "dense" or "compressed-tensors"; ``dtype``: of dense weights.
+        bytes: of the weight files; ``weights``: of the model.
+        checked: what loading the folder back showed, or that it was not done.
+    """
+
+    profile: Mapping[str, Any]
+    path: Path
+    levels: LevelSet
+    assignment: Sequence[int]
+    format: str
+    dtype: str
+    bytes: int
+    weights: int
+    checked: str
+
+    def text(self) -> str:
+        """As Markdown."""
+        data, model = self.profile, self.profile["problem"].get("settings", {}).get("model", "")
+        name = Path(str(model)).name or data["problem"]["name"]
+        parts = [
+            f"# {name}, compressed layer by layer",
+            f"{shown(self.bytes)} of weights, {8 * self.bytes / self.weights:.3f} bits a weight over all"
+            f" {self.weights:,} weights of the model; {data['average']:.4g} {self.levels.resource} a searched weight."
+            f" Format: {self.format}, {self.dtype}.",
+            *self._notes(),
+            "## Figures",
+            self._figures(),
+            f"Loaded back: {self.checked}",
+            "## How it was found",
+            self._how(),
+            "## Profile",
+            self._table(),
+            "## Plan",
+            f"```toml\n{self._plan()}\n```",
+            "## Versions",
+            ", ".join(f"{package} {version}" for package, version in versions().items()),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+    def _notes(self) -> list[str]:
+        """What a reader might expect of the file and does not get."""
+        kinds = Counter(c.level.settings.get("kind", "dense") for c in self.levels.chosen(self.assignment).values())
+        found = []
+        if self.format == "dense":
+            found.append("All weights are dense: nothing is smaller or faster than the uncompressed model.")
+        elif kinds["sparse"] or kinds["dropped"]:
+            found.append(
+                f"{kinds['sparse']} sparse and {kinds['dropped']} dropped modules are dense, with zeros: the format has"
+                " no sparse weights (compressed-tensors and vLLM removed them), so nothing of these is smaller."
+            )
+        return found
+
+    def _figures(self) -> str:
+        """Held-out figures, a row a text."""
+        held_out = self.profile["held_out"]
+        names = [key.rpartition("/")[0] for key in held_out if key == "loss" or key.endswith("/loss")]
+        texts = self.profile["problem"].get("settings", {}).get("held_out", "")
+        first = next(iter(texts)) if isinstance(texts, Mapping) else texts or "held-out text"
+        rows = ["| text | KL to the uncompressed model, nats a token | perplexity |", "|---|---|---|"]
+        for name in names:
+            figures = [held_out.get(f"{name}/{key}" if name else key) for key in ("loss", "perplexity")]
+            told = ["" if value is None else f"{value:.5g}" for value in figures]
+            rows.append(f"| {name or first} | {' | '.join(told)} |")
+        return "\n".join(rows)
+
+    def _how(self) -> str:
+        data = self.profile
+        settings = "".join(f", {key} = {value}" for key, value in (data.get("settings") or {}).items())
+        identity = (data.get("fingerprint") or {}).get("identity") or {}
+        found = f"Searcher {data.get('searcher', '?')}{settings}, seed {data.get('seed', '?')}"
+        return f"{found}; held-out figures in {identity.get('dtype', 'float32')}, outside of the search's budget."
+
+    def _table(self) -> str:
+        """Levels of a block's layers, a row a block; where units are no layers of blocks, a row a unit."""
+        units = self.levels.units
+        labels = {u.name: u.levels[k] for u, k in zip(units, self.assignment, strict=True)}
+        if any(unit.block is None for unit in units):
+            return "\n".join(["| unit | level |", "|---|---|", *(f"| {n} | {label} |" for n, label in labels.items())])
+        roles = list(dict.fromkeys(unit.role for unit in units))
+        rows = [f"| block | {' | '.join(roles)} |", "|---" * (len(roles) + 1) + "|"]
+        for block in sorted({unit.block for unit in units if unit.block is not None}):
+            own = {unit.role: labels[unit.name] for unit in units if unit.block == block}
+            rows.append(f"| {block} | {' | '.join(own.get(role, '') for role in roles)} |")
+        return "\n".join(rows)
+
+    def _plan(self) -> str:
+        plan = self.path.parent.parent / "plan.toml"
+        if self.path.parent.name == "profiles" and plan.is_file():
+            return plan.read_text(encoding="utf-8").strip()
+        settings = self.profile["problem"].get("settings", {})
+        return "\n".join(f"# {key} = {value!r}" for key, value in settings.items()) or "# not kept"

@@ -1,0 +1,53 @@
+"""A small space with a task's levels and budget, before anything is built: what cannot work there cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from evo_hpo.errors import InfeasibleError
+from evo_hpo.space.compression_space import CompressionSpace, Unit
+
+__all__ = ["stand_in", "unknown"]
+
+
+def unknown() -> CompressionSpace:
+    """For levels whose costs are known once they are built."""
+    return CompressionSpace([Unit(f"layers.{i}.unit", costs=(16, 32), size=16) for i in range(30)], 30 * 24)
+
+
+def stand_in(method: str, levels: Sequence[float], average: float, dropped: bool) -> CompressionSpace:
+    """The settings are those of the task.
+
+    Raises:
+        InfeasibleError: the average is outside what the levels allow.
+    """
+    if method in ("gptq", "rtn"):
+        ordered = sorted(levels)
+        low, high = 0 if dropped else ordered[0], ordered[-1]
+        if not low <= average <= high:
+            raise InfeasibleError(
+                f"average={average} bits is outside what levels {list(ordered)} allow, {low} to {high}:"
+                " change the average or the levels"
+            )
+        units = [
+            Unit(
+                f"layers.{i}.unit",
+                costs=tuple(int(b) * 16 for b in (*[0] * dropped, *ordered)),
+                levels=tuple(map(str, (*["dropped"] * dropped, *ordered))),
+                size=16,
+            )
+            for i in range(30)
+        ]
+        return CompressionSpace.from_average(units, average)
+    if method in ("sparsegpt", "magnitude", "wanda"):
+        if not min(levels) <= average <= (1 if dropped else max(levels)):
+            raise InfeasibleError(
+                f"average={average} sparsity is outside what levels {sorted(levels)} allow:"
+                " change the average or the levels"
+            )
+        kept = sorted(round(1000 * (1 - s)) for s in (*levels, *[1] * dropped))
+        units = [Unit(f"layers.{i}.unit", costs=tuple(kept), size=1000) for i in range(30)]
+        return CompressionSpace(units, int(30 * 1000 * (1 - Fraction(str(average)))))
+    units = [Unit(f"layers.{i}.unit", costs=(0, 1), levels=("dropped", "kept")) for i in range(30)]
+    return CompressionSpace(units, 30 - max(1, min(29, int(average))))

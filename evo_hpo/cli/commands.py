@@ -1,4 +1,4 @@
-"""The command line: ``evo-hpo build | search | compare | ablate | report | track | ui | export | plan-memory | list``.
+"""The command line: ``evo-hpo`` and its commands, in the order of the list below.
 
 Bad input ends with one line on standard error and exit code 2; an interrupt with 130 and the command that resumes; what
 nobody expected with 1, one line, and where its trace is.
@@ -22,6 +22,7 @@ from evo_hpo.cli.model_commands import build, export
 from evo_hpo.cli.options import console, errors
 from evo_hpo.cli.result_commands import list_names, report, track, ui
 from evo_hpo.cli.search_commands import ablate, compare, search
+from evo_hpo.cli.sizes_command import sizes
 from evo_hpo.cli.streams import usable_streams
 from evo_hpo.cli.unexpected import unexpected
 from evo_hpo.errors import EvoHpoError
@@ -101,7 +102,7 @@ def _options(
     pass
 
 
-for command in (compare, search, ablate, build, report, track, ui, export):
+for command in (compare, search, ablate, build, report, track, ui, export, sizes):
     app.command()(command)
 app.command("plan-memory")(plan_memory)
 app.command("list")(list_names)

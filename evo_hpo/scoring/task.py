@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from evo_hpo.scoring.stand_in import stand_in, unknown
 from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.registry import Preview
 from evo_hpo.space.amounts import Amount
-from evo_hpo.space.compression_space import CompressionSpace, Unit
+from evo_hpo.space.compression_space import CompressionSpace
 
 __all__ = ["Factory", "LanguageModelTask", "language_model"]
 
@@ -132,10 +132,9 @@ class LanguageModelTask:
             raise InvalidSettingError(f"resource={self.resource!r} must be empty or 'storage', and empty for drop")
         if self.drop and self.method != "drop":
             raise InvalidSettingError(f"drop={dict(self.drop)} needs method = 'drop', not {self.method!r}")
-        if self.memory not in ("resident", "packed"):
-            raise InvalidSettingError(f"memory={self.memory!r} must be 'resident' or 'packed'")
-        if self.fitness not in ("kl", "perplexity", "topk_kl"):
-            raise InvalidSettingError(f"fitness={self.fitness!r} must be one of: kl, perplexity, topk_kl")
+        for name, allowed in (("memory", ("resident", "packed")), ("fitness", ("kl", "perplexity", "topk_kl"))):
+            if getattr(self, name) not in allowed:
+                raise InvalidSettingError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
         if self.cache and self.early_stopping:
             raise InvalidSettingError(f"cache={self.cache!r} needs early_stopping = false, so that it changes no trial")
         if self.size and (self.resource or self.method == "drop" or not Amount.of(self.size).bytes):
@@ -143,9 +142,7 @@ class LanguageModelTask:
                 f"size={self.size!r} is a budget of its own: leave out resource, and drop no modules"
             )
         if self.serve:
-            check_levels(
-                server_named(self.serve), self.method, self.levels, bool(self._build_settings.get("symmetric"))
-            )
+            check_levels(server_named(self.serve), self.method, self.levels, bool(self.build_settings.get("symmetric")))
         shares_of(self.calibration)
         check_names(self.held_out)
         if self.dtype != "auto":
@@ -182,10 +179,11 @@ class LanguageModelTask:
         """Where the level store is or will be."""
         if self.store:
             return Path(self.store).expanduser()
-        return default_folder(self.model, self.method, self.levels or None, self._build_settings)
+        return default_folder(self.model, self.method, self.levels or None, self.build_settings)
 
     @property
-    def _build_settings(self) -> dict[str, Any]:
+    def build_settings(self) -> dict[str, Any]:
+        """What the store is built with, apart from method and levels."""
         own = {"symmetric": True} if self.serve and self.method in ("gptq", "rtn") else {}
         return {"calibration": self.calibration, **own, **dict(self.build)}
 
@@ -198,7 +196,7 @@ class LanguageModelTask:
             levels=self.levels or None,
             device=self.device,
             progress=progress,
-            **self._build_settings,
+            **self.build_settings,
         )
 
     def open_store(self, model: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32) -> LevelStore:
@@ -228,13 +226,22 @@ class LanguageModelTask:
         if others:
             prefixes = ["", *(f"{other.manifest.plan.method} " for other in others)]
             levels = joined([levels, *(other.levels for other in others)], self.resource or "bits", prefixes)
+        return self.arranged(levels)
+
+    def arranged(self, levels: LevelSet) -> LevelSet:
+        """A store's levels as they are searched: dropped ones added, tied, those that cannot be served left out.
+
+        Raises:
+            InvalidSettingError: no unit is called as ``tie`` says, or one cannot be served.
+        """
         if self.dropped:
             levels = levels.with_dropped()
         for names in self.tie:
             before, pattern = len(levels.units), "|".join(map(re.escape, names))
             levels = levels.tied({"+".join(names): rf"(.*)\.(?:{pattern})$"})
             if len(levels.units) == before:
-                raise InvalidSettingError(f"tie={list(names)} ties nothing: the units are called {_last(levels.units)}")
+                found = ", ".join(dict.fromkeys(unit.name.rpartition(".")[2] for unit in levels.units))
+                raise InvalidSettingError(f"tie={list(names)} ties nothing: the units are called {found}")
         if self.serve:
             levels = server_named(self.serve).served(levels, self.tensor_parallel)
         counted = "bytes" if self.size else self.resource
@@ -293,11 +300,6 @@ class LanguageModelTask:
             apart_from=read if split == "held_out" else (),
             drawn=max(self.calibration_tokens, own.get("calibration_tokens", 0)),
         )
-
-
-def _last(units: Sequence[Unit]) -> str:
-    """Last parts of the units' names, each once."""
-    return ", ".join(dict.fromkeys(unit.name.rpartition(".")[2] for unit in units))
 
 
 class Factory:

@@ -1,0 +1,61 @@
+"""Levels that are not built yet, with the bits and bytes that they will take; they have no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from evo_hpo.errors import StoreError
+from evo_hpo.levels.level_set import Choice, LevelSet
+from evo_hpo.levels.manifest import LevelRecord, UnitRecord
+from evo_hpo.models.experts import unfuse_experts
+from evo_hpo.models.structure import ROUTERS, is_transposed, linear_modules
+from evo_hpo.scoring.footprint import configuration, empty_model
+from evo_hpo.scoring.task import LanguageModelTask
+
+__all__ = ["planned_levels"]
+
+
+class Unbuilt:
+    """Has no weights to give."""
+
+    def unit_weights(self, unit: str, label: str) -> Mapping[str, torch.Tensor | None]:
+        raise StoreError(f"level {label} of {unit!r} is not built yet")
+
+    def unit_encoded(self, unit: str, label: str) -> None:
+        return None
+
+
+def planned_levels(task: LanguageModelTask) -> LevelSet:
+    """The levels of a task: the store's where there is one, else those that GPTQ or RTN will build.
+
+    Raises:
+        StoreError: there is no store, and its sizes are not known before it is built.
+        InvalidSettingError: as for the task's levels.
+    """
+    if task.join or task.method not in ("gptq", "rtn") or (task.store_folder / "manifest.json").is_file():
+        return task.open_levels()
+    model = empty_model(configuration(task.model))
+    unfuse_experts(model)
+    built = task.build_settings
+    found = linear_modules(model, built.get("include", "."), built.get("exclude", ROUTERS) or "")
+    rows = []
+    for name, module in found.items():
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        shape = (weight.shape[1], weight.shape[0]) if is_transposed(module) else (weight.shape[0], weight.shape[1])
+        size = int(built.get("group_size", 64)) or shape[1]
+        zeros = not built.get("symmetric", False)
+        levels = tuple(_level(int(bits), shape, size, zeros) for bits in sorted(task.levels))
+        record = UnitRecord(name, (name,), shape, weight.numel(), is_transposed(module), levels)
+        rows.append((name, [[Choice(Unbuilt(), record, level)] for level in levels]))
+    return task.arranged(LevelSet(rows, "bits"))
+
+
+def _level(bits: int, shape: tuple[int, int], group_size: int, zeros: bool) -> LevelRecord:
+    weights = shape[0] * shape[1]
+    groups = shape[0] * -(-shape[1] // group_size)
+    storage = -(-weights // 8) * bits * 8 + (24 if zeros and bits > 1 else 16) * groups
+    settings = {"kind": "quantized", "bits": bits, "shape": list(shape), "group_size": group_size}
+    return LevelRecord(str(bits), bits * weights, weights, 1, storage, float("nan"), settings)

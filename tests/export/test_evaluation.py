@@ -1,0 +1,176 @@
+"""The final evaluation against plain transformers: perplexity by chunk, strided, divergence, intervals, a table."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from evo_hpo.cli.commands import app
+from evo_hpo.errors import InvalidSettingError, MissingPackageError, ModelError
+from evo_hpo.export.evaluation import evaluate
+from evo_hpo.export.figures import Estimate, measure
+from evo_hpo.export.folder import export_profile
+from evo_hpo.export.tasks import Tasks
+from evo_hpo.models.text import token_stream
+from tests.export.test_packed import found, settings
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "model", spread=0.2)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """The model with weights that are a little off."""
+    save_tiny(tmp_path / "other", spread=0.2)
+    changed: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1.02)
+    changed.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    words = ["the cat", "sat on", "the mat", "a hat", "that rat", "and", "the fat cat"]
+    rng = np.random.default_rng(0)
+    documents = [" ".join(rng.choice(words, 60)) for _ in range(12)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents))
+    return tmp_path / "text.jsonl"
+
+
+def stream_of(model: Path, text: Path, tokens: int) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return torch.from_numpy(np.asarray(token_stream(str(text), tokenizer, "held_out")[:tokens], dtype=np.int64))
+
+
+def test_perplexity_by_chunk_is_what_the_loss_of_transformers_says(model: Path, other: Path, text: Path) -> None:
+    table = evaluate([str(other)], [str(text)], original=str(model), sequence_length=32, tokens=256)
+    first, second = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (model, other))
+    rows = stream_of(model, text, 256).view(8, 32)
+    with torch.no_grad():
+        losses = [float(second(input_ids=row[None], labels=row[None]).loss) for row in rows]
+        log_p, log_q = (torch.log_softmax(m(input_ids=rows).logits[:, :-1].double(), -1) for m in (first, second))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1).numpy()
+    got = table.results[1].texts[str(text)]
+    assert got.perplexity.mean == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert got.kl is not None
+    assert got.kl.mean == pytest.approx(kl.mean(), rel=1e-4)
+    low, high = stats.t.interval(0.95, 7, loc=kl.mean(), scale=stats.sem(kl))
+    assert (got.kl.low, got.kl.high) == pytest.approx((low, high), rel=1e-4)
+    assert got.above is not None
+    ratio = got.perplexity.mean / table.results[0].texts[str(text)].perplexity.mean - 1
+    assert got.above.mean == pytest.approx(ratio, rel=1e-6)
+    assert table.results[0].name == "original"
+    assert table.results[0].texts[str(text)].kl is None
+
+
+def test_strided_perplexity_gives_each_token_the_context_before_it(model: Path, text: Path) -> None:
+    """As in the page of transformers' documentation, whose labels of known tokens are -100."""
+    plain: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    stream = stream_of(model, text, 128)
+    losses = []
+    for begin in range(0, 128 - 32 + 1, 8):
+        window = stream[begin : begin + 32][None]
+        labels = window.clone()
+        if begin:
+            labels[:, :-8] = -100
+        with torch.no_grad():
+            losses.append(float(plain(input_ids=window, labels=labels).loss))
+    got = measure(plain, stream.view(4, 32), stride=8)
+    assert got.cross_entropy == pytest.approx(losses, rel=1e-5)
+    assert measure(plain, stream.view(4, 32), stride=32).cross_entropy[0] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_an_interval_holds_the_mean_in_nineteen_of_twenty_samples() -> None:
+    rng = np.random.default_rng(1)
+    estimates = [Estimate.of(list(rng.normal(2.0, 0.7, 6))) for _ in range(2000)]
+    assert np.mean([e.low <= 2.0 <= e.high for e in estimates]) == pytest.approx(0.95, abs=0.015)
+    assert math.isnan(Estimate.of([1.0]).low)
+
+
+def test_profile_export_and_other_models_stand_in_one_table_and_picture(
+    model: Path, other: Path, text: Path, tmp_path: Path
+) -> None:
+    profile, _ = found(tmp_path, settings(model, serve="transformers"))
+    export_profile(profile, tmp_path / "packed", "float32", "compressed-tensors")
+    arguments = ["evaluate", str(profile), str(tmp_path / "packed"), str(other), "--text", str(text)]
+    arguments += ["--sequence-length", "32", "--tokens", "256", "--output", str(tmp_path / "table")]
+    shown = CliRunner().invoke(app, arguments, catch_exceptions=False).output
+    data = json.loads((tmp_path / "table/evaluation.json").read_text())
+    rows = {row["name"]: row for row in data["results"]}
+    assert list(rows) == ["original", "profile", "packed", "other"]
+    of_profile, of_packed = (rows[name]["texts"][str(text)] for name in ("profile", "packed"))
+    assert of_profile["kl"]["mean"] == pytest.approx(of_packed["kl"]["mean"], rel=1e-4)
+    assert rows["packed"]["bytes"] == (tmp_path / "packed/model.safetensors").stat().st_size
+    assert (tmp_path / "table/evaluation.png").stat().st_size > 5000
+    assert "packed" in shown
+    assert "KL, nats a token" in shown
+
+
+def test_models_that_cannot_be_compared_are_refused(model: Path, other: Path, text: Path) -> None:
+    rules = json.loads((other / "tokenizer.json").read_text())
+    rules["model"]["merges"] = rules["model"]["merges"][:1]
+    (other / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(ModelError, match="another tokenizer"):
+        evaluate([str(other)], [str(text)], original=str(model), sequence_length=32, tokens=64)
+    with pytest.raises(InvalidSettingError, match="stride=33"):
+        evaluate([str(other)], [str(text)], sequence_length=32, tokens=64, stride=33)
+
+
+def test_tasks_go_through_the_harness_with_the_model_that_is_measured(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its package is not installed with the tests: a stand-in with its names and the shape of its results."""
+    seen: dict[str, Any] = {}
+
+    class Manager:
+        def __init__(self, include_path: str | None, include_defaults: bool) -> None:
+            seen["places"] = include_path, include_defaults
+            self.all_tasks = ["cats"]
+
+    def simple_evaluate(**given: Any) -> dict[str, Any]:
+        seen.update(given)
+        return {"results": {"cats": {"alias": "cats", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 4}}}
+
+    for name, content in {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": lambda **given: given},
+        "lm_eval.tasks": {"TaskManager": Manager},
+    }.items():
+        module = types.ModuleType(name)
+        for key, value in content.items():
+            setattr(module, key, value)
+        monkeypatch.setitem(sys.modules, name, module)
+    given: dict[str, Any] = {"sequence_length": 32, "tokens": 64}
+    table = evaluate([str(model)], [str(text)], tasks=Tasks(("cats",), tmp_path, 4), **given)
+    assert table.results[0].tasks == {"cats/acc": 0.5, "cats/acc_stderr": 0.1}
+    assert seen["places"] == (str(tmp_path), False)  # nothing is looked for elsewhere
+    assert seen["limit"] == 4
+    assert isinstance(seen["model"]["pretrained"], torch.nn.Module)
+    with pytest.raises(InvalidSettingError, match="has no task 'dogs'"):
+        evaluate([str(model)], [str(text)], tasks=Tasks(("dogs",), tmp_path), **given)
+    for name in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingPackageError, match=r"evo-hpo\[lm-eval\]"):
+        evaluate([str(model)], [str(text)], tasks=Tasks(("cats",)), **given)

@@ -23,7 +23,7 @@ class Card:
         profile: as it was read.
         path: its file; the plan of its comparison lies beside it.
         levels, assignment: what it takes of what.
-        format: "dense" or "compressed-tensors"; ``dtype``: of dense weights.
+        format: "dense", "compressed-tensors" or "GGUF"; ``dtype``: of dense weights.
         bytes: of the weight files; ``weights``: of the model.
         checked: what loading the folder back showed, or that it was not done.
     """
@@ -68,7 +68,7 @@ class Card:
         found = []
         if self.format == "dense":
             found.append("All weights are dense: nothing is smaller or faster than the uncompressed model.")
-        elif kinds["sparse"] or kinds["dropped"]:
+        elif self.format == "compressed-tensors" and (kinds["sparse"] or kinds["dropped"]):
             found.append(
                 f"{kinds['sparse']} sparse and {kinds['dropped']} dropped modules are dense, with zeros: the format has"
                 " no sparse weights (compressed-tensors and vLLM removed them), so nothing of these is smaller."

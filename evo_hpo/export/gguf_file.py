@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from torch import nn
 
 from evo_hpo.errors import ModelError
+from evo_hpo.export.card import Card
 from evo_hpo.export.folder import opened, place
 from evo_hpo.export.gguf_header import architecture_of, copy_header, write_header
 from evo_hpo.export.gguf_tensors import kept_blocks, searched_types, tensors_of
@@ -49,7 +50,7 @@ class Exported:
 def export_gguf(
     profile: Path, output: Path, *, template: Path | None = None, embedding: str = "", head: str = ""
 ) -> Exported:
-    """Write a profile's model as a GGUF file, and the types of its tensors, for ``llama-quantize``, beside it.
+    """Write a profile's model as a GGUF file; beside it a model card, and its tensors' types for ``llama-quantize``.
 
     Args:
         profile: a file under a comparison's ``profiles/``.
@@ -73,6 +74,12 @@ def export_gguf(
         for name, kind in types.items():
             _round(loaded.model, name, kind)
         divergence = difference(output, loaded)
+        checked = (
+            f"llama.cpp reads it; its outputs are {divergence:.2g} nats a token from the model here, on a short text"
+        )
+        weights = sum({id(p): p.numel() for p in loaded.model.parameters()}.values())
+        card = Card(data, profile, levels, assignment, "GGUF", "ggml types", size, weights, checked)
+        output.with_name(f"{output.name}.md").write_text(card.text(), encoding="utf-8")
     except BaseException:
         with suppress(OSError):
             output.unlink()

@@ -152,12 +152,13 @@ def test_tasks_go_through_the_harness_with_the_model_that_is_measured(
         seen.update(given)
         return {"results": {"cats": {"alias": "cats", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 4}}}
 
-    for name, content in {
+    stubs: dict[str, dict[str, Any]] = {
         "lm_eval": {"simple_evaluate": simple_evaluate},
         "lm_eval.models": {},
         "lm_eval.models.huggingface": {"HFLM": lambda **given: given},
         "lm_eval.tasks": {"TaskManager": Manager},
-    }.items():
+    }
+    for name, content in stubs.items():
         module = types.ModuleType(name)
         for key, value in content.items():
             setattr(module, key, value)

@@ -4,23 +4,32 @@ cannot be served; sizes as predicted."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomlkit
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
+from typer.testing import CliRunner
 
+from evo_hpo.cli.commands import app
 from evo_hpo.errors import InfeasibleError, InvalidSettingError, ModelError, PlanError
 from evo_hpo.export.folder import export_profile, place
 from evo_hpo.export.packed_folder import pack_words
 from evo_hpo.export.reading import load_served
+from evo_hpo.levels.level_set import Choice, LevelSet
+from evo_hpo.levels.manifest import LevelRecord, UnitRecord
+from evo_hpo.levels.serving import SERVERS, check_levels
 from evo_hpo.models.loading import load_model
 from evo_hpo.scoring.file_size import FileSize
+from evo_hpo.scoring.planned import planned_levels
 from evo_hpo.scoring.task import language_model
 from evo_hpo.search.registry import make_problem, prepare_problem
+from evo_hpo.space.amounts import Amount
 from tests.tiny import save_tiny
 
 
@@ -179,8 +188,6 @@ def test_a_profile_that_cannot_be_served_is_refused_with_the_reason(
     profile.write_text(json.dumps(data))
     if not changes:  # transformers loads it, vLLM does not
         export_profile(profile, tmp_path / "fine", "float32", "compressed-tensors", check=False)
-        from evo_hpo.levels.serving import SERVERS
-
         levels = language_model.task(data["problem"]["settings"]).open_levels()
         assert reason.partition(".")[0] in SERVERS["vllm"].refusal(levels.chosen(data["levels"]))
         return
@@ -235,3 +242,52 @@ def test_a_folder_that_computes_something_else_is_not_left(model: Path, tmp_path
     with pytest.raises(ModelError, match="the search found"):
         export_profile(profile, tmp_path / "out", format="compressed-tensors")
     assert {path.name for path in tmp_path.iterdir()} == {"profile.json"}
+
+
+def test_sizes_are_told_before_anything_is_built_as_they_are_built(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = settings(model, serve="vllm", levels=[3, 4, 8], size="0.06 MB")
+    task = language_model.task(problem)
+    with monkeypatch.context() as patch:
+        patch.setenv("EVO_HPO_CACHE", str(tmp_path / "nothing"))
+        planned = planned_levels(task)
+        assert not (tmp_path / "nothing").exists()
+        for build in ({"group_size": 24, "symmetric": False}, {"group_size": 0}):
+            asked = language_model.task(settings(model, build=build, resource="storage"))
+            ahead = planned_levels(asked).units
+            asked.ensure_store(lambda *_: None)
+            assert ahead == asked.open_levels().units
+    prepare_problem("language_model", problem, lambda *_: None)
+    assert planned.units == task.open_levels().units
+    plan = {"name": "p", "seeds": [0], "budget": {"tokens": 64}, "searchers": [{"name": "uniform"}]}
+    (tmp_path / "plan.toml").write_text(
+        tomlkit.dumps(plan | {"problems": [{"name": "language_model", "settings": problem}]})
+    )
+    told = CliRunner().invoke(app, ["sizes", str(tmp_path / "plan.toml"), "--context", "100"]).output
+    assert "asked: 0.06 MB" in told
+    assert "uniform 8" in told
+    assert "cache: 0.0128 MB" in told  # keys and values of 2 blocks, 1 head of 16: 64 numbers, 2 bytes, 100 tokens
+
+
+def test_llama_cpp_is_offered_ggml_types_and_one_type_for_all_experts_of_a_projection() -> None:
+    shape = UnitRecord("", (), (48, 32), 1536, False, ())
+    levels = {kind: LevelRecord(kind, 1, 1, 1, 1, 0.0, {"kind": kind, "type": "Q4_0"}) for kind in ("ggml", "sparse")}
+    names = [f"model.layers.0.mlp.experts.{i}.{part}_proj" for i in range(2) for part in ("up", "down")]
+    of = {name: replace(shape, name=name, members=(name,)) for name in names}
+    nobody: Any = None
+    rows = [(name, [[Choice(nobody, unit, level)] for level in levels.values()]) for name, unit in of.items()]
+    found = SERVERS["llama.cpp"].served(LevelSet(rows, "bits"))
+    assert [u.name.removeprefix("model.layers.0.mlp.") for u in found.units] == ["experts.up_proj", "experts.down_proj"]
+    assert {u.levels for u in found.units} == {("ggml",)}
+    assert "does not run ggml" in SERVERS["vllm"].refusal(found.chosen((0, 0)))
+    with pytest.raises(InvalidSettingError, match="ggml types: set method"):
+        check_levels(SERVERS["llama.cpp"], "gptq", [3], True)
+
+
+@pytest.mark.parametrize("text", ["400", "0 MB", "-1 GB", "3 bits", "400 MB a weight", ""])
+def test_a_size_without_a_unit_is_refused(text: str) -> None:
+    with pytest.raises(InvalidSettingError, match="must be a size above 0"):
+        Amount.of(text)
+    assert Amount.of("1.5 KiB").total(7) == 1536
+    assert Amount.of("0.5 bytes a weight").total(7) == 3

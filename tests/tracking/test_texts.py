@@ -14,7 +14,7 @@ from evo_hpo.record.journal import Journal, read_journals
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Measured, Probe
-from evo_hpo.tracking import log_comparison, track
+from evo_hpo.tracking import log_comparison, log_evaluation, track
 from evo_hpo.tracking.views import views
 from tests.tracking.conftest import Runs, Script
 
@@ -63,6 +63,28 @@ def test_a_search_that_measured_has_its_picture_and_no_other_has(folder: Path, r
         for run in runs("tags.kind = 'search'")
     }
     assert held == {"a-s0": [], "a-s1": ["a-s1.png"]}
+
+
+def test_a_final_evaluation_stands_beside_the_search_that_found_the_profile(
+    folder: Path, root: Path, runs: Runs, tmp_path: Path
+) -> None:
+    track(folder)
+    (tmp_path / "evaluation.json").write_text("{}")
+    figure = {"perplexity": {"mean": 20.0, "low": 19.0, "high": None}, "kl": None}
+    row = {"spec": "m", "bytes": 1000, "weights": 800, "texts": {"docs": figure}, "tasks": {"cats/acc": 0.5}}
+    table = {"protocol": {"stride": 0}, "results": [{"name": "original", "search": "", **row}]}
+    table["results"].append({"name": "winner", "search": "a-s0", **row})  # type: ignore[attr-defined]
+    for _ in range(2):  # again is the same
+        log_evaluation(folder, table, [tmp_path / "evaluation.json"])
+    found = {run.data.tags["model"]: run.data.metrics for run in runs("tags.kind = 'evaluation'")}
+    wanted = {"docs/perplexity": 20.0, "docs/perplexity_low": 19.0, "bytes": 1000.0, "bits_a_weight": 10.0}
+    assert found == dict.fromkeys(["winner", "original"], wanted | {"tasks/cats/acc": 0.5})
+    held = {
+        run.data.tags["search"]: [p.name for p in (root / "artifacts" / "texts" / run.info.run_id).rglob("*.json")]
+        for run in runs("tags.kind = 'search'")
+    }
+    assert "evaluation.json" in held["a-s0"]
+    assert "evaluation.json" not in held["a-s1"]
 
 
 def test_saved_views_show_every_text(folder: Path) -> None:

@@ -196,9 +196,13 @@ def summary(store: LevelStore) -> list[tuple[str, str, str, str, str]]:
 
 
 def _bits(value: float | int | str) -> int:
-    if float(value) != int(float(value)):
-        raise InvalidSettingError(f"bits={value} must be a whole number from 1 to 8")
-    return int(float(value))
+    try:
+        bits = int(float(value))
+    except (ValueError, OverflowError):  # no number, or none that is finite
+        bits = 0
+    if not bits or float(value) != bits:
+        raise InvalidSettingError(f"bits={value!r} must be a whole number from 1 to 8")
+    return bits
 
 
 def _inputs(inputs: str | None, compressor: Compressor) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from evo_hpo.cli import comparing
 from evo_hpo.cli.commands import app, main
 from evo_hpo.cli.options import parse_settings
 from evo_hpo.errors import PlanError
@@ -48,6 +49,12 @@ def run(*arguments: str | Path) -> int:
         main([str(a) for a in arguments])
     assert isinstance(caught.value.code, int)
     return caught.value.code
+
+
+@pytest.fixture
+def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons are run and not drawn: drawing takes longer than they do."""
+    monkeypatch.setattr(comparing, "show_report", lambda *_: None)
 
 
 def names() -> list[str]:
@@ -161,6 +168,7 @@ def test_an_interrupt_keeps_everything_and_says_how_to_resume(tmp_path: Path, nu
     assert journal.read_text().count('"kind":"outcome"') > 10
 
 
+@pytest.mark.usefixtures("unreported")
 def test_what_the_command_line_changed_is_in_the_plan_that_is_kept(tmp_path: Path) -> None:
     plan = write_plan(tmp_path)
     plan.write_text(plan.read_text().replace('[[searchers]]\nname = "uniform"\n', ""))
@@ -180,6 +188,7 @@ def test_what_the_command_line_changed_is_in_the_plan_that_is_kept(tmp_path: Pat
     assert "uniform" in {s["searcher"] for s in searches}  # always in the table
 
 
+@pytest.mark.usefixtures("unreported")
 def test_a_plan_with_an_ablation_of_its_own_can_be_varied(tmp_path: Path) -> None:
     plan = write_plan(tmp_path)
     ablation = '[ablation]\nsearcher = "evopress"  # ours\n[ablation.vary]\nmax_switches = [\n  1,  # few\n  3,\n]\n'
@@ -219,6 +228,7 @@ def test_what_cannot_work_is_said_in_a_line(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.startswith("evo-hpo ")
 
 
+@pytest.mark.usefixtures("unreported")
 def test_resume_finds_the_comparison_of_this_plan_among_those_of_its_name(tmp_path: Path) -> None:
     options = ("--root", tmp_path, "--no-track", "--workers", "1")
     plan = write_plan(tmp_path)

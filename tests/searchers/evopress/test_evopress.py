@@ -58,7 +58,7 @@ def test_generations_on_linear_losses_grow_like_the_bound() -> None:
             result = search(
                 searcher,
                 FunctionProblem(space, lambda a, w=weights: float(w @ (1.0 - np.asarray(a)))),  # type: ignore[misc]
-                budget=Budget(evaluations=6000),
+                budget=Budget(evaluations=12 * k * (n - k)),
             )
             best = next(o for o in result.outcomes if o.loss <= optimum + 1e-12)
             generations.append(best.terms.generation)

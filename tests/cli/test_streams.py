@@ -21,7 +21,8 @@ from tests.cli.test_cli import run, write_plan
 def in_a_shell(folder: Path, tail: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A comparison in a shell, with something after it, with its own exit code."""
     write_plan(folder)
-    command = f"set -o pipefail; '{sys.executable}' -m evo_hpo.cli.commands compare tiny.toml --no-track --workers 1 {tail}"
+    arguments = "compare tiny.toml --no-track --workers 1"
+    command = f"set -o pipefail; '{sys.executable}' -m evo_hpo.cli.commands {arguments} {tail}"
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         ["bash", "-c", command],

@@ -22,6 +22,7 @@ from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import LinearExperts
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.models.text import sample_from_model
+from evo_hpo.scoring.allocator import give_back_freed_memory
 from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.output_gradient import divergence_gradient, likelihood_gradient, sampled_labels
 from evo_hpo.scoring.projections import Projector
@@ -159,6 +160,7 @@ class SensitivityPass:
             return self._projector.end()
         finally:
             self._segments = None
+            give_back_freed_memory()  # graphs of every size leave the heap in pieces
 
     def _at_output(
         self, ids: Tensor, final: Tensor, dense: Tensor | None, kind: Kind, uniforms: NDArray[np.float64]

@@ -98,7 +98,7 @@ def _loaded_back(folder: Path, data: Mapping[str, Any], task: LanguageModelTask)
     recorded = ((data.get("fingerprint") or {}).get("identity") or {}).get("dtype", "float32")
     dtype = compute_dtype(recorded)
     original, again = load_model(task.model, dtype), load_served(str(folder), dtype)
-    text = next(iter(task.held_out_texts(original).values()))
+    text = next(iter(task.texts.judged(original.tokenizer, original.model).values()))
     found = Estimate.of(measure(again.model, text, original.model).divergence).mean
     wanted = float(data["held_out"]["loss"])
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype", recorded)

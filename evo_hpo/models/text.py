@@ -58,8 +58,11 @@ def load_tokens(
     Raises:
         TextError: the text is missing or holds fewer tokens than asked for, or a share gives a text no sequence.
     """
-    if sequence_length < 1 or tokens < 1:
-        raise TextError(f"sequence_length={sequence_length}, tokens={tokens}: both must be at least 1")
+    if sequence_length < 2 or tokens < 1:
+        raise TextError(
+            f"sequence_length={sequence_length}, tokens={tokens}: both must be at least 1, and the first token of a"
+            " sequence is predicted by nothing: give sequences of 2 or more"
+        )
     wanted = -(-tokens // sequence_length)
     if model is not None:
         _refuse_too_long(model, sequence_length)
@@ -88,7 +91,7 @@ def load_tokens(
     if available < wanted:
         raise TextError(
             f"{spec!r} ({split}) holds {available} sequences of {sequence_length} tokens{apart}, {wanted} were asked"
-            f" for: ask for at most {available * sequence_length} tokens or name a longer text"
+            f" for: {f'ask for at most {available * sequence_length} tokens or ' * bool(available)}name a longer text"
         )
     order = np.random.default_rng([seed, sequence_length]).permutation(available)[:wanted]
     if leaked:

@@ -17,11 +17,13 @@ def unknown() -> CompressionSpace:
 
 
 def stand_in(method: str, levels: Sequence[float], average: float, dropped: bool) -> CompressionSpace:
-    """The settings are those of the task.
+    """The settings are those of the task; without levels, a method has levels of its own.
 
     Raises:
         InfeasibleError: the average is outside what the levels allow.
     """
+    if not levels and method != "drop":
+        return unknown()
     if method in ("gptq", "rtn"):
         ordered = sorted(levels)
         low, high = 0 if dropped else ordered[0], ordered[-1]

@@ -17,15 +17,15 @@ from evo_hpo.levels.build import build, check_settings, default_folder
 from evo_hpo.levels.level_set import LevelSet, joined
 from evo_hpo.levels.serving import check_levels, server_named
 from evo_hpo.levels.store import LevelStore
-from evo_hpo.models.corpora import Spec, Split, shares_of
+from evo_hpo.models.corpora import Spec, shares_of
 from evo_hpo.models.identity import tokenizer_identity
-from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model
-from evo_hpo.models.text import load_tokens
+from evo_hpo.models.loading import compute_dtype, load_model, load_tokenizer
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.file_size import FileSize
 from evo_hpo.scoring.problem import LanguageModelProblem, check_names
 from evo_hpo.scoring.sampling import check_tokens
 from evo_hpo.scoring.stand_in import stand_in, unknown
+from evo_hpo.scoring.texts import Texts
 from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.registry import Preview
 from evo_hpo.space.amounts import Amount
@@ -188,7 +188,12 @@ class LanguageModelTask:
         return {"calibration": self.calibration, **own, **dict(self.build)}
 
     def ensure_store(self, progress: Callable[..., None]) -> None:
-        """Builds the store, or checks that the one that is there belongs to the model."""
+        """Builds the store, or checks that the one that is there belongs to the model.
+
+        Raises:
+            TextError: a text is missing or too short, calibration or held out.
+        """
+        self.texts.check(load_tokenizer(self.model))
         build(
             self.model,
             self.store_folder,
@@ -258,7 +263,7 @@ class LanguageModelTask:
         dtype = fastest_dtype(self.device) if self.dtype == "auto" else compute_dtype(self.dtype)
         loaded = load_model(self.model, dtype, self.device)
         levels = self.open_levels(loaded.identity, dtype)
-        pool = self._text(self.calibration, "calibration", self.calibration_tokens, loaded)
+        pool = self.texts.pool(loaded.tokenizer, loaded.model)
         evaluator = Evaluator(
             loaded.model,
             levels,
@@ -271,34 +276,28 @@ class LanguageModelTask:
             cache=Path(self.cache).expanduser() if self.cache else None,
             identity={**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)},
         )
-        name, texts = f"{loaded.name} {self.method}", self.held_out_texts(loaded)
         return LanguageModelProblem(
             evaluator,
             self.space(levels),
-            texts,
+            self.texts.judged(loaded.tokenizer, loaded.model),
             tokens=self.tokens,
-            name=name,
+            name=f"{loaded.name} {self.method}",
             errors=levels.errors,
         )
 
-    def held_out_texts(self, loaded: LoadedModel) -> dict[str, torch.Tensor]:
-        """Held-out tokens (sequences x length) by name, the one that names the winner first; "" where there is one."""
-        named = {"": self.held_out} if isinstance(self.held_out, str) else self.held_out
-        return {name: self._text(text, "held_out", self.held_out_tokens, loaded) for name, text in named.items()}
-
-    def _text(self, spec: Spec, split: Split, tokens: int, loaded: LoadedModel) -> torch.Tensor:
+    @property
+    def texts(self) -> Texts:
+        """What searches read and results are judged on."""
         own = dict(self.build)
-        read = {**shares_of(self.calibration), **shares_of(own.get("calibration", self.calibration))}
-        return load_tokens(
-            spec,
-            loaded.tokenizer,
+        return Texts(
+            self.calibration,
+            self.calibration_tokens,
+            {"": self.held_out} if isinstance(self.held_out, str) else self.held_out,
+            self.held_out_tokens,
+            own.get("calibration", self.calibration),
+            own.get("calibration_tokens", 0),
             self.sequence_length,
-            tokens,
             self.seed,
-            split,
-            loaded.model,
-            apart_from=read if split == "held_out" else (),
-            drawn=max(self.calibration_tokens, own.get("calibration_tokens", 0)),
         )
 
 

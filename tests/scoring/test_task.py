@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evo_hpo.errors import EvoHpoError
+from evo_hpo.errors import EvoHpoError, TextError
 from evo_hpo.export import folder
 from evo_hpo.export.folder import export_profile
 from evo_hpo.record.journal import read_journals
@@ -132,6 +132,27 @@ def test_bad_settings_are_refused_before_any_work(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("split", ["calibration", "held_out"])
+def test_a_text_that_is_missing_or_too_short_is_refused_before_the_store_is_built(
+    model_folder: Path, tmp_path: Path, split: str
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("\n\n".join(f"paragraph {i}" for i in range(9)), encoding="utf-8")
+    for text, message in ((str(short), "name a (longer )?text"), (str(tmp_path / "none.txt"), "none.txt")):
+        chosen = settings(model_folder, tmp_path / "store", method="rtn", **{split: text})
+        for changes, told in (({}, message), ({"sequence_length": 1}, "sequence_length=1")):
+            with pytest.raises(TextError, match=told):
+                prepare_problem("language_model", chosen | changes, lambda *_: None)
+        assert not (tmp_path / "store").exists()
+
+
+def test_without_levels_a_method_has_its_own(model_folder: Path, tmp_path: Path) -> None:
+    chosen = settings(model_folder, tmp_path / "store", method="rtn", levels=[])
+    assert preview_problem("language_model", chosen) is not None
+    prepare_problem("language_model", chosen, lambda *_: None)
+    assert set(make_problem("language_model", **chosen).space.units[0].levels) == {"2", "3", "4", "5", "6"}
 
 
 def test_a_budget_that_pays_for_no_stage_is_refused(model_folder: Path, tmp_path: Path) -> None:

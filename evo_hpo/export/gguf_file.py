@@ -81,8 +81,9 @@ def export_gguf(
         card = Card(data, profile, levels, assignment, "GGUF", "ggml types", size, weights, checked)
         output.with_name(f"{output.name}.md").write_text(card.text(), encoding="utf-8")
     except BaseException:
-        with suppress(OSError):
-            output.unlink()
+        for made in (output, type_file(output)):
+            with suppress(OSError):
+                made.unlink()
         raise
     return Exported(data, size, divergence)
 
@@ -103,7 +104,7 @@ def write_gguf(
     template: Path | None = None,
     types: dict[str, str] | None = None,
 ) -> int:
-    """Write the file, and ``<output>.tensor-types.txt`` beside it; returns its bytes, known before they are written."""
+    """Write the file, and its :func:`type_file` beside it; returns its bytes, known before they are written."""
     model, config = loaded.model, _config(loaded.model)
     architecture = architecture_of(config)
     given = GGUFReader(template) if template else None
@@ -134,8 +135,13 @@ def write_gguf(
         temporary.rename(output)
     finally:
         temporary.unlink(missing_ok=True)
-    output.with_name(f"{output.name}.tensor-types.txt").write_text("".join(searched_types(tensors)), encoding="utf-8")
+    type_file(output).write_text("".join(searched_types(tensors)), encoding="utf-8")
     return size
+
+
+def type_file(output: Path) -> Path:
+    """Where the types of a GGUF file's tensors are written for ``llama-quantize``."""
+    return output.with_name(f"{output.name}.tensor-types.txt")
 
 
 def difference(path: Path, loaded: LoadedModel) -> float:

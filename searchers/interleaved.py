@@ -50,14 +50,19 @@ class Interleaved(Searcher):
     def fidelities(self) -> tuple[int | None, ...]:
         return tuple(dict.fromkeys(tokens for each in self.inner for tokens in each.fidelities()))
 
+    def recommended(self) -> list[Assignment]:
+        """What each inner search recommends, ascending in cost."""
+        found = dict.fromkeys(levels for each in self.inner if (levels := each.recommend()) is not None)
+        return sorted(found, key=self.space.cost)
+
     def front(self) -> list[Assignment]:
         """What each inner search recommends."""
-        return [levels for each in self.inner if (levels := each.recommend()) is not None]
+        return self.recommended()
 
     def recommend(self) -> Assignment | None:
-        """The dearest of the front that was scored, or else the dearest."""
-        ordered = sorted(self.front(), key=self.space.cost)
-        return next((a for a in reversed(ordered) if self._scored.get(a)), ordered[-1] if ordered else None)
+        """The dearest recommendation that was scored, or else the dearest."""
+        found = self.recommended()
+        return next((a for a in reversed(found) if self._scored.get(a)), found[-1] if found else None)
 
     # ------------------------------------------------------------------ in turns
 
@@ -75,7 +80,9 @@ class Interleaved(Searcher):
             if batch is None or not count:
                 self._running.remove(self._turn)
             elif batch.terms.draw == "same":
-                raise InvalidSettingError("nested minibatches cannot be read in turns: take minibatch 'fresh' or 'fixed'")
+                raise InvalidSettingError(
+                    "nested minibatches cannot be read in turns: take minibatch 'fresh' or 'fixed'"
+                )
             else:
                 self._waiting = batch.first(count)
         return None
@@ -84,11 +91,12 @@ class Interleaved(Searcher):
         """What the search whose turn it is may spend: an equal part of all that those running have, less its own."""
         if allowance.tokens is None and allowance.evaluations is None:
             raise InvalidSettingError("seconds cannot be shared out: give a budget of tokens or evaluations")
-        spent = sum(self._spent[i] for i in self._running)
-        tokens, evaluations = (
-            None if left is None else max(0, min(left, -(-(left + spent) // len(self._running)) - self._spent[self._turn]))
-            for left in (allowance.tokens, allowance.evaluations)
-        )
+        spent, own = sum(self._spent[i] for i in self._running), self._spent[self._turn]
+
+        def share(left: int | None) -> int | None:
+            return None if left is None else max(0, min(left, -(-(left + spent) // len(self._running)) - own))
+
+        tokens, evaluations = share(allowance.tokens), share(allowance.evaluations)
         self._in_tokens = tokens is not None
         return Allowance(tokens, evaluations, allowance.default_tokens)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import cache
 from typing import Any, ClassVar
 
 from evo_hpo.errors import UnknownNameError
-from evo_hpo.search.registry import searcher_class
-from evo_hpo.search.searcher import Searcher, settings_of
+from evo_hpo.search.searcher import Searcher
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.interleaved import Interleaved
+from searchers.wrapping import wrapping
 
 __all__ = ["Union", "family"]
 
@@ -56,21 +55,8 @@ class _Family:
 
 @cache
 def _wrapped(name: str) -> type[Searcher]:
-    inner = searcher_class(name)
-
-    def start(self: Union, space: CompressionSpace, *, seed: int = 0, **settings: Any) -> None:
-        Union.__init__(self, space, seed=seed, **settings)
-
-    own = list(inspect.signature(Union.__init__).parameters.values())[:-1]
-    passed = [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value)
-        for key, value in settings_of(inner).items()
-        if key != "budgets"
-    ]
-    start.__signature__ = inspect.Signature([*own, *passed])  # type: ignore[attr-defined]
     summary = f"{name} at several budgets of a range, in turns, on equal shares of the purse."
-    attributes = {"__init__": start, "wrapped": inner, "__doc__": summary, "random": inner.random}
-    return type(f"Union[{name}]", (Union,), attributes)
+    return wrapping(Union, name, ("budgets",), summary)
 
 
 family = _Family()

@@ -51,9 +51,7 @@ def encode_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def encode_outcome(
-    outcome: Outcome, search: str, time: float, more: int, cost: int | None = None
-) -> dict[str, Any]:
+def encode_outcome(outcome: Outcome, search: str, time: float, more: int, cost: int | None = None) -> dict[str, Any]:
     """One outcome line; fields at their defaults are left out. ``cost``: of the assignment, over a range of budgets."""
     trial, terms = outcome.trial, outcome.terms
     line: dict[str, Any] = {

@@ -1,16 +1,34 @@
-"""Classes of searchers that run another registered searcher inside, one for each name, with its settings."""
+"""Searchers that run another searcher inside, with its settings among their own."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from evo_hpo.search.registry import searcher_class
 from evo_hpo.search.searcher import Searcher, settings_of
 from evo_hpo.space.compression_space import CompressionSpace
 
-__all__ = ["wrapping"]
+__all__ = ["passes_on", "wrapping"]
+
+S = TypeVar("S", bound=Searcher)
+
+
+def passes_on(inner: type[Searcher], own: Sequence[str] = ()) -> Callable[[type[S]], type[S]]:
+    """Names a searcher's ``**settings``, which it passes on to ``inner``; without those that are its ``own``."""
+
+    def named(cls: type[S]) -> type[S]:
+        before = list(inspect.signature(cls.__init__).parameters.values())[:-1]
+        passed = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value)
+            for key, value in settings_of(inner).items()
+            if key not in (*own, *(p.name for p in before))
+        ]
+        cls.__init__.__signature__ = inspect.Signature([*before, *passed])  # type: ignore[attr-defined]
+        return cls
+
+    return named
 
 
 def wrapping(base: type[Searcher], name: str, own: Sequence[str], summary: str, **attributes: Any) -> type[Searcher]:
@@ -27,12 +45,6 @@ def wrapping(base: type[Searcher], name: str, own: Sequence[str], summary: str, 
     def start(self: Searcher, space: CompressionSpace, *, seed: int = 0, **settings: Any) -> None:
         base.__init__(self, space, seed=seed, **settings)
 
-    before = list(inspect.signature(base.__init__).parameters.values())[:-1]
-    passed = [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value)
-        for key, value in settings_of(inner).items()
-        if key not in own
-    ]
-    start.__signature__ = inspect.Signature([*before, *passed])  # type: ignore[attr-defined]
+    start.__signature__ = inspect.signature(base.__init__)  # type: ignore[attr-defined]
     found = {"__init__": start, "wrapped": inner, "__doc__": summary, "random": inner.random, **attributes}
-    return type(f"{base.__name__}[{name}]", (base,), found)
+    return passes_on(inner, own)(type(f"{base.__name__}[{name}]", (base,), found))

@@ -151,9 +151,7 @@ def _drawings(results: Results, key: str, summary: Summary, suffix: str) -> Iter
     """All pictures of one problem, in reading order."""
     info = results.problems[key]
     if info.space.ranged and not info.instances:
-        caption = (
-            "What each searcher gives at every budget, the median over its seeds with its band."
-        )
+        caption = "What each searcher gives at every budget, the median over its seeds with its band."
         yield f"front{suffix}", "Loss against cost", front_figure(results, key), caption
     for axis in axes(results, key):
         name = "anytime-seconds" if axis == "seconds" else "anytime"

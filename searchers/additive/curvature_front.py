@@ -18,12 +18,14 @@ from searchers.additive.informed import InformedModel
 from searchers.additive.model import Effects
 from searchers.additive.sweep import sweep
 from searchers.interleaved import Interleaved
+from searchers.wrapping import passes_on
 
 __all__ = ["CurvatureFront"]
 
 PASS_SHARE = 0.25  # of the budget, that the one pass at the uncompressed model may cost
 
 
+@passes_on(CurvatureRegion)
 class CurvatureFront(Interleaved):
     """The curvature at the uncompressed model, read once, gives an additive model of every budget at once.
 

@@ -9,10 +9,12 @@ from evo_hpo.space.compression_space import CompressionSpace
 from searchers.evopress.evopress import EvoPress
 from searchers.evopress.offspring import Candidate
 from searchers.interleaved import Interleaved
+from searchers.wrapping import passes_on
 
 __all__ = ["EvoPressFront"]
 
 
+@passes_on(EvoPress)
 class EvoPressFront(Interleaved):
     """A search by EvoPress at each of several budgets; offspring descend from the own parent or a neighbour's.
 

@@ -74,7 +74,7 @@ def at(space: CompressionSpace, budget: int) -> CompressionSpace:
     return CompressionSpace(space.units, budgets, floor=space.floors, resources=space.resources)
 
 
-def uniform_at(space: CompressionSpace) -> list[Assignment]:
+def uniform_at(space: CompressionSpace, steps: int = MARKS) -> list[Assignment]:
     """Uniform compression at each of the :func:`marks`; distinct, ascending in cost."""
-    found = dict.fromkeys(at(space, budget).uniform() for budget in marks(space))
+    found = dict.fromkeys(at(space, budget).uniform() for budget in marks(space, steps))
     return sorted((levels for levels in found if space.feasible(levels)), key=space.cost)

@@ -114,14 +114,12 @@ def test_the_folder_keeps_every_front_as_json_and_csv_and_says_who_won(folder: P
 # ---------------------------------------------------------------------- journals
 
 
-def journalled(path: Path, problem: Problem, *, evaluations: int = 40, resume: bool = False) -> SearchRecord:
-    budget = Budget(evaluations=evaluations)
-    header = search_header(
-        "evopress_front-s0", "evopress_front", problem, Budget(evaluations=40), checkpoints=[0.5, 1.0]
-    )
+def journalled(path: Path, problem: Problem, *, resume: bool = False) -> SearchRecord:
+    budget, searcher = Budget(evaluations=40), "evopress_front"
+    header = search_header(f"{searcher}-s0", searcher, problem, budget, checkpoints=[0.5, 1.0])
     with Journal.open(path, header, resume=resume) as journal:
-        searcher = make_searcher("evopress_front", problem.space, seed=0)
-        search(searcher, problem, budget=budget, journal=journal, checkpoints=[0.5, 1.0])
+        made = make_searcher(searcher, problem.space, seed=0)
+        search(made, problem, budget=budget, journal=journal, checkpoints=[0.5, 1.0])
     return read_journal(path)
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from evo_hpo.errors import UnknownNameError
 from evo_hpo.search.searcher import Searcher
 from evo_hpo.space.compression_space import CompressionSpace
-from searchers.interleaved import Interleaved
+from searchers.fronts.interleaved import Interleaved
 from searchers.wrapping import wrapping
 
 __all__ = ["Union", "family"]

@@ -17,7 +17,7 @@ from searchers.additive.forecast import Forecast
 from searchers.additive.informed import InformedModel
 from searchers.additive.model import Effects
 from searchers.additive.sweep import sweep
-from searchers.interleaved import Interleaved
+from searchers.fronts.interleaved import Interleaved
 from searchers.wrapping import passes_on
 
 __all__ = ["CurvatureFront"]

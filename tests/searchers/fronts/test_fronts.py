@@ -18,11 +18,11 @@ from evo_hpo.search.searcher import Searcher
 from evo_hpo.space.compression_space import CompressionSpace
 from evo_hpo.space.ranges import marks, spanning
 from searchers import make_searcher
-from searchers.additive.additive_front import AdditiveFront
-from searchers.additive.curvature_front import CurvatureFront
-from searchers.evopress.evopress_front import EvoPressFront
-from searchers.interleaved import Interleaved
-from searchers.union import family
+from searchers.fronts.additive_front import AdditiveFront
+from searchers.fronts.curvature_front import CurvatureFront
+from searchers.fronts.evopress_front import EvoPressFront
+from searchers.fronts.interleaved import Interleaved
+from searchers.fronts.union import family
 
 RANGED = spanning(
     CompressionSpace.from_average(SPACES["unequal"].units, 2.3),

@@ -8,7 +8,7 @@ from evo_hpo.search.searcher import Searcher
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.evopress.evopress import EvoPress
 from searchers.evopress.offspring import Candidate
-from searchers.interleaved import Interleaved
+from searchers.fronts.interleaved import Interleaved
 from searchers.wrapping import passes_on
 
 __all__ = ["EvoPressFront"]

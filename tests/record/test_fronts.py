@@ -61,7 +61,9 @@ def test_at_a_budget_the_dearest_point_that_fits_is_picked() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Uniform and two searchers over a range, two seeds."""
-    searchers: list[tuple[str, str, dict[str, object]]] = [(name, name, {}) for name in ("uniform", "random", "evopress_front")]
+    searchers: list[tuple[str, str, dict[str, object]]] = [
+        (name, name, {}) for name in ("uniform", "random", "evopress_front")
+    ]
     made = write_folder(
         tmp_path_factory.mktemp("fronts"), [noisy(**SETTINGS)], searchers, (0, 1), Budget(tokens=1024 * 120)
     )

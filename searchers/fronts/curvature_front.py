@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from evo_hpo.search.budget import Allowance
-from evo_hpo.search.searcher import Searcher
+from evo_hpo.search.searcher import Searcher, one_of
 from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Probe
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
@@ -29,28 +29,34 @@ PASS_SHARE = 0.25  # of the budget, that the one pass at the uncompressed model 
 class CurvatureFront(Interleaved):
     """The curvature at the uncompressed model, read once, gives an additive model of every budget at once.
 
-    At several budgets a ``curvature_region`` then measures and corrects the model's assignment. All of them share one
-    forecast and one model: a slope that is read or a difference that is measured at one budget informs the others, the
-    nearer the more. Between two of these budgets the front takes units from one assignment to the next, in the exact
-    order that the model gives.
+    At several budgets a ``curvature_region`` then measures and corrects the model's assignment. Between two of these
+    budgets the front takes units from one assignment to the next, in the exact order that the model gives.
 
     Args:
         budgets: at which assignments are measured: how many, evenly spaced over the range, both ends among them.
+        share: ``pass``: only the curvature is common to all budgets; ``all``: slopes and measured differences too, the
+            nearer the more. Where losses differ by orders of magnitude over the range, those at its foot mislead.
         settings: those of ``curvature_region``.
     """
 
     asks_for_sensitivities = True
 
-    def __init__(self, space: CompressionSpace, *, seed: int = 0, budgets: int = 5, **settings: Any) -> None:
+    def __init__(
+        self, space: CompressionSpace, *, seed: int = 0, budgets: int = 5, share: str = "pass", **settings: Any
+    ) -> None:
         super().__init__(space, seed=seed, budgets=budgets)
         self._settings = settings
-        self.forecast, self.model = Forecast(space), InformedModel(space)
+        self._all = one_of("share", share, "pass", "all") == "all"
+        self._common = Forecast(space), InformedModel(space)
+        self.regions: list[CurvatureRegion] = []
         self._first: CurvatureRegion | None = None  # of the searches, until the pass for all is paid
         assert self.inner
 
     def make(self, space: CompressionSpace) -> Searcher:
         region = CurvatureRegion(space, seed=int(self.rng.integers(2**31)), **self._settings)
-        region.forecast, region.model = self.forecast, self.model
+        if self._all:
+            region.forecast, region.model = self._common
+        self.regions.append(region)
         if region.prior:
             self._first = region
         return region
@@ -70,25 +76,25 @@ class CurvatureFront(Interleaved):
             super().learn_sensitivities(found)
             return
         self._first = None
-        self.forecast.add(found)
+        for forecast in {id(region.forecast): region.forecast for region in self.regions}.values():
+            forecast.add(found)
 
     def front(self) -> list[Assignment]:
-        """The measured assignments and what the model puts between them."""
-        measured = self.recommended()
-        if not (len(self.forecast) or len(self.model)):
-            return measured
-        model = copy.copy(self.model)  # to look at the front changes no search
-        between = (self._between(model, a, b) for a, b in itertools.pairwise(measured))
-        return list(itertools.chain(measured, *between))
+        """The measured assignments and what the model of the lower one puts between each two."""
+        ordered = sorted(self.regions, key=lambda region: self.space.cost(region.incumbent))
+        between = (self._between(a, b.incumbent) for a, b in itertools.pairwise(ordered))
+        return list(itertools.chain(self.recommended(), *between))
 
-    def _between(self, model: InformedModel, lower: Assignment, higher: Assignment) -> Iterator[Assignment]:
-        """The front of the model between two assignments, with the levels between theirs."""
+    def _between(self, region: CurvatureRegion, higher: Assignment) -> Iterator[Assignment]:
+        """The front of a region's model between its assignment and another, with the levels between theirs."""
+        lower = region.incumbent
         space, low, high = self.space, self.space.cost(lower), self.space.cost(higher)
-        if low >= high:
+        if low >= high or not (len(region.forecast) or len(region.model)):
             return
+        model = copy.copy(region.model)  # to look at the front changes no search
         effects: Effects = [
             [loss if min(a, b) <= k <= max(a, b) else float("inf") for k, loss in enumerate(unit)]
-            for unit, a, b in zip(expected(self.forecast, model, lower), lower, higher, strict=True)
+            for unit, a, b in zip(expected(region.forecast, model, lower), lower, higher, strict=True)
         ]
         within = CompressionSpace(
             space.units, (high, *space.budgets[1:]), floor=(low, *space.floors[1:]), resources=space.resources

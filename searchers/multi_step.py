@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +11,11 @@ from typing import Any, ClassVar
 from evo_hpo.errors import UnknownNameError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.procedure import Procedure, Steps
-from evo_hpo.search.registry import searcher_class
-from evo_hpo.search.searcher import Searcher, draw, settings_of
+from evo_hpo.search.searcher import Searcher, draw
 from evo_hpo.search.trial import Batch, Outcome, Status, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.evopress.selection import Selection
+from searchers.wrapping import wrapping
 
 __all__ = ["MultiStep", "family"]
 
@@ -87,7 +86,7 @@ class MultiStep(Procedure):
         settings: the inner searcher's own; its batch is the number of offspring.
     """
 
-    inner: ClassVar[type[Searcher]]
+    wrapped: ClassVar[type[Searcher]]
 
     def __init__(
         self,
@@ -101,7 +100,7 @@ class MultiStep(Procedure):
         **settings: Any,
     ) -> None:
         super().__init__(space, seed=seed)
-        self.searcher = self.inner(space, seed=seed, **settings)
+        self.searcher = self.wrapped(space, seed=seed, **settings)
         self.minibatch = draw("minibatch", minibatch)
         self._given = (survivors, tokens, elitism)
         self.selection = Selection.of(survivors, tokens, elitism)
@@ -209,22 +208,8 @@ class _Family:
 
 @cache
 def _wrapped(name: str) -> type[Searcher]:
-    inner = searcher_class(name)
-
-    def start(self: MultiStep, space: CompressionSpace, *, seed: int = 0, **settings: Any) -> None:
-        MultiStep.__init__(self, space, seed=seed, **settings)
-
-    own = list(inspect.signature(MultiStep.__init__).parameters.values())[:-1]
-    passed = [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value)
-        for key, value in settings_of(inner).items()
-        if key not in OWN
-    ]
-    start.__signature__ = inspect.Signature([*own, *passed])  # type: ignore[attr-defined]
     summary = f"Multi-step selection around {name}: screens its batches on few tokens, survivors on more."
-    return type(
-        f"MultiStep[{name}]", (MultiStep,), {"__init__": start, "inner": inner, "__doc__": summary, "random": True}
-    )
+    return wrapping(MultiStep, name, OWN, summary, random=True)
 
 
 family = _Family()

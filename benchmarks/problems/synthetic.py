@@ -6,6 +6,7 @@ bit; its sensitivity is drawn from gamma(1, 1). Every factory takes keyword sett
 Args:
     units, levels: of the space; levels cost 1, 2, ... a weight.
     tightness: share of the range from the cheapest to the dearest cost that the budget does not pay, 0 to 1.
+    tightest: with it the problem is a range of budgets, from this tightness to the other, and asks for a front.
     unequal: units have the sizes of a decoder block's seven layers in turn (as for grouped-query attention), else 1.
     exact: the whole budget must be spent (floor = budget).
     structure: how much sensitivities follow a unit's role and block (standard deviation of their log).
@@ -15,20 +16,24 @@ Args:
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from benchmarks.problems.closed_form import SEQUENCE, closed_form
+from benchmarks.problems.pairwise import Landscape
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
 from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
+from evo_hpo.space.ranges import spanning
 from searchers.additive.solvers import solve_by_dynamic_programming
+from searchers.additive.sweep import sweep
 
 __all__ = ["Landscape", "NoisyProblem", "additive", "interacting", "needle", "noisy", "non_monotone", "synthetic_space"]
 
@@ -38,9 +43,14 @@ BRUTE = 150_000  # assignments up to which the optimum is found by enumeration
 
 
 def synthetic_space(
-    units: int = 30, levels: int = 5, tightness: float = 0.6, unequal: bool = False, exact: bool = False
+    units: int = 30,
+    levels: int = 5,
+    tightness: float = 0.6,
+    unequal: bool = False,
+    exact: bool = False,
+    tightest: float | None = None,
 ) -> CompressionSpace:
-    """Units of equal step costs, or of unequal size, under one budget.
+    """Units of equal step costs, or of unequal size, under one budget or over a range.
 
     Raises:
         InvalidSettingError: a setting outside its range.
@@ -50,6 +60,12 @@ def synthetic_space(
             f"units={units}, levels={levels}, tightness={tightness}: need at least 1 unit, 2 levels, tightness in 0..1,"
             f" and units x levels at most {LARGEST}"
         )
+    if tightest is not None:
+        if exact or not tightness < tightest <= 1:
+            raise InvalidSettingError(
+                f"tightest={tightest} must be above tightness={tightness} and at most 1, and not with exact"
+            )
+        return spanning(*(synthetic_space(units, levels, share, unequal) for share in (tightness, tightest)))
     sizes = [PATTERN[i % len(PATTERN)] if unequal else 1 for i in range(units)]
     made = [
         Unit(
@@ -62,55 +78,6 @@ def synthetic_space(
     least, most = sum(sizes), sum(sizes) * levels
     budget = least + round((most - least) * (1 - tightness))
     return CompressionSpace(made, budget, floor=budget if exact else 0)
-
-
-class Landscape:
-    """Loss of level vectors: ``sum_u g_u e_u + sum_{u<v} z_uv sqrt(e_u e_v)``, e the error of the unit's level.
-
-    Args:
-        errors: error of each unit's levels (units x levels).
-        sensitivities: g, one a unit.
-        pairs: z, units x units; only the upper triangle counts.
-    """
-
-    def __init__(
-        self, errors: np.ndarray[Any, Any], sensitivities: np.ndarray[Any, Any], pairs: np.ndarray[Any, Any] | None
-    ) -> None:
-        self.errors = errors
-        self.roots = np.sqrt(errors)
-        self.sensitivities = sensitivities
-        self.pairs = None if pairs is None else np.triu(pairs, 1)
-        self._rows = np.arange(len(errors))
-
-    def __call__(self, levels: Assignment, scale: np.ndarray[Any, Any] | float = 1.0) -> float:
-        """The loss; ``scale`` multiplies the sensitivities."""
-        index = list(levels)
-        loss = float((self.errors[self._rows, index] * self.sensitivities * scale).sum())
-        if self.pairs is not None:
-            roots = self.roots[self._rows, index]
-            loss += float(roots @ self.pairs @ roots)
-        return loss
-
-    def apart(self, levels: Assignment, changes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """How much more or less the loss is when ``changes`` (sequences x units) add to what scales sensitivities."""
-        return np.asarray(changes @ (self.errors[self._rows, list(levels)] * self.sensitivities))
-
-    def of_many(self, levels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Losses of the rows of an array (assignments x units)."""
-        losses = np.asarray((self.errors[self._rows, levels] * self.sensitivities).sum(axis=1))
-        if self.pairs is not None:
-            roots = self.roots[self._rows, levels]
-            losses += ((roots @ self.pairs) * roots).sum(axis=1)
-        return losses
-
-    def curvature(self) -> np.ndarray[Any, Any]:
-        """Second derivatives of the loss in the roots of the errors, units x units."""
-        pairs = 0.0 if self.pairs is None else self.pairs + self.pairs.T
-        return np.asarray(2 * np.diag(self.sensitivities) + pairs)
-
-    def effects(self) -> list[list[float]]:
-        """Additive part: loss of each unit's levels."""
-        return [(e * g).tolist() for e, g in zip(self.errors, self.sensitivities, strict=True)]
 
 
 def _errors(space: CompressionSpace) -> np.ndarray[Any, Any]:
@@ -134,9 +101,22 @@ def _problem(space: CompressionSpace, landscape: Landscape, name: str) -> Functi
     if landscape.pairs is None or not landscape.pairs.any():
         best = solve_by_dynamic_programming(space, landscape.effects())
         problem.optimum = None if best is None else landscape(best)
+        if space.ranged:
+            problem.optima = tuple((space.cost(a), landscape(a)) for a in sweep(space, landscape.effects()))
     elif space.count() <= BRUTE:
-        problem.optimum = float(landscape.of_many(_assignments(space)).min())
+        losses = landscape.of_many(_assignments(space))
+        problem.optimum = float(losses.min())
+        if space.ranged:
+            costs = map(space.cost, _assignments(space).tolist())
+            problem.optima = _least(zip(costs, losses.tolist(), strict=True))
     return problem
+
+
+def _least(points: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """The points that lose less than all cheaper ones."""
+    ordered = sorted(points)
+    before = itertools.accumulate((loss for _, loss in ordered), min, initial=math.inf)
+    return tuple(point for point, least in zip(ordered, before, strict=False) if point[1] < least)
 
 
 @lru_cache(maxsize=4)
@@ -152,11 +132,12 @@ def additive(
     tightness: float = 0.6,
     unequal: bool = False,
     exact: bool = False,
+    tightest: float | None = None,
     structure: float = 0.0,
     seed: int = 0,
 ) -> FunctionProblem:
     """Sum of independent unit losses; the optimum is exact, by dynamic programming."""
-    space = synthetic_space(units, levels, tightness, unequal, exact)
+    space = synthetic_space(units, levels, tightness, unequal, exact, tightest)
     rng = np.random.default_rng([seed, 1])
     return _problem(space, Landscape(_errors(space), _sensitivities(space, rng, structure), None), "additive")
 
@@ -168,6 +149,7 @@ def interacting(
     tightness: float = 0.6,
     unequal: bool = False,
     exact: bool = False,
+    tightest: float | None = None,
     structure: float = 0.0,
     interaction: float = 0.1,
     seed: int = 0,
@@ -176,7 +158,7 @@ def interacting(
 
     Two levels, 16 units, ``exact`` and tightness 0.375 is dropping 6 of 16 modules: 8008 assignments.
     """
-    space = synthetic_space(units, levels, tightness, unequal, exact)
+    space = synthetic_space(units, levels, tightness, unequal, exact, tightest)
     rng = np.random.default_rng([seed, 2])
     sensitivities = _sensitivities(space, rng, structure)
     pairs = rng.normal(0.0, interaction, (units, units))
@@ -190,6 +172,7 @@ def non_monotone(
     tightness: float = 0.6,
     unequal: bool = False,
     exact: bool = False,
+    tightest: float | None = None,
     share: float = 0.2,
     interaction: float = 0.05,
     seed: int = 0,
@@ -203,7 +186,7 @@ def non_monotone(
     """
     if not 0 <= share <= 1:
         raise InvalidSettingError(f"share={share} must be in 0..1")
-    space = synthetic_space(units, levels, tightness, unequal, exact)
+    space = synthetic_space(units, levels, tightness, unequal, exact, tightest)
     rng = np.random.default_rng([seed, 3])
     errors = _errors(space)
     for unit in rng.permutation(units)[: math.ceil(share * units)]:
@@ -317,6 +300,7 @@ def noisy(
     levels: int = 5,
     tightness: float = 0.6,
     unequal: bool = False,
+    tightest: float | None = None,
     structure: float = 0.0,
     interaction: float = 0.05,
     noise: float = 0.3,
@@ -335,9 +319,11 @@ def noisy(
     """
     if not 0 <= delay <= 3600:
         raise InvalidSettingError(f"delay={delay} must be 0 to 3600 seconds")
-    base = interacting(units, levels, tightness, unequal, structure=structure, interaction=interaction, seed=seed)
+    base = interacting(
+        *(units, levels, tightness, unequal, False, tightest), structure=structure, interaction=interaction, seed=seed
+    )
     assert isinstance(base.function, Landscape)
-    return NoisyProblem(
+    problem = NoisyProblem(
         base.space,
         base.function,
         noise=noise,
@@ -346,3 +332,5 @@ def noisy(
         sensitivities=sensitivities,
         delay=delay,
     )
+    problem.optima = base.optima
+    return problem

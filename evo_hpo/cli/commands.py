@@ -21,6 +21,7 @@ from evo_hpo.cli.evaluate_command import evaluate
 from evo_hpo.cli.memory_command import plan_memory
 from evo_hpo.cli.model_commands import build, export
 from evo_hpo.cli.options import console, errors
+from evo_hpo.cli.pick_command import pick
 from evo_hpo.cli.result_commands import list_names, report, track, ui
 from evo_hpo.cli.search_commands import ablate, compare, search
 from evo_hpo.cli.sizes_command import sizes
@@ -103,7 +104,7 @@ def _options(
     pass
 
 
-for command in (compare, search, ablate, build, report, track, ui, export, evaluate, sizes):
+for command in (compare, search, ablate, build, report, track, ui, pick, export, evaluate, sizes):
     app.command()(command)
 app.command("plan-memory")(plan_memory)
 app.command("list")(list_names)

@@ -12,6 +12,7 @@ from rich.table import Table
 from evo_hpo.cli.options import console
 from evo_hpo.errors import PlanError
 from evo_hpo.space.amounts import Amount, shown
+from evo_hpo.space.ranges import each
 
 __all__ = ["sizes"]
 
@@ -48,8 +49,8 @@ def sizes(
         if "units" in entry:
             space = levels.counted_in("bytes").space(budget=10**15)
             rows.append((plan.stem, size.rest + space.cost(space.from_labels(entry["units"]))))
-        if task.size:
-            rows.append((f"asked: {task.size}", Amount.of(task.size).total(size.weights)))
+        asked = each(task.size, "size") if task.size else ()
+        rows += [(f"asked: {one}", Amount.of(one).total(size.weights)) for one in asked]
         rows.append(("16 bits", 2 * size.weights))
         for name, taken in sorted(rows, key=lambda row: row[1]):
             cells = (shown(taken), f"{size.bits(taken):.3f}", f"{size.bits(taken) / 8:.4f}", shown(taken + cache))

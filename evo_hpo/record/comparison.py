@@ -4,6 +4,7 @@
               comparison.json    plan, problems, searches, machine, versions
               journals/*.jsonl   the record, one file a search
               profiles/*.json    the recommended assignment of each search; winner.json
+              fronts/*.json,csv  over a range of budgets, the front of each search; winner.json, winner.csv
               report/            tables and pictures
               errors.log         traces of searches that failed
 """
@@ -14,9 +15,8 @@ import contextlib
 import json
 import statistics
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -25,8 +25,11 @@ from evo_hpo.errors import JournalError, PlanError
 from evo_hpo.record.changes import changes, told
 from evo_hpo.record.environment import environment
 from evo_hpo.record.files import write_whole
+from evo_hpo.record.fronts import front_files, judged
+from evo_hpo.record.planned import PlannedSearch, disambiguate, planned
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.record.records import SearchRecord, read_journal
+from evo_hpo.search.checkpoint import FrontPoint
 
 __all__ = ["ERRORS", "Comparison", "PlannedSearch", "disambiguate", "winner"]
 
@@ -61,29 +64,6 @@ def winner(results: Iterable[R]) -> R | None:
     for result in found:
         losses.setdefault(result.label, []).append(result.loss)
     return min(found, key=lambda r: (r.loss, statistics.median(losses[r.label])), default=None)
-
-
-@dataclass(frozen=True)
-class PlannedSearch:
-    """One search of a comparison.
-
-    Attributes:
-        id: its name in the comparison, unique.
-        problem: key of the problem.
-        searcher: registered name; ``label``: shown name, which tells variants apart.
-        seed: of searcher and minibatches.
-        journal: its journal, relative to the folder.
-        deterministic: the searcher ignores its seed, so that this search stands for every seed.
-    """
-
-    id: str
-    problem: str
-    searcher: str
-    label: str
-    settings: Mapping[str, Any]
-    seed: int
-    journal: str
-    deterministic: bool
 
 
 @dataclass(frozen=True)
@@ -140,7 +120,7 @@ class Comparison:
             data.get("name") or folder.name,
             data.get("plan") or {},
             {key: ProblemRecord.from_json(key, entry) for key, entry in (data.get("problems") or {}).items()},
-            _planned(data.get("searches") or []),
+            planned(data.get("searches") or []),
             data.get("choices") or {},
             data.get("created") or "",
             data.get("versions") or {},
@@ -206,7 +186,7 @@ class Comparison:
     def documents(self) -> tuple[list[Path], list[Path]]:
         """Files, and folders of files, that a copy of the comparison takes beside its journals."""
         files = [self.folder / name for name in (PLAN, RECORD, ERRORS)]
-        folders = [self.folder / name for name in ("report", "profiles")]
+        folders = [self.folder / name for name in ("report", "profiles", "fronts")]
         return [f for f in files if f.is_file()], [f for f in folders if f.is_dir()]
 
     def sensitivities_picture(self, search: str) -> Path:
@@ -261,16 +241,20 @@ class Comparison:
             if isinstance(found, SearchRecord) and found.checkpoints:
                 if not self.problems[search.problem].instances:
                     results.setdefault(search.problem, []).append(found)
-                texts[found.search] = json.dumps(self._profile(search, found), indent=1)
+                texts[found.search] = json.dumps(self.profile(search, found), indent=1)
                 target.mkdir(exist_ok=True)
                 write_whole(target / f"{search.id}.json", texts[found.search])
         for key, found_on in results.items():
             name = "winner" if len(self.plan["problems"]) == 1 else f"winner-{key.replace('/', '-')}"
-            if best := winner(found_on):
+            if best := winner(judged({key: self.problems[key]}, found_on)[1]):
                 write_whole(target / f"{name}.json", texts[best.search])
+                for path, text in front_files(self.problems[key], found_on, best.search, name):
+                    (self.folder / "fronts").mkdir(exist_ok=True)
+                    write_whole(self.folder / "fronts" / path, text)
 
-    def _profile(self, search: PlannedSearch, found: SearchRecord) -> dict[str, Any]:
-        final, problem = found.checkpoints[-1], self.problems[search.problem]
+    def profile(self, search: PlannedSearch, found: SearchRecord, point: FrontPoint | None = None) -> dict[str, Any]:
+        """What a search recommends, or a point of its front, as a profile's file has it."""
+        final, problem = point or found.checkpoints[-1], self.problems[search.problem]
         entry = {k: v for p in self.plan["problems"] if _key(p) == search.problem for k, v in p.items()}
         if entry.pop("instance", None):
             entry["settings"] = {**entry.get("settings", {}), "seed": search.seed}
@@ -281,7 +265,7 @@ class Comparison:
             "seed": search.seed,
             "problem": entry,
             "fingerprint": found.header["fingerprint"],
-            "held_out": final.held_out,
+            "held_out": dict(final.held_out),
             "cost": problem.space.cost(final.levels),
             "average": problem.space.average(final.levels),
             "levels": list(final.levels),
@@ -305,41 +289,3 @@ class Comparison:
 def _key(problem: Mapping[str, Any]) -> str:
     """The key of a plan's problem: its label, or else its name."""
     return str(problem.get("label") or problem.get("name") or "")
-
-
-def _planned(entries: Sequence[Mapping[str, Any]]) -> tuple[PlannedSearch, ...]:
-    """Searches as recorded; old records do not say whether a searcher is deterministic.
-
-    There, one that was planned for a single seed where others have several is taken for it.
-    """
-    labels = disambiguate(entries)
-    pairs = [(str(e["problem"]), label) for e, label in zip(entries, labels, strict=True)]
-    seeds = Counter(pairs)
-    most = {problem: max(n for (p, _), n in seeds.items() if p == problem) for problem, _ in seeds}
-    names = {f.name for f in fields(PlannedSearch)}
-    found = []
-    for entry, (problem, label) in zip(entries, pairs, strict=True):
-        known: dict[str, Any] = {"settings": {}, "deterministic": seeds[problem, label] == 1 < most[problem]}
-        known |= {k: v for k, v in entry.items() if k in names}
-        found.append(PlannedSearch(**(known | {"label": label})))
-    return tuple(found)
-
-
-def disambiguate(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A label for each search entry; variants that share a label get their differing settings added to it."""
-    variants: dict[str, list[str]] = {}
-    for entry in entries:
-        key = json.dumps([entry.get("searcher"), entry.get("settings") or {}], sort_keys=True, default=str)
-        known = variants.setdefault(str(entry.get("label") or entry.get("searcher")), [])
-        if key not in known:
-            known.append(key)
-    labels = []
-    for entry in entries:
-        label = str(entry.get("label") or entry.get("searcher"))
-        if len(variants[label]) > 1:
-            all_settings = [json.loads(k)[1] for k in variants[label]]
-            own = json.loads(json.dumps(entry.get("settings") or {}, default=str))
-            differing = [k for k in own if any(s.get(k) != own[k] for s in all_settings)]
-            label += " (" + (", ".join(f"{k}={own[k]}" for k in differing) or "default settings") + ")"
-        labels.append(label)
-    return labels

@@ -238,7 +238,10 @@ class Journal:
             JournalError: the disk is full or fails; the batch stays in :attr:`unsaved`.
         """
         now, search, last = round(time.time(), 3), str(self.held.header["search"]), len(outcomes) - 1
-        self._write([dump(encode_outcome(o, search, now, last - i)) for i, o in enumerate(outcomes)])
+        space = self.held.space
+        costs = [space.cost(o.trial.levels) if space and space.ranged else None for o in outcomes]
+        told = enumerate(zip(outcomes, costs, strict=True))
+        self._write([dump(encode_outcome(o, search, now, last - i, cost)) for i, (o, cost) in told])
 
     def record_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Writes one checkpoint."""

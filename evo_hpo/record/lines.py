@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evo_hpo.search.loop import Checkpoint
+from evo_hpo.search.checkpoint import Checkpoint, FrontPoint
 from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Measured, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment
@@ -16,12 +16,15 @@ __all__ = [
     "decode_checkpoint",
     "decode_levels",
     "decode_outcome",
+    "decode_point",
     "decode_probe",
     "dump",
     "encode_checkpoint",
+    "encode_figures",
     "encode_levels",
     "encode_number",
     "encode_outcome",
+    "encode_point",
     "encode_probe",
 ]
 
@@ -48,8 +51,8 @@ def encode_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def encode_outcome(outcome: Outcome, search: str, time: float, more: int) -> dict[str, Any]:
-    """One outcome line; fields at their defaults are left out."""
+def encode_outcome(outcome: Outcome, search: str, time: float, more: int, cost: int | None = None) -> dict[str, Any]:
+    """One outcome line; fields at their defaults are left out. ``cost``: of the assignment, over a range of budgets."""
     trial, terms = outcome.trial, outcome.terms
     line: dict[str, Any] = {
         "kind": "outcome",
@@ -68,7 +71,7 @@ def encode_outcome(outcome: Outcome, search: str, time: float, more: int) -> dic
         "time": time,
     }
     optional = {"asked": terms.tokens, "keep": terms.keep, "note": trial.note, "reason": outcome.reason, "more": more}
-    line.update({key: value for key, value in optional.items() if value not in (None, "", 0)})
+    line.update({key: value for key, value in (optional | {"cost": cost}).items() if value not in (None, "", 0)})
     if terms.tokens == 0:
         line["asked"] = 0
     if terms.by_sequence:
@@ -116,9 +119,27 @@ def encode_checkpoint(checkpoint: Checkpoint, search: str, time: float) -> dict[
         "evaluations": checkpoint.evaluations,
         "seconds": checkpoint.seconds,
         "levels": encode_levels(checkpoint.levels),
-        "held_out": {key: encode_number(float(value)) for key, value in checkpoint.held_out.items()},
+        "held_out": encode_figures(checkpoint.held_out),
+        **({"front": [encode_point(point) for point in checkpoint.front]} if checkpoint.front else {}),
         "time": time,
     }
+
+
+def encode_figures(figures: Mapping[str, float]) -> dict[str, float | str]:
+    """Held-out figures by name."""
+    return {key: encode_number(float(value)) for key, value in figures.items()}
+
+
+def encode_point(point: FrontPoint) -> dict[str, Any]:
+    """A point of a front."""
+    found = {"levels": encode_levels(point.levels), "cost": point.cost, "loss": encode_number(point.loss)}
+    return {**found, "held_out": encode_figures(point.held_out)}
+
+
+def decode_point(entry: Mapping[str, Any]) -> FrontPoint:
+    """The point that :func:`encode_point` wrote."""
+    held_out = {key: float(value) for key, value in entry["held_out"].items()}
+    return FrontPoint(decode_levels(entry["levels"]), entry["cost"], float(entry["loss"]), held_out)
 
 
 def decode_checkpoint(line: Mapping[str, Any]) -> Checkpoint:
@@ -130,6 +151,7 @@ def decode_checkpoint(line: Mapping[str, Any]) -> Checkpoint:
         seconds=float(line["seconds"]),
         levels=decode_levels(line["levels"]),
         held_out={key: float(value) for key, value in line["held_out"].items()},
+        front=tuple(map(decode_point, line.get("front", ()))),
     )
 
 

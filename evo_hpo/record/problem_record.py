@@ -28,6 +28,7 @@ class ProblemRecord:
         instances: where every seed has a problem of its own, on the same space: seed -> its ``fingerprint`` and
             ``optimum``. Losses of two instances cannot be compared; reports show gaps.
         texts: names of the held-out texts, the one that names the winner first; empty: there is one, without a name.
+        optima: over a range of budgets, cost and loss of the assignments of the best front, where known.
     """
 
     key: str
@@ -39,11 +40,13 @@ class ProblemRecord:
     notes: tuple[str, ...] = ()
     instances: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
+    optima: tuple[tuple[int, float], ...] = ()
 
     @classmethod
     def of(cls, key: str, problem: Problem, instance: int | None = None) -> ProblemRecord:
         """The record of a problem that was made; ``instance``: for which seed, where each has its own."""
-        fingerprint, optimum = problem.fingerprint(), problem.optimum
+        fingerprint, optimum, optima = problem.fingerprint(), problem.optimum, problem.optima
+        own = {"fingerprint": fingerprint, "optimum": optimum, **({"optima": optima} if optima else {})}
         return cls(
             key,
             problem.space,
@@ -52,8 +55,9 @@ class ProblemRecord:
             optimum,
             problem.space.describe(),
             tuple(problem.notes),
-            {} if instance is None else {str(instance): {"fingerprint": fingerprint, "optimum": optimum}},
+            {} if instance is None else {str(instance): own},
             tuple(problem.texts),
+            optima,
         )
 
     def joined(self, made: ProblemRecord) -> ProblemRecord:
@@ -88,12 +92,13 @@ class ProblemRecord:
             tuple(map(str, data.get("notes") or ())),
             data.get("instances") or {},
             tuple(map(str, data.get("texts") or ())),
+            tuple((int(cost), float(loss)) for cost, loss in data.get("optima") or ()),
         )
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, without its key."""
         names: tuple[str, ...] = ("fingerprint", "reference", "optimum", "describe", "notes")
-        names += tuple(name for name in ("instances", "texts") if getattr(self, name))
+        names += tuple(name for name in ("instances", "texts", "optima") if getattr(self, name))
         return {"space": self.space.to_json(), **{name: getattr(self, name) for name in names}}
 
     @property
@@ -112,6 +117,9 @@ class ProblemRecord:
         """Name and unit of the held-out loss, as it may be broken; lower is better."""
         if self.instances:
             return "gap to the best known loss", "(uniform = 100)"
+        if self.space.ranged:
+            kind, unit = ("KL", "nats/token, geometric") if self.is_language_model else ("loss", "over all budgets")
+            return f"mean {kind}{f' on {self.texts[0]}' if self.texts else ''}", f"({unit})"
         name = f"on {self.texts[0]}" if self.texts else ""
         if self.is_language_model:
             return (f"KL {name}" if name else "held-out KL"), "(nats/token)"

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from evo_hpo.record.files import write_whole
 from evo_hpo.report.curves import axes
+from evo_hpo.report.fronts import front_figure, front_sheets, write_fronts
 from evo_hpo.report.heat_maps import profiles_figure, winner_figure
 from evo_hpo.report.lineage import lineage, lineage_figure
 from evo_hpo.report.page import (
@@ -101,13 +102,15 @@ def _overall(results: Results, summaries: dict[str, Summary], summary: Summary, 
 def _section(results: Results, key: str, by_text: dict[str, Summary], target: Path, *, single: bool) -> Section:
     info, (summary, *_) = results.problems[key], by_text.values()
     suffix = "" if single else "-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", key)
+    if info.space.ranged:
+        write_fronts(results, key, target, suffix)
     more = (*_elsewhere(by_text), lineage_sheet(results, key), scoring_sheet(results, key))
     return Section(
         anchor="p-" + re.sub(r"[^A-Za-z0-9]+", "-", key),
         title=key,
         text=" · ".join(info.lines),
         verdict="" if single else summary.verdict,
-        sheets=(*problem_sheets(results, key), *standing_sheets(summary)),
+        sheets=(*problem_sheets(results, key), *front_sheets(results, key), *standing_sheets(summary)),
         pictures=_saved(_drawings(results, key, summary, suffix), target),
         more=tuple(sheet for sheet in more if sheet),
     )
@@ -147,6 +150,9 @@ def _ranks(results: Results, summary: Summary, suffix: str) -> Iterator[Drawing]
 def _drawings(results: Results, key: str, summary: Summary, suffix: str) -> Iterator[Drawing]:
     """All pictures of one problem, in reading order."""
     info = results.problems[key]
+    if info.space.ranged and not info.instances:
+        caption = "What each searcher gives at every budget, the median over its seeds with its band."
+        yield f"front{suffix}", "Loss against cost", front_figure(results, key), caption
     for axis in axes(results, key):
         name = "anytime-seconds" if axis == "seconds" else "anytime"
         caption = f"Held-out loss of the incumbent against {AXES[axis]}; lower is better."

@@ -11,6 +11,7 @@ import pandas as pd
 
 from evo_hpo.errors import UnknownNameError
 from evo_hpo.record.comparison import Comparison, winner
+from evo_hpo.record.fronts import judged
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.record.records import SearchRecord
 from evo_hpo.report.gaps import as_gaps
@@ -48,7 +49,7 @@ class Results:
         found = list(recorded.journals())
         missing = {planned.id: held for planned, held in found if isinstance(held, str)}
         runs = [SearchRun.of(planned, held) for planned, held in found if isinstance(held, SearchRecord)]
-        problems, runs, unmeasured = as_gaps(recorded.problems, runs)
+        problems, runs, unmeasured = as_gaps(*judged(recorded.problems, runs))
         return cls(recorded.name, problems, tuple(runs), missing | unmeasured, recorded)
 
     # ------------------------------------------------------------------ selecting

@@ -251,7 +251,7 @@ def columns(results: Results, problem: str, found: Sequence[Row]) -> list[Column
         (known and not info.instances, "gap", "gap to optimum\n(uniform = 100)", 0, gap_text),
         (known, "reached", "optimum reached", 0, reached_text),
         (measured, "perplexity", "perplexity\u00a0↓", 7, lambda r: interval_text(r.perplexity)),
-        (True, "average", "\n".join(info.average_lines), 0, lambda r: interval_text(r.average)),
+        (not info.space.ranged, "average", "\n".join(info.average_lines), 0, lambda r: interval_text(r.average)),
         (any(r.tokens > 0 for r in searched), "tokens", "tokens", 6, lambda r: count_text(r.tokens)),
         (True, "trials", "trials", 1, lambda r: count_text(r.trials)),
         (any(r.failed > 0 for r in searched), "failed", "failed", 5, lambda r: count_text(r.failed)),

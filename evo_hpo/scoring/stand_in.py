@@ -7,13 +7,16 @@ from fractions import Fraction
 
 from evo_hpo.errors import InfeasibleError
 from evo_hpo.space.compression_space import CompressionSpace, Unit
+from evo_hpo.space.ranges import spanning
 
 __all__ = ["stand_in", "unknown"]
 
 
-def unknown() -> CompressionSpace:
-    """For levels whose costs are known once they are built."""
-    return CompressionSpace([Unit(f"layers.{i}.unit", costs=(16, 32), size=16) for i in range(30)], 30 * 24)
+def unknown(*, ranged: bool = False) -> CompressionSpace:
+    """For levels whose costs are known once they are built; ``ranged``: over a range of budgets."""
+    units = [Unit(f"layers.{i}.unit", costs=(16, 32), size=16) for i in range(30)]
+    space = CompressionSpace(units, 30 * 24)
+    return spanning(CompressionSpace(units, 30 * 20), space) if ranged else space
 
 
 def stand_in(method: str, levels: Sequence[float], average: float, dropped: bool) -> CompressionSpace:

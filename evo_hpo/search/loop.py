@@ -13,6 +13,7 @@ import numpy as np
 
 from evo_hpo.errors import BudgetError, InvalidSettingError
 from evo_hpo.search.budget import Budget, Ledger
+from evo_hpo.search.checkpoint import Checkpoint, FrontPoint, not_dominated, thinned
 from evo_hpo.search.problem import Minibatch, Problem, Score
 from evo_hpo.search.searcher import Searcher
 from evo_hpo.search.trial import Batch, Draw, Measured, Outcome, Probe, Status, Terms, Trial
@@ -23,31 +24,6 @@ __all__ = ["Checkpoint", "Observer", "Recorder", "SearchResult", "search"]
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """Held-out figures of the incumbent at one moment of a search.
-
-    Attributes:
-        fraction: of the budget, 0 to 1, at which it was due; 1 is the final one.
-        tokens, evaluations, seconds: spent when it was taken (seconds: scoring only).
-        levels: the incumbent.
-        held_out: figures from ``Problem.validate``; ``loss`` is lower-is-better.
-    """
-
-    fraction: float
-    tokens: int
-    evaluations: int
-    seconds: float
-    levels: Assignment
-    held_out: dict[str, float]
-
-    @property
-    def loss(self) -> float:
-        """Held-out loss (lower is better); inf when there is none."""
-        loss = self.held_out.get("loss", math.inf)
-        return math.inf if math.isnan(loss) else float(loss)
-
-
 @dataclass
 class SearchResult:
     """Everything a search found.
@@ -55,6 +31,7 @@ class SearchResult:
     Attributes:
         best: the searcher's recommendation, feasible; None when every trial failed.
         best_loss: least calibration loss that ``best`` got (lower is better); compare searches by held-out data.
+        front: over a range of budgets, the points that the search gives, ascending in cost.
         outcomes: every trial, in order.
         checkpoints: held-out figures along the budget.
         ledger: what was spent.
@@ -65,6 +42,7 @@ class SearchResult:
 
     best: Assignment | None = None
     best_loss: float = math.inf
+    front: tuple[FrontPoint, ...] = ()
     outcomes: list[Outcome] = field(default_factory=list, repr=False)
     probes: list[Measured] = field(default_factory=list, repr=False)
     checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -307,10 +285,20 @@ class _Run:
         known = self.journal.recall_checkpoint(fraction, levels) if self.journal else None
         if known is None:
             figures, spent = self.problem.validate(levels), self.ledger
-            known = Checkpoint(fraction, spent.tokens, spent.evaluations, spent.seconds, levels, figures)
+            front = tuple(replace(p, held_out=self.problem.validate(p.levels)) for p in self._front())
+            known = Checkpoint(fraction, spent.tokens, spent.evaluations, spent.seconds, levels, figures, front)
             if self.journal:
                 self.journal.record_checkpoint(known)
         return known
+
+    def _front(self) -> Iterable[FrontPoint]:
+        """What the searcher would give over a range of budgets; nothing where there is one budget."""
+        space = self.problem.space
+        if not space.ranged:
+            return
+        front = self.searcher.front()
+        for levels in thinned(space, not_dominated(space, self.result.outcomes) if front is None else front):
+            yield FrontPoint(space.check(levels), space.cost(levels), self.losses.get(levels, math.inf))
 
     def finish(self) -> SearchResult:
         """The result, with what the searcher recommends."""
@@ -318,6 +306,7 @@ class _Run:
         result.stop_reason = result.stop_reason or "the budget is spent"
         result.best = self.searcher.recommend() if self.losses or not result.outcomes else None
         result.best_loss = self.losses.get(result.best, math.inf) if result.best is not None else math.inf
+        result.front = result.checkpoints[-1].front if result.checkpoints else tuple(self._front())
         result.scoring = self.problem.report()
         return result
 

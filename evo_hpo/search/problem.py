@@ -79,6 +79,8 @@ class Problem(ABC):
         tokens: calibration tokens of a trial that names none; 0: the problem has no fidelity.
         pool_tokens: the most calibration tokens that a minibatch may hold; 0: no limit.
         optimum: the least loss that any feasible assignment has, where it is known.
+        optima: over a range of budgets, cost and loss of every assignment that loses less than all cheaper ones,
+            ascending, where they are known.
         notes: sentences that a reader of its results should know.
         has_sensitivities: whether :meth:`sensitivities` can be measured.
         reading: how it is scored sequence by sequence, by :meth:`read`; None: a trial is scored as a whole.
@@ -92,6 +94,7 @@ class Problem(ABC):
     tokens: int = 0
     pool_tokens: int = 0
     optimum: float | None = None
+    optima: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...] = ()
     has_sensitivities: bool = False
     reading: Reading | None = None

@@ -76,6 +76,13 @@ class Searcher(ABC):
         """
         return None if self._best is None else self._best.trial.levels
 
+    def front(self) -> Iterable[Assignment] | None:
+        """Over a range of budgets, the assignments to take: at each budget the dearest that fits; in any order.
+
+        None, the default: of all trials on the most tokens, those that lose less than all cheaper ones.
+        """
+        return None
+
     def fidelities(self) -> tuple[int | None, ...]:
         """Calibration tokens of every batch that it may ask for, as far as known; None: the problem's default.
 

@@ -36,6 +36,7 @@ class CompressionSpace:
         budget: the most that an assignment may cost, one integer a resource.
         floor: the least that an assignment must cost (default 0); ``floor=budget`` demands the exact cost.
         resources: names of the resources, for messages and tables; None: "cost", or numbers where there are several.
+        ranged: every budget from floor to budget is searched, for a front; see :mod:`evo_hpo.space.ranges`.
 
     Raises:
         InvalidSpaceError: duplicate names, a module in two units, or costs or names for another number of resources.
@@ -49,7 +50,9 @@ class CompressionSpace:
         *,
         floor: int | Sequence[int] = 0,
         resources: Sequence[str] | None = None,
+        ranged: bool = False,
     ) -> None:
+        self.ranged = ranged
         self.units: tuple[Unit, ...] = tuple(units)
         if not self.units:
             raise InvalidSpaceError("a space needs at least one unit")
@@ -303,13 +306,15 @@ class CompressionSpace:
             "budget": list(self.budgets),
             "floor": list(self.floors),
             "resources": list(self.resources),
+            **({"ranged": True} if self.ranged else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CompressionSpace:
         """The space that :meth:`to_json` described."""
         units = [Unit(**entry) for entry in data["units"]]
-        return cls(units, data["budget"], floor=data["floor"], resources=data["resources"])
+        ranged = data.get("ranged", False)
+        return cls(units, data["budget"], floor=data["floor"], resources=data["resources"], ranged=ranged)
 
     def describe(self) -> str:
         """A readable summary: units, levels, groups, budget."""
@@ -320,7 +325,7 @@ class CompressionSpace:
         if fixed := sum(u.fixed is not None for u in self.units):
             lines.append(f"  fixed: {fixed} units")
         for name, floor, budget in zip(self.resources, self.floors, self.budgets, strict=True):
-            least = f", at least {floor}" if floor else ""
+            least = f", at least {floor}{self._per_weight(floor) if self.ranged else ''}" if floor else ""
             lines.append(f"  {name}: at most {budget}{self._per_weight(budget)}{least}")
         return "\n".join(lines)
 

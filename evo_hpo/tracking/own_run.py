@@ -46,9 +46,10 @@ def upload(folder: Path, uri: str) -> str:
         folders=folders,
     )
     for planned, record in comparison.journals():
-        picture = comparison.sensitivities_picture(planned.id)
-        if isinstance(record, SearchRecord) and picture.is_file():
-            tracker.attach(record.header, picture, picture.parent.name)
+        fronts = [comparison.folder / "fronts" / f"{planned.id}.{kind}" for kind in ("csv", "json")]
+        for file in (comparison.sensitivities_picture(planned.id), *fronts):
+            if isinstance(record, SearchRecord) and file.is_file():
+                tracker.attach(record.header, file, file.parent.name)
     made = views(records)
     tracker.tag_experiment(
         {v.tag: v.value() for v in made} | {"mlflow.note.content": note(tracker.experiment, name, made, details)}

@@ -190,6 +190,8 @@ class SearchRuns:
             metrics["loss" if outcome.status == "complete" else "loss_at_least"] = outcome.loss
         if self.space is not None:
             metrics["average"] = self.space.average(trial.levels)
+            if self.space.ranged:
+                metrics["cost"] = float(self.space.cost(trial.levels))
         params = {
             "levels": shown(encode_levels(trial.levels), LONGEST_PARAM, "the journal"),
             "generation": str(outcome.terms.generation),

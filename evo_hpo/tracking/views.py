@@ -125,6 +125,11 @@ def _parallel(params: Sequence[str], metric: str, title: str) -> dict[str, Any]:
     }
 
 
+def _scatter(x: str, y: str, title: str) -> dict[str, Any]:
+    axes = {name: {"key": key, "type": "METRIC"} for name, key in (("xaxis", x), ("yaxis", y))}
+    return _card("SCATTER", "front", "front", title) | axes | {"runsCountToCompare": 100}
+
+
 def _card(kind: str, section: str, name: str, title: str) -> dict[str, Any]:
     return {
         "type": kind,
@@ -194,9 +199,14 @@ def _problem_views(records: Sequence[SearchRecord], only: str = "", mark: str = 
     units = [safe_key(f"unit/{name}") for name in differing_units(records)]
     few = len(records) < 4 and len(next((r.space.units for r in records if r.space), ())) <= UNITS_SHOWN
     alike = not any("instance" in r.header for r in records)  # losses of two instances cannot be compared
-    best = winner(r for r in records if r.checkpoints) if alike and len(records) > 1 else None
+    ranged = any(r.space is not None and r.space.ranged for r in records)
+    best = winner(r for r in records if r.checkpoints) if alike and not ranged and len(records) > 1 else None
     trials = View(f"trials{mark}", f"Best trials{name}", TRIALS + only, "metrics.`loss`", TRIAL_COLUMNS)
     found = [trials] if alike else []
+    if ranged:
+        chart = _scatter("cost", "loss", "calibration loss of each trial against its cost")
+        columns = ("metrics.`cost`", *TRIAL_COLUMNS)
+        found.append(View(f"front{mark}", f"Front{name}", TRIALS + only, "metrics.`cost`", columns, (chart,)))
     if best is not None and re.fullmatch(NAMEABLE, best.search):
         where = f"{TRIALS} and tags.search = '{best.search}'"
         found.append(View(f"winner{mark}", f"Trials of {best.search}", where, "metrics.`loss`", TRIAL_COLUMNS))

@@ -18,7 +18,7 @@ from searchers.additive.one_shot import effects_of
 from searchers.additive.solvers import solve_many
 from searchers.evopress.mutation import Uniforms, mutation, switch_counts
 
-__all__ = ["CurvatureRegion"]
+__all__ = ["CurvatureRegion", "expected"]
 
 FIRST_PASS = 2048  # tokens that the first pass reads at most, and half of the budget
 SLOPE_SHARE = 0.6  # of what is left, that one look at the slope may cost
@@ -96,8 +96,9 @@ class CurvatureRegion(Procedure):
         return self.incumbent
 
     def steps(self) -> Steps[None]:
-        if self.prior and (tokens := self._pass_tokens(0.5)):
+        if self.prior and not len(self.forecast) and (tokens := self.pass_tokens(0.5)):
             self.forecast.add((yield from self.sensitivities(Probe(None, "sampled", tokens))))
+        if len(self.forecast):
             yield from self._race(self._solutions(len(self.space))[: self._most()])
         self._radius = float(self.first_radius)
         looked: Assignment | None = None
@@ -107,7 +108,7 @@ class CurvatureRegion(Procedure):
             if told and not self._trusts():
                 told, self._radius = False, self.first_radius / 2
             if told and self.slopes:
-                tokens = self._pass_tokens(SLOPE_SHARE)
+                tokens = self.pass_tokens(SLOPE_SHARE)
                 if tokens and (looked != self.incumbent or self._radius < self.first_radius):
                     looked = self.incumbent
                     self.forecast.add((yield from self.sensitivities(Probe(looked, "kl", tokens))))
@@ -136,7 +137,7 @@ class CurvatureRegion(Procedure):
             self.model.fit(self.incumbent)
         return self.model.trusted
 
-    def _pass_tokens(self, share: float) -> int:
+    def pass_tokens(self, share: float) -> int:
         """Tokens that a pass reads, in whole trials' tokens, on at most this share of what is left; 0: none."""
         left, each = self.allowance, self._each
         if left.evaluations is not None and left.evaluations <= READS + 2:
@@ -176,18 +177,11 @@ class CurvatureRegion(Procedure):
     def _solutions(self, radius: int) -> list[Assignment]:
         """Exact solutions around the incumbent, of the mean within r/4 to 4r, and of draws within r."""
         centre = self.incumbent
-        table = self.forecast.table(centre) if len(self.forecast) else None
-        if table is not None:
-            self.model.inform(table)
-        if len(self.model):
-            self.model.fit(centre)
-            mean = self.model.effects()
-            draws = [self.model.effects(self.rng) for _ in range(round(self.explore * self.batch))]
-        else:
-            assert table is not None
-            mean, draws = effects_of(self.space, table), []
+        mean = expected(self.forecast, self.model, centre)
+        count = round(self.explore * self.batch) if len(self.model) else 0
+        draws = [self.model.effects(self.rng) for _ in range(count)]
         radii = [max(1, round(radius * by)) for by in SPAN] if self.region else [len(self.space)]
-        reach = None if table is not None and self.model.trusted else 1
+        reach = None if len(self.forecast) and self.model.trusted else 1
         proposals = [
             solve_many(self.space, [within_reach(mean, centre, reach)], start=centre, changes=self._limit(r))[0]
             for r in dict.fromkeys(radii)
@@ -284,3 +278,15 @@ class CurvatureRegion(Procedure):
         if self._freedom:
             return self._squares / self._freedom
         return float(np.mean(self._guesses)) if self._guesses else 0.0
+
+
+def expected(forecast: Forecast, model: InformedModel, centre: Assignment) -> list[list[float]]:
+    """Loss of every unit's levels, seen from an assignment: what was measured, with the forecast as its prior."""
+    table = forecast.table(centre) if len(forecast) else None
+    if table is not None:
+        model.inform(table)
+    if len(model):
+        model.fit(centre)
+        return model.effects()
+    assert table is not None
+    return effects_of(model.space, table)

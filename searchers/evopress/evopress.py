@@ -225,7 +225,11 @@ class EvoPress(Procedure):
             return []
         barred = self.measured if self._noiseless and not self.revisit else ()
         wide = self.widen_after is not None and self.stagnant >= self.widen_after
-        return self.breeding.breed(count, self.parents, {e.levels for e in elders}, barred, wide=wide)
+        return self.breeding.breed(count, self.breeders(), {e.levels for e in elders}, barred, wide=wide)
+
+    def breeders(self) -> Sequence[Candidate]:
+        """Whose mutants the next offspring are."""
+        return self.parents
 
     def _select_in_stages(self, offspring: list[Candidate]) -> Steps[None]:
         """Scores the offspring in stages of growing fidelity, each on one minibatch, and selects the next parents."""

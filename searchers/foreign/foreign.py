@@ -7,17 +7,25 @@ from typing import ClassVar
 
 import numpy as np
 
+from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.procedure import Sampling
 from evo_hpo.search.searcher import boolean, number, one_of
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
+from evo_hpo.space.ranges import uniform_at
 from searchers.foreign.encoding import Decoded, Encoding, make_encoding
 
 __all__ = ["ForeignSearcher"]
 
+STARTS = 4
+"""Steps between the starts over a range of budgets."""
+
 
 class ForeignSearcher(Sampling):
     """An optimizer of another library on a compression space.
+
+    Over a range of budgets it has two objectives, cost and loss: nothing is filled, only what lies outside of the range
+    is repaired, and the start is uniform compression at five budgets.
 
     Args:
         encoding: how proposals become feasible (see ``encoding.py``); None: the optimizer's measured default.
@@ -33,6 +41,8 @@ class ForeignSearcher(Sampling):
     default_encoding: ClassVar[str] = "repaired"
     two_level_encoding: ClassVar[str | None] = None
     """Default where units have two levels only, dropped or kept; None: the same."""
+    ranged_encoding: ClassVar[str] = "projection"
+    """Default over a range of budgets."""
     default_batch: ClassVar[int] = 1
 
     def __init__(
@@ -53,12 +63,17 @@ class ForeignSearcher(Sampling):
         self.start = one_of("start", start, "uniform", "none")
         self.penalty = number("penalty", penalty, zero=True)
         default = (self.two_level_encoding if space.two_levels else None) or self.default_encoding
+        default = self.ranged_encoding if space.ranged else default
+        if space.ranged and encoding == "keys":
+            raise InvalidSettingError("encoding='keys' spends the whole budget: over a range take 'projection'")
+        found = uniform_at(space, STARTS) if space.ranged else ()
+        self._starts: tuple[Assignment, ...] = tuple(found) or (space.uniform(),)
         streams = np.random.SeedSequence(seed).spawn(2)
         self.encoding: Encoding = make_encoding(
             default if encoding is None else encoding,
             space,
             np.random.default_rng(streams[0]),
-            fill=boolean("fill", fill),
+            fill=boolean("fill", fill) and not space.ranged,
             allowed=self.encodings,
         )
         self._library_seed = int(streams[1].generate_state(1)[0] >> 1)
@@ -68,17 +83,17 @@ class ForeignSearcher(Sampling):
         if not self.encoding.free:
             self.stop_reason = "the space has one assignment"
             return None if self._asked else [self.space.uniform()]
-        first = self.start == "uniform" and not self._asked
-        proposals = self.proposals(1 if first else count)
+        first = len(self._starts) - self._asked if self.start == "uniform" else 0
+        proposals = self.proposals(min(first, count) if first > 0 else count)
         return None if proposals is None else [decoded.levels for decoded in proposals]
 
     @abstractmethod
     def proposals(self, count: int) -> list[Decoded] | None:
         """The optimizer's next ``count`` proposals; None ends the search."""
 
-    def _start(self) -> Decoded:
-        """The uniform assignment and its point."""
-        levels = self.space.uniform()
+    def _start(self, number: int = 0) -> Decoded:
+        """A start and its point."""
+        levels = self._starts[number]
         return Decoded(levels, self.encoding.encode(levels))
 
     def _loss(self, outcome: Outcome, decoded: Decoded) -> float:
@@ -86,3 +101,7 @@ class ForeignSearcher(Sampling):
         if self.encoding.name == "penalty":
             return outcome.loss + self.penalty * decoded.excess * max(abs(outcome.loss), 1e-12)
         return outcome.loss
+
+    def _objectives(self, levels: Assignment, loss: float) -> float | list[float]:
+        """What the optimizer is to make small: the loss, or over a range of budgets cost and loss."""
+        return [float(self.space.cost(levels)), loss] if self.space.ranged else loss

@@ -94,6 +94,7 @@ class NevergradSearcher(ForeignSearcher):
         self.horizon = horizon if horizon is None else positive("horizon", horizon)
         self.optimizer: Any = None
         self._numpy_state = np.random.RandomState(self._library_seed ^ 0x5EED).get_state()
+        self._worst = 1.0
         self._running: list[tuple[Any, Decoded]] = []
         self._waiting: list[tuple[Any, Decoded]] = []
 
@@ -168,7 +169,10 @@ class NevergradSearcher(ForeignSearcher):
         with self._lent("being asked"):
             if self.optimizer is None:
                 self.optimizer = self._make()
-            self._running = self._first() if not self._asked and self.start == "uniform" else []
+            self._running = []
+            if self.start == "uniform":
+                left = range(self._asked, min(self._asked + count, len(self._starts)))
+                self._running = [self._first() if number == 0 else (None, self._start(number)) for number in left]
             while len(self._running) < count:
                 self._running.append(self._waiting.pop() if self._waiting else self._candidate())
         return [decoded for _, decoded in self._running]
@@ -177,14 +181,14 @@ class NevergradSearcher(ForeignSearcher):
         candidate = self.optimizer.ask()
         return candidate, self.encoding.decode(self._read(candidate))
 
-    def _first(self) -> list[tuple[Any, Decoded]]:
+    def _first(self) -> tuple[Any, Decoded]:
         """The uniform assignment: the optimizer's own first candidate where it is that, else a point of ours."""
         start = self._start()
         candidate, decoded = self._candidate()
         if decoded.levels == start.levels:
-            return [(candidate, decoded)]
+            return candidate, decoded
         self._waiting.append((candidate, decoded))
-        return [(None, start)]
+        return None, start
 
     def _told(self, candidate: Any, decoded: Decoded) -> Any:
         """The candidate to tell: the one asked, or the repaired point in its place."""
@@ -206,9 +210,12 @@ class NevergradSearcher(ForeignSearcher):
         unsupported = load().errors.TellNotAskedNotSupportedError
         with self._lent("being told"):
             for (candidate, decoded), outcome in zip(self._running, outcomes, strict=False):
-                loss = self._loss(outcome, decoded) if outcome.usable else math.inf
+                if outcome.usable:
+                    self._worst = max(self._worst, outcome.loss)
+                failed = 10 * self._worst if self.space.ranged else math.inf  # a hypervolume takes no infinity
+                loss = self._loss(outcome, decoded) if outcome.usable else failed
                 try:
-                    self.optimizer.tell(self._told(candidate, decoded), loss)
+                    self.optimizer.tell(self._told(candidate, decoded), self._objectives(decoded.levels, loss))
                 except unsupported:
                     if candidate is not None:
                         raise

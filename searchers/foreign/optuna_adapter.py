@@ -113,6 +113,8 @@ class OptunaSearcher(ForeignSearcher):
         self, space: CompressionSpace, *, seed: int = 0, sampler: Mapping[str, Any] | None = None, **settings: Any
     ) -> None:
         super().__init__(space, seed=seed, **settings)
+        if space.ranged and self.sampler_name == "CmaEsSampler":
+            raise InvalidSettingError("optuna's CmaEsSampler knows one objective: over a range take nsga2 or tpe")
         names = [space.units[i].name for i in self.encoding.free]
         self.distributions: dict[str, BaseDistribution] = {
             name: FloatDistribution(0.0, 1.0) if self.encoding.continuous else IntDistribution(low, high)
@@ -123,7 +125,8 @@ class OptunaSearcher(ForeignSearcher):
             inner = self._make_sampler({**self._pinned(), **self._given})
             self.sampler = _DecodingSampler(inner, self.distributions, self.encoding)
             storage = optuna.storages.InMemoryStorage()
-            storage.create_new_study([StudyDirection.MINIMIZE], study_name=type(self).__name__)
+            directions = [StudyDirection.MINIMIZE] * (2 if space.ranged else 1)
+            storage.create_new_study(directions, study_name=type(self).__name__)
             chosen = inner if isinstance(self.encoding, Sequential) else self.sampler
             self.study = Study(type(self).__name__, storage, sampler=chosen)
         self._running: list[tuple[OptunaTrial, Decoded]] = []
@@ -172,8 +175,8 @@ class OptunaSearcher(ForeignSearcher):
         return [decoded for _, decoded in self._running]
 
     def _ask(self) -> tuple[OptunaTrial, Decoded]:
-        if self.start == "uniform" and not self.study.get_trials(deepcopy=False):
-            decoded = self._start()
+        if self.start == "uniform" and (number := len(self.study.get_trials(deepcopy=False))) < len(self._starts):
+            decoded = self._start(number)
             self.study.enqueue_trial(self.sampler.params(decoded))
             return self.study.ask(self.distributions), decoded
         if isinstance(self.encoding, Sequential):
@@ -194,7 +197,7 @@ class OptunaSearcher(ForeignSearcher):
                 if self.encoding.name == "set_constraint":
                     trial.set_constraint("budget", decoded.excess)
                 if outcome.usable:
-                    self.study.tell(trial, self._loss(outcome, decoded))
+                    self.study.tell(trial, self._objectives(decoded.levels, self._loss(outcome, decoded)))
                 else:
                     self.study.tell(trial, state=TrialState.FAIL)
             for trial, _ in self._running[len(outcomes) :]:
@@ -252,7 +255,7 @@ class Gp(OptunaSearcher):
 
 
 class Nsga2(OptunaSearcher):
-    """Optuna's NSGAIISampler on one objective: a genetic algorithm."""
+    """Optuna's NSGAIISampler: a genetic algorithm on one objective, or over a range of budgets on cost and loss."""
 
     sampler_name = "NSGAIISampler"
     default_encoding = "keys"

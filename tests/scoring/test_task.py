@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from evo_hpo.cli.commands import main
 from evo_hpo.errors import EvoHpoError, TextError
 from evo_hpo.export import folder
 from evo_hpo.export.folder import export_profile
+from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.journal import read_journals
 from evo_hpo.report import Findings
 from evo_hpo.report.scoring_sheet import scoring_sheet
@@ -22,6 +24,7 @@ from evo_hpo.run.plan import Plan, make_plan
 from evo_hpo.run.rehearsal import rehearse
 from evo_hpo.run.schedule import compare
 from evo_hpo.scoring import task
+from evo_hpo.scoring.file_size import FileSize
 from evo_hpo.scoring.task import language_model
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.registry import make_problem, prepare_problem, preview_problem
@@ -105,9 +108,45 @@ def test_from_model_to_winning_profile_to_exported_model(
     assert float(losses.exp()) == pytest.approx(data["held_out"]["perplexity"], rel=1e-4)
 
 
+def test_a_range_of_bits_or_sizes_gives_a_front_of_which_a_point_is_exported(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    problem = settings(model_folder, tmp_path / "store", average={"from": 2.2, "to": 3.6})
+    plan = plan_of(problem, searchers=[{"name": "uniform"}, {"name": "curvature_front", "settings": {"budgets": 3}}])
+    plan.check()
+    rehearse_and_prepare(problem, plan)
+    folder = compare(plan, root=tmp_path / "runs")
+    space = Comparison.read(folder).problems["tiny"].space
+    assert space.ranged
+    assert space.budget == int(3.6 * space.total_size)
+    assert 2.15 * space.total_size < space.floor <= 2.2 * space.total_size
+    for record in Comparison.read(folder).records():
+        front = record.checkpoints[-1].front
+        assert len(front) > 5
+        assert all(point.held_out["loss"] > 0 for point in front)
+    with pytest.raises(SystemExit, match="0"):
+        main(["pick", str(folder), str(tmp_path / "p.json"), "--average", "3"])
+    assert "the search found" in export_profile(tmp_path / "p.json", tmp_path / "exported")["checked"]
+    levels = language_model.task(problem).open_levels().counted_in("bytes")
+    file = FileSize.of(str(model_folder), levels)
+    sizes = [size for _, size, _ in file.rows(levels)]
+    ends = {"from": f"{sizes[0] + 900} B", "to": f"{sizes[-1]} B"}
+    whole = language_model.task({**problem, "average": 3.0, "size": ends}).space(levels)
+    assert whole.ranged
+    assert file.rest + whole.budget == sizes[-1]
+    assert sizes[0] <= file.rest + whole.floor <= sizes[0] + 900
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"average": {"from": 1.5, "to": 3}}, "outside what levels"),
+        ({"average": {"from": 3, "to": 3}}, "or a range: { from = ..., to = ... }"),
+        ({"average": {"from": 2.5}}, "or a range: { from = ..., to = ... }"),
+        ({"average": "3 bits"}, "average='3 bits' must be"),
+        ({"size": {"from": "60 MB", "to": 70}}, "must be"),
+        ({"size": {"from": "60 MB", "to": "-1 MB"}}, "must be a size above 0"),
         ({"average": 1.5}, "outside what levels"),
         ({"average": 7.0}, "outside what levels"),
         ({"model": "/nowhere"}, "/nowhere"),

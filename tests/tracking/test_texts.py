@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.problems.synthetic import noisy
+from evo_hpo import Budget
 from evo_hpo.record.comparison import Comparison, PlannedSearch
 from evo_hpo.record.journal import Journal, read_journals
 from evo_hpo.record.problem_record import ProblemRecord
@@ -16,6 +18,7 @@ from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Measured, Probe
 from evo_hpo.tracking import log_comparison, log_evaluation, track
 from evo_hpo.tracking.views import views
+from tests.report.synthetic import write_folder
 from tests.tracking.conftest import Runs, Script
 
 PROSE = {"prose/loss": 1.25, "prose/perplexity": 40.0, "prose/gap": 0.75}
@@ -102,3 +105,29 @@ def test_tokens_spent_count_what_sensitivities_were_charged(root: Path, runs: Ru
     track(root / "comparisons" / "probed")
     (run,) = runs("tags.kind = 'search'")
     assert run.data.metrics["search/tokens"] == 600 + 200
+
+
+def test_over_a_range_every_trial_has_its_cost_and_the_front_is_an_artifact_with_a_view(
+    root: Path, uri: str, runs: Runs
+) -> None:
+    folder = root / "comparisons" / "range"
+    problem = noisy(units=14, tightness=0.2, tightest=0.9)
+    searchers = [("uniform", "uniform", {}), ("random", "random", {})]
+    folder.mkdir(parents=True)
+    write_folder(folder, [problem], searchers, (0,), Budget(tokens=1024 * 24))
+    Comparison.read(folder).write_profiles()
+    track(folder)
+    own = log_comparison(folder)
+    trials = runs("tags.kind = 'trial' and tags.search = 'noisy-random-s0'")
+    record = next(r for r in read_journals(folder) if r.searcher == "random")
+    costs = {str(o.trial.number): problem.space.cost(o.trial.levels) for o in record.outcomes}
+    assert {t.data.tags["trial"]: t.data.metrics["cost"] for t in trials} == costs
+    kept = root / "artifacts" / "range" / own / "artifacts" / "fronts"
+    assert {path.name for path in kept.iterdir()} == {path.name for path in (folder / "fronts").iterdir()}
+    (search,) = runs("tags.kind = 'search' and tags.search = 'noisy-random-s0'")
+    attached = root / "artifacts" / "range" / search.info.run_id / "artifacts" / "fronts"
+    assert {path.name for path in attached.iterdir()} == {"noisy-random-s0.csv", "noisy-random-s0.json"}
+    made = {view.id: view for view in views(read_journals(folder))}
+    assert made["front"].order == "metrics.`cost`"
+    assert (made["front"].charts[0]["xaxis"]["key"], made["front"].charts[0]["yaxis"]["key"]) == ("cost", "loss")
+    assert "winner" not in made

@@ -1,0 +1,128 @@
+"""``evo-hpo pick``: a point of a front as a profile."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from evo_hpo.cli.options import console
+from evo_hpo.errors import PlanError
+
+if TYPE_CHECKING:
+    from evo_hpo.record.comparison import Comparison, PlannedSearch
+    from evo_hpo.record.records import SearchRecord
+    from evo_hpo.search.checkpoint import FrontPoint
+
+__all__ = ["pick"]
+
+
+def pick(
+    comparison: Annotated[Path, typer.Argument(help="Folder of a comparison whose plan has a range of budgets.")],
+    output: Annotated[Path | None, typer.Argument(help="Profile to write; default: under the comparison's.")] = None,
+    average: Annotated[str | None, typer.Option(help="At most so many bits (or other cost) a weight.")] = None,
+    size: Annotated[str | None, typer.Option(help="A file of at most this size, such as '90 MB'.")] = None,
+    searcher: Annotated[str | None, typer.Option(help="Whose front; default: the one of least mean loss.")] = None,
+    problem: Annotated[str | None, typer.Option(help="Which problem, where the plan has several.")] = None,
+) -> None:
+    """Take a point of a front: the dearest assignment within a budget, as a profile for `evo-hpo export`.
+
+    [bold]Example:[/bold] evo-hpo pick mlruns/comparisons/smollm2-front --average 3.2 my-profile.json
+    """
+    from evo_hpo.record.comparison import Comparison
+    from evo_hpo.record.files import write_whole
+    from evo_hpo.space.amounts import shown
+
+    if (average is None) == (size is None):
+        raise PlanError("give --average or --size, one of them: the budget of the point")
+    found = Comparison.read(comparison)
+    planned, record = _front(found, searcher, problem)
+    points = record.checkpoints[-1].front
+    space = found.problems[planned.problem].space
+    if average is not None:
+        most = math.floor(_number(average) * space.total_size)
+        amounts, asked, unit = [p.cost for p in points], most, f"{space.resources[0]} a weight"
+        ends = [f"{amount / space.total_size:.4g}" for amount in (amounts[0], amounts[-1])]
+    else:
+        amounts, asked = _file_sizes(found.profile(planned, record), points, found, planned, size or "")
+        unit, ends = "file", [shown(min(amounts)), shown(max(amounts))]
+    fitting = [p for p, amount in zip(points, amounts, strict=True) if amount <= asked]
+    if not fitting:
+        raise PlanError(
+            f"nothing on the front of {planned.label} fits {average or size}:"
+            f" give from {ends[0]} to {ends[1]}{'' if size else ' ' + unit}"
+        )
+    point = fitting[-1]
+    profile = found.profile(planned, record, point)
+    taken = amounts[points.index(point)]
+    path = output or found.folder / "profiles" / f"picked-{(average or size or '').replace(' ', '')}.json"
+    if path.suffix != ".json":
+        raise PlanError(f"{path} must end in .json: it is a profile")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(profile, indent=1))
+    what = f"a file of {shown(taken)}" if size else f"{profile['average']:.4g} {unit}"
+    console.print(
+        f"{path}: {what}, held-out loss {profile['held_out']['loss']:.4g}, of {planned.id}; export it with:"
+        f" evo-hpo export {path} MODEL",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _front(found: Comparison, searcher: str | None, problem: str | None) -> tuple[PlannedSearch, SearchRecord]:
+    """The search whose front is taken: of least mean loss over all budgets on the first held-out text."""
+    from evo_hpo.record.comparison import winner
+    from evo_hpo.record.fronts import judged
+    from evo_hpo.record.records import SearchRecord
+
+    pairs = [(p, r) for p, r in found.journals() if isinstance(r, SearchRecord) and _has_front(r)]
+    keys = list(dict.fromkeys(p.problem for p, _ in pairs))
+    if not pairs:
+        raise PlanError(f"{found.folder} has no front: its plan has no range of budgets, or no search has ended")
+    if problem is None and len(keys) > 1:
+        raise PlanError(f"{found.folder} has fronts of {len(keys)} problems: give --problem, one of {', '.join(keys)}")
+    key = problem or keys[0]
+    if key not in keys:
+        raise PlanError(f"no front of a problem {key!r}; there are: {', '.join(keys)}")
+    own = [(p, r) for p, r in pairs if p.problem == key]
+    records = judged({key: found.problems[key]}, [r for _, r in own])[1]
+    labels = list(dict.fromkeys(p.label for p, _ in own))
+    if searcher is not None and searcher not in labels:
+        raise PlanError(f"no front of a searcher {searcher!r}; there are: {', '.join(labels)}")
+    best = winner(r for r in records if searcher in (None, r.label))
+    assert best is not None
+    return next((p, r) for p, r in own if r.search == best.search)
+
+
+def _has_front(record: SearchRecord) -> bool:
+    return bool(record.checkpoints and record.checkpoints[-1].front)
+
+
+def _number(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise PlanError(f"--average {text!r} must be a number, such as 3.2") from None
+
+
+def _file_sizes(
+    profile: dict[str, Any], points: Sequence[FrontPoint], found: Comparison, planned: PlannedSearch, size: str
+) -> tuple[list[int], int]:
+    """Bytes of the exported file of each point, and what was asked for."""
+    from evo_hpo.export.folder import task_of
+    from evo_hpo.scoring.file_size import FileSize
+    from evo_hpo.space.amounts import Amount
+
+    asked = Amount.of(size, "--size")
+    task = task_of(profile)
+    levels = task.open_levels()
+    file, bytes_of = FileSize.of(task.model, levels), levels.counted_in("bytes").space(budget=10**15)
+    space = found.problems[planned.problem].space
+    taken = [file.rest + bytes_of.cost(bytes_of.from_labels(space.labels(p.levels))) for p in points]
+    return taken, asked.total(file.weights)

@@ -1,0 +1,1 @@
+"""Searchers over a whole range of budgets."""

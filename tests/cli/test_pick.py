@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ SETTINGS = {"units": 14, "tightness": 0.2, "tightest": 0.9, "unequal": True}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Uniform and a search over a range."""
     made = tmp_path_factory.mktemp("pick")
-    searchers = [("uniform", "uniform", {}), ("evopress_front", "evopress_front", {})]
+    searchers: list[tuple[str, str, dict[str, Any]]] = [(n, n, {}) for n in ("uniform", "evopress_front")]
     return write_folder(made, [noisy(**SETTINGS)], searchers, (0,), Budget(tokens=1024 * 200))
 
 

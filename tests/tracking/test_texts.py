@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_over_a_range_every_trial_has_its_cost_and_the_front_is_an_artifact_with
 ) -> None:
     folder = root / "comparisons" / "range"
     problem = noisy(units=14, tightness=0.2, tightest=0.9)
-    searchers = [("uniform", "uniform", {}), ("random", "random", {})]
+    searchers: list[tuple[str, str, dict[str, Any]]] = [("uniform", "uniform", {}), ("random", "random", {})]
     folder.mkdir(parents=True)
     write_folder(folder, [problem], searchers, (0,), Budget(tokens=1024 * 24))
     Comparison.read(folder).write_profiles()

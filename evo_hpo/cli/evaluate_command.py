@@ -42,8 +42,10 @@ def evaluate(
     from evo_hpo.record.comparison import Comparison
     from evo_hpo.report.size_plot import size_figure
 
-    if task_folder and not tasks:
-        raise InvalidSettingError(f"task_folder={str(task_folder)!r} needs tasks: name them with --tasks")
+    if (task_folder or limit is not None) and not tasks:
+        raise InvalidSettingError(
+            f"task_folder={str(task_folder or '')!r}, limit={limit} are of tasks: name them with --tasks"
+        )
     found = evaluation.evaluate(
         models,
         text or ["pydoc"],
@@ -52,7 +54,7 @@ def evaluate(
         tokens=tokens,
         stride=stride,
         dtype=compute_dtype(dtype),
-        tasks=Tasks(tuple(tasks.split(",")), task_folder, limit) if tasks else None,
+        tasks=Tasks(tuple(name.strip() for name in tasks.split(",")), task_folder, limit) if tasks else None,
         progress=lambda name: say(console, f"{name}: measuring"),
     )
     data = found.to_json()
@@ -93,6 +95,10 @@ def _show(data: dict[str, Any]) -> None:
             cells += [_estimate(figures["perplexity"]), _estimate(figures["above"], True), _estimate(figures["kl"])]
         table.add_row(*cells, *(f"{row['tasks'][n]:.4g}" if n in row["tasks"] else "" for n in names))
     console.print(table)
+    length, asked = data["protocol"]["sequence_length"], data["protocol"]["tokens"]
+    for text, read in data["read"].items():
+        if read < asked // length * length:
+            say(console, f"{text} has only {read:,} tokens in whole sequences of {length}, fewer than were asked for")
 
 
 def _estimate(found: dict[str, float | None] | None, percent: bool = False) -> str:

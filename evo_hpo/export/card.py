@@ -45,7 +45,7 @@ class Card:
         parts = [
             f"# {name}, compressed layer by layer",
             f"{shown(self.bytes)} of weights, {8 * self.bytes / self.weights:.3f} bits a weight over all"
-            f" {self.weights:,} weights of the model; {data['average']:.4g} {self.levels.resource} a searched weight."
+            f" {self.weights:,} weights of the model; {self._average()}."
             f" Format: {self.format}, {self.dtype}.",
             *self._notes(),
             "## Figures",
@@ -61,6 +61,13 @@ class Card:
             ", ".join(f"{package} {version}" for package, version in versions().items()),
         ]
         return "\n\n".join(parts) + "\n"
+
+    def _average(self) -> str:
+        """What the budget counted."""
+        average, resource = self.profile["average"], self.levels.resource
+        if resource in ("weights", "modules"):
+            return f"{100 * average:.4g} % of the searched {resource} kept"
+        return f"{average:.4g} {'bits of storage' if resource == 'storage' else resource} a searched weight"
 
     def _notes(self) -> list[str]:
         """What a reader might expect of the file and does not get."""

@@ -14,12 +14,12 @@ import torch
 from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.export.figures import Estimate, Measured, measure
 from evo_hpo.export.folder import place, read_profile, task_of
-from evo_hpo.export.reading import load_served, size_of
-from evo_hpo.export.tasks import Tasks, task_scores
+from evo_hpo.export.reading import PARTS, load_served, size_of
+from evo_hpo.export.tasks import Tasks, check_tasks, task_scores
 from evo_hpo.models.corpora import is_local
 from evo_hpo.models.identity import tokenizer_identity, tokens_identity
 from evo_hpo.models.loading import LoadedModel, resolve_folder, source_gguf
-from evo_hpo.models.text import token_stream
+from evo_hpo.models.text import refuse_too_long, token_stream
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.file_size import FileSize
 
@@ -68,12 +68,13 @@ class Evaluation:
 
     Attributes:
         protocol: tokens a sequence, tokens a text, stride (0: by chunk), dtype, original.
-        identities: of each text's tokens.
+        identities: of each text's tokens; ``read``: how many there were, at most as many as were asked for.
     """
 
     results: tuple[Result, ...]
     protocol: Mapping[str, Any]
     identities: Mapping[str, str]
+    read: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready; what is not a number is null."""
@@ -103,40 +104,44 @@ def evaluate(
         tasks: of lm-evaluation-harness.
 
     Raises:
-        InvalidSettingError: lengths that cannot be.
+        InvalidSettingError: lengths that cannot be, or a task that the harness does not know.
+        MissingPackageError: tasks, without the harness.
         TextError: a text is missing or too short.
-        ModelError: a model that cannot be loaded, or has another tokenizer than the original.
+        ModelError: a model that cannot be loaded, has fewer positions than a sequence, or has another tokenizer than
+            the original.
     """
     if not specs or sequence_length < 2 or tokens < sequence_length or not 0 <= stride <= sequence_length:
         raise InvalidSettingError(
             f"sequence_length={sequence_length}, tokens={tokens}, stride={stride}: give a model, sequences of at"
             " least 2 tokens, as many tokens as a sequence has or more, and a stride of at most as many"
         )
+    known = None if tasks is None else check_tasks(tasks)
     original = original or next((_original(s) for s in specs if s.endswith(".json")), "")
     reference = load_served(original, dtype) if original else None
     measured: dict[str, Measured] = {}
-    results, identities = [], dict[str, str]()
+    results, identities, read = [], dict[str, str](), dict[str, int]()
     for name, spec, subject in _subjects(specs, original, reference, dtype):
         progress(name)
         if reference is not None and tokenizer_identity(subject.loaded.tokenizer) != tokenizer_identity(
             reference.tokenizer
         ):
             raise ModelError(f"{spec} has another tokenizer than {original}: their figures cannot be compared")
+        refuse_too_long(subject.loaded.model, sequence_length)
         found = {}
         for text in texts:
             rows = _tokens(text, subject.loaded, sequence_length, tokens)
-            identities[text] = tokens_identity(rows)
+            identities[text], read[text] = tokens_identity(rows), rows.numel()
             whole = reference.model if reference is not None and subject.loaded is not reference else None
             own = measure(subject.loaded.model, rows, whole, stride)
             first = measured.setdefault(text, own) if subject.loaded is reference else measured.get(text)
             found[text] = TextFigures(own.perplexity, own.kl, _above(own, first))
-        scores = {} if tasks is None else task_scores(subject.loaded, tasks)
+        scores = {} if tasks is None else task_scores(subject.loaded, tasks, known)
         results.append(
             Result(name, spec, subject.bytes, subject.weights, found, scores, subject.search, subject.folder)
         )
     protocol = {"sequence_length": sequence_length, "tokens": tokens, "stride": stride, "original": original}
     protocol |= {"dtype": str(dtype).removeprefix("torch."), "interval": "95 %, Student's t over sequences"}
-    return Evaluation(tuple(results), protocol, identities)
+    return Evaluation(tuple(results), protocol, identities, read)
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,9 @@ def _model(spec: str, dtype: torch.dtype) -> _Subject:
 
 
 def _weights(loaded: LoadedModel) -> int:
-    return sum({id(p): p.numel() for p in loaded.model.parameters()}.values())
+    """Of the model, shared ones once; what a packed folder stores beside codes is no weight."""
+    named = loaded.model.named_parameters()
+    return sum(p.numel() for name, p in named if name.rpartition(".")[2] not in PARTS)
 
 
 def _original(profile: str) -> str:
@@ -208,7 +215,8 @@ def _tokens(text: str, loaded: LoadedModel, length: int, tokens: int) -> torch.T
 def _above(own: Measured, first: Measured | None) -> Estimate | None:
     if first is None or own is first:
         return None
-    ratio = Estimate.of([a - b for a, b in zip(own.cross_entropy, first.cross_entropy, strict=True)]).exp()
+    differences = [a - b for a, b in zip(own.cross_entropy, first.cross_entropy, strict=True)]
+    ratio = Estimate.of(differences, own.counts).exp()
     return Estimate(*(value - 1 for value in (ratio.mean, ratio.low, ratio.high)))
 
 

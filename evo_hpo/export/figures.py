@@ -33,13 +33,19 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        """Of one value a sequence; a single sequence has no interval (NaN)."""
-        found = np.asarray(values, dtype=float)
-        mean = float(found.mean())
+    def of(cls, values: Sequence[float], counts: Sequence[int] = ()) -> Estimate:
+        """Of one value a sequence; a single sequence has no interval (NaN).
+
+        Args:
+            counts: tokens that each value is the mean of, where they differ: the mean is that of all tokens, and its
+                variance that of a ratio of two means.
+        """
+        found, of = np.asarray(values, dtype=float), np.asarray(counts or [1] * len(values), dtype=float)
+        mean = float(np.average(found, weights=of))
         if len(found) < 2:
             return cls(mean, math.nan, math.nan)
-        half = float(stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))
+        spread = (of / of.mean() * (found - mean)).std(ddof=1)
+        half = float(stats.t.ppf(0.975, len(found) - 1) * spread / math.sqrt(len(found)))
         return cls(mean, mean - half, mean + half)
 
     def exp(self) -> Estimate:
@@ -54,20 +60,22 @@ class Measured:
     Attributes:
         cross_entropy: of the model.
         divergence: KL(original || model); empty without an original.
+        counts: predicted tokens; the first of overlapping windows predicts more than the others.
     """
 
     cross_entropy: tuple[float, ...]
     divergence: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
 
     @property
     def perplexity(self) -> Estimate:
         """With its interval; lower is better."""
-        return Estimate.of(self.cross_entropy).exp()
+        return Estimate.of(self.cross_entropy, self.counts).exp()
 
     @property
     def kl(self) -> Estimate | None:
         """From the original, nats a token; lower is better."""
-        return Estimate.of(self.divergence) if self.divergence else None
+        return Estimate.of(self.divergence, self.counts) if self.divergence else None
 
 
 @torch.inference_mode()
@@ -96,7 +104,8 @@ def measure(model: nn.Module, tokens: Tensor, original: nn.Module | None = None,
                 divergence += float((log_p.exp() * (log_p - log_q)).double().sum())
         entropies.append(entropy / len(targets))
         divergences.append(divergence / len(targets))
-    return Measured(tuple(entropies), tuple(divergences) if original is not None else ())
+    counts = tuple(len(window) - first for window, first in windows)
+    return Measured(tuple(entropies), tuple(divergences) if original is not None else (), counts)
 
 
 def _windows(stream: Tensor, length: int, stride: int) -> list[tuple[Tensor, int]]:

@@ -64,26 +64,29 @@ def write_packed(folder: Path, loaded: LoadedModel, encoded: Mapping[str, Encode
         if level.group_of is not None:
             raise ModelError(f"{name!r}: its groups do not follow its columns: build with static_groups = true")
     dtype = next(p.dtype for p in loaded.model.parameters() if p.is_floating_point())
-    wanted = {_content(level.decode(dtype)): name for name, level in packed.items()}
+    wanted: dict[str, list[str]] = {}  # several, where layers are copies of each other
+    for name, level in packed.items():
+        wanted.setdefault(_content(level.decode(dtype)), []).append(name)
     groups: dict[tuple[int, bool, int], list[str]] = {}
     dense = []
     for path in sorted(folder.glob("*.safetensors")):
         tensors: dict[str, torch.Tensor] = {}
         for key, tensor in load_file(path).items():
-            name = wanted.pop(_content(tensor), "") if tensor.dim() == 2 else ""
+            names = wanted.get(_content(tensor), []) if tensor.dim() == 2 else []
             module = key.removesuffix(".weight")
-            if not name:
+            if not names:
                 tensors[key] = tensor
                 dense.append(module)
                 continue
+            name = names.pop(names.index(module) if module in names else 0)
             level = packed[name]
             tensors |= {f"{module}.{part}": value for part, value in _tensors(level, dtype).items()}
             size = 0 if level.group_size >= level.shape[1] else level.group_size
             scheme = (level.bits, level.zero is None, size)
             groups.setdefault(scheme, []).extend(dict.fromkeys((module, name)))
         save_file(tensors, path, {"format": "pt"})
-    if wanted:
-        raise ModelError(f"the weights of {next(iter(wanted.values()))!r} are not in the folder that was written")
+    if lost := [name for names in wanted.values() for name in names]:
+        raise ModelError(f"the weights of {lost[0]!r} are not in the folder that was written")
     rewrite_index(folder)
     linear = [n for n, m in loaded.model.named_modules() if is_linear(m) and n not in packed]
     ignored = sorted({*linear, "lm_head", *(n for n in dense if n.rpartition(".")[2] in _last(groups))})

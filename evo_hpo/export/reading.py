@@ -20,7 +20,7 @@ from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.models.identity import folder_identity
 from evo_hpo.models.loading import LoadedModel, load_model, quiet_transformers
 
-__all__ = ["load_served", "size_of"]
+__all__ = ["PARTS", "load_served", "size_of"]
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """What the format stores of a module."""

@@ -9,7 +9,7 @@ from typing import Any
 from evo_hpo.errors import InvalidSettingError, MissingPackageError
 from evo_hpo.models.loading import LoadedModel
 
-__all__ = ["Tasks", "task_scores"]
+__all__ = ["Tasks", "check_tasks", "task_scores"]
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Tasks:
     batch: int = 1
 
 
-def task_scores(loaded: LoadedModel, tasks: Tasks) -> dict[str, float]:
-    """ "task/metric" -> value; the harness's standard error stands under "task/metric_stderr".
+def check_tasks(tasks: Tasks) -> Any:
+    """The harness's list of tasks, which knows all that are asked for: before any model is loaded.
 
     Raises:
         MissingPackageError: the harness is not installed.
-        InvalidSettingError: it does not know a task.
+        InvalidSettingError: it does not know a task, or the limit is below 1.
     """
+    if tasks.limit is not None and tasks.limit < 1:
+        raise InvalidSettingError(f"limit={tasks.limit} must be at least 1 example a task, or left out for all")
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingPackageError(
@@ -51,6 +51,18 @@ def task_scores(loaded: LoadedModel, tasks: Tasks) -> dict[str, float]:
         raise InvalidSettingError(
             f"lm-evaluation-harness has no task {unknown[0]!r}{f' in {tasks.folder}' * bool(tasks.folder)}"
         )
+    return manager
+
+
+def task_scores(loaded: LoadedModel, tasks: Tasks, manager: Any) -> dict[str, float]:
+    """ "task/metric" -> value; the harness's standard error stands under "task/metric_stderr".
+
+    Args:
+        manager: what :func:`check_tasks` returned.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     device = str(next(loaded.model.parameters()).device)
     model = HFLM(
         pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=tasks.batch, device=device

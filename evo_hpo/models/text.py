@@ -65,7 +65,7 @@ def load_tokens(
         )
     wanted = -(-tokens // sequence_length)
     if model is not None:
-        _refuse_too_long(model, sequence_length)
+        refuse_too_long(model, sequence_length)
     parts = shares_of(spec)
     if len(parts) > 1:
         chosen = _mixed(parts, wanted)
@@ -153,7 +153,7 @@ def _hashes(rows: npt.NDArray[np.int32], run: int) -> npt.NDArray[np.uint64]:
     return total
 
 
-def _refuse_too_long(model: nn.Module, length: int) -> None:
+def refuse_too_long(model: nn.Module, length: int) -> None:
     """Raises ModelError where the model has no positions for sequences of this length."""
     config: Any = model.config
     known = getattr(config, "max_position_embeddings", None)

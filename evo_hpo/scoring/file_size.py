@@ -43,10 +43,11 @@ class FileSize:
             InvalidSettingError: the size of a GGUF file that has no template, or of which not every layer is searched.
         """
         parameters = {id(p): (name, p.numel()) for name, p in empty_model(configuration(model)).named_parameters()}
-        weights, searched = sum(n for _, n in parameters.values()), sum(unit.size for unit in levels.units)
+        units = levels.counted_in("bytes").units  # sizes in weights, also where modules are counted
+        weights, searched = sum(n for _, n in parameters.values()), sum(unit.size for unit in units)
         if any(c.level.settings.get("kind") == "ggml" for _, rows in levels.rows() for row in rows for c in row):
             return cls(weights, searched, _rest_of_gguf(model, searched))
-        found = {member for unit in levels.units for member in unit.members}
+        found = {member for unit in units for member in unit.members}
         names = [name for name, _ in parameters.values() if name.removesuffix(".weight") not in found]
         return cls(weights, searched, 2 * (weights - searched) + sum(len(n) + HEADER for n in names) + HEADER)
 

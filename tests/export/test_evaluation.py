@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from typer.testing import CliRunner
 
 from evo_hpo.cli.commands import app
@@ -101,6 +101,25 @@ def test_strided_perplexity_gives_each_token_the_context_before_it(model: Path, 
     assert measure(plain, stream.view(4, 32), stride=32).cross_entropy[0] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_strided_perplexity_is_the_mean_over_tokens_not_over_windows(model: Path, other: Path, text: Path) -> None:
+    """The first window predicts more tokens than the others; the page of transformers' documentation counts tokens."""
+    table = evaluate([str(other)], [str(text)], original=str(model), sequence_length=32, tokens=128, stride=8)
+    stream, plain = stream_of(model, text, 128), AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    total = count = 0.0
+    for begin in range(0, 128 - 32 + 1, 8):
+        window = stream[begin : begin + 32]
+        with torch.no_grad():
+            log_q = torch.log_softmax(plain(input_ids=window[None]).logits[0, :-1].double(), -1)
+        losses = -log_q.gather(-1, window[1:, None])[-8 if begin else 0 :, 0]
+        total, count = total + float(losses.sum()), count + len(losses)
+    assert count == 127
+    assert table.results[1].texts[str(text)].perplexity.mean == pytest.approx(math.exp(total / count), rel=1e-6)
+    equal = Estimate.of([1.0, 2.0, 4.0], [5, 5, 5])
+    assert (equal.mean, equal.low, equal.high) == pytest.approx(
+        (7 / 3, *stats.t.interval(0.95, 2, loc=7 / 3, scale=stats.sem([1.0, 2.0, 4.0])))
+    )
+
+
 def test_an_interval_holds_the_mean_in_nineteen_of_twenty_samples() -> None:
     rng = np.random.default_rng(1)
     estimates = [Estimate.of(list(rng.normal(2.0, 0.7, 6))) for _ in range(2000)]
@@ -121,13 +140,24 @@ def test_profile_export_and_other_models_stand_in_one_table_and_picture(
     assert list(rows) == ["original", "profile", "packed", "other"]
     of_profile, of_packed = (rows[name]["texts"][str(text)] for name in ("profile", "packed"))
     assert of_profile["kl"]["mean"] == pytest.approx(of_packed["kl"]["mean"], rel=1e-4)
+    assert len({row["weights"] for row in data["results"]}) == 1  # scales are no weights
+    assert data["read"] == {str(text): 256}
     assert rows["packed"]["bytes"] == (tmp_path / "packed/model.safetensors").stat().st_size
     assert (tmp_path / "table/evaluation.png").stat().st_size > 5000
     assert "packed" in shown
     assert "KL, nats a token" in shown
 
 
-def test_models_that_cannot_be_compared_are_refused(model: Path, other: Path, text: Path) -> None:
+def test_a_profile_of_dropped_modules_takes_what_the_original_takes(model: Path, text: Path, tmp_path: Path) -> None:
+    """Dropped modules are zeros in the folder that is exported, which is dense: nothing is smaller."""
+    profile, _ = found(tmp_path, settings(model, method="drop", build={}, levels=[], average=1))
+    table = evaluate([str(profile)], [str(text)], sequence_length=32, tokens=64)
+    first, second = table.results
+    assert first.bytes <= second.bytes < first.bytes + 25 * 140  # a header for each of 21 tensors and one of the file
+    assert first.weights == second.weights
+
+
+def test_models_that_cannot_be_compared_are_refused(model: Path, other: Path, text: Path, tmp_path: Path) -> None:
     rules = json.loads((other / "tokenizer.json").read_text())
     rules["model"]["merges"] = rules["model"]["merges"][:1]
     (other / "tokenizer.json").write_text(json.dumps(rules))
@@ -135,6 +165,10 @@ def test_models_that_cannot_be_compared_are_refused(model: Path, other: Path, te
         evaluate([str(other)], [str(text)], original=str(model), sequence_length=32, tokens=64)
     with pytest.raises(InvalidSettingError, match="stride=33"):
         evaluate([str(other)], [str(text)], sequence_length=32, tokens=64, stride=33)
+    positions = "sequences of 128 tokens are longer than the 64 positions"
+    small = GPT2Config(vocab_size=280, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    with pytest.raises(ModelError, match=positions):
+        evaluate([str(save_tiny(tmp_path / "small", small))], [str(text)], sequence_length=128, tokens=128)
 
 
 def test_tasks_go_through_the_harness_with_the_model_that_is_measured(
@@ -174,4 +208,6 @@ def test_tasks_go_through_the_harness_with_the_model_that_is_measured(
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingPackageError, match=r"evo-hpo\[lm-eval\]"):
-        evaluate([str(model)], [str(text)], tasks=Tasks(("cats",)), **given)
+        evaluate(["no such model"], [str(text)], tasks=Tasks(("cats",)), **given)  # before anything is loaded
+    with pytest.raises(InvalidSettingError, match="limit=-1 must be at least 1"):
+        evaluate([str(model)], [str(text)], tasks=Tasks(("cats",), limit=-1), **given)

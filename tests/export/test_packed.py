@@ -227,11 +227,27 @@ def test_a_file_is_of_the_size_that_was_asked_for(model: Path, tmp_path: Path) -
     assert total == int(12 * size.weights / 8) - size.rest
 
 
+def test_layers_that_are_copies_of_each_other_are_all_packed(tmp_path: Path) -> None:
+    """As in models of repeated blocks: their levels are equal to the bit."""
+    folder = save_tiny(tmp_path / "model", spread=0.2)
+    repeated: Any = AutoModelForCausalLM.from_pretrained(folder)
+    repeated.model.layers[1].load_state_dict(repeated.model.layers[0].state_dict())
+    repeated.save_pretrained(folder)
+    problem = settings(folder, serve="vllm")
+    profile, assignment = found(tmp_path, problem, lambda units: [2] * len(units))
+    export_profile(profile, tmp_path / "out", "float32", "compressed-tensors")
+    assert sum(name.endswith("weight_packed") for name in load_file(tmp_path / "out/model.safetensors")) == 14
+    again = load_served(str(tmp_path / "out")).model
+    assert torch.allclose(logits(again), logits(placed(problem, assignment)), rtol=0, atol=1e-5)
+
+
 def test_sparse_layers_are_dense_and_the_card_says_that_nothing_is_smaller(model: Path, tmp_path: Path) -> None:
     problem = settings(model, method="magnitude", build={}, levels=["2:4", 0.5], average=0.5) | {"levels": [0.25, 0.5]}
     profile, _ = found(tmp_path, problem | {"average": 0.25})
     export_profile(profile, tmp_path / "out", "float32", "compressed-tensors")
     assert "14 sparse and 0 dropped modules are dense, with zeros" in (tmp_path / "out/README.md").read_text()
+    kept = json.loads(profile.read_text())["average"]
+    assert f"{100 * kept:.4g} % of the searched weights kept" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_folder_that_computes_something_else_is_not_left(model: Path, tmp_path: Path) -> None:

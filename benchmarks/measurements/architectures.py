@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ TOLERANCE = 1e-4
 _SECONDS = 60.0
 _LAYERS = 400
 _BAR = "\\|"  # in a cell of a Markdown table
+_REMEDY = re.compile(r"leave all such uncompressed with exclude = .*?--set '[^']*'")
 
 
 @dataclass
@@ -307,7 +309,10 @@ def table(rows: Sequence[Row]) -> str:
         whole = row.found.get("all", "")
         words = [(whole or row.found.get(column, "")).partition(":")[0] for column in columns]
         why = [text.partition(": ")[2] for text in (whole, *(row.found.get(c, "") for c in columns)) if ": " in text]
-        lines.append(f"| {row.name} | {' | '.join(words)} | {'; '.join(dict.fromkeys(why)).replace('|', _BAR)} |")
+        told = _REMEDY.sub(
+            "leave them uncompressed with an exclude that the message prints", "; ".join(dict.fromkeys(why))
+        )
+        lines.append(f"| {row.name} | {' | '.join(words)} | {told.replace('|', _BAR)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,8 @@
 
 A plan goes through ``evo-hpo compare`` up to where its searches would start; some go through their searches too, on a
 synthetic problem or on a tiny model whose levels are built. A profile goes through ``evo-hpo export`` and onto a space,
-a text through the reader of calibration texts. Hypothesis draws them: valid ones with values replaced, keys dropped and
+a text through the reader of calibration texts; commands are sizes, memory, evaluations and exports with odd options and
+plans. Hypothesis draws them: valid ones with values replaced, keys dropped and
 added, text cut and spoilt, or plain bytes.
 
 Needs the extra `measurements`.
@@ -28,6 +29,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from benchmarks.measurements.fuzzed_commands import exit_code, search_case
+from benchmarks.measurements.fuzzed_models import SIZED, command_case, option_words
 from evo_hpo import CompressionSpace, Unit
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.models.corpora import read_documents
@@ -175,7 +177,7 @@ def set_otherwise(draw: st.DrawFn, valid: dict[str, Any]) -> bytes:
     """A plan with up to two settings, or parts of them, of other values: most of it goes on to its searches."""
     data: dict[str, Any] = json.loads(json.dumps(valid))
     for _ in range(draw(st.integers(0, 2))):
-        entry = draw(st.sampled_from([*data["problems"], *data["searchers"]]))
+        entry = draw(st.sampled_from([e for e in [*data["problems"], *data["searchers"]] if "settings" in e]))
         container, key = draw(st.sampled_from(_places(entry["settings"]) or [(entry["settings"], "batch")]))
         container[key] = draw(SCALARS)
     return tomlkit.dumps(data).encode("utf-8", "surrogatepass")
@@ -231,9 +233,10 @@ KINDS: dict[str, tuple[Callable[[Path, Any], int], st.SearchStrategy[Any]]] = {
     "texts": (text_case, texts()),
     "searches": (search_case, st.one_of(set_otherwise(SEARCHED), files(SEARCHED, tomlkit.dumps))),
     "models": (search_case, st.one_of(set_otherwise(MODEL), files(MODEL, tomlkit.dumps))),
+    "commands": (command_case, option_words(SCALARS, st.one_of(set_otherwise(SIZED), files(SIZED, tomlkit.dumps)))),
 }
 """What is fuzzed: what tries a case and gives its exit code, and the strategy that draws cases."""
-SHARES = {"plans": 0.3, "profiles": 0.3, "texts": 0.3, "searches": 0.08, "models": 0.02}
+SHARES = {"plans": 0.3, "profiles": 0.3, "texts": 0.25, "searches": 0.08, "models": 0.02, "commands": 0.05}
 """Of all cases: a search takes a hundred times as long as a text."""
 
 

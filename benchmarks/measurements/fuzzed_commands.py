@@ -22,7 +22,7 @@ from evo_hpo.run.plan import Plan
 from evo_hpo.run.schedule import compare
 from evo_hpo.run.search_process import run_searches
 
-__all__ = ["exit_code", "search_case"]
+__all__ = ["exit_code", "search_case", "write_model"]
 
 LARGEST = 64
 """Trials, and searches of a plan, up to which a plan goes through its searches."""
@@ -48,7 +48,7 @@ def search_case(folder: Path, data: bytes) -> int:
     path = folder / "plan.toml"
     path.write_bytes(data)
     if not (folder / "model").exists():
-        _write_model(folder / "model")
+        write_model(folder / "model")
     with (
         patch("evo_hpo.cli.comparing.compare", _compared),
         patch("evo_hpo.cli.comparing.show_report"),
@@ -84,7 +84,7 @@ def _here(plan: Plan, folder: Path, resume: bool, tasks: list[PlannedSearch], *_
     yield events()
 
 
-def _write_model(folder: Path) -> None:
+def write_model(folder: Path) -> None:
     """A tiny Llama with a tokenizer of bytes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from evo_hpo.cli.progress import BuildProgress, ComparisonProgress, say
 from evo_hpo.cli.unexpected import safe
-from evo_hpo.errors import EvoHpoError, PlanError
+from evo_hpo.errors import EvoHpoError
+from evo_hpo.models.paths import writable_folder
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.rehearsal import rehearse
@@ -52,10 +53,7 @@ def run(
             rehearse(plan, preview_problem(problem.name, problem.settings))
             prepare_problem(problem.name, problem.settings, progress)
     folder = comparison_folder(plan, root, resume=resume)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PlanError(f"cannot make the folder {folder}: {error.strerror}; choose another --root") from None
+    writable_folder(folder)
     say(console, f"comparison: {folder}")
     try:
         with (
@@ -120,8 +118,10 @@ def show_report(folder: Path, console: Console) -> None:
 
     Raises:
         PlanError: not a comparison's folder.
+        InvalidSettingError: it cannot be written.
     """
     comparison = Comparison.read(folder)
+    writable_folder(folder / "report")
     from evo_hpo.report import final_table, write_report
     from evo_hpo.report.results import Results
 

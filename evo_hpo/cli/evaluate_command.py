@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,10 @@ from rich.table import Table
 
 from evo_hpo.cli.options import TrackOption, UriOption, console
 from evo_hpo.cli.progress import say
+from evo_hpo.cli.unexpected import safe
 from evo_hpo.errors import EvoHpoError, InvalidSettingError
+from evo_hpo.models.paths import writable_folder
+from evo_hpo.record.files import write_whole
 from evo_hpo.space.amounts import shown
 
 __all__ = ["evaluate"]
@@ -46,25 +51,28 @@ def evaluate(
         raise InvalidSettingError(
             f"task_folder={str(task_folder or '')!r}, limit={limit} are of tasks: name them with --tasks"
         )
-    found = evaluation.evaluate(
-        models,
-        text or ["pydoc"],
-        original=original,
-        sequence_length=sequence_length,
-        tokens=tokens,
-        stride=stride,
-        dtype=compute_dtype(dtype),
-        tasks=Tasks(tuple(name.strip() for name in tasks.split(",")), task_folder, limit) if tasks else None,
-        progress=lambda name: say(console, f"{name}: measuring"),
-    )
-    data = found.to_json()
-    _show(data)
-    known = [Path(r.folder) for r in found.results if r.folder and Comparison.lies_in(Path(r.folder))]
+    wanted = Tasks(tuple(name.strip() for name in tasks.split(",")), task_folder, limit) if tasks else None
+    profiles = [Path(model) for model in models if model.endswith(".json")]
+    known = [p.parent.parent for p in profiles if p.parent.name == "profiles" and Comparison.lies_in(p.parent.parent)]
     folder = output or (known[0] if known else Path()) / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    table, picture = folder / "evaluation.json", folder / "evaluation.png"
-    table.write_text(json.dumps(data, indent=1), encoding="utf-8")
-    size_figure(data["results"], list(found.identities)).savefig(picture, dpi=150)
+    with _kept_if_filled(folder):
+        found = evaluation.evaluate(
+            models,
+            text or ["pydoc"],
+            original=original,
+            sequence_length=sequence_length,
+            tokens=tokens,
+            stride=stride,
+            dtype=compute_dtype(dtype),
+            tasks=wanted,
+            progress=lambda name: say(console, f"{name}: measuring"),
+        )
+        data = found.to_json()
+        _show(data)
+        table, picture = folder / "evaluation.json", folder / "evaluation.png"
+        with safe("what was measured is in the table above"):
+            write_whole(table, json.dumps(data, indent=1))
+            size_figure(data["results"], list(found.identities)).savefig(picture, dpi=150)
     say(console, f"table and picture: {table} {picture}")
     for comparison in dict.fromkeys(known if track else []):
         from evo_hpo.tracking import log_evaluation
@@ -73,6 +81,18 @@ def evaluate(
             log_evaluation(comparison, data, [table, picture], tracking_uri)
         except EvoHpoError as error:
             say(console, f"not in MLflow: {error}")
+
+
+@contextlib.contextmanager
+def _kept_if_filled(folder: Path) -> Iterator[None]:
+    """A folder that is there before the work, so that a place that cannot be is known then; gone if it stays empty."""
+    writable_folder(folder)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def _show(data: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ import typer
 from rich.table import Table
 
 from evo_hpo.cli.options import console
-from evo_hpo.errors import InvalidSettingError
+from evo_hpo.errors import InvalidSettingError, UnknownNameError
+from evo_hpo.levels.build import METHODS
 from evo_hpo.space.amounts import Amount
 
 __all__ = ["plan_memory"]
@@ -21,11 +22,11 @@ def plan_memory(
     levels: Annotated[str, typer.Option(help="Bits, or sparsities, separated by commas.")] = "2,3,4,5,6",
     method: Annotated[str, typer.Option(help="gptq, rtn, sparsegpt, magnitude, wanda or drop.")] = "gptq",
     device: Annotated[str, typer.Option(help="Memory of one device, such as '80 GB'.")] = "80 GB",
-    context: Annotated[int, typer.Option(help="Tokens of a key-value cache, for the last column.")] = 8192,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 2048,
-    calibration_tokens: Annotated[int, typer.Option(help="Pool that minibatches are drawn from.")] = 524_288,
-    held_out_tokens: Annotated[int, typer.Option(help="Held-out text.")] = 131_072,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = 128,
+    context: Annotated[int, typer.Option(min=0, help="Tokens of a key-value cache, for the last column.")] = 8192,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 2048,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="Pool that minibatches are drawn from.")] = 524_288,
+    held_out_tokens: Annotated[int, typer.Option(min=1, help="Held-out text.")] = 131_072,
+    group_size: Annotated[int, typer.Option(min=1, help="Weights that share a scale.")] = 128,
 ) -> None:
     """Say what a search needs of a device's memory, from the model's configuration alone.
 
@@ -33,6 +34,8 @@ def plan_memory(
     """
     from evo_hpo.scoring.footprint import TYPICAL, ModelShape, configuration, footprint
 
+    if method not in METHODS:
+        raise UnknownNameError(f"no compression method {method!r}: use one of {', '.join(METHODS)}")
     room, wanted = Amount.of(device, "device", relative=False).total(0), _levels(levels)
     table = Table(title=f"memory of a search in 16 bits, {method} {levels}; device: {device}")
     for column in ("model", "weights", "levels", "uncompressed", "inputs", "a pass", "in all", f"{device} device"):

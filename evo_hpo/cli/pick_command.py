@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -34,6 +35,7 @@ def pick(
 
     [bold]Example:[/bold] evo-hpo pick mlruns/comparisons/smollm2-front --average 3.2 my-profile.json
     """
+    from evo_hpo.models.paths import made_folder, user_path
     from evo_hpo.record.comparison import Comparison
     from evo_hpo.record.files import write_whole
     from evo_hpo.space.amounts import shown
@@ -60,10 +62,12 @@ def pick(
     point = fitting[-1]
     profile = found.profile(planned, record, point)
     taken = amounts[points.index(point)]
-    path = output or found.folder / "profiles" / f"picked-{(average or size or '').replace(' ', '')}.json"
+    path = output or found.folder / "profiles" / f"picked-{re.sub('[^0-9A-Za-z.]', '', average or size or '')}.json"
     if path.suffix != ".json":
         raise PlanError(f"{path} must end in .json: it is a profile")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if output is not None and user_path(path).exists():
+        raise PlanError(f"{path} exists already: name another")
+    made_folder(path.parent)
     write_whole(path, json.dumps(profile, indent=1))
     what = f"a file of {shown(taken)}" if size else f"{profile['average']:.4g} {unit}"
     console.print(
@@ -106,6 +110,8 @@ def _has_front(record: SearchRecord) -> bool:
 
 def _number(text: str) -> Fraction:
     try:
+        if "e" in text.lower() and not math.isfinite(float(text)):  # a fraction of a billion digits takes for ever
+            raise ValueError
         return Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise PlanError(f"--average {text!r} must be a number, such as 3.2") from None

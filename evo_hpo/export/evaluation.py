@@ -19,7 +19,8 @@ from evo_hpo.export.tasks import Tasks, check_tasks, task_scores
 from evo_hpo.models.corpora import is_local
 from evo_hpo.models.identity import tokenizer_identity, tokens_identity
 from evo_hpo.models.loading import LoadedModel, resolve_folder, source_gguf
-from evo_hpo.models.text import refuse_too_long, token_stream
+from evo_hpo.models.paths import user_path
+from evo_hpo.models.text import refuse_too_long, refuse_unknown, token_stream
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.file_size import FileSize
 
@@ -107,8 +108,7 @@ def evaluate(
         InvalidSettingError: lengths that cannot be, or a task that the harness does not know.
         MissingPackageError: tasks, without the harness.
         TextError: a text is missing or too short.
-        ModelError: a model that cannot be loaded, has fewer positions than a sequence, or has another tokenizer than
-            the original.
+        ModelError: a model that cannot be loaded, or read the texts, or has another tokenizer than the first.
     """
     if not specs or sequence_length < 2 or tokens < sequence_length or not 0 <= stride <= sequence_length:
         raise InvalidSettingError(
@@ -120,16 +120,16 @@ def evaluate(
     reference = load_served(original, dtype) if original else None
     measured: dict[str, Measured] = {}
     results, identities, read = [], dict[str, str](), dict[str, int]()
+    tokenizers: dict[str, str] = {}
     for name, spec, subject in _subjects(specs, original, reference, dtype):
         progress(name)
-        if reference is not None and tokenizer_identity(subject.loaded.tokenizer) != tokenizer_identity(
-            reference.tokenizer
-        ):
-            raise ModelError(f"{spec} has another tokenizer than {original}: their figures cannot be compared")
+        tokenizers[spec] = tokenizer_identity(subject.loaded.tokenizer)
+        _refuse_apart(tokenizers, subject.loaded, reference)
         refuse_too_long(subject.loaded.model, sequence_length)
         found = {}
         for text in texts:
             rows = _tokens(text, subject.loaded, sequence_length, tokens)
+            refuse_unknown(subject.loaded.model, rows)
             identities[text], read[text] = tokens_identity(rows), rows.numel()
             whole = reference.model if reference is not None and subject.loaded is not reference else None
             own = measure(subject.loaded.model, rows, whole, stride)
@@ -180,9 +180,27 @@ def _profile(path: Path, dtype: torch.dtype) -> _Subject:
 
 def _model(spec: str, dtype: torch.dtype) -> _Subject:
     loaded = load_served(spec, dtype)
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     file = str(path) if path.is_dir() else str(source_gguf(spec) or resolve_folder(spec))
     return _Subject(loaded, size_of(file), _weights(loaded))
+
+
+def _refuse_apart(tokenizers: Mapping[str, str], loaded: LoadedModel, original: LoadedModel | None) -> None:
+    """Raises ModelError where the last of the models cannot stand in one table with the first.
+
+    Args:
+        tokenizers: spec -> identity, in the table's order.
+    """
+    (first, wanted), *_, (spec, found) = [*tokenizers.items()] * 2
+    if found != wanted:
+        raise ModelError(f"{spec} has another tokenizer than {first}: their figures cannot be compared")
+    if original is not None and (own := _logits(loaded)) != (wanted_logits := _logits(original)):
+        raise ModelError(f"{spec} gives {own} logits and {first} {wanted_logits}: there is no KL from one to the other")
+
+
+def _logits(loaded: LoadedModel) -> int:
+    model: Any = loaded.model
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _weights(loaded: LoadedModel) -> int:
@@ -205,6 +223,8 @@ def _names(specs: Sequence[str]) -> dict[str, str]:
 
 def _tokens(text: str, loaded: LoadedModel, length: int, tokens: int) -> torch.Tensor:
     """The first whole sequences of a text, in order."""
+    if text == "self":
+        raise InvalidSettingError("text 'self' is another one for every model: name a text that all of them read")
     stream = token_stream(text, loaded.tokenizer, "held_out", None if is_local(text) else tokens)
     count = min(tokens, len(stream)) // length
     if count < 1:

@@ -25,7 +25,8 @@ from evo_hpo.levels.levels import Levels
 from evo_hpo.levels.packing import Encoded
 from evo_hpo.models.experts import fuse_experts
 from evo_hpo.models.identity import differences, tokenizer_identity, warn_unchecked
-from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model, made_folder, refuse_non_finite
+from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model, quiet_transformers, refuse_non_finite
+from evo_hpo.models.paths import user_path, writable_folder
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.task import Factory, LanguageModelTask
 from evo_hpo.search.registry import problem_factory
@@ -75,7 +76,8 @@ def export_profile(
     for name, tensor in model.state_dict().items():
         refuse_non_finite(name, tensor)
     with _whole(output) as folder:
-        model.save_pretrained(folder)
+        with quiet_transformers():
+            model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         if packs:
             write_packed(folder, loaded, encoded)
@@ -131,9 +133,9 @@ def opened(
     Raises:
         PlanError, StoreError: as :func:`export_profile`.
     """
-    if output.exists():
+    if user_path(output).exists():
         raise PlanError(f"{output} exists already: name another")
-    made_folder(output.parent)
+    writable_folder(output.parent)
     return read_profile(profile, compute_dtype(dtype) if dtype else None)
 
 
@@ -158,7 +160,7 @@ def read_profile(
 @contextlib.contextmanager
 def _whole(output: Path) -> Iterator[Path]:
     """A folder beside the output that takes its place once all is written; or else nothing is left behind."""
-    part = output.with_name(f".{output.name}-{uuid.uuid4().hex[:8]}")
+    part = output.with_name(f".export-{uuid.uuid4().hex[:8]}")
     try:
         yield part
         part.rename(output)

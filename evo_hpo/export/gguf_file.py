@@ -21,7 +21,8 @@ from evo_hpo.export.gguf_tensors import kept_blocks, searched_types, tensors_of
 from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.levels.ggml import dequantize, ggml_type, library, quantize
 from evo_hpo.levels.level_set import LevelSet
-from evo_hpo.models.loading import LoadedModel, source_gguf
+from evo_hpo.models.loading import LoadedModel, one_line, source_gguf
+from evo_hpo.models.paths import user_path
 
 __all__ = ["Exported", "export_gguf", "write_gguf"]
 
@@ -66,6 +67,7 @@ def export_gguf(
     asked = {"token_embd.weight": embedding, "output.weight": head}
     types = {name: ggml_type(kind) for name, kind in asked.items() if kind}
     library()
+    user_path(type_file(output))  # the longest name of those that are written
     data, loaded, levels, assignment = opened(profile, output, "float32")
     source = template or source_gguf(loaded.name)
     try:
@@ -107,7 +109,7 @@ def write_gguf(
     """Write the file, and its :func:`type_file` beside it; returns its bytes, known before they are written."""
     model, config = loaded.model, _config(loaded.model)
     architecture = architecture_of(config)
-    given = GGUFReader(template) if template else None
+    given = _read(template) if template else None
     if given and (found := given.fields["general.architecture"].contents()) != architecture.name:
         raise ModelError(f"the template is of architecture {found!r}, the model's is {architecture.name!r}")
     tensors = tensors_of(model, levels, assignment, architecture, given, types)
@@ -137,6 +139,13 @@ def write_gguf(
         temporary.unlink(missing_ok=True)
     type_file(output).write_text("".join(searched_types(tensors)), encoding="utf-8")
     return size
+
+
+def _read(template: Path) -> GGUFReader:
+    try:
+        return GGUFReader(template)
+    except Exception as error:  # whatever a damaged file makes the package raise
+        raise ModelError(f"cannot read the GGUF file {str(template)!r}: {one_line(error)}") from error
 
 
 def type_file(output: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 from evo_hpo.errors import MissingPackageError, ModelError
 from evo_hpo.export.packed_folder import rewrite_index
 from evo_hpo.models.experts import unfuse_experts
-from evo_hpo.models.identity import folder_identity
-from evo_hpo.models.loading import LoadedModel, load_model, quiet_transformers
+from evo_hpo.models.identity import folder_identity, weight_files
+from evo_hpo.models.loading import LoadedModel, load_model, one_line, quiet_transformers
+from evo_hpo.models.paths import user_path
 
 __all__ = ["PARTS", "load_served", "size_of"]
 
@@ -36,44 +38,52 @@ def load_served(spec: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
         MissingPackageError: a folder of packed weights, without the package.
         ModelError: it cannot be loaded.
     """
-    folder = Path(spec).expanduser()
+    folder = user_path(spec)
     config = _config(folder)
-    packed = config.get("quantization_config") or {}
-    if packed.get("quant_method") != "compressed-tensors":
-        return load_model(spec, dtype)
+    packed = config.get("quantization_config") if isinstance(config, Mapping) else None
+    if not isinstance(packed, Mapping) or packed.get("quant_method") != "compressed-tensors":
+        return load_model(spec, dtype)  # which refuses what is neither
     if find_spec("compressed_tensors") is None:
         raise MissingPackageError(f"{spec} has packed weights: pip install 'evo-hpo[compressed-tensors]'")
-    model = _by_transformers(folder, dtype) if _is_plain(packed) else _unpacked(folder, config, dtype)
+    tokenizer = load_tokenizer_of(folder)
+    try:
+        model = _by_transformers(folder, dtype) if _is_plain(packed) else _unpacked(folder, config, dtype)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a damaged folder makes the libraries raise
+        raise ModelError(f"cannot load the packed weights in {spec!r}: {one_line(error)}") from error
     unfuse_experts(model)
     model.requires_grad_(False).train(False)
     model.config.use_cache = False
-    return LoadedModel(model, load_tokenizer_of(folder), folder_identity(folder), spec)
+    return LoadedModel(model, tokenizer, folder_identity(folder), spec)
 
 
 def load_tokenizer_of(folder: Path) -> Any:
     """The tokenizer that lies in a folder of packed weights."""
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
-        return AutoTokenizer.from_pretrained(folder)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # as for models
+        raise ModelError(f"cannot load a tokenizer from {str(folder)!r}: {one_line(error)}") from error
 
 
 def size_of(spec: str) -> int:
     """Bytes of the weight files of a model that lies in a folder or a GGUF file; 0 where it cannot be told."""
-    path = Path(spec).expanduser()
-    files = [path] if path.is_file() else [*path.glob("*.safetensors")] if path.is_dir() else []
+    path = user_path(spec)
+    files = [path] if path.is_file() else weight_files(path) if path.is_dir() else []
     return sum(file.stat().st_size for file in files)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> Any:
     try:
-        found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return found
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
+        return None
 
 
-def _is_plain(packed: dict[str, Any]) -> bool:
+def _is_plain(packed: Mapping[str, Any]) -> bool:
     """Whether transformers loads the groups: no zero points, no experts."""
     groups = packed["config_groups"].values()
     experts = any(".experts." in name for group in groups for name in group["targets"])
@@ -84,13 +94,10 @@ def _by_transformers(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM
-    try:
-        with quiet_transformers():
-            model, info = load.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-            with torch.inference_mode():
-                model(input_ids=torch.zeros(1, 2, dtype=torch.int64))  # weights are unpacked at the first pass
-    except Exception as error:  # whatever a damaged folder makes transformers raise
-        raise ModelError(f"transformers cannot load {str(folder)!r}: {str(error).splitlines()[0]}") from error
+    with quiet_transformers():
+        model, info = load.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        with torch.inference_mode():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64))  # weights are unpacked at the first pass
     if lost := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise ModelError(f"transformers finds {lost[0]!r} missing, unexpected or of another shape in {str(folder)!r}")
     return model

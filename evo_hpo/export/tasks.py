@@ -34,8 +34,12 @@ def check_tasks(tasks: Tasks) -> Any:
 
     Raises:
         MissingPackageError: the harness is not installed.
-        InvalidSettingError: it does not know a task, or the limit is below 1.
+        InvalidSettingError: it does not know a task, the folder is none, or the limit is below 1.
     """
+    if not all(tasks.names):
+        raise InvalidSettingError(f"tasks={','.join(tasks.names)!r} must be names separated by commas")
+    if tasks.folder is not None and not tasks.folder.is_dir():
+        raise InvalidSettingError(f"task_folder={str(tasks.folder)!r} is no folder: name one that holds task files")
     if tasks.limit is not None and tasks.limit < 1:
         raise InvalidSettingError(f"limit={tasks.limit} must be at least 1 example a task, or left out for all")
     try:

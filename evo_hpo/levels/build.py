@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evo_hpo.errors import InvalidSettingError, UnknownNameError
+from evo_hpo.models.paths import user_path
+from evo_hpo.search.setting_types import annotations_of, check_types
 
 if TYPE_CHECKING:
     from evo_hpo.levels.compressor import Compressor
@@ -19,6 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "build", "check_settings", "default_folder", "summary"]
 
 METHODS = ("gptq", "ggml", "sparsegpt", "rtn", "magnitude", "wanda", "drop")
+
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("calibration_tokens", "sequence_length", "seed", "batch_tokens"), int),
+    **dict.fromkeys(("include", "may_drop"), str),
+    "exclude": str | None,
+    "inputs": str | int | None,
+    "kinds": str | Sequence[str],
+}
+"""Of settings that are no method's own."""
 
 
 def build(
@@ -33,7 +44,7 @@ def build(
     calibration_tokens: int = 32768,
     sequence_length: int = 512,
     seed: int = 0,
-    inputs: str | None = None,
+    inputs: str | int | None = None,
     include: str = ".",
     exclude: str | None = None,
     batch_tokens: int = 1024,
@@ -65,10 +76,14 @@ def build(
     from evo_hpo.models.structure import ROUTERS
     from evo_hpo.models.text import load_tokens
 
+    text = {"calibration": calibration, "calibration_tokens": calibration_tokens, "sequence_length": sequence_length}
+    names = {"inputs": inputs, "include": include, "exclude": exclude}
+    check_settings(method, levels, {**text, **names, "seed": seed, "batch_tokens": batch_tokens, **settings})
+    folder = user_path(folder)
     loaded = load_model(model, compute_dtype(dtype))
     GatedModel(loaded.model, example_tokens(loaded.model))  # what cannot be scored is refused before it is compressed
     if method == "drop":
-        build_drop_store(loaded, Path(folder).expanduser(), **_dropped(levels, settings))
+        build_drop_store(loaded, folder, **_dropped(levels, settings))
         return open_store(folder, model=loaded.identity)
     compressor = make_compressor(method, levels, settings)
     tokens = None
@@ -78,7 +93,7 @@ def build(
         )
     build_store(
         loaded,
-        Path(folder).expanduser(),
+        folder,
         compressor,
         tokens,
         inputs=_inputs(inputs, compressor),
@@ -97,7 +112,7 @@ def check_settings(method: str, levels: Sequence[float | int | str] | None, sett
 
     Raises:
         UnknownNameError: there is no such method.
-        InvalidSettingError: it has no such setting, or the setting a value outside its range.
+        InvalidSettingError: it has no such setting, or the setting a value of another type or outside its range.
         TextError: the calibration text is no text, nor a mix of texts.
     """
     from evo_hpo.models.corpora import shares_of
@@ -105,8 +120,11 @@ def check_settings(method: str, levels: Sequence[float | int | str] | None, sett
     named = {name: p for name, p in inspect.signature(build).parameters.items() if p.kind is p.KEYWORD_ONLY}
     own = set(named) - {"method", "levels", "device", "progress"}
     further = {name: value for name, value in settings.items() if name not in own}
+    check_types(method, _TYPES, settings)
     shares_of(settings.get("calibration", "pydoc"))
-    for name in ("include", "exclude"):
+    if settings.get("seed", 0) < 0:
+        raise InvalidSettingError(f"seed={settings['seed']} must be 0 or more")
+    for name in ("include", "exclude", "may_drop"):
         try:
             re.compile(settings.get(name) or "")
         except re.error as error:
@@ -137,6 +155,7 @@ def make_compressor(method: str, levels: Sequence[float | int | str] | None, set
     unknown = sorted(set(settings) - set(known[1:]))
     if unknown:
         raise InvalidSettingError(f"{method} has no setting {unknown[0]!r}: it has {', '.join(known[1:])}")
+    check_types(method, annotations_of(chosen), settings)
     if levels is None:
         return chosen(**settings)
     values = [_bits(v) for v in levels] if chosen in (GPTQ, RTN) else list(levels)
@@ -153,7 +172,8 @@ def default_folder(
     """
     from evo_hpo.models.corpora import local_files, shares_of
     from evo_hpo.models.identity import digest, folder_identity, text_identity, tokenizer_identity
-    from evo_hpo.models.loading import cache_folder, load_tokenizer, resolve_folder
+    from evo_hpo.models.loading import load_tokenizer, resolve_folder
+    from evo_hpo.models.paths import cache_folder
 
     own = {k: p.default for k, p in inspect.signature(build).parameters.items() if p.default is not p.empty}
     text = {k: settings.get(k, own[k]) for k in ("calibration_tokens", "sequence_length", "seed", "inputs")}
@@ -205,8 +225,9 @@ def _bits(value: float | int | str) -> int:
     return bits
 
 
-def _inputs(inputs: str | None, compressor: Compressor) -> str:
+def _inputs(inputs: str | int | None, compressor: Compressor) -> str:
     if inputs is not None:
+        inputs = str(inputs)  # levels are named by their bits
         if inputs != "dense" and inputs not in compressor.everywhere:
             levels = ", ".join(compressor.everywhere)
             raise InvalidSettingError(f"inputs={inputs!r} must be 'dense'" + f" or one of {levels}" * bool(levels))

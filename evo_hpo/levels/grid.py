@@ -15,6 +15,9 @@ from evo_hpo.errors import InvalidSettingError
 
 __all__ = ["Grid", "GridSettings", "column_groups", "fit_grid", "storable_scale"]
 
+LARGEST_GROUP = 1 << 20
+"""Columns that share a scale: no layer has more."""
+
 
 @dataclass(frozen=True)
 class GridSettings:
@@ -30,8 +33,10 @@ class GridSettings:
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.group_size is not None and self.group_size < 1:
-            raise InvalidSettingError(f"group_size={self.group_size} must be at least 1, or 0 for one scale a row")
+        if self.group_size is not None and not 1 <= self.group_size <= LARGEST_GROUP:
+            raise InvalidSettingError(
+                f"group_size={self.group_size} must be 1 to {LARGEST_GROUP}, or 0 for one scale a row"
+            )
 
 
 @dataclass

@@ -134,7 +134,9 @@ class Manifest:
                 )
             units = tuple(UnitRecord.from_json(unit) for unit in data["units"])
             return cls(Recipe.from_json(data["plan"]), units, data["versions"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except StoreError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise StoreError(f"damaged manifest {str(path)!r} ({error}): rebuild the store") from error
 
 

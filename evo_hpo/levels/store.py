@@ -20,6 +20,7 @@ from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import Manifest, UnitRecord, checksum
 from evo_hpo.levels.packing import Encoded, decode_record
 from evo_hpo.models.identity import differences, warn_unchecked
+from evo_hpo.models.paths import user_path
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 
 __all__ = ["LevelStore", "open_store"]
@@ -66,7 +67,7 @@ class LevelStore:
         model: Mapping[str, str] | None = None,
     ) -> LevelStore:
         """Open a store; with the identity of a `model`, refuse one that was built from another."""
-        store = cls(Path(folder).expanduser(), dtype, memory, device)
+        store = cls(user_path(folder), dtype, memory, device)
         built_from = store.manifest.plan.identity
         if model is not None and not built_from:
             warn_unchecked(f"the store {str(folder)!r}")

@@ -15,7 +15,7 @@ from evo_hpo.errors import StoreError
 from evo_hpo.levels.compressor import CompressedLevel
 from evo_hpo.levels.manifest import LevelRecord, Manifest, Recipe, UnitRecord, checksum, versions, write_atomically
 from evo_hpo.levels.packing import Encoded, decode_record
-from evo_hpo.models.loading import made_folder
+from evo_hpo.models.paths import made_folder
 
 __all__ = ["StoreWriter"]
 
@@ -33,7 +33,11 @@ class StoreWriter:
         made_folder(folder / "units")
         begun = folder / "build.json"
         if begun.is_file():
-            self._check(Recipe.from_json(json.loads(begun.read_text())))
+            try:
+                recorded = Recipe.from_json(json.loads(begun.read_text()))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise StoreError(f"damaged file {str(begun)!r} ({error}): delete the folder and build again") from error
+            self._check(recorded)
         else:
             write_atomically(begun, json.dumps(plan.to_json(), indent=1).encode())
         self._records: dict[str, UnitRecord] = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evo_hpo.errors import TextError
+from evo_hpo.models.paths import user_path
 
 _log = logging.getLogger("evo_hpo")
 
@@ -109,19 +110,42 @@ def _packaged_file(spec: str) -> Path:
 
 def is_local(spec: str) -> bool:
     """Whether all of a text is on this machine: Python's help, a package's, a file, a folder."""
-    return spec == "pydoc" or spec in _PACKAGED or Path(spec.removeprefix(WHOLE)).expanduser().exists()
+    return spec == "pydoc" or spec in _PACKAGED or is_path(spec)
+
+
+def is_path(spec: str) -> bool:
+    """Whether a text is a file or a folder of the user's."""
+    name = spec.removeprefix(WHOLE)
+    return bool(name) and spec != "pydoc" and spec not in _PACKAGED and user_path(name).exists()
 
 
 def local_files(spec: str) -> list[Path]:
-    """Files of the text named by `spec`, in the order in which they are read; none for a text of another kind."""
+    """Files of the text named by `spec`, in the order in which they are read; none for a text of another kind.
+
+    Hidden files, copies that editors keep for example, are no part of a folder's text.
+    """
     if spec == "pydoc":
         from pydoc_data import topics
 
         return [Path(topics.__file__)]
     if spec in _PACKAGED:
         return [_packaged_file(spec)]
-    path = Path(spec.removeprefix(WHOLE)).expanduser()
-    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+    path = user_path(spec.removeprefix(WHOLE))
+    if path.is_file():
+        return [path]
+    found, others = [], []
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and file.suffix in _SUFFIXES and not hidden:
+            found.append(file)
+        elif not file.is_dir() and (not hidden or file.suffix in _SUFFIXES):
+            others.append(file)
+    if found and others:
+        _tell(
+            f"{spec!r}: left out {len(others)} files, the first is {str(others[0])!r}: what is read ends in"
+            f" {', '.join(_SUFFIXES)} and is not hidden"
+        )
+    return found
 
 
 def _local(spec: str) -> list[str]:
@@ -246,7 +270,7 @@ def _hub(spec: str, split: Split) -> Iterator[str]:
         first = next(texts)
     except TextError:
         raise
-    except (OSError, ValueError, KeyError, StopIteration) as error:
+    except Exception as error:  # whatever a name that is none makes the library raise
         raise TextError(
             f"no text {spec!r}: give 'pydoc', 'encyclopedia', 'self', an existing file or folder,"
             f" {', '.join(map(repr, _HUB))} or a reachable hub data set as name:config:column ({type(error).__name__})"

@@ -6,6 +6,7 @@ journals, profiles and cached losses carry one; who uses them compares it with w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -30,6 +31,7 @@ __all__ = [
     "tokenizer_identity",
     "tokens_identity",
     "warn_unchecked",
+    "weight_files",
 ]
 
 WEIGHTS, CONFIGURATION = "model weights", "model configuration"
@@ -63,16 +65,26 @@ def _file_digest(path: Path, *_: int) -> str:
 
 
 def folder_identity(folder: Path) -> dict[str, str]:
-    """Weights and configuration of a model's folder: all bytes of the files that are loaded, about 1 GB a second.
+    """Weights and configuration of a model's folder: all bytes of :func:`weight_files`, about 1 GB a second.
 
     Names of files and what changes no output do not count, nor does the dtype the weights are loaded in.
     """
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     with ThreadPoolExecutor() as threads:
-        files = list(threads.map(file_digest, weights))
+        files = list(threads.map(file_digest, weight_files(folder)))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     code = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
     return {WEIGHTS: digest(files), CONFIGURATION: digest([_canonical(config), *code])}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that transformers loads: of several sets the one that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            index = json.loads((folder / f"{name}.index.json").read_text(encoding="utf-8"))
+            return sorted(path for part in set(index["weight_map"].values()) if (path := folder / part).is_file())
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
 def model_identity(model: nn.Module) -> dict[str, str]:

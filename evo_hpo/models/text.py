@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from evo_hpo.errors import ModelError, TextError
-from evo_hpo.models.corpora import WHOLE, Spec, Split, is_local, read_documents, shares_of
+from evo_hpo.models.corpora import WHOLE, Spec, Split, is_local, is_path, read_documents, shares_of
 from evo_hpo.models.identity import digest, tokenizer_identity
-from evo_hpo.models.loading import cache_folder, made_folder
+from evo_hpo.models.paths import cache_folder, made_folder, user_path
 
 _log = logging.getLogger("evo_hpo")
 
-__all__ = ["load_tokens", "sample_from_model", "token_stream"]
+__all__ = ["load_tokens", "refuse_too_long", "refuse_unknown", "sample_from_model", "token_stream"]
 
 
 def load_tokens(
@@ -48,8 +48,8 @@ def load_tokens(
         sequence_length: tokens a sequence; sequences never overlap.
         seed: order of the sequences. More tokens with the same seed begin with the same sequences.
         split: "calibration" and "held_out" come from different documents.
-        apart_from: other texts, whose calibration split may hold nothing of what is drawn here: sequences that stand in
-            it, under whatever name, are left out.
+        apart_from: texts whose calibration split may hold nothing of what is drawn here: sequences that stand in it,
+            under whatever name, are left out; of a local text also those of its own other split.
         drawn: tokens that were drawn of each of those at most, for those that are read in part.
 
     Returns:
@@ -86,26 +86,36 @@ def load_tokens(
         read = None if is_local(other) else 4 * max(wanted * sequence_length, drawn)
         known = token_stream(other, tokenizer, "calibration", read)
         rows = rows[~_stand_in(rows, known)]
-    available, leaked = len(rows), whole - len(rows)
+    leaked = whole - len(rows)
+    order = np.random.default_rng([seed, sequence_length]).permutation(len(rows))
+    if is_path(spec) and any(_same(other, spec) for other in apart_from):
+        order, near = _apart(rows, order, wanted, token_stream(spec, tokenizer, "calibration"))
+        leaked += near
+    available = len(order)
     apart = f" beside {leaked} that stand in the calibration text" if leaked else ""
     if available < wanted:
         raise TextError(
             f"{spec!r} ({split}) holds {available} sequences of {sequence_length} tokens{apart}, {wanted} were asked"
             f" for: {f'ask for at most {available * sequence_length} tokens or ' * bool(available)}name a longer text"
         )
-    order = np.random.default_rng([seed, sequence_length]).permutation(available)[:wanted]
     if leaked:
         _log.warning(
             "%r (%s): left out %d of %d sequences that stand in the calibration text", spec, split, leaked, whole
         )
-    found = torch.from_numpy(rows[order].astype(np.int64))
+    found = torch.from_numpy(rows[order[:wanted]].astype(np.int64))
+    if model is not None:
+        refuse_unknown(model, found)
+    return found
+
+
+def refuse_unknown(model: nn.Module, tokens: torch.Tensor) -> None:
+    """Raises ModelError where the model does not know one of the tokens."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     size = getattr(embedding, "num_embeddings", None)
-    if size is not None and (largest := int(found.max())) >= size:
+    if size is not None and (largest := int(tokens.max())) >= size:
         raise ModelError(
             f"the tokenizer gives token {largest}, the model knows 0 to {size - 1}: give the model its own tokenizer"
         )
-    return found
 
 
 def _mixed(shares: Mapping[str, float], count: int) -> list[str]:
@@ -127,7 +137,7 @@ def _mixed(shares: Mapping[str, float], count: int) -> list[str]:
 
 def _same(spec: str, other: str) -> bool:
     """Whether two names are of one text, whose splits share no document."""
-    paths = [Path(name).expanduser() for name in (spec, other)]
+    paths = [user_path(name) for name in (spec, other)]
     if spec.startswith(WHOLE):
         return False
     return spec == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
@@ -143,6 +153,21 @@ def _stand_in(rows: npt.NDArray[np.int32], stream: npt.NDArray[np.int32]) -> npt
     for start in range(0, max(0, len(stream) - run + 1), 1 << 20):
         found |= np.isin(wanted, _hashes(np.asarray(stream[start : start + (1 << 20) + run - 1])[None], run))
     return np.asarray(found.mean(axis=1) > 1 / 8)
+
+
+def _apart(
+    rows: npt.NDArray[np.int32], order: npt.NDArray[np.int64], wanted: int, stream: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.int64], int]:
+    """The first of the rows in an order, `wanted` or more, that do not stand in a stream; how many others were met.
+
+    Documents of one text can be all but equal; no more rows are looked at than are needed.
+    """
+    kept, met = order[:0], 0
+    while len(kept) < wanted and met < len(order):
+        part = order[met : met + max(wanted, met)]
+        kept = np.concatenate([kept, part[~_stand_in(rows[part], stream)]])
+        met += len(part)
+    return kept, met - len(kept)
 
 
 def _hashes(rows: npt.NDArray[np.int32], run: int) -> npt.NDArray[np.uint64]:
@@ -247,5 +272,9 @@ def _tokenize(documents: list[str], tokenizer: Any) -> npt.NDArray[np.int32]:
 def _write(path: Path, stream: npt.NDArray[np.int32]) -> None:
     made_folder(path.parent)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as file:
-        np.save(file, stream)
+        try:
+            np.save(file, stream)
+        except BaseException:  # on a full disk a part of it would take the rest
+            os.unlink(file.name)
+            raise
     os.replace(file.name, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -10,6 +11,9 @@ from evo_hpo.errors import PlanError
 from evo_hpo.run.entries import AblationEntry, SearcherEntry
 
 __all__ = ["expand", "written_out"]
+
+MOST_VARIANTS = 1000
+"""Combinations of one entry's values."""
 
 
 def written_out(searchers: Sequence[SearcherEntry]) -> tuple[SearcherEntry, ...]:
@@ -55,7 +59,16 @@ def _variants(ablation: AblationEntry) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _combinations(vary: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Every combination of the values, with a label that names them."""
+    """Every combination of the values, with a label that names them.
+
+    Raises:
+        PlanError: a setting has no values, or they are more combinations than anybody runs.
+    """
+    for name, values in vary.items():
+        if not values:
+            raise PlanError(f"{name}=[] gives no values: give at least one, or leave it out")
+    if (count := math.prod(map(len, vary.values()))) > MOST_VARIANTS:
+        raise PlanError(f"{count} combinations of {', '.join(vary)}: give at most {MOST_VARIANTS}")
     found = [dict(zip(vary, values, strict=True)) for values in product(*vary.values())]
     return [(_shown(settings), settings) for settings in found]
 

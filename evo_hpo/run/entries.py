@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import unicodedata
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from evo_hpo.search.budget import Budget
 
@@ -15,9 +16,28 @@ LONGEST_LABEL = 100
 
 
 class Strict(BaseModel):
-    """A part of a plan: unknown keys are refused."""
+    """A part of a plan: unknown keys are refused, and what is no number where one is due."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator(
+        "tokens", "evaluations", "seconds", "seeds", "workers", "checkpoints", mode="before", check_fields=False
+    )
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, bool | str):  # pydantic takes true for 1 and "2" for 2
+                raise ValueError(f"{each!r:.40} must be a number")
+        return value
+
+
+def _label(value: str) -> str:
+    if (value and not value.strip()) or {unicodedata.category(c) for c in value} & {"Cc", "Cs", "Zl", "Zp"}:
+        raise ValueError(f"{value!r} is blank, or has line breaks or control characters: give a name of one line")
+    return value
+
+
+Label = Annotated[str, Field(max_length=LONGEST_LABEL), AfterValidator(_label)]
 
 
 class BudgetEntry(Strict):
@@ -41,7 +61,7 @@ class NamedEntry(Strict):
     """Something registered, with its settings; ``label`` is what tables show."""
 
     name: str
-    label: str = Field(default="", max_length=LONGEST_LABEL)
+    label: Label = ""
     settings: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -76,7 +96,7 @@ class SearcherEntry(NamedEntry):
 class VariantEntry(Strict):
     """Settings that change together in an ablation."""
 
-    label: str = Field(default="", max_length=LONGEST_LABEL)
+    label: Label = ""
     settings: dict[str, Any]
 
 

@@ -201,6 +201,7 @@ def make_plan(data: dict[str, Any], source: str = "plan") -> Plan:
             near = _near(str(first["loc"][-1]), dict.fromkeys(known))
             raise PlanError(f"{source}: unknown key {place!r}{near}; allowed here: {', '.join(known)}") from None
         message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        message = message.replace("valid tuple", "list").replace("valid dictionary", "table")
         raise PlanError(f"{source}: {place}: {message}") from None
     except EvoHpoError as error:
         raise PlanError(f"{source}: {error}") from None

@@ -32,7 +32,7 @@ class PlanFile:
         """
         path = Path(path)
         try:
-            file = cls(path.read_text(encoding="utf-8"), str(path))
+            file = cls(path.read_text(encoding="utf-8-sig"), str(path))
             tomllib.loads(file.text)
         except FileNotFoundError:
             raise PlanError(f"no plan at {path}: copy one from benchmarks/plans") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from evo_hpo.errors import ModelError
 from evo_hpo.models.loading import resolve_folder
+from evo_hpo.models.paths import user_path
 from evo_hpo.models.structure import decoder_blocks, linear_modules
 
 __all__ = ["TYPICAL", "Footprint", "ModelShape", "configuration", "empty_model", "footprint"]
@@ -39,7 +39,7 @@ def configuration(name: str) -> Any:
     if name in TYPICAL:
         common = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
         return LlamaConfig(**{**common, **TYPICAL[name]})
-    path = Path(name).expanduser()
+    path = user_path(name)
     return AutoConfig.from_pretrained(path if (path / "config.json").is_file() else resolve_folder(name))
 
 

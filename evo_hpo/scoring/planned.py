@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from evo_hpo.errors import StoreError
+from evo_hpo.levels.build import check_settings
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
 from evo_hpo.models.experts import unfuse_experts
@@ -36,6 +37,7 @@ def planned_levels(task: LanguageModelTask) -> LevelSet:
     """
     if task.join or task.method not in ("gptq", "rtn") or (task.store_folder / "manifest.json").is_file():
         return task.open_levels()
+    check_settings(task.method, task.levels or None, dict(task.build))
     model = empty_model(configuration(task.model))
     unfuse_experts(model)
     built = task.build_settings

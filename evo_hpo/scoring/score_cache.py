@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.models.loading import made_folder
+from evo_hpo.models.paths import made_folder
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import Assignment
 

@@ -20,6 +20,7 @@ from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.corpora import Spec, shares_of
 from evo_hpo.models.identity import tokenizer_identity
 from evo_hpo.models.loading import compute_dtype, load_model, load_tokenizer
+from evo_hpo.models.paths import user_path
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.file_size import FileSize
 from evo_hpo.scoring.problem import LanguageModelProblem, check_names
@@ -151,9 +152,9 @@ class LanguageModelTask:
         check_names(self.held_out)
         if self.dtype != "auto":
             compute_dtype(self.dtype)
-        for name in ("sequence_length", "calibration_tokens", "held_out_tokens", "tokens"):
-            if getattr(self, name) < 1:
-                raise InvalidSettingError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("sequence_length", "calibration_tokens", "held_out_tokens", "tokens", "tensor_parallel", "seed"):
+            if getattr(self, name) < (name != "seed"):
+                raise InvalidSettingError(f"{name}={getattr(self, name)} must be at least {int(name != 'seed')}")
         if self.calibration_tokens % self.sequence_length or self.held_out_tokens % self.sequence_length:
             raise InvalidSettingError(
                 f"calibration_tokens={self.calibration_tokens} and held_out_tokens={self.held_out_tokens} must be"
@@ -182,7 +183,7 @@ class LanguageModelTask:
     def store_folder(self) -> Path:
         """Where the level store is or will be."""
         if self.store:
-            return Path(self.store).expanduser()
+            return user_path(self.store)
         return default_folder(self.model, self.method, self.levels or None, self.build_settings)
 
     @property
@@ -195,9 +196,11 @@ class LanguageModelTask:
         """Builds the store, or checks that the one that is there belongs to the model.
 
         Raises:
-            TextError: a text is missing or too short, calibration or held out.
+            TextError: a text is missing or too short. StoreError: another store is there, or one to join is not.
         """
         self.texts.check(load_tokenizer(self.model))
+        for folder in self.join:
+            self._opened(folder, torch.float32, None)
         build(
             self.model,
             self.store_folder,
@@ -276,7 +279,7 @@ class LanguageModelTask:
             early_stopping=self.early_stopping,
             compile=self.compile,
             measure=self.measure,
-            cache=Path(self.cache).expanduser() if self.cache else None,
+            cache=user_path(self.cache) if self.cache else None,
             identity={**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)},
         )
         name, texts = f"{loaded.name} {self.method}", self.texts.judged(loaded.tokenizer, loaded.model)

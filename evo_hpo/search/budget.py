@@ -30,8 +30,8 @@ class Budget:
                 f"a budget is exactly one of tokens, evaluations or seconds, got {', '.join(given) or 'none'}"
             )
         ((kind, amount),) = given.items()
-        if isinstance(amount, bool) or not amount > 0:
-            raise BudgetError(f"budget of {amount!r} {kind} must be positive")
+        if isinstance(amount, bool) or not amount > 0 or (kind == "seconds" and amount == math.inf):
+            raise BudgetError(f"budget of {amount!r} {kind} must be positive, and finite")
         if kind != "seconds":
             if not math.isfinite(amount) or amount != int(amount):
                 raise BudgetError(f"budget of {amount!r} {kind} must be a whole number")

@@ -47,11 +47,13 @@ class Amount:
         Raises:
             InvalidSettingError: it says nothing, or nothing above 0.
         """
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+(?: a weight)?)\s*", text, re.IGNORECASE)
+        found = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]+(?: a weight)?)\s*", text, re.IGNORECASE)
         unit = found[2].lower() if found else ""
         if not found or not float(found[1]) or not (unit in UNITS or (relative and unit in A_WEIGHT)):
             also = ", '3.4 bits a weight' or '0.42 bytes a weight'" if relative else " or '80 GiB'"
-            raise InvalidSettingError(f"{what}={text!r} must be a size above 0 with its unit, such as '24 GB'{also}")
+            raise InvalidSettingError(
+                f"{what}={text[:60]!r} must be a size above 0 with its unit, such as '24 GB'{also}"
+            )
         number = Fraction(found[1])
         return cls(number * UNITS[unit]) if unit in UNITS else cls(number * A_WEIGHT[unit], a_weight=True)
 

@@ -8,7 +8,8 @@ from benchmarks.measurements.fuzz import fuzz
 
 
 @pytest.mark.parametrize(
-    ("kind", "cases"), [("plans", 60), ("profiles", 60), ("texts", 100), ("searches", 8), ("models", 4)]
+    ("kind", "cases"),
+    [("plans", 60), ("profiles", 60), ("texts", 100), ("searches", 8), ("models", 4), ("commands", 12)],
 )
 def test_no_case_ends_in_a_traceback(kind: str, cases: int) -> None:
     codes = fuzz(kind, cases)

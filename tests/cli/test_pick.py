@@ -54,6 +54,7 @@ def test_without_a_name_it_lies_beside_the_other_profiles(folder: Path) -> None:
     [
         (["--average", "1.0"], "nothing on the front of evopress_front fits 1.0: give from 1."),
         (["--average", "many"], "--average 'many' must be a number, such as 3.2"),
+        (["--average", "1e999999999"], "--average '1e999999999' must be a number, such as 3.2"),
         ([], "give --average or --size, one of them"),
         (["--average", "3", "--size", "4 MB"], "give --average or --size, one of them"),
         (["--size", "4"], "--size='4' must be a size above 0 with its unit"),
@@ -69,6 +70,16 @@ def test_what_cannot_be_taken_is_said_in_a_line(
     error = capsys.readouterr().err
     assert message in " ".join(error.split())
     assert error.count("\n") == 1
+
+
+def test_a_profile_that_is_there_is_not_written_over(folder: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "winner.json"
+    kept.write_text("kept")
+    assert run("pick", folder, kept, "--average", "3") == 2
+    assert kept.read_text() == "kept"
+    assert run("pick", folder, kept / "below.json", "--average", "3") == 2
+    assert run("pick", folder, "--average", "7/2") == 0
+    assert (folder / "profiles" / "picked-72.json").is_file()
 
 
 def test_a_comparison_at_one_budget_has_nothing_to_pick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from typer.testing import CliRunner
 
 from evo_hpo.cli.commands import app
-from evo_hpo.errors import InvalidSettingError, MissingPackageError, ModelError
+from evo_hpo.errors import InvalidSettingError, MissingPackageError, ModelError, TextError
 from evo_hpo.export.evaluation import evaluate
 from evo_hpo.export.figures import Estimate, measure
 from evo_hpo.export.folder import export_profile
+from evo_hpo.export.reading import load_served
 from evo_hpo.export.tasks import Tasks
 from evo_hpo.models.text import token_stream
 from tests.export.test_packed import found, settings
@@ -163,12 +165,101 @@ def test_models_that_cannot_be_compared_are_refused(model: Path, other: Path, te
     (other / "tokenizer.json").write_text(json.dumps(rules))
     with pytest.raises(ModelError, match="another tokenizer"):
         evaluate([str(other)], [str(text)], original=str(model), sequence_length=32, tokens=64)
+    with pytest.raises(ModelError, match=f"{other} has another tokenizer than {model}"):  # also without an original
+        evaluate([str(model), str(other)], [str(text)], sequence_length=32, tokens=64)
     with pytest.raises(InvalidSettingError, match="stride=33"):
         evaluate([str(other)], [str(text)], sequence_length=32, tokens=64, stride=33)
-    positions = "sequences of 128 tokens are longer than the 64 positions"
-    small = GPT2Config(vocab_size=280, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    with pytest.raises(ModelError, match=positions):
-        evaluate([str(save_tiny(tmp_path / "small", small))], [str(text)], sequence_length=128, tokens=128)
+    with pytest.raises(InvalidSettingError, match="'self' is another one for every model"):
+        evaluate([str(model)], ["self"], sequence_length=32, tokens=64)
+
+
+def test_models_that_cannot_read_the_texts_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=280, n_positions=48, n_embd=32, n_layer=1, n_head=2)
+    learned = str(save_tiny(tmp_path / "learned", config))
+    assert evaluate([learned], [str(text)], sequence_length=48, tokens=96).results
+    with pytest.raises(ModelError, match="64 tokens are longer than the 48 positions"):
+        evaluate([learned], [str(text)], sequence_length=64, tokens=128)
+    config.vocab_size = 50
+    with pytest.raises(ModelError, match="the model knows 0 to 49"):
+        evaluate([str(save_tiny(tmp_path / "few", config))], [str(text)], sequence_length=48, tokens=96)
+    config.vocab_size = 300
+    with pytest.raises(ModelError, match="gives 300 logits and .* 280: there is no KL"):
+        evaluate([str(save_tiny(tmp_path / "more", config))], [str(text)], original=str(model), sequence_length=48)
+
+
+def test_the_size_of_a_model_is_that_of_the_files_that_are_loaded(model: Path, text: Path) -> None:
+    taken = (model / "model.safetensors").stat().st_size
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (given,) = evaluate([str(model)], [str(text)], sequence_length=32, tokens=64).results
+    assert given.bytes == taken
+    (model / "model.safetensors").unlink()
+    (found,) = evaluate([str(model)], [str(text)], sequence_length=32, tokens=64).results
+    assert found.bytes == (model / "pytorch_model.bin").stat().st_size > 0
+    assert found.texts == given.texts
+
+
+def test_where_the_table_cannot_go_is_known_before_anything_is_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr("evo_hpo.export.evaluation.evaluate", lambda *_, **__: pytest.fail("it was measured"))
+        for place in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(InvalidSettingError, match="cannot make the folder"):
+                CliRunner().invoke(app, ["evaluate", str(model), "--output", str(place)], catch_exceptions=False)
+    refused = ["evaluate", str(model), "--text", str(tmp_path / "none.txt"), "--output", str(tmp_path / "table")]
+    with pytest.raises(TextError, match=r"none\.txt"):
+        CliRunner().invoke(app, refused, catch_exceptions=False)
+    assert not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--limit", "3"], "limit=3 are of tasks"),
+        (["--tasks", "cats", "--limit", "0"], "limit=0 must be at least 1"),
+        (["--tasks", "cats,"], "tasks='cats,' must be names separated by commas"),
+        (["--tasks", "cats", "--task-folder", "nowhere"], "task_folder='nowhere' is no folder"),
+    ],
+)
+def test_tasks_are_checked_before_a_model_is_loaded(options: list[str], message: str) -> None:
+    with pytest.raises(InvalidSettingError, match=message):
+        CliRunner().invoke(app, ["evaluate", "nowhere", *options], catch_exceptions=False)
+
+
+def _group(config: dict[str, Any]) -> Any:
+    return next(iter(config["config_groups"].values()))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder, _: (folder / "tokenizer.json").write_text("{"),
+        lambda folder, _: (folder / "model.safetensors").write_bytes(b"x"),
+        lambda _, config: config.pop("config_groups"),
+        lambda _, config: _group(config).update(weights=None),
+        lambda _, config: _group(config)["weights"].update(symmetric=False),
+        lambda _, config: _group(config)["weights"].update(num_bits=9),
+    ],
+)
+def test_a_damaged_folder_of_packed_weights_is_refused_in_one_line(model: Path, tmp_path: Path, damage: Any) -> None:
+    profile, _ = found(tmp_path, settings(model, serve="transformers"))
+    export_profile(profile, tmp_path / "packed", "float32", "compressed-tensors", check=False)
+    config = json.loads((tmp_path / "packed/config.json").read_text())
+    damage(tmp_path / "packed", config["quantization_config"])
+    (tmp_path / "packed/config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="packed") as caught:
+        load_served(str(tmp_path / "packed"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_that_is_none_is_refused(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    wrong: Any
+    for wrong in ([], config | {"quantization_config": "compressed-tensors"}):
+        (model / "config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ModelError, match=r"damaged config\.json|is quantized already"):
+            load_served(str(model))
 
 
 def test_tasks_go_through_the_harness_with_the_model_that_is_measured(
@@ -203,6 +294,7 @@ def test_tasks_go_through_the_harness_with_the_model_that_is_measured(
     assert seen["places"] == (str(tmp_path), False)  # nothing is looked for elsewhere
     assert seen["limit"] == 4
     assert isinstance(seen["model"]["pretrained"], torch.nn.Module)
+    monkeypatch.setattr("evo_hpo.export.evaluation.measure", lambda *_: pytest.fail("a text was measured"))
     with pytest.raises(InvalidSettingError, match="has no task 'dogs'"):
         evaluate([str(model)], [str(text)], tasks=Tasks(("dogs",), tmp_path), **given)
     for name in ("lm_eval", "lm_eval.tasks"):

@@ -301,9 +301,23 @@ def test_llama_cpp_is_offered_ggml_types_and_one_type_for_all_experts_of_a_proje
         check_levels(SERVERS["llama.cpp"], "gptq", [3], True)
 
 
-@pytest.mark.parametrize("text", ["400", "0 MB", "-1 GB", "3 bits", "400 MB a weight", ""])
+@pytest.mark.parametrize("text", ["400", "0 MB", "-1 GB", "3 bits", "400 MB a weight", "", "1" * 500 + " b"])
 def test_a_size_without_a_unit_is_refused(text: str) -> None:
     with pytest.raises(InvalidSettingError, match="must be a size above 0"):
         Amount.of(text)
     assert Amount.of("1.5 KiB").total(7) == 1536
     assert Amount.of("0.5 bytes a weight").total(7) == 3
+
+
+def test_names_too_long_for_a_file_are_refused_before_the_model_is_loaded(model: Path, tmp_path: Path) -> None:
+    profile, _ = found(tmp_path, settings(model, serve="transformers"))
+    with pytest.raises(InvalidSettingError, match="at most 255"):
+        export_profile(profile, tmp_path / ("x" * 256))
+    export_profile(profile, tmp_path / ("x" * 255), check=False)
+
+
+def test_sizes_of_levels_that_cannot_be_are_refused_as_their_build_refuses_them(model: Path, tmp_path: Path) -> None:
+    for levels in ([2.5, 3], [3, 3], [9]):
+        task = language_model.task(settings(model, levels=levels, store=str(tmp_path / "none")))
+        with pytest.raises(InvalidSettingError, match="bits="):
+            planned_levels(task)

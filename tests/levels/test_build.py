@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from evo_hpo.cli.building import build_from_cli
-from evo_hpo.errors import EvoHpoError, InvalidSettingError, UnknownNameError
+from evo_hpo.errors import EvoHpoError, InvalidSettingError, StoreError, UnknownNameError
 from evo_hpo.levels import joined
 from evo_hpo.levels.build import METHODS, build
 from tests.tiny import tiny_model
@@ -104,11 +104,41 @@ def test_steps_cost_the_same_in_units_of_any_size(model: str, tmp_path: Path) ->
         ({"levels": [3], "inputs": "4"}, "'dense' or one of 3"),
         ({"method": "drop", "kinds": "head"}, "attention"),
         ({"levels": [3], "device": "abacus"}, "abacus.*cpu"),
+        ({"symmetric": "False"}, "gptq: symmetric='False' must be true or false"),
+        ({"group_size": "16"}, "group_size='16' must be an integer"),
+        ({"group_size": True}, "group_size=True must be an integer"),
+        ({"group_size": 1e9}, r"group_size=1000000000\.0 must be an integer"),
+        ({"group_size": 10**20}, "must be 1 to 1048576"),
+        ({"method": "wanda", "values": 16}, "values=16 must be text"),
+        ({"seed": -1}, "seed=-1 must be 0 or more"),
+        ({"seed": 1e3}, r"seed=1000\.0 must be an integer"),
+        ({"calibration_tokens": "many"}, "calibration_tokens='many' must be an integer"),
+        ({"include": "("}, r"include='\(' is no regular expression"),
+        ({"method": "drop", "may_drop": "("}, r"may_drop='\(' is no regular expression"),
+        ({"method": "drop", "kinds": 3}, "kinds=3 must be text or a list"),
     ],
 )
 def test_what_cannot_be_built_is_refused(model: str, settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((InvalidSettingError, UnknownNameError), match=message):
         build(model, tmp_path, **{**TEXT, **settings} if settings.get("method") != "drop" else settings)
+
+
+def test_settings_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettingError, match="symmetric='no'"):
+        build("nowhere", tmp_path, symmetric="no")
+
+
+def test_a_level_to_calibrate_on_may_be_given_as_the_number_that_it_is(model: str, tmp_path: Path) -> None:
+    plans = [build(model, tmp_path / str(i), levels=[3], inputs=i, **TEXT).manifest.plan for i in (3, "3")]
+    assert plans[0] == plans[1]
+
+
+def test_a_damaged_record_of_a_begun_build_is_told(model: str, tmp_path: Path) -> None:
+    for data in (b"{", b"\xff", b"[]", b"{}"):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / "build.json").write_bytes(data)
+        with pytest.raises(StoreError, match="damaged file .*build.json.*delete the folder"):
+            build(model, tmp_path / "s", method="rtn")
 
 
 def test_the_command_line_says_what_a_store_holds(model: str, tmp_path: Path) -> None:

@@ -80,8 +80,20 @@ def test_a_flipped_bit_is_refused_by_name_when_read(folder: Path, tmp_path: Path
 
 def test_a_damaged_or_missing_manifest_is_refused(folder: Path, tmp_path: Path) -> None:
     damaged = copy(folder / "rtn", tmp_path / "s")
-    (damaged / "manifest.json").write_text((damaged / "manifest.json").read_text()[:200])
-    with pytest.raises(StoreError, match="damaged manifest"):
+    whole = (damaged / "manifest.json").read_bytes()
+    for data in (
+        whole[:200],
+        b"\xff\xfe\x00",
+        b"[]",
+        b"null",
+        b'{"plan": []}',
+        whole.replace(b'"units": [', b'"units": [3, '),
+    ):
+        (damaged / "manifest.json").write_bytes(data)
+        with pytest.raises(StoreError, match="damaged manifest"):
+            open_store(damaged)
+    (damaged / "manifest.json").write_bytes(whole.replace(b'"format": 1', b'"format": 99'))
+    with pytest.raises(StoreError, match="has format 99, this version reads 1"):
         open_store(damaged)
     with pytest.raises(StoreError, match="build one first"):
         open_store(tmp_path / "nothing")

@@ -80,11 +80,12 @@ def _truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def _quantized(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
-    )
+def _config(**changes: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,10 @@ def _quantized(folder: Path) -> None:
         (_truncate, "cannot load a causal language model"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot load a causal language model"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot load a causal language model"),
-        (_quantized, r"is quantized already \(gptq\)"),
+        (_config(quantization_config={"quant_method": "gptq", "bits": 4}), r"is quantized already \(gptq\)"),
+        (_config(quantization_config="awq"), r"is quantized already \(awq\)"),
+        (_config(quantization_config=["x"]), r"is quantized already \(\['x'\]\)"),
+        (_config(num_attention_heads=3), r"hidden size \(32\) is not a multiple"),
         (lambda folder: (folder / "config.json").write_text("{"), r"damaged config\.json"),
         (lambda folder: (folder / "config.json").write_text("[]"), r"damaged config\.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot load a tokenizer"),
@@ -134,3 +138,19 @@ def test_sequences_longer_than_learned_positions_are_refused(text: str) -> None:
             load_tokens(text, Characters(), 65, 65, model=model)
     model = tiny_model("gpt_neox")  # rotary: no table of 64 positions
     assert load_tokens(text, Characters(), 70, 70, model=model).shape == (1, 70)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("data", [b"", b"GGUF" + bytes(20), b"no GGUF file"])
+def test_a_file_that_is_no_gguf_file_is_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(data)
+    with pytest.raises(ModelError, match=r"cannot load a causal language model from '.*x\.gguf'") as caught:
+        load_model(str(tmp_path / "x.gguf"))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache" / "models").iterdir())
+
+
+@pytest.mark.parametrize("package", ["", "..x", "a b", "no.such-package"])
+def test_a_package_that_is_none_is_refused(package: str) -> None:
+    with pytest.raises(ModelError, match="is not installed"):
+        load_model(f"pypi:{package}")

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from evo_hpo.models import loading
 from evo_hpo.models.identity import (
@@ -106,3 +107,24 @@ def test_a_gguf_file_of_equal_size_and_head_is_converted_anew(tmp_path: Path, mo
         path.write_bytes(bytes(2 << 20) + last)
         found.append(loading.resolve_folder(str(path)))
     assert [json.loads((folder / "config.json").read_text()) for folder in found] == [1, 2]
+
+
+def test_an_index_says_which_files_are_the_weights(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    before = folder_identity(folder)
+    save_file(tensors, folder / "original.safetensors", {"format": "pt"})  # what is not loaded does not count
+    assert folder_identity(folder) == before
+    (folder / "model.safetensors").unlink()
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, folder / "other.safetensors", {"format": "pt"})
+    found = []
+    for name in ("original.safetensors", "other.safetensors", "missing.safetensors"):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        found.append(folder_identity(folder)[WEIGHTS])
+        if name != "missing.safetensors":
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+            factor = loaded.model.norm.weight.detach() / tensors["model.norm.weight"]
+            assert float(factor.mean()) == pytest.approx(1 if name.startswith("original") else 2)
+    assert len(set(found)) == 3
+    assert found[0] == before[WEIGHTS]

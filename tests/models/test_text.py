@@ -316,3 +316,55 @@ def test_text_of_its_own_is_held_out_as_before(tmp_path: Path) -> None:
     plain = load_tokens(name, Characters(), 64, 640, split="held_out")
     for others in ([name], [str(tmp_path / "b.txt"), "self", "pydoc"]):
         assert torch.equal(load_tokens(name, Characters(), 64, 640, split="held_out", apart_from=others), plain)
+
+
+def test_hidden_files_are_no_text_and_what_is_left_out_of_a_folder_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = "\n".join(json.dumps({"text": d}) for d in DOCUMENTS)
+    (tmp_path / ".copies").mkdir()
+    for name in ("x.jsonl", ".copies/x-before.jsonl", ".x.jsonl"):
+        (tmp_path / name).write_text(lines.replace("document", f"{name} document"))
+    (tmp_path / ".gitignore").write_text("*")
+    assert read(tmp_path) == sorted(f"x.jsonl {d}" for d in DOCUMENTS)
+    (tmp_path / "x.jsonl.gz").write_bytes(b"")
+    (tmp_path / "y.JSONL").write_text(lines)
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    read(tmp_path)
+    told = [r.getMessage() for r in caplog.records]
+    assert len(told) == 2
+    assert "left out 2 files, the first is" in told[0]
+    assert "left out 5 files" in told[1]
+    assert "ends in .txt, .md, .jsonl, .parquet and is not hidden" in told[1]
+
+
+def test_documents_of_one_text_that_are_all_but_equal_are_not_held_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [book(i, 12) for i in range(40)]
+    documents = [d for i, t in enumerate(texts) for d in (f"{i} " * 300, t, t.replace("\n", "\n\n", 1) + "x")]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"text": d}) for d in documents))
+    held_out = read_documents(str(path), "held_out")
+    assert all(any(d[50:300] in c for c in read_documents(str(path), "calibration")) for d in held_out)
+    with pytest.raises(TextError, match=r"holds \d+ sequences .* beside \d{3} that stand in the calibration text"):
+        load_tokens(str(path), Characters(), 64, 64 * 40, split="held_out", apart_from=[str(path)])
+    path.write_text(path.read_text() + "\n" + "\n".join(json.dumps({"text": book(99 + i, 12)}) for i in range(60)))
+    found = load_tokens(str(path), Characters(), 64, 640, split="held_out", apart_from=[str(path)])
+    more = load_tokens(str(path), Characters(), 64, 1280, split="held_out", apart_from=[str(path)])
+    calibration = torch.from_numpy(np.array(token_stream(str(path), Characters(), "calibration")[None]))
+    assert not runs(found) & runs(calibration)
+    assert torch.equal(more[:10], found)
+    assert "that stand in the calibration text" in caplog.records[-1].getMessage()
+
+
+def test_what_a_full_disk_cuts_off_is_not_left_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(file: Any, _: object) -> None:
+        file.write(b"x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(np, "save", cut)
+    with pytest.raises(OSError, match="No space left"):
+        token_stream("pydoc", Characters(), "calibration")
+    assert not list((tmp_path / "cache" / "tokens").iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -16,6 +17,7 @@ from evo_hpo.run.rehearsal import rehearse
 from evo_hpo.search.registry import preview_problem
 
 ROOT = Path(__file__).parents[2]
+MANY = {setting: list(range(1000)) for setting in "ab"}
 
 
 def plan_data(**changes: Any) -> dict[str, Any]:
@@ -55,6 +57,28 @@ def test_the_final_checkpoint_is_always_there_and_seeds_may_be_a_count() -> None
         ({"seeds": []}, "at least one"),
         ({"ablation": {"searcher": "nobody", "vary": {"offspring": [1]}}}, "not in the plan"),
         ({"ablation": {"searcher": "evopress"}}, "nothing to vary"),
+        ({"budget": {"evaluations": True}}, "budget.evaluations: True must be a number"),
+        ({"budget": {"tokens": "40"}}, "budget.tokens: '40' must be a number"),
+        ({"budget": {"seconds": math.inf}}, "must be positive, and finite"),
+        ({"seeds": ["0"]}, "seeds: '0' must be a number"),
+        ({"seeds": [True, False]}, "seeds: True must be a number"),
+        ({"searchers": [{"name": "random", "seeds": ["1"]}]}, "searchers.0.seeds: '1' must be a number"),
+        ({"checkpoints": ["0.5"]}, "checkpoints: '0.5' must be a number"),
+        ({"workers": True}, "workers: True must be a number"),
+        ({"searchers": [{"name": "greedy", "each": {"batch": []}}]}, "batch=[] gives no values"),
+        (
+            {"searchers": [{"name": "greedy", "each": MANY}]},
+            "1000000 combinations of a, b",
+        ),
+        ({"ablation": {"searcher": "evopress", "vary": {"offspring": []}}}, "offspring=[] gives no values"),
+        (
+            {"ablation": {"searcher": "evopress", "grid": True, "vary": MANY}},
+            "1000000 combinations of a, b: give at most 1000",
+        ),
+        ({"searchers": [{"name": "random", "label": "a\nb"}]}, "'a\\nb' is blank, or has line breaks"),
+        ({"searchers": [{"name": "random", "label": "\x1b[31mred"}]}, "control characters"),
+        ({"problems": [{"name": "additive", "label": " "}]}, "' ' is blank"),
+        ({"problems": {"name": "additive"}}, "problems: Input should be a list"),
     ],
 )
 def test_malformed_plans_are_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
@@ -191,14 +215,26 @@ SHIPPED = sorted((ROOT / "benchmarks" / "plans").glob("*.toml")) + sorted(ROOT.g
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 
 
+REST = """name = "part"
+budget = { tokens = 100_000 }
+searchers = [{ name = "uniform" }]
+"""
+MODEL = """[[problems]]
+name = "language_model"
+"""
+
+
 def every_plan() -> dict[str, str]:
-    """Name -> text of every plan in the repository: files, and fenced blocks of any page that have a budget."""
+    """Name -> text of every plan in the repository: files, fenced blocks of any page, those with settings alone too."""
     found = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in SHIPPED}
     for page in PAGES:
         fenced = re.findall(r"^```toml[^\n]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
         for number, text in enumerate(fenced):
             if "[budget]" in text and "[[problems]]" in text:
                 found[f"{page.relative_to(ROOT)} {number}"] = text
+            elif "[problems.settings]" in text:
+                part = REST + text if "[[problems]]" in text else f'{REST}{MODEL}{text}\nmodel = "m"\n'
+                found[f"{page.relative_to(ROOT)} {number}, a part"] = part
     return found
 
 
@@ -267,3 +303,11 @@ def test_a_file_that_is_no_toml_is_refused_in_one_line(tmp_path: Path, text: byt
 def test_a_problem_whose_settings_are_of_a_wrong_type_is_refused_by_name() -> None:
     with pytest.raises(EvoHpoError, match=r"problem 'additive': units=\[\] must be an integer"):
         preview_problem("additive", {"units": []})
+
+
+def test_labels_of_any_script_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
+    labels = ("探索 🚀", "a\u00a0b", "é", "👩\u200d💻")
+    data = plan_data(searchers=[{"name": "random", "label": label} for label in labels])
+    path = tmp_path / "plan.toml"
+    path.write_text("\ufeff" + PlanFile.of(data, "x").text, encoding="utf-8")
+    assert PlanFile.read(path).plan() == make_plan(data)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from evo_hpo.cli.commands import app
-from evo_hpo.errors import InvalidSettingError
+from evo_hpo.errors import InvalidSettingError, UnknownNameError
 from evo_hpo.levels.build import build
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.scoring.footprint import TYPICAL, ModelShape, configuration, footprint
@@ -66,3 +66,7 @@ def test_the_command_says_what_fits() -> None:
     assert "devices" in told
     with pytest.raises(InvalidSettingError, match="device='24' must be a size above 0 with its unit"):
         CliRunner().invoke(app, ["plan-memory", "1B", "--device", "24"], catch_exceptions=False)
+    with pytest.raises(UnknownNameError, match="no compression method 'magic'"):
+        CliRunner().invoke(app, ["plan-memory", "1B", "--method", "magic"], catch_exceptions=False)
+    for option in ("--group-size", "--sequence-length", "--calibration-tokens", "--held-out-tokens"):
+        assert CliRunner().invoke(app, ["plan-memory", "1B", option, "0"]).exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -159,6 +160,15 @@ def test_a_range_of_bits_or_sizes_gives_a_front_of_which_a_point_is_exported(
         ({"dtype": "int4"}, "float32"),
         ({"cache": "losses.sqlite"}, "early_stopping = false"),
         ({"method": "gguf"}, "gguf"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"tensor_parallel": 0}, "tensor_parallel=0 must be at least 1"),
+        ({"build": {"group_size": "16"}}, "gptq: group_size='16' must be an integer"),
+        ({"build": {"symmetric": "no"}}, "gptq: symmetric='no' must be true or false"),
+        ({"build": {"seed": -1}}, "seed=-1 must be 0 or more"),
+        ({"calibration": ""}, "no text ''"),
+        ({"held_out": ""}, "no text ''"),
+        ({"join": ["nowhere"]}, "no level store at 'nowhere'"),
+        ({"average": {"from": 2.5, "to": math.nan}}, "outside what levels"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(

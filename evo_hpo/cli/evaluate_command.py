@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +70,7 @@ def evaluate(
         )
         data = found.to_json()
         _show(data)
-        table, picture = folder / "evaluation.json", folder / "evaluation.png"
+        table, picture = _free(folder)
         with safe("what was measured is in the table above"):
             write_whole(table, json.dumps(data, indent=1))
             size_figure(data["results"], list(found.identities)).savefig(picture, dpi=150)
@@ -81,6 +82,15 @@ def evaluate(
             log_evaluation(comparison, data, [table, picture], tracking_uri)
         except EvoHpoError as error:
             say(console, f"not in MLflow: {error}")
+
+
+def _free(folder: Path) -> tuple[Path, Path]:
+    """Table and picture beside those of earlier evaluations, which stay: ``evaluation``, ``evaluation-2`` and so on."""
+    for name in itertools.chain(["evaluation"], (f"evaluation-{number}" for number in itertools.count(2))):
+        table, picture = folder / f"{name}.json", folder / f"{name}.png"
+        if not table.exists() and not picture.exists():
+            break
+    return table, picture
 
 
 @contextlib.contextmanager

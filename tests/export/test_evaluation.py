@@ -148,6 +148,11 @@ def test_profile_export_and_other_models_stand_in_one_table_and_picture(
     assert (tmp_path / "table/evaluation.png").stat().st_size > 5000
     assert "packed" in shown
     assert "KL, nats a token" in shown
+    before = (tmp_path / "table/evaluation.json").read_bytes()
+    again = ["evaluate", str(other), "--text", str(text), "--sequence-length", "32", "--tokens", "64"]
+    CliRunner().invoke(app, [*again, "--output", str(tmp_path / "table")], catch_exceptions=False)
+    assert (tmp_path / "table/evaluation.json").read_bytes() == before
+    assert {path.stem for path in (tmp_path / "table").iterdir()} == {"evaluation", "evaluation-2"}
 
 
 def test_a_profile_of_dropped_modules_takes_what_the_original_takes(model: Path, text: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from evo_hpo.cli.options import console
 from evo_hpo.errors import InvalidSettingError, UnknownNameError
-from evo_hpo.levels.build import METHODS
 from evo_hpo.space.amounts import Amount
 
 __all__ = ["plan_memory"]
@@ -32,6 +31,7 @@ def plan_memory(
 
     [bold]Example:[/bold] evo-hpo plan-memory 8B --levels 2,3,4 --device "24 GB"
     """
+    from evo_hpo.levels.build import METHODS
     from evo_hpo.scoring.footprint import TYPICAL, ModelShape, configuration, footprint
 
     if method not in METHODS:

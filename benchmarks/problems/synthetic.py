@@ -39,6 +39,7 @@ __all__ = ["Landscape", "NoisyProblem", "additive", "interacting", "needle", "no
 
 PATTERN = (3, 1, 1, 3, 8, 8, 8)  # sizes of one block's units, as in a decoder block with grouped-query attention
 LARGEST = 1_000_000  # levels of all units together
+LOUDEST = 50  # standard deviation of what is drawn
 BRUTE = 150_000  # assignments up to which the optimum is found by enumeration
 
 
@@ -96,6 +97,19 @@ def _sensitivities(space: CompressionSpace, rng: np.random.Generator, structure:
     return np.asarray(own * np.exp(shared) * sizes / sizes.mean())
 
 
+def _random(seed: int, stream: int, structure: float = 0.0, interaction: float = 0.0) -> np.random.Generator:
+    """What a problem is drawn with.
+
+    Raises:
+        InvalidSettingError: a negative seed, or a spread outside its range.
+    """
+    if seed < 0 or not 0 <= structure <= LOUDEST or not 0 <= interaction <= LOUDEST:
+        raise InvalidSettingError(
+            f"seed={seed} must not be negative, structure={structure} and interaction={interaction} be 0 to {LOUDEST}"
+        )
+    return np.random.default_rng([seed, stream])
+
+
 def _problem(space: CompressionSpace, landscape: Landscape, name: str) -> FunctionProblem:
     problem = FunctionProblem(space, landscape, name)
     if landscape.pairs is None or not landscape.pairs.any():
@@ -138,7 +152,7 @@ def additive(
 ) -> FunctionProblem:
     """Sum of independent unit losses; the optimum is exact, by dynamic programming."""
     space = synthetic_space(units, levels, tightness, unequal, exact, tightest)
-    rng = np.random.default_rng([seed, 1])
+    rng = _random(seed, 1, structure)
     return _problem(space, Landscape(_errors(space), _sensitivities(space, rng, structure), None), "additive")
 
 
@@ -159,7 +173,7 @@ def interacting(
     Two levels, 16 units, ``exact`` and tightness 0.375 is dropping 6 of 16 modules: 8008 assignments.
     """
     space = synthetic_space(units, levels, tightness, unequal, exact, tightest)
-    rng = np.random.default_rng([seed, 2])
+    rng = _random(seed, 2, structure, interaction)
     sensitivities = _sensitivities(space, rng, structure)
     pairs = rng.normal(0.0, interaction, (units, units))
     return _problem(space, Landscape(_errors(space), sensitivities, pairs), "interacting")
@@ -187,7 +201,7 @@ def non_monotone(
     if not 0 <= share <= 1:
         raise InvalidSettingError(f"share={share} must be in 0..1")
     space = synthetic_space(units, levels, tightness, unequal, exact, tightest)
-    rng = np.random.default_rng([seed, 3])
+    rng = _random(seed, 3, interaction=interaction)
     errors = _errors(space)
     for unit in rng.permutation(units)[: math.ceil(share * units)]:
         level = int(rng.integers(levels - 1))
@@ -205,7 +219,7 @@ def needle(units: int = 12, levels: int = 3, tightness: float = 0.5, radius: int
         radius: level steps from which the funnel is felt.
     """
     space = synthetic_space(units, levels, tightness)
-    secret = np.array(space.sample(np.random.default_rng([seed, 4])))
+    secret = np.array(space.sample(_random(seed, 4)))
 
     def loss(levels: Assignment) -> float:
         return min(1.0, float(np.abs(np.array(levels) - secret).sum()) / (radius + 1))
@@ -317,8 +331,10 @@ def noisy(
         sensitivities: ``exact``, ``noisy`` as those of a model are, or ``misleading``.
         delay: seconds that scoring an assignment takes, to try schedules with; 0 to 3600.
     """
-    if not 0 <= delay <= 3600:
-        raise InvalidSettingError(f"delay={delay} must be 0 to 3600 seconds")
+    if not 0 <= delay <= 3600 or not 0 <= noise <= LOUDEST or tokens < 1:
+        raise InvalidSettingError(
+            f"delay={delay} must be 0 to 3600 seconds, noise={noise} 0 to {LOUDEST}, tokens={tokens} at least 1"
+        )
     base = interacting(
         *(units, levels, tightness, unequal, False, tightest), structure=structure, interaction=interaction, seed=seed
     )

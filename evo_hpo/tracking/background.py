@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from evo_hpo.errors import TrackingError
-from evo_hpo.tracking.location import database_path, default_uri, quiet_environment, refuse_silent_server
+from evo_hpo.tracking.location import database_path, default_uri, quiet_environment, refuse_no_store
 
 __all__ = ["BackgroundTracker"]
 
@@ -53,7 +53,7 @@ class BackgroundTracker:
     def __enter__(self) -> BackgroundTracker:
         database_path(self.uri)  # refuses a URI of no known kind before any work
         try:
-            refuse_silent_server(self.uri)
+            refuse_no_store(self.uri)
         except TrackingError as error:
             self.say(f"{error} The search goes on; tracking is tried again meanwhile.")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import os
 import re
+import sqlite3
 import ssl
 import urllib.error
 import urllib.request
@@ -23,7 +24,7 @@ __all__ = [
     "experiment_location",
     "file_lock",
     "quiet_environment",
-    "refuse_silent_server",
+    "refuse_no_store",
 ]
 
 SIGN_OF_LIFE = 5.0
@@ -46,13 +47,23 @@ def quiet_environment() -> dict[str, str]:
     }
 
 
-def refuse_silent_server(uri: str) -> None:
-    """Asks a tracking server for a sign of life; any answer will do.
+def refuse_no_store(uri: str) -> None:
+    """Looks whether there can be a store: a file of SQLite or none yet, or a server that answers, whatever it says.
 
     Raises:
-        TrackingError: none within seconds; other stores are not asked.
+        TrackingError: the file is none of SQLite's; or the server gives no sign of life within a few seconds.
     """
     if not uri.startswith("http"):
+        if (path := database_path(uri)) and path.is_file():
+            with contextlib.closing(sqlite3.connect(path)) as database:  # its file must not be opened in another way
+                try:
+                    database.execute("PRAGMA schema_version")
+                except sqlite3.OperationalError:  # locked, for example, which passes
+                    pass
+                except sqlite3.DatabaseError as error:
+                    raise TrackingError(
+                        f"{path} is no SQLite database ({error}): move it away, or choose another --tracking-uri"
+                    ) from None
         return
     patience = min(SIGN_OF_LIFE, float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", SIGN_OF_LIFE)))
     try:

@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy import event
 
 from evo_hpo.errors import MissingPackageError, TrackingError
-from evo_hpo.tracking.location import artifact_root, database_path, file_lock, refuse_silent_server
+from evo_hpo.tracking.location import artifact_root, database_path, file_lock, refuse_no_store
 
 __all__ = ["comparisons", "connect", "prepare_store", "translated"]
 
@@ -132,7 +132,7 @@ def connect(uri: str) -> MlflowClient:
     Raises:
         TrackingError: it cannot be used.
     """
-    refuse_silent_server(uri)
+    refuse_no_store(uri)
     with translated(f"tracking store {uri}"):
         prepare_store(uri)
         artifacts = artifact_root(uri)

@@ -25,7 +25,7 @@ from typing import Any
 from evo_hpo.errors import EvoHpoError, JournalError, TrackingError
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.records import JournalTail, check_header, journal_paths
-from evo_hpo.tracking.location import file_lock, refuse_silent_server
+from evo_hpo.tracking.location import file_lock, refuse_no_store
 from evo_hpo.tracking.tracker import SearchTracker, Tracker
 
 __all__ = ["JournalReplay", "Replayer", "replay"]
@@ -200,7 +200,7 @@ def follow_until_closed(folder: Path, uri: str, grace: float) -> int:
                 deadline = time.monotonic() + grace
                 continue
             if deadline < float("inf"):
-                if not waiting or time.monotonic() > deadline or (pause > 0.5 and _silent(uri)):
+                if not waiting or time.monotonic() > deadline or (pause > 0.5 and _hopeless(uri)):
                     break
                 if pause > 0.5:
                     time.sleep(min(pause, 1.0))
@@ -211,10 +211,10 @@ def follow_until_closed(folder: Path, uri: str, grace: float) -> int:
     return replayer.waiting
 
 
-def _silent(uri: str) -> bool:
-    """True of a server that does not answer: nobody should wait for it at the end."""
+def _hopeless(uri: str) -> bool:
+    """True of a server that does not answer or a file that is no database: nobody should wait for it at the end."""
     try:
-        refuse_silent_server(uri)
+        refuse_no_store(uri)
     except TrackingError:
         return True
     return False

@@ -104,3 +104,9 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         additive(tightness=1.5)
     with pytest.raises(InvalidSettingError, match="share"):
         non_monotone(share=2.0)
+    for wrong in ({"noise": -1}, {"noise": float("nan")}, {"tokens": 0}, {"interaction": -1.0}, {"seed": -1}):
+        with pytest.raises(InvalidSettingError, match=next(iter(wrong))):
+            noisy(**wrong)
+    for wrong in ({"structure": float("inf")}, {"seed": -1}):
+        with pytest.raises(InvalidSettingError, match=next(iter(wrong))):
+            additive(**wrong)

@@ -253,6 +253,20 @@ def test_a_server_that_does_not_answer_is_named_within_seconds_and_not_waited_fo
     assert any("evo-hpo track" in line for line in said)
 
 
+def test_a_file_that_is_no_database_is_named_at_once_and_not_waited_for(tmp_path: Path) -> None:
+    Script(tmp_path / "journals" / "a.jsonl").write([1.0, 2.0], end=True)
+    (tmp_path / "mlflow.db").write_bytes(bytes(range(256)))
+    uri, said = f"sqlite:///{tmp_path / 'mlflow.db'}", list[str]()
+    began = time.monotonic()
+    with BackgroundTracker(tmp_path, uri, say=said.append):
+        assert "is no SQLite database" in said[0]
+    assert time.monotonic() - began < 60
+    with pytest.raises(TrackingError, match=r"is no SQLite database \(.*\): move it away"):
+        track(tmp_path, uri)
+    assert any("evo-hpo track" in line for line in said)
+    assert (tmp_path / "mlflow.db").read_bytes() == bytes(range(256))
+
+
 def followed(folder: Path) -> None:
     """What `compare --resume` does when its searches are done."""
     with BackgroundTracker(folder):

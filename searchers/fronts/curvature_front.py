@@ -80,21 +80,26 @@ class CurvatureFront(Interleaved):
             forecast.add(found)
 
     def front(self) -> list[Assignment]:
-        """The measured assignments and what the model of the lower one puts between each two."""
+        """The measured assignments and what the model of the dearer one puts between each two."""
         ordered = sorted(self.regions, key=lambda region: self.space.cost(region.incumbent))
-        between = (self._between(a, b.incumbent) for a, b in itertools.pairwise(ordered))
+        between = (self._between(a.incumbent, b) for a, b in itertools.pairwise(ordered))
         return list(itertools.chain(self.recommended(), *between))
 
-    def _between(self, region: CurvatureRegion, higher: Assignment) -> Iterator[Assignment]:
-        """The front of a region's model between its assignment and another, with the levels between theirs."""
-        lower = region.incumbent
+    def _between(self, lower: Assignment, region: CurvatureRegion) -> Iterator[Assignment]:
+        """The front of a region's model between a cheaper assignment and its own, with the levels between theirs.
+
+        What is learnt at an assignment holds for less compression rather than for more, and tells least where the
+        model is broken; so the dearer of two regions is asked.
+        """
+        higher = region.incumbent
         space, low, high = self.space, self.space.cost(lower), self.space.cost(higher)
         if low >= high or not (len(region.forecast) or len(region.model)):
             return
         model = copy.copy(region.model)  # to look at the front changes no search
+        told = expected(region.forecast, model, higher)
         effects: Effects = [
             [loss if min(a, b) <= k <= max(a, b) else float("inf") for k, loss in enumerate(unit)]
-            for unit, a, b in zip(expected(region.forecast, model, lower), lower, higher, strict=True)
+            for unit, a, b in zip(told, lower, higher, strict=True)
         ]
         within = CompressionSpace(
             space.units, (high, *space.budgets[1:]), floor=(low, *space.floors[1:]), resources=space.resources

@@ -21,6 +21,7 @@ from evo_hpo.search.registry import settled
 __all__ = ["DEFAULT_ROOT", "ComparisonFailed", "compare", "comparison_folder"]
 
 DEFAULT_ROOT = Path("mlruns") / "comparisons"
+PROCESSES: Any = multiprocessing.get_context("spawn")  # nothing of this process may leak into those of searches
 
 
 class ComparisonFailed(EvoHpoError):
@@ -131,8 +132,7 @@ def _processes(
     plan: Plan, folder: Path, resume: bool, tasks: Sequence[PlannedSearch], ray: str | None
 ) -> Iterator[Iterator[Event]]:
     """Starts the processes, hands out the tasks, gives the stream of events; leaves no process behind."""
-    context = multiprocessing.get_context("spawn")
-    waiting, events = context.Queue(), context.Queue()
+    waiting, events = PROCESSES.Queue(), PROCESSES.Queue()
     for task in tasks:
         waiting.put(task)
     workers: list[tuple[Callable[..., None], tuple[Any, ...]]]
@@ -144,7 +144,7 @@ def _processes(
         for _ in range(count):
             waiting.put(None)
     # a cluster's process may start Ray here, so it may have children
-    processes = [context.Process(target=target, args=args, daemon=not ray) for target, args in workers]
+    processes = [PROCESSES.Process(target=target, args=args, daemon=not ray) for target, args in workers]
     started = []
     try:
         for process in processes:

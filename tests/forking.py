@@ -30,12 +30,10 @@ class Forking:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(IMPORTED)
 
-    def Queue(self) -> Queue[Any]:  # noqa: N802
+    def Queue(self) -> Queue[Any]:
         return self._context.Queue()
 
-    def Process(  # noqa: N802
-        self, *, target: Callable[..., None], args: tuple[Any, ...], daemon: bool
-    ) -> BaseProcess:
+    def Process(self, *, target: Callable[..., None], args: tuple[Any, ...], daemon: bool) -> BaseProcess:
         return self._context.Process(target=_run, args=(dict(os.environ), target, args), daemon=daemon)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from evo_hpo.errors import EvoHpoError, JournalError, PlanError
@@ -147,9 +149,10 @@ def _processes(
     processes = [PROCESSES.Process(target=target, args=args, daemon=not ray) for target, args in workers]
     started = []
     try:
-        for process in processes:
-            process.start()
-            started.append(process)
+        with _main_left_out():
+            for process in processes:
+                process.start()
+                started.append(process)
         yield _stream(events, processes)
     finally:
         for process in started:
@@ -161,6 +164,17 @@ def _processes(
         events.cancel_join_thread()
 
 
+@contextmanager
+def _main_left_out() -> Iterator[None]:
+    """Processes that start meanwhile do not run the user's script, or import the command line, once more."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _stream(events: Any, processes: Sequence[Any]) -> Iterator[Event]:
     running = len(processes)
     while running:
@@ -170,8 +184,8 @@ def _stream(events: Any, processes: Sequence[Any]) -> Iterator[Event]:
             dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
             if dead:
                 raise ComparisonFailed(
-                    f"a worker process ended with code {dead[0]} (out of memory? a script of your own without"
-                    ' `if __name__ == "__main__":`?): what it scored is in the journals; lower `workers` and resume'
+                    f"a worker process ended with code {dead[0]} (out of memory?): what it scored is in the journals;"
+                    " lower `workers` and resume"
                 ) from None
             if not any(p.is_alive() for p in processes):
                 return

@@ -17,6 +17,7 @@ IMPORTED = [
     "benchmarks.problems.synthetic",
     "evo_hpo.run.search_process",
     "evo_hpo.scoring.task",
+    "nevergrad",
     "searchers.evopress.evopress",
     "searchers.uniform",
     "transformers.models.llama.modeling_llama",

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What tests import stays: it is not searched for garbage, neither while it grows nor in each test's collections."""
+    """What tests import stays, so it is never searched for garbage, neither while it grows nor later."""
     gc.disable()
     try:
         return (yield)

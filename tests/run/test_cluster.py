@@ -37,8 +37,7 @@ STORE = 80_000_000  # bytes of a node's object store
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head and a node of two cores each."""
-    head = {"num_cpus": 2, "object_store_memory": STORE, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": STORE})
     made.add_node(num_cpus=2, object_store_memory=STORE)
     yield made
     made.shutdown()

@@ -19,8 +19,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(STAMP)
 	$(BIN)/evo-hpo compare $(PLAN)
 
+# What is compiled is kept, whatever the environment says: tests start many processes.
 test: $(TESTED) check
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(TESTED)
 	$(BIN)/ruff check .

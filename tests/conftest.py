@@ -1,28 +1,71 @@
-"""A tiny random model and text for it; one thread a process, so that tests in several processes share the cores."""
+"""A tiny random model and text for it; one thread a process, so that tests in several processes share the cores.
+
+torch is imported where it is used: the process that hands out tests to others needs none of it.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from evo_hpo.models.loading import LoadedModel
-from tests.tiny import tiny_mixtral, tiny_model, tiny_tokens
+if TYPE_CHECKING:
+    import torch
+
+    from evo_hpo.models.loading import LoadedModel
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, and of pytest's own workers
-torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What tests import stays, so it is never searched for garbage, neither while it grows nor later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_processes() -> Iterator[None]:
+    """Processes of searches that tests start here are forked from one that has imported what each would import."""
+    from evo_hpo.run import schedule
+    from tests.forking import Forking
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule, "PROCESSES", Forking())
+        yield
 
 
 @pytest.fixture
 def llama() -> LoadedModel:
+    from evo_hpo.models.loading import LoadedModel
+    from tests.tiny import tiny_model
+
     return LoadedModel.from_model(tiny_model("llama"), name="tiny llama")
 
 
 @pytest.fixture(scope="session")
 def tokens() -> torch.Tensor:
+    from tests.tiny import tiny_tokens
+
     return tiny_tokens(sequences=20, length=16)
 
 
 def mixtral() -> LoadedModel:
+    from evo_hpo.models.loading import LoadedModel
+    from tests.tiny import tiny_mixtral
+
     return LoadedModel.from_model(tiny_mixtral(), name="tiny mixtral")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from evo_hpo.errors import EvoHpoError, JournalError, PlanError
@@ -21,6 +23,7 @@ from evo_hpo.search.registry import settled
 __all__ = ["DEFAULT_ROOT", "ComparisonFailed", "compare", "comparison_folder"]
 
 DEFAULT_ROOT = Path("mlruns") / "comparisons"
+PROCESSES: Any = multiprocessing.get_context("spawn")  # nothing of this process may leak into those of searches
 
 
 class ComparisonFailed(EvoHpoError):
@@ -131,8 +134,7 @@ def _processes(
     plan: Plan, folder: Path, resume: bool, tasks: Sequence[PlannedSearch], ray: str | None
 ) -> Iterator[Iterator[Event]]:
     """Starts the processes, hands out the tasks, gives the stream of events; leaves no process behind."""
-    context = multiprocessing.get_context("spawn")
-    waiting, events = context.Queue(), context.Queue()
+    waiting, events = PROCESSES.Queue(), PROCESSES.Queue()
     for task in tasks:
         waiting.put(task)
     workers: list[tuple[Callable[..., None], tuple[Any, ...]]]
@@ -144,12 +146,13 @@ def _processes(
         for _ in range(count):
             waiting.put(None)
     # a cluster's process may start Ray here, so it may have children
-    processes = [context.Process(target=target, args=args, daemon=not ray) for target, args in workers]
+    processes = [PROCESSES.Process(target=target, args=args, daemon=not ray) for target, args in workers]
     started = []
     try:
-        for process in processes:
-            process.start()
-            started.append(process)
+        with _main_left_out():
+            for process in processes:
+                process.start()
+                started.append(process)
         yield _stream(events, processes)
     finally:
         for process in started:
@@ -161,6 +164,17 @@ def _processes(
         events.cancel_join_thread()
 
 
+@contextmanager
+def _main_left_out() -> Iterator[None]:
+    """Processes that start meanwhile do not run the user's script, or import the command line, once more."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _stream(events: Any, processes: Sequence[Any]) -> Iterator[Event]:
     running = len(processes)
     while running:
@@ -170,8 +184,8 @@ def _stream(events: Any, processes: Sequence[Any]) -> Iterator[Event]:
             dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
             if dead:
                 raise ComparisonFailed(
-                    f"a worker process ended with code {dead[0]} (out of memory? a script of your own without"
-                    ' `if __name__ == "__main__":`?): what it scored is in the journals; lower `workers` and resume'
+                    f"a worker process ended with code {dead[0]} (out of memory?): what it scored is in the journals;"
+                    " lower `workers` and resume"
                 ) from None
             if not any(p.is_alive() for p in processes):
                 return

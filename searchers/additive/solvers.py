@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from evo_hpo.errors import InvalidSpaceError
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
@@ -159,6 +157,9 @@ def solve_by_integer_programming(
     space: CompressionSpace, effects: Effects, *, start: Assignment | None = None, changes: int | None = None
 ) -> Assignment | None:
     """The same by HiGHS: one binary a unit and level, one row a unit and a resource, and one for the changes."""
+    from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import, and most processes never come here
+    from scipy.sparse import coo_array
+
     pairs = [
         (u, k)
         for u in range(len(space))

@@ -1,4 +1,7 @@
-"""Every tutorial, run as its reader would: files written, Python executed, commands given."""
+"""Every tutorial, run as its reader would: files written, Python executed, commands given.
+
+Commands are given in this process; what they do in one of their own is tested with their output and interrupts.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from evo_hpo.run.plan_file import PlanFile
+from tests.cli.test_cli import run as command
 
 TUTORIALS = Path(__file__).parents[2] / "docs" / "tutorials"
 README = Path(__file__).parents[2] / "README.md"
@@ -32,8 +36,8 @@ def blocks(path: Path) -> list[Block]:
     return [Block(*b) for b in found]
 
 
-def follow(path: Path, folder: Path) -> str:
-    """Does what the page says, in a folder; the output of everything."""
+def follow(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Does what the page says, in the folder that this process is in; the output of everything."""
     shown = ""
     for block in blocks(path):
         if block.file:
@@ -46,7 +50,8 @@ def follow(path: Path, folder: Path) -> str:
             for line in block.text.splitlines():
                 words = shlex.split(line)
                 assert words[0] == "evo-hpo"
-                shown += run([sys.executable, "-m", "evo_hpo.cli.commands", *words[1:]], folder)
+                assert command(*words[1:]) == 0, capsys.readouterr()
+                shown += capsys.readouterr().out
     return shown
 
 
@@ -66,8 +71,11 @@ def run(command: list[str], folder: Path) -> str:
         ("ablate-evopress", "fixed 7"),
     ],
 )
-def test_tutorials_do_what_they_say(name: str, expected: str, tmp_path: Path) -> None:
-    assert expected in follow(TUTORIALS / f"{name}.md", tmp_path)
+def test_tutorials_do_what_they_say(
+    name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in follow(TUTORIALS / f"{name}.md", tmp_path, capsys)
 
 
 def test_the_plan_for_a_large_model_is_valid(tmp_path: Path) -> None:

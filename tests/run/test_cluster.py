@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -106,13 +107,14 @@ def test_a_driver_that_is_killed_is_resumed_to_the_same_trials(
 ) -> None:
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys; from pathlib import Path\n"
+        "import json, sys; from pathlib import Path\n"
+        "from evo_hpo.run.plan import make_plan\n"
         "from evo_hpo.run.schedule import compare\n"
-        "from tests.run.test_cluster import plan\n"
-        "if __name__ == '__main__': compare(plan(), root=Path(sys.argv[1]), ray=sys.argv[2])\n"
+        "if __name__ == '__main__':\n"
+        "    compare(make_plan(json.loads(sys.argv[3])), root=Path(sys.argv[1]), ray=sys.argv[2])\n"
     )
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    arguments = [sys.executable, str(script), str(tmp_path / "runs"), cluster.address]
+    arguments = [sys.executable, str(script), str(tmp_path / "runs"), cluster.address, json.dumps(plan().plain())]
     process = subprocess.Popen(arguments, env=here, start_new_session=True)
     journal = tmp_path / "runs" / plan().name / "journals" / "evopress-s0.jsonl"
     until = time.monotonic() + 60

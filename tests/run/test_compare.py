@@ -64,10 +64,10 @@ def test_a_killed_comparison_resumes_to_the_same_trials(tmp_path: Path) -> None:
     whole = compare(make_plan(data), root=tmp_path / "whole")
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(data))
-    script = (
+    script = (  # as users write them: searches must not run it again
         "import json, sys; from pathlib import Path; from evo_hpo.run.schedule import compare\n"
         "from evo_hpo.run.plan import make_plan\n"
-        "if __name__ == '__main__': compare(make_plan(json.load(open(sys.argv[1]))), root=Path(sys.argv[2]))\n"
+        "compare(make_plan(json.load(open(sys.argv[1]))), root=Path(sys.argv[2]))\n"
     )
     (tmp_path / "run.py").write_text(script)
     arguments = [sys.executable, str(tmp_path / "run.py"), str(plan), str(tmp_path / "cut")]

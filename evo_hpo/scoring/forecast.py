@@ -114,9 +114,9 @@ def scoring_rate(config: Any, dtype: torch.dtype, device: str = "cpu", length: i
             side = joined([replica.dense(ids, 16, 128)])
             body = own_seconds(lambda: replica.gated.final_hidden(ids), ids)
             head = own_seconds(lambda: divergences(replica.head, hidden, side), ids) / len(hidden)
-        return body * blocks + head * share
+        return float(body * blocks + head * share)
 
-    seconds = evaluator.pool.map([measure])[0]
+    seconds: float = evaluator.pool.map([measure])[0]
     evaluator.close()
     return (cores() if evaluator.device.type == "cpu" else 1) * length / seconds
 

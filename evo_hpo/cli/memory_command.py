@@ -26,6 +26,7 @@ def plan_memory(
     calibration_tokens: Annotated[int, typer.Option(min=1, help="Pool that minibatches are drawn from.")] = 524_288,
     held_out_tokens: Annotated[int, typer.Option(min=1, help="Held-out text.")] = 131_072,
     group_size: Annotated[int, typer.Option(min=1, help="Weights that share a scale.")] = 128,
+    cpu: Annotated[int, typer.Option(min=0, help="So many cores of a CPU score; 0: a GPU.")] = 0,
 ) -> None:
     """Say what a search needs of a device's memory, from the model's configuration alone.
 
@@ -49,14 +50,20 @@ def plan_memory(
             "sequence_length": sequence_length,
             "calibration_tokens": calibration_tokens,
             "held_out_tokens": held_out_tokens,
+            "on_cpu": cpu > 0,
+            "replicas": max(1, cpu),
         }
         resident, packed = (footprint(shape, wanted, memory=kind, **given) for kind in ("resident", "packed"))
         for kind, needs in (("resident", resident), ("packed", packed)):
             cells = [f"{size / 1e9:.1f}" for _, size in needs.rows()]
             fits = "fits" if needs.total <= room else f"needs {-(-needs.total // room)} devices"
+            if packed.total <= room < needs.total:
+                fits = "needs packed levels"
             cache = f"{2 * context * shape.key_values / 1e9:.1f}"
             table.add_row(f"{name}, {kind}", *cells, f"{needs.total / 1e9:.1f}", fits, cache)
     console.print(table)
+    if cpu:
+        console.print("Of the process: a pass includes 0.4 GB for Python and libraries.")
     console.print(
         "GB, counted from the configuration; a key-value cache is what serving needs on top of the compressed model.\n"
         'resident: every level decoded. packed (memory = "packed"): as on disk, decoded when they are switched to.\n'

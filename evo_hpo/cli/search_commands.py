@@ -35,6 +35,7 @@ def compare(
     root: RootOption = DEFAULT_ROOT,
     track: TrackOption = True,
     tracking_uri: UriOption = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what it would take: tokens, hours, memory.")] = False,
 ) -> None:
     """Compare search algorithms on equal budgets.
 
@@ -42,6 +43,11 @@ def compare(
     """
     from evo_hpo.run.plan_file import PlanFile
 
+    if dry_run:
+        from evo_hpo.cli.dry_run import dry_run as forecast
+
+        forecast(PlanFile.read(plan).plan().with_uniform(), console)
+        return
     _run(context, PlanFile.read(plan), root, resume, track, tracking_uri, workers, ray)
 
 

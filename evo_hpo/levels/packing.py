@@ -6,19 +6,23 @@ codes 0, n/k, 2n/k ... of the flattened matrix, so that unpacking writes contigu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 
 from evo_hpo.errors import StoreError
 from evo_hpo.levels.ggml import dequantize
+from evo_hpo.levels.lasting import lasting
 
 __all__ = [
     *("Encoded", "GgmlBlocks", "PackedQuantized", "PackedSparse"),
     *("Quantized", "decode_record", "pack_bits", "unpack_bits"),
 ]
+
+AT_A_TIME = 1 << 18
+"""Weights that a CPU decodes at a time: what lies between codes and weights stays in its cache, and off the heap."""
 
 _ROUNDING = 1e-4
 """Relative squared error that only a value outside a dtype's range brings about: bfloat16 itself stays below 1e-5."""
@@ -39,7 +43,7 @@ class Quantized:
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights, rows x columns."""
-        return _dequantize(self.codes, self.scale, self.zero, self.group_size, self.group_of, dtype)
+        return _dequantize(self.codes, self.scale, self.zero, self.group_size, self.group_of).to(dtype)
 
     def pack(self) -> PackedQuantized:
         """The same weights in the form in which they are stored."""
@@ -65,6 +69,11 @@ class Encoded:
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights in `dtype`."""
         raise NotImplementedError
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device."""
+        held = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in held.items()})  # type: ignore[type-var]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is written to disk."""
@@ -97,11 +106,15 @@ class PackedQuantized(Encoded):
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         rows, columns = self.shape
-        codes = unpack_bits(self.codes, self.bits, rows * columns).view(rows, columns)
+        found = lasting(rows, columns, dtype, self.codes.device)
         scale = torch.ldexp(self.scale.float(), torch.tensor(self.exponent))
         fixed = 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
         zero = torch.full_like(scale, fixed) if self.zero is None else self.zero.float()
-        return _dequantize(codes, scale, zero, self.group_size, self.group_of, dtype)
+        for part in _row_parts(found):
+            codes = unpack_bits(self.codes, self.bits, rows * columns, part.start * columns, part.stop * columns)
+            codes = codes.view(-1, columns)
+            found[part] = _dequantize(codes, scale[part], zero[part], self.group_size, self.group_of)
+        return found
 
     def tensors(self) -> dict[str, torch.Tensor]:
         optional = {"zero": self.zero, "group_of": self.group_of}
@@ -148,8 +161,9 @@ class PackedSparse(Encoded):
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         rows, columns = self.shape
         mask = unpack_bits(self.mask, 1, rows * columns).bool()
-        dense = torch.zeros(rows * columns, dtype=dtype, device=self.values.device)
-        return dense.masked_scatter_(mask, self.values.to(dtype)).view(rows, columns)
+        dense = lasting(rows, columns, dtype, self.values.device).zero_()
+        dense.view(-1).masked_scatter_(mask, self.values.to(dtype))
+        return dense
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"mask": self.mask, "values": self.values}
@@ -213,24 +227,33 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat(planes)
 
 
-def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The codes (flat, uint8) that `pack_bits` packed."""
-    padded = -(-count // 8) * 8
+def unpack_bits(packed: torch.Tensor, bits: int, count: int, first: int = 0, last: int | None = None) -> torch.Tensor:
+    """The codes (flat, uint8) that `pack_bits` packed, `count` in all: from `first` to before `last`."""
+    padded, last = -(-count // 8) * 8, count if last is None else last
     if packed.numel() * 8 != padded * bits:
         raise StoreError(f"{packed.numel()} bytes cannot hold {count} codes of {bits} bits: the store is damaged")
     codes, shift, begin = packed[:0], 0, 0
     for width in _planes(bits):
-        plane = packed[begin : begin + padded * width // 8]
-        part = torch.empty(8 // width, plane.numel(), dtype=torch.uint8, device=packed.device)
-        for slot in range(len(part)):
-            torch.bitwise_right_shift(plane, slot * width, out=part[slot])
+        size = padded * width // 8
+        plane = packed[begin : begin + size]
+        flat = torch.empty(last - first, dtype=torch.uint8, device=packed.device)
+        for slot in range(first // size, -(-last // size)):
+            low, high = max(first, slot * size), min(last, (slot + 1) * size)
+            run = plane[low - slot * size : high - slot * size]
+            torch.bitwise_right_shift(run, slot * width, out=flat[low - first : high - first])
         if width < 8:
-            part &= 2**width - 1
-        flat = part.view(-1)
+            flat &= 2**width - 1
         codes = flat if shift == 0 else codes.bitwise_or_(flat.bitwise_left_shift_(shift))
-        begin += plane.numel()
+        begin += size
         shift += width
-    return codes[:count]
+    return codes
+
+
+def _row_parts(matrix: torch.Tensor) -> Iterator[slice]:
+    """Rows that are decoded together: all of them on a GPU."""
+    rows, columns = matrix.shape
+    step = max(1, AT_A_TIME // max(columns, 1)) if matrix.device.type == "cpu" else max(rows, 1)
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 def _planes(bits: int) -> list[int]:
@@ -243,11 +266,11 @@ def _dequantize(
     zero: torch.Tensor,
     group_size: int,
     group_of: torch.Tensor | None,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
+    """The weights in float32."""
     rows, columns = codes.shape
     if group_of is None and columns % group_size == 0:
         grouped = codes.view(rows, -1, group_size).to(torch.float32)
-        return grouped.sub_(zero.unsqueeze(2)).mul_(scale.unsqueeze(2)).view(rows, columns).to(dtype)
+        return grouped.sub_(zero.unsqueeze(2)).mul_(scale.unsqueeze(2)).view(rows, columns)
     index = torch.arange(columns, device=codes.device) // group_size if group_of is None else group_of.long()
-    return codes.to(torch.float32).sub_(zero[:, index]).mul_(scale[:, index]).to(dtype)
+    return codes.to(torch.float32).sub_(zero[:, index]).mul_(scale[:, index])

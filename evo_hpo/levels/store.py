@@ -51,6 +51,7 @@ class LevelStore:
         self._limit = {"resident": None, "packed": 0}[memory] if isinstance(memory, str) else memory
         self._records = {record.name: record for record in self.manifest.units}
         self._packed: dict[str, dict[str, Encoded]] = {}
+        self._checked: set[str] = set()
         self._decoded: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
         self._bytes = 0
         self._check_sizes()
@@ -118,8 +119,6 @@ class LevelStore:
             return dict.fromkeys(record.members)
         weight = self._decode(record, label)
         self._remember(key, weight)
-        if self._limit is None and all((unit, level.label) in self._decoded for level in record.levels):
-            del self._packed[unit]  # nothing is decoded twice
         return {unit: weight}
 
     def unit_encoded(self, unit: str, label: str) -> Encoded | None:
@@ -146,22 +145,27 @@ class LevelStore:
         return weight.T.contiguous() if record.transposed else weight
 
     def _encoded(self, record: UnitRecord) -> dict[str, Encoded]:
-        """The unit's levels as they are stored: views of the mapped file."""
-        if record.name not in self._packed:
+        """The unit's levels as they are stored: views of the mapped file, kept where they are decoded again."""
+        if record.name in self._packed:
+            return self._packed[record.name]
+        if record.name not in self._checked:
             self._check_content(record)
-            try:
-                tensors = load_file(self.folder / record.file, device=str(self._device))
-                self._packed[record.name] = {
-                    level.label: decode_record(
-                        level.settings,
-                        {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{level.label}/")},
-                    )
-                    for level in record.levels
-                    if level.settings["kind"] not in ("kept", "dropped")
-                }
-            except (SafetensorError, KeyError) as error:
-                raise StoreError(f"damaged file {record.file!r} in {str(self.folder)!r} ({error}): rebuild") from error
-        return self._packed[record.name]
+            self._checked.add(record.name)
+        try:
+            tensors = load_file(self.folder / record.file, device=str(self._device))
+            found = {
+                level.label: decode_record(
+                    level.settings,
+                    {k.partition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{level.label}/")},
+                )
+                for level in record.levels
+                if level.settings["kind"] not in ("kept", "dropped")
+            }
+        except (SafetensorError, KeyError) as error:
+            raise StoreError(f"damaged file {record.file!r} in {str(self.folder)!r} ({error}): rebuild") from error
+        if self._limit is not None:
+            self._packed[record.name] = found
+        return found
 
     def _remember(self, key: tuple[str, str], weight: torch.Tensor) -> None:
         if self._limit is None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from evo_hpo.errors import ModelError
+from evo_hpo.levels.packing import AT_A_TIME
 from evo_hpo.models.loading import resolve_folder
 from evo_hpo.models.paths import user_path
 from evo_hpo.models.structure import decoder_blocks, linear_modules
@@ -26,6 +27,10 @@ TYPICAL: dict[str, dict[str, Any]] = {
 SPARSE = ("sparsegpt", "magnitude", "wanda")
 GROUP = 16  # candidates whose final hidden states wait for one pass over the logits
 FLASH = 2  # copies of a block's attention inputs that a pass holds beside its hidden states
+PROCESS = 400_000_000
+"""Python, torch and transformers in a process of a CPU, measured; of a GPU's memory nothing is counted for them."""
+HOLES = 32_000_000
+"""What the C library keeps of freed memory between what is in use, measured."""
 
 
 def configuration(name: str) -> Any:
@@ -109,7 +114,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on the device, by what takes them.
+    """Bytes on the device (on a CPU: of the process, mapped files included), by what takes them.
 
     Attributes:
         weights: the uncompressed model.
@@ -118,6 +123,7 @@ class Footprint:
         dense: what is kept of the uncompressed model, for calibration and held-out tokens.
         kept: block inputs that candidates share.
         running: a pass: hidden states, the widest layer, a chunk of logits.
+        process: on a CPU: the libraries, and freed memory.
     """
 
     weights: int
@@ -126,11 +132,12 @@ class Footprint:
     dense: int
     kept: int
     running: int
+    process: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.levels + self.decoding + self.dense + self.kept + self.running
+        return sum(size for _, size in self.rows())
 
     def rows(self) -> list[tuple[str, int]]:
         """What takes memory, and how many bytes."""
@@ -139,7 +146,7 @@ class Footprint:
             ("levels", self.levels + self.decoding),
             ("kept of the uncompressed model", self.dense),
             ("block inputs", self.kept),
-            ("a pass", self.running),
+            ("a pass", self.running + self.process),
         ]
 
 
@@ -154,34 +161,37 @@ def footprint(
     sequence_length: int = 2048,
     calibration_tokens: int = 524_288,
     held_out_tokens: int = 131_072,
-    batch_size: int = 4,
     replicas: int = 1,
+    on_cpu: bool = False,
     state_bytes: int = 1 << 28,
     reference_bytes: int = 1 << 29,
-    chunk: tuple[int, int] = (2048, 16384),
 ) -> Footprint:
-    """What one evaluator needs.
+    """What one evaluator needs: at most, for levels that no candidate has had yet are not decoded.
 
     Args:
         levels: bits, or sparsities.
         memory: ``resident``: levels decoded; ``packed``: as on disk.
-        number: bytes of a number in the compute dtype.
-        batch_size: sequences in one pass; ``replicas``: passes at the same time (one a core; on a GPU one).
-        state_bytes, reference_bytes, chunk: the evaluator's own settings.
+        number: bytes of a number in the compute dtype; packed copies of 32-bit weights (``packed_bytes``) not counted.
+        replicas: passes at the same time (one a core; on a GPU one).
+        on_cpu: one sequence in a pass and small chunks of logits, not 8192 tokens; and the process is counted.
+        state_bytes, reference_bytes: the evaluator's own settings.
     """
-    pass_tokens = batch_size * sequence_length
+    pass_tokens = sequence_length if on_cpu else max(sequence_length, 8192)
+    chunk = (512, 1024) if on_cpu else (2048, 16384)
     state = pass_tokens * shape.hidden * number
     path = (shape.blocks - 1) * state
     decoded = shape.linear * number * len(levels)
     packed = sum(_packed(shape.linear, level, method, group_size) for level in levels)
     logits = chunk[0] * min(chunk[1], shape.vocabulary) * 4
+    at_a_time = min(shape.largest, AT_A_TIME) if on_cpu else shape.largest
     return Footprint(
         weights=shape.parameters * number,
         levels=decoded if memory == "resident" else packed,
-        decoding=0 if memory == "resident" else shape.linear * number + shape.largest * (number + 2 * 4),
+        decoding=0 if memory == "resident" else replicas * shape.linear * number + at_a_time * (number + 2 * 4),
         dense=2 * shape.hidden * (calibration_tokens + held_out_tokens),
         kept=replicas * min(state_bytes, path) + min(reference_bytes, 2 * path),
         running=replicas * ((2 + FLASH + GROUP) * state + 3 * pass_tokens * shape.widest * number + 3 * logits),
+        process=PROCESS + HOLES if on_cpu else 0,
     )
 
 

@@ -84,6 +84,9 @@ class WeightSwitch:
 
     def _switch(self, unit: int, level: int) -> None:
         weights: Mapping[str, Tensor | None] = {}
+        for name in self.levels.units[unit].members:  # the level in place goes before another is decoded
+            if name in self._dense:
+                self.modules[name].weight.data = self._dense[name]
         if level >= 0:
             with self._lock, torch.inference_mode(False):  # or no backward pass could use what a store keeps
                 weights = self.levels.weights(unit, level)

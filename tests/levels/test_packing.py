@@ -21,6 +21,19 @@ def test_packing_is_lossless_at_every_width_and_length(bits: int, count: int, se
     packed = pack_bits(codes, bits)
     assert packed.numel() == -(-count // 8) * bits
     assert torch.equal(unpack_bits(packed, bits, count), codes)
+    first, last = sorted(np.random.default_rng(seed).integers(0, count + 1, 2).tolist())
+    assert torch.equal(unpack_bits(packed, bits, count, first, last), codes[first:last])
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("at_a_time", [1, 25, 49, 1000])
+def test_weights_decoded_some_rows_at_a_time_are_the_same(
+    bits: int, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized = round_to_nearest(torch.randn(7, 24, generator=torch.Generator().manual_seed(bits)), bits)
+    monkeypatch.setattr("evo_hpo.levels.packing.AT_A_TIME", at_a_time)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(quantized.pack().decode(dtype), quantized.decode(dtype))
 
 
 @settings(max_examples=40, deadline=None)

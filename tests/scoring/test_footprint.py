@@ -60,7 +60,17 @@ def test_packed_levels_are_the_same_weights(model_folder: Path, tmp_path: Path) 
             assert torch.equal(weight, other)
 
 
+def test_on_a_cpu_the_process_counts_and_every_core_has_an_assignment_of_its_own() -> None:
+    shape = ModelShape.of(configuration("1B"))
+    one, two = (footprint(shape, [2, 4], memory="packed", on_cpu=True, replicas=n) for n in (1, 2))
+    assert one.process > 0
+    assert two.decoding - one.decoding == 2 * shape.linear
+    assert footprint(shape, [2, 4], memory="packed").process == 0
+    assert CliRunner().invoke(app, ["plan-memory", "1B", "--cpu", "2"]).exit_code == 0
+
+
 def test_the_command_says_what_fits() -> None:
+    assert "needs packed levels" in CliRunner().invoke(app, ["plan-memory", "8B"], env={"COLUMNS": "160"}).output
     told = CliRunner().invoke(app, ["plan-memory", "1B", "70B", "--device", "24 GB"]).output
     assert "fits" in told
     assert "devices" in told

@@ -1,23 +1,23 @@
 """Predicted memory of a search beside measured peaks, on random models of three sizes.
 
-    python -m benchmarks.measurements.performance.footprint            # about ten minutes, 10 GB of disk
+    python -m benchmarks.measurements.performance.footprint            # about five minutes, 3 GB of disk
 
-Every evaluator runs in a process of its own; what is measured is the most that it holds above what it held before the
-model was loaded. Needs the extra `dev` for a tokenizer.
+Every evaluator runs in a process of its own, on one core; what is measured is the most that the process ever holds:
+libraries and mapped files included. Needs the extra `dev` for a tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -31,9 +31,10 @@ from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.footprint import ModelShape, footprint
 from evo_hpo.search.problem import Minibatch
 
-SIZES = {"60M": (768, 8, 2048), "280M": (1536, 10, 4096), "640M": (2048, 14, 5632)}
+SIZES = {"32M": (512, 8, 1408, 8192), "123M": (1024, 9, 2816, 8192), "362M": (1536, 12, 4096, 16384)}
+"""Hidden size, blocks, size of the MLP, vocabulary."""
 LEVELS = (2.0, 4.0, 8.0)
-LENGTH, POOL = 256, 32
+LENGTH, POOL, HELD_OUT = 256, 32, 8
 GROUP = 128
 
 
@@ -45,30 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.one:
         return _one(Path(options.one[0]), options.one[1])
     table = Table("model", "levels", "predicted, MB", "measured, MB", "predicted / measured")
-    for name, (hidden, blocks, wide) in SIZES.items():
+    for name, shape in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
-            _make(Path(folder), hidden, blocks, wide)
+            _make(Path(folder), *shape)
             for memory in ("resident", "packed"):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.measurements.performance.footprint",
-                    "--one",
-                    folder,
-                    memory,
-                ]
+                command = [sys.executable, "-m", __spec__.name, "--one", folder, memory]
                 measured = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-                shape = ModelShape.of(AutoConfig.from_pretrained(Path(folder) / "model"))
                 predicted = footprint(
-                    shape,
+                    ModelShape.of(AutoConfig.from_pretrained(Path(folder) / "model")),
                     LEVELS,
                     memory=memory,
                     group_size=GROUP,
                     sequence_length=LENGTH,
                     calibration_tokens=POOL * LENGTH,
-                    held_out_tokens=0,
-                    batch_size=1,
-                    chunk=(512, 1024),
+                    held_out_tokens=HELD_OUT * LENGTH,
+                    on_cpu=True,
                 ).total
                 row = (f"{predicted / 1e6:.0f}", f"{measured / 1e6:.0f}", f"{predicted / measured:.2f}")
                 table.add_row(f"{name}, bfloat16", memory, *row)
@@ -76,14 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     return None
 
 
-def _make(folder: Path, hidden: int, blocks: int, wide: int) -> None:
+def _make(folder: Path, hidden: int, blocks: int, wide: int, vocabulary: int) -> None:
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=wide,
         num_hidden_layers=blocks,
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 128,
-        vocab_size=4096,
+        vocab_size=vocabulary,
         max_position_embeddings=LENGTH,
         dtype="bfloat16",
     )
@@ -98,33 +90,25 @@ def _make(folder: Path, hidden: int, blocks: int, wide: int) -> None:
 
 def _one(folder: Path, memory: str) -> None:
     torch.set_num_threads(1)
-    before, most, done = _held(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.is_set():
-            most = max(most, _held())
-            time.sleep(0.02)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     loaded = load_model(str(folder / "model"), torch.bfloat16)
     store = LevelStore.open(folder / "store", torch.bfloat16, memory)  # type: ignore[arg-type]
-    tokens = torch.randint(0, 4096, (POOL, LENGTH), generator=torch.Generator().manual_seed(0))
-    evaluator = Evaluator(loaded.model, store, tokens, threads=1)
+    generator = torch.Generator().manual_seed(0)
+    pool, text = (torch.randint(0, 8192, (count, LENGTH), generator=generator) for count in (POOL, HELD_OUT))
+    evaluator, chosen, units = (
+        Evaluator(loaded.model, store, pool, threads=1),
+        np.random.default_rng(0),
+        len(store.units),
+    )
     evaluator.prepare()
-    candidates = [tuple([k] * len(store.units)) for k in range(len(LEVELS))]
-    candidates += [(*candidates[0][:-1], 1), (*candidates[0][:-1], 2)]
-    for seed in range(2):
-        evaluator.score(candidates, Minibatch(seed, 4 * LENGTH))
-    done.set()
-    watcher.join()
-    print(most - before)
-
-
-def _held() -> int:
-    """Resident bytes of this process, mapped files included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    for level in range(len(LEVELS)):
+        evaluator.score([(level,) * units], Minibatch(0, 4 * LENGTH))
+    for seed in range(3):
+        candidates = [tuple(row) for row in chosen.integers(0, len(LEVELS), (8, units)).tolist()]
+        evaluator.score(candidates, Minibatch(seed, 2 * LENGTH))
+    evaluator.evaluate_held_out(candidates[0], text)
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    print(int(found[1]) * 1024)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def is_matrix(module: nn.Module) -> bool:
 
 
 def outer_matrices(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module of the token embedding and the output head, in this order; a head that is the embedding is none."""
+    """Name -> module of the token embedding and, unless it is the same matrix, the output head, in this order."""
     names = {module: name for name, module in model.named_modules()}
     getters: list[Any] = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
     found: dict[int, nn.Module] = {}

@@ -168,7 +168,7 @@ class WeightSwitch:
 
 
 def _seeing_every_token(gated: GatedModel, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
-    """Members that are no experts, which are given another number of tokens each time, and not the head, which waits."""
+    """Members that are no experts, which are given another number of tokens each time, nor the head."""
     experts = tuple(f"{name}." for name, module in gated.model.named_modules() if isinstance(module, LinearExperts))
     inside = ((name, module) for name, module in modules.items() if module is not gated.head)
     return (module for name, module in inside if not (experts and name.startswith(experts)))
@@ -193,13 +193,14 @@ def blocks_of_units(units: Sequence[Unit], blocks: Sequence[str], outer: Sequenc
     found: list[list[int]] = [[] for _ in blocks]
     ends = dict(zip(outer, (0, len(blocks) - 1), strict=False))
     for index, unit in enumerate(units):
-        numbers = {n for n, block in enumerate(blocks) for m in unit.members if m == block or m.startswith(f"{block}.")}
-        numbers |= {ends[m] for m in unit.members if m in ends}
-        outside = [m for m in unit.members if m not in ends and not any(m == b or m.startswith(f"{b}.") for b in blocks)]
-        if outside:
-            raise StoreError(
-                f"unit {unit.name!r}: {outside[0]!r} is in no decoder block, nor embedding or head: it cannot be searched"
-            )
-        for number in numbers:
-            found[number].append(index)
+        for member in unit.members:
+            inside = (n for n, block in enumerate(blocks) if member == block or member.startswith(f"{block}."))
+            number = ends.get(member, next(inside, None))
+            if number is None:
+                raise StoreError(
+                    f"unit {unit.name!r}: {member!r} is in no decoder block, nor embedding or head: nothing else can be"
+                    " searched"
+                )
+            if index not in found[number]:
+                found[number].append(index)
     return [tuple(members) for members in found]

@@ -28,6 +28,7 @@ from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.quantizers import GPTQ, Ggml
 from evo_hpo.levels.store import open_store
 from evo_hpo.models.loading import LoadedModel
+from evo_hpo.scoring.file_size import FileSize
 from evo_hpo.search.registry import make_problem, problem_factory
 from tests.tiny import VOCABULARY, random_model, tiny_tokens
 
@@ -306,6 +307,59 @@ def test_a_profile_becomes_a_file_that_the_command_has_checked(
         with pytest.raises(SystemExit, match="2"):
             main(["export", str(tmp_path / "p.json"), *arguments])
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_search_of_embedding_and_head_too_ends_in_a_file_of_the_size_that_was_counted(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of this vocabulary do not fill whole units of the file's alignment."""
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    fast = byte_level_tokenizer("smollm")
+    words = len(fast)
+    dense = made(transformers.LlamaConfig(**_SIZES | {"vocab_size": words, "tie_word_embeddings": tied}))
+    dense = LoadedModel(dense.model, fast, dense.identity, dense.name)
+    build_drop_store(dense, tmp_path / "none", kinds=("block",))
+    kept = open_store(tmp_path / "none").levels
+    write_gguf(tmp_path / "f16.gguf", dense, kept, [1] * len(kept.units))
+    settings: dict[str, Any] = {"model": str(tmp_path / "f16.gguf"), "method": "ggml", "serve": "llama.cpp"}
+    settings |= {"levels": ["Q2_K", "Q4_0"], "size": "0.5 bytes a weight", "store": str(tmp_path / "store")}
+    settings |= {"build": {"calibration_tokens": 64, "sequence_length": 32, "embedding": True}, "dtype": "float32"}
+    settings |= {"sequence_length": 16, "calibration_tokens": 64, "held_out_tokens": 64, "tokens": 16}
+    task: Any = problem_factory("language_model")
+    task.prepare(settings, lambda done, total, what: None)
+    problem: Any = make_problem("language_model", **settings)
+    units = problem.space.units
+    levels = [number % 2 for number in range(len(units))]
+    held_out = problem.validate(tuple(levels))
+    profile = {
+        "problem": {"name": "language_model", "settings": settings},
+        "held_out": held_out,
+        "average": problem.space.average(levels),
+        "levels": levels,
+        "units": {unit.name: unit.levels[k] for unit, k in zip(units, levels, strict=True)},
+    }
+    (tmp_path / "p.json").write_text(json.dumps(profile))
+    path = tmp_path / "m.gguf"
+    found = export_gguf(tmp_path / "p.json", path)
+    file = FileSize.of(settings["model"], task.task(settings).open_levels())
+    assert path.stat().st_size == found.bytes == file.rest + problem.space.cost(tuple(levels))
+    assert file.weights - file.searched == sum(p.numel() for p in dense.model.parameters() if p.dim() == 1)
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert types["token_embd.weight"] == "Q2_K"
+    assert types.get("output.weight") == (None if tied else "Q4_0")
+    assert "| model.embed_tokens | Q2_K |" in path.with_name("m.gguf.md").read_text()
+    divergence, loss = [], []
+    with LlamaCpp(path) as program, torch.inference_mode():
+        for ids in problem.held_out:
+            log_q = torch.log_softmax(torch.from_numpy(program.logits(ids.tolist()))[:-1], -1)
+            log_p = torch.log_softmax(dense.model(input_ids=ids[None]).logits[0, :-1], -1)
+            divergence.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+            loss.append(-log_q.gather(1, ids[1:, None]).mean())
+    assert float(torch.stack(divergence).mean()) == pytest.approx(held_out["loss"], rel=0.01)
+    assert float(torch.stack(loss).mean().exp()) == pytest.approx(held_out["perplexity"], rel=0.01)
+    with pytest.raises(ModelError, match=r"type of 'token_embd.weight' was searched: leave out --embedding"):
+        export_gguf(tmp_path / "p.json", tmp_path / "n.gguf", embedding="Q8_0")
 
 
 def test_tokenizers_with_byte_fallback_cut_text_alike(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Embedding and head as units: losses against full logits of a plain model, sensitivities against autograd."""
+"""Embedding and head as units: losses against full logits of a plain model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from evo_hpo.errors import StoreError
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.search.problem import Minibatch
@@ -59,11 +60,11 @@ def test_a_loss_depends_on_nothing_but_the_assignment() -> None:
 def test_the_divergence_of_the_likeliest_entries_takes_the_candidates_head() -> None:
     model = tiny_model("llama")
     levels, tokens = RoundedLevels(model, outer=True), tiny_tokens()
-    every = tokens.shape[1] and Evaluator(model, levels, tokens, threads=1, fitness="topk_kl", top_k=96)
+    every = Evaluator(model, levels, tokens, threads=1, fitness="topk_kl", top_k=96)
     full = Evaluator(model, levels, tokens, threads=1)
     candidates = candidates_of(levels, 3)
-    found = [[s.loss for s in evaluator.score(candidates, MINIBATCH)] for evaluator in (every, full)]
-    np.testing.assert_allclose(*found, rtol=1e-4)
+    found, expected = ([s.loss for s in each.score(candidates, MINIBATCH)] for each in (every, full))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_a_module_outside_of_blocks_that_is_neither_is_refused() -> None:
@@ -71,7 +72,7 @@ def test_a_module_outside_of_blocks_that_is_neither_is_refused() -> None:
     levels = RoundedLevels(model)
     unit = levels.units[0]
     levels.units[0] = type(unit)("model.decoder.project_in", unit.costs, size=unit.size)
-    with pytest.raises(Exception, match="'model.decoder.project_in' is in no decoder block, nor embedding or head"):
+    with pytest.raises(StoreError, match="'model.decoder.project_in' is in no decoder block, nor embedding or head"):
         Evaluator(model, levels, tiny_tokens(), threads=1)
 
 

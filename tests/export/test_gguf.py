@@ -21,6 +21,7 @@ from torch import nn
 
 from evo_hpo.cli.commands import main
 from evo_hpo.errors import InvalidSettingError, ModelError
+from evo_hpo.export.evaluation import evaluate
 from evo_hpo.export.folder import place
 from evo_hpo.export.gguf_file import difference, export_gguf, write_gguf
 from evo_hpo.export.llama_cpp import LlamaCpp
@@ -33,7 +34,7 @@ from evo_hpo.levels.packing import GgmlBlocks
 from evo_hpo.levels.quantizers import GPTQ, Ggml
 from evo_hpo.levels.serving import STACKED
 from evo_hpo.levels.store import open_store
-from evo_hpo.models.loading import LoadedModel
+from evo_hpo.models.loading import LoadedModel, load_model
 from evo_hpo.models.structure import linear_modules, outer_matrices
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.file_size import FileSize
@@ -358,6 +359,32 @@ def test_byte_level_tokenizers_cut_text_alike(split: str, tmp_path: Path) -> Non
         for text in TEXTS:
             assert program.tokens(text) == fast(text, add_special_tokens=False)["input_ids"]
     assert difference(tmp_path / "m.gguf", compressed(loaded, levels, [0] * len(levels.units))) < 1e-2
+
+
+def test_a_file_beside_the_folder_it_was_made_from_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read from the file has other rules for the same tokens."""
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    fast = byte_level_tokenizer("smollm")
+    model: Any = made(transformers.LlamaConfig(**_SIZES | {"vocab_size": len(fast), "num_hidden_layers": 1})).model
+    model.save_pretrained(tmp_path / "model")
+    fast.save_pretrained(tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model"))
+    levels = Blocks(loaded, ["Q8_0"]).levels
+    write_gguf(tmp_path / "m.gguf", loaded, levels, [0] * len(levels.units))
+    (tmp_path / "text.txt").write_text(TEXTS[0] * 40)
+    text = f"whole:{tmp_path / 'text.txt'}"
+    settings: dict[str, Any] = {"original": str(tmp_path / "model"), "sequence_length": 32, "tokens": 64}
+    table = evaluate([str(tmp_path / "m.gguf")], [text], **settings)
+    figures = table.results[1].texts[text].kl
+    assert figures is not None
+    assert 0 < figures.mean < 0.05
+    rules = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    rules["model"]["merges"] = rules["model"]["merges"][:1]
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(ModelError, match="another tokenizer"):
+        evaluate([str(tmp_path / "m.gguf")], [text], **settings)
 
 
 def test_a_tokenizer_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 python -m benchmarks.measurements.compression.gguf_agreement PROFILE.json FILE.gguf [--text pydoc] [--tokens 2048]
 
-Perplexity, and KL from the uncompressed model in float32, of three on the same tokens: the profile's model here, which is
-what the evaluator scores; the same with the inputs of its quantized layers rounded to 8 bits, as llama.cpp does before
-it multiplies (blocks of 32, or of 256 for K- and I-quants, which share a scale); and llama.cpp with the file.
+Perplexity, and KL from the uncompressed model in float32, of three on the same tokens: the profile's model here, which
+is what the evaluator scores; the same with the inputs of its quantized layers rounded to 8 bits, as llama.cpp does
+before it multiplies (blocks of 32, or of 256 for K- and I-quants, which share a scale); and llama.cpp with the file.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from torch import Tensor, nn
 
 from evo_hpo.export.figures import Estimate
 from evo_hpo.export.folder import place, read_profile
 from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.levels.ggml import block_size
+from evo_hpo.models.structure import is_linear
 from evo_hpo.models.text import load_tokens
 
 
@@ -29,13 +31,11 @@ def rounded(values: Tensor, kind: str) -> Tensor:
     """As llama.cpp rounds what it multiplies with blocks of a type."""
     if kind in ("F16", "BF16"):
         return values.to(torch.float16 if kind == "F16" else torch.bfloat16).to(values.dtype)
-    blocks = values.unflatten(-1, (-1, 256 if block_size(kind) == 256 else 32))
-    if block_size(kind) == 256:  # Q8_K: the largest becomes -127, in float32
-        scale = blocks.abs().amax(-1, keepdim=True) / 127
-        return ((blocks / scale.clamp_min(1e-30)).round() * scale).flatten(-2)
+    large = block_size(kind) == 256
+    blocks = values.unflatten(-1, (-1, 256 if large else 32))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     whole = (blocks / scale.clamp_min(1e-30)).round()
-    return (whole * scale.half().float()).flatten(-2)
+    return (whole * (scale if large else scale.half().float())).flatten(-2)
 
 
 def round_inputs(model: nn.Module, types: Mapping[str, str]) -> None:
@@ -84,10 +84,10 @@ def main() -> None:
     print("| | perplexity | KL to the uncompressed model, nats a token |\n|---|---|---|")
     print("| uncompressed | {:.3f} | {:.5f} |".format(*figures(dense, dense, text)), flush=True)
     print("| the evaluator's model | {:.3f} | {:.5f} |".format(*figures(logits_of(own), dense, text)), flush=True)
-    chosen = levels.chosen(assignment)
-    outer = {own.get_input_embeddings()}  # type: ignore[operator]
-    types = {n: str(c.level.settings["type"]) for n, c in chosen.items() if own.get_submodule(n) not in outer}
-    round_inputs(own, types | {"lm_head": "Q8_0"})
+    inside = {name: choice for name, choice in levels.chosen(assignment).items() if is_linear(own.get_submodule(name))}
+    held = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(arguments.file).tensors}
+    head = held.get("output.weight", held["token_embd.weight"])
+    round_inputs(own, {n: str(c.level.settings["type"]) for n, c in inside.items()} | {"lm_head": head})
     told = figures(logits_of(own), dense, text)
     print("| the same, inputs of layers in 8 bits | {:.3f} | {:.5f} |".format(*told), flush=True)
     with LlamaCpp(arguments.file, context=256, threads=torch.get_num_threads()) as program:

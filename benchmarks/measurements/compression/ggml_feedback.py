@@ -35,7 +35,7 @@ BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5}
 class Feedback(Ggml):
     """llama.cpp's levels, and after each of an affine type the one with GPTQ's codes, labelled ``Q4_0 gptq``."""
 
-    needs = "hessian"
+    needs = "hessian"  # type: ignore[assignment]
 
     def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
         found = []

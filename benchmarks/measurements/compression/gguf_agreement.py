@@ -32,10 +32,10 @@ def rounded(values: Tensor, kind: str) -> Tensor:
     if kind in ("F16", "BF16"):
         return values.to(torch.float16 if kind == "F16" else torch.bfloat16).to(values.dtype)
     large = block_size(kind) == 256
-    blocks = values.unflatten(-1, (-1, 256 if large else 32))
+    blocks = values.view(*values.shape[:-1], -1, 256 if large else 32)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
     whole = (blocks / scale.clamp_min(1e-30)).round()
-    return (whole * (scale if large else scale.half().float())).flatten(-2)
+    return (whole * (scale if large else scale.half().float())).view(values.shape)
 
 
 def round_inputs(model: nn.Module, types: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from evo_hpo.models.structure import droppable_modules, linear_modules
+from evo_hpo.models.structure import droppable_modules, linear_modules, outer_matrices
 from evo_hpo.space.compression_space import Assignment, Unit
 
 VOCABULARY = 97
@@ -71,11 +71,12 @@ def tiny_tokens(sequences: int = 8, length: int = 12, seed: int = 0) -> Tensor:
 
 
 class RoundedLevels:
-    """Every linear layer rounded to a grid of 2^bits steps."""
+    """Every linear layer rounded to a grid of 2^bits steps; with ``outer``, embedding and head too."""
 
-    def __init__(self, model: nn.Module, bits: Sequence[int] = (2, 4, 6)) -> None:
+    def __init__(self, model: nn.Module, bits: Sequence[int] = (2, 4, 6), outer: bool = False) -> None:
         self.fingerprint = f"rounded {bits}"
-        modules = {name: _parameter(module).detach() for name, module in linear_modules(model).items()}
+        found = linear_modules(model) | (outer_matrices(model) if outer else {})
+        modules = {name: _parameter(module).detach() for name, module in found.items()}
         self.units = [Unit(n, tuple(b * w.numel() for b in bits), size=w.numel()) for n, w in modules.items()]
         self._weights = {
             (u, k): {name: _round(weight, b)}

@@ -103,17 +103,19 @@ class Card:
         return f"{found}; held-out figures in {identity.get('dtype', 'float32')}, outside of the search's budget."
 
     def _table(self) -> str:
-        """Levels of a block's layers, a row a block; where units are no layers of blocks, a row a unit."""
+        """Levels of a block's layers, a row a block, and of units outside of blocks, a row a unit."""
         units = self.levels.units
         labels = {u.name: u.levels[k] for u, k in zip(units, self.assignment, strict=True)}
-        if any(unit.block is None for unit in units):
-            return "\n".join(["| unit | level |", "|---|---|", *(f"| {n} | {label} |" for n, label in labels.items())])
-        roles = list(dict.fromkeys(unit.role for unit in units))
+        outer = {unit.name: labels.pop(unit.name) for unit in units if unit.block is None}
+        beside = ["| unit | level |", "|---|---|", *(f"| {name} | {label} |" for name, label in outer.items())]
+        if not labels:
+            return "\n".join(beside)
+        roles = list(dict.fromkeys(unit.role for unit in units if unit.block is not None))
         rows = [f"| block | {' | '.join(roles)} |", "|---" * (len(roles) + 1) + "|"]
         for block in sorted({unit.block for unit in units if unit.block is not None}):
             own = {unit.role: labels[unit.name] for unit in units if unit.block == block}
             rows.append(f"| {block} | {' | '.join(own.get(role, '') for role in roles)} |")
-        return "\n".join(rows)
+        return "\n".join([*rows, "", *beside] if outer else rows)
 
     def _plan(self) -> str:
         plan = self.path.parent.parent / "plan.toml"

@@ -120,17 +120,19 @@ def evaluate(
     reference = load_served(original, dtype) if original else None
     measured: dict[str, Measured] = {}
     results, identities, read = [], dict[str, str](), dict[str, int]()
-    tokenizers: dict[str, str] = {}
+    first_read: tuple[str, Any] | None = None
     for name, spec, subject in _subjects(specs, original, reference, dtype):
         progress(name)
-        tokenizers[spec] = tokenizer_identity(subject.loaded.tokenizer)
-        _refuse_apart(tokenizers, subject.loaded, reference)
+        first_read = first_read or (spec, subject.loaded.tokenizer)
+        _refuse_apart(first_read, spec, subject.loaded, reference)
         refuse_too_long(subject.loaded.model, sequence_length)
         found = {}
         for text in texts:
             rows = _tokens(text, subject.loaded, sequence_length, tokens)
             refuse_unknown(subject.loaded.model, rows)
-            identities[text], read[text] = tokens_identity(rows), rows.numel()
+            if identities.setdefault(text, told := tokens_identity(rows)) != told:
+                raise ModelError(_APART.format(spec, first_read[0]))
+            read[text] = rows.numel()
             whole = reference.model if reference is not None and subject.loaded is not reference else None
             own = measure(subject.loaded.model, rows, whole, stride)
             first = measured.setdefault(text, own) if subject.loaded is reference else measured.get(text)
@@ -185,15 +187,23 @@ def _model(spec: str, dtype: torch.dtype) -> _Subject:
     return _Subject(loaded, size_of(file), _weights(loaded))
 
 
-def _refuse_apart(tokenizers: Mapping[str, str], loaded: LoadedModel, original: LoadedModel | None) -> None:
-    """Raises ModelError where the last of the models cannot stand in one table with the first.
+_APART = "{} has another tokenizer than {}: their figures cannot be compared"
+
+
+def _refuse_apart(first_read: tuple[str, Any], spec: str, loaded: LoadedModel, original: LoadedModel | None) -> None:
+    """Raises ModelError where a model cannot stand in one table with the first, before a text is read.
+
+    Tokenizers are alike where each token of both has one number and texts become the same tokens: a GGUF file's has
+    other rules than that of the folder it was made from.
 
     Args:
-        tokenizers: spec -> identity, in the table's order.
+        first_read: the first model and its tokenizer.
     """
-    (first, wanted), *_, (spec, found) = [*tokenizers.items()] * 2
-    if found != wanted:
-        raise ModelError(f"{spec} has another tokenizer than {first}: their figures cannot be compared")
+    first, wanted = first_read
+    if tokenizer_identity(wanted) != tokenizer_identity(loaded.tokenizer):
+        numbers = wanted.get_vocab()
+        if any(numbers.get(token, number) != number for token, number in loaded.tokenizer.get_vocab().items()):
+            raise ModelError(_APART.format(spec, first))
     if original is not None and (own := _logits(loaded)) != (wanted_logits := _logits(original)):
         raise ModelError(f"{spec} gives {own} logits and {first} {wanted_logits}: there is no KL from one to the other")
 

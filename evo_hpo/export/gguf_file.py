@@ -115,6 +115,8 @@ def write_gguf(
     tensors = tensors_of(model, levels, assignment, architecture, given, types)
     if unknown := set(types or {}) - {tensor.name for tensor in tensors}:
         raise ModelError(f"the model has no {unknown.pop()!r}: its head is its embedding, choose the embedding's type")
+    if twice := [tensor.name for tensor in tensors if tensor.searched and tensor.name in (types or {})]:
+        raise ModelError(f"the type of {twice[0]!r} was searched: leave out --embedding and --head")
     writer = GGUFWriter(None, architecture.name)
     blocks = len(kept_blocks(model, levels, assignment))
     if given:

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from evo_hpo.levels.hessian import BlockCalls, InputStatistics, capture_calls, r
 from evo_hpo.levels.manifest import Manifest, Recipe
 from evo_hpo.levels.writing import StoreWriter
 from evo_hpo.models.experts import fused_leftovers
+from evo_hpo.models.gates import GatedModel, example_tokens, output_head
 from evo_hpo.models.identity import tokens_identity
 from evo_hpo.models.loading import LoadedModel, refuse_non_finite
-from evo_hpo.models.structure import ROUTERS, decoder_blocks, is_transposed, linear_modules
+from evo_hpo.models.structure import ROUTERS, decoder_blocks, is_transposed, linear_modules, outer_matrices
 
 _log = logging.getLogger("evo_hpo")
 
@@ -54,11 +55,13 @@ def build_store(
         tokens: calibration tokens, sequences x length; not needed by data-free compressors.
         inputs: "dense" calibrates every block on the outputs of the uncompressed blocks before it; the label of a
             level calibrates sequentially, on the outputs of the blocks before it at that level.
-        include, exclude: regular expressions over module names.
+        include, exclude: regular expressions over module names; of embedding and head only ``exclude`` counts.
         batch_tokens: tokens that run through a block together (1024 fit a CPU cache; more on accelerators).
         text: what the tokens are, for the plan.
     """
-    chosen = _offered(compressor, linear_modules(loaded.model, include, exclude))
+    outer = outer_matrices(loaded.model) if compressor.embedding else {}
+    outer = {name: module for name, module in outer.items() if not (exclude and re.search(exclude, name))}
+    chosen = _offered(compressor, {**outer, **linear_modules(loaded.model, include, exclude)})
     _refuse_leftovers(loaded.model, include, exclude)
     plan = Recipe(
         model=loaded.name,
@@ -175,6 +178,7 @@ class _Builder:
         self.model, self.writer, self.compressor, self.chosen = model, writer, compressor, chosen
         self.sequential = None if inputs in (None, "dense") else inputs
         self.device = device
+        self.outer = {name: module for name, module in outer_matrices(model).items() if name in chosen}
         self.progress: BuildProgress = lambda done, total, what: None
         self._finished = 0
 
@@ -186,7 +190,8 @@ class _Builder:
 
     def with_data(self, batches: tuple[torch.Tensor, ...]) -> None:
         blocks = decoder_blocks(self.model)
-        needed = max(i for i, block in enumerate(blocks) if any(name.startswith(f"{block}.") for name in self.chosen))
+        names = [f"{list(blocks)[-1]}." if name in self.outer else name for name in self.chosen]
+        needed = max(i for i, block in enumerate(blocks) if any(name.startswith(f"{block}.") for name in names))
         self.progress(0, len(self.chosen), "reading the calibration text")
         calls = capture_calls(self.model, blocks, batches)
         for index, (block_name, block) in enumerate(list(blocks.items())[: needed + 1]):
@@ -196,6 +201,23 @@ class _Builder:
                 self._block(block, index, modules, calls, last=index == needed)
             finally:
                 block.to("cpu")
+        if missing := {name: module for name, module in self.outer.items() if not self.writer.done(name)}:
+            self._compress_outer(missing, batches, calls)
+
+    def _compress_outer(
+        self, modules: Mapping[str, nn.Module], batches: Sequence[torch.Tensor], calls: Sequence[BlockCalls]
+    ) -> None:
+        """Embedding and head; the calls' hidden states are the last block's inputs."""
+        gated, head = GatedModel(self.model, example_tokens(self.model)), output_head(self.model)
+        sums = torch.zeros(())
+        with torch.inference_mode():
+            for ids, call in zip(batches, calls, strict=True):
+                final, _ = gated.final_hidden(ids, len(gated) - 1, call.hidden)
+                sums = sums + final.float().flatten(0, 1).square().sum(0)
+        for name, module in modules.items():
+            is_head = module.weight is head.weight
+            self._compress(name, module, self._inputs(sums, module) if is_head else None)
+            self._count(name)
 
     def _block(
         self, block: nn.Module, index: int, modules: dict[str, nn.Module], calls: list[BlockCalls], *, last: bool

@@ -60,7 +60,7 @@ def build(
         calibration, calibration_tokens, sequence_length, seed: the text (see `load_tokens`), its `calibration` split.
         inputs: "dense", or a level's label to calibrate on the outputs of earlier blocks at that level; default: the
             level nearest to 3 bits, "dense" for sparsity.
-        include, exclude: regular expressions over module names.
+        include, exclude: regular expressions over module names; of embedding and head only ``exclude`` counts.
         progress: called with (done, total, what).
         settings: further settings of the method, such as group_size=64 or symmetric=True.
 

@@ -83,6 +83,7 @@ class Compressor(ABC):
     resource: ClassVar[str] = "bits"  # what a budget counts by default
     damping: float = 0.01
     activation_order: bool = False
+    embedding: bool = False  # whether the token embedding and the output head get levels too
 
     @property
     @abstractmethod

@@ -127,8 +127,14 @@ class LevelSet:
         return LevelSet(rows, self.resource)
 
     def with_dropped(self) -> LevelSet:
-        """The same units with one more level each, "dropped", at no cost: the unit's modules contribute nothing."""
-        rows = [(name, [_dropped(levels[0]), *levels]) for name, levels in self._rows]
+        """The same units with one more level each, "dropped", at no cost: the unit's modules contribute nothing.
+
+        Embedding and head, which are in no block, have none.
+        """
+        rows = [
+            (name, levels if unit.block is None else [_dropped(levels[0]), *levels])
+            for unit, (name, levels) in zip(self.units, self._rows, strict=True)
+        ]
         return LevelSet(rows, self.resource)
 
     def counted_in(self, resource: str) -> LevelSet:

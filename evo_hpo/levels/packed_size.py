@@ -45,7 +45,7 @@ def file_bytes(unit: UnitRecord, level: LevelRecord) -> int:
     name = len(unit.name)
     found = scheme(unit, level)
     if level.settings.get("kind") == "ggml":
-        return level.storage // 8
+        return -(-level.storage // 256) * 32  # a tensor of a GGUF file begins at a multiple of 32 bytes
     if found is None:
         return 2 * unit.size + name + len(".weight") + HEADER
     bits, zeros, size = found

@@ -98,6 +98,8 @@ class Ggml(Compressor):
 
     Args:
         types: Q4_K, IQ4_NL, ...; a layer gets those whose blocks divide its columns.
+        embedding: the token embedding and the output head are units too; one, where they are one matrix. Columns of the
+            head are weighted by its inputs, those of an embedding that is no head are not.
 
     Raises:
         MissingPackageError: the extra `gguf` is not installed.
@@ -106,7 +108,15 @@ class Ggml(Compressor):
     name = "ggml"
     needs = "diagonal"
 
-    def __init__(self, types: Sequence[str] = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q5_0", "Q6_K", "Q8_0")) -> None:
+    def __init__(
+        self,
+        types: Sequence[str] = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q5_0", "Q6_K", "Q8_0"),
+        *,
+        embedding: bool = False,
+    ) -> None:
+        if not isinstance(embedding, bool):
+            raise InvalidSettingError(f"embedding={embedding!r} must be true or false")
+        self.embedding = embedding
         self.types = tuple(sorted({ggml_type(name) for name in types}, key=GGML_TYPES.index))
         if not self.types:
             raise InvalidSettingError(f"types=[] must be some of {', '.join(GGML_TYPES)}")
@@ -137,7 +147,7 @@ class Ggml(Compressor):
         return found
 
     def settings(self) -> dict[str, Any]:
-        return {"types": list(self.types)}
+        return {"types": list(self.types)} | ({"embedding": True} if self.embedding else {})
 
 
 def _level(quantized: Quantized, error: float) -> CompressedLevel:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from evo_hpo.errors import EvoHpoError, ModelError
 from evo_hpo.models.structure import decoder_blocks
 
-__all__ = ["GatedModel", "example_tokens", "replicate"]
+__all__ = ["GatedModel", "example_tokens", "output_head", "replicate"]
 
 
 def replicate(model: nn.Module) -> nn.Module:
@@ -56,7 +56,7 @@ class GatedModel:
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.model = replicate(model)
         self.blocks: dict[str, nn.Module] = decoder_blocks(self.model)
-        self.head = _output_head(self.model)
+        self.head = output_head(self.model)
         self.dropped: set[int] = set()
         self._returns: dict[int, int] = {}  # length of the tuple that a block returns; 0: a bare tensor
         self._start = 0
@@ -192,7 +192,12 @@ class GatedModel:
                 )
 
 
-def _output_head(model: nn.Module) -> nn.Module:
+def output_head(model: nn.Module) -> nn.Module:
+    """The module that makes logits of final hidden states.
+
+    Raises:
+        ModelError: there is none that holds a weight matrix.
+    """
     getter: Any = getattr(model, "get_output_embeddings", None)
     head = getter() if getter else None
     weight = getattr(head, "weight", None)

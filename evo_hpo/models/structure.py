@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -69,6 +70,22 @@ def linear_modules(model: nn.Module, include: str = ".", exclude: str = ROUTERS)
 def is_linear(module: nn.Module) -> bool:
     """Whether the module multiplies by one weight matrix (`nn.Linear` or `Conv1D`)."""
     return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether all that the module holds is one weight matrix: a linear layer, or an embedding."""
+    return is_linear(module) or isinstance(module, nn.Embedding)
+
+
+def outer_matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of the token embedding and, unless it is the same matrix, the output head, in this order."""
+    names = {module: name for name, module in model.named_modules()}
+    getters: list[Any] = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
+    found: dict[int, nn.Module] = {}
+    for module in (getter() for getter in getters if getter):
+        if isinstance(module, nn.Embedding | nn.Linear) and module in names:
+            found.setdefault(id(module.weight), module)
+    return {names[module]: module for module in found.values()}
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -78,16 +78,24 @@ def layout_of(space: CompressionSpace, levels: Assignment) -> Layout:
 
 
 def places_of(units: Sequence[Unit]) -> tuple[list[tuple[int, int]], list[str], list[str], bool]:
-    """Row and column of each unit, their names (roles and blocks), and whether names hold blocks; else lines of 32."""
-    if any(u.block is None for u in units):
+    """Row and column of each unit, their names (roles and blocks), and whether names hold blocks; else lines of 32.
+
+    Embedding and head, units beside blocks, have rows of their own and share the last column.
+    """
+    outer = [u for u in units if u.block is None]
+    if 2 * len(outer) >= len(units):
         width = min(len(units), 32)
         names = [f"{i * width}" for i in range(math.ceil(len(units) / width))]
         return [divmod(i, width) for i in range(len(units))], names, [str(i) for i in range(width)], False
-    roles = list(dict.fromkeys(u.role for u in units))
+    own = [u.name if u.block is None else u.role for u in units]
+    roles = list(dict.fromkeys(own))
     short = [r.rsplit(".", 1)[-1] for r in roles]
-    blocks = sorted({u.block for u in units if u.block is not None})
-    places = [(roles.index(u.role), blocks.index(u.block)) for u in units if u.block is not None]
-    return places, short if len(set(short)) == len(short) else roles, [str(b) for b in blocks], True
+    columns = [*map(str, sorted({u.block for u in units if u.block is not None})), *["-"] * bool(outer)]
+    places = [
+        (roles.index(role), columns.index("-" if u.block is None else str(u.block)))
+        for u, role in zip(units, own, strict=True)
+    ]
+    return places, short if len(set(short)) == len(short) else roles, columns, True
 
 
 @dataclass(frozen=True)

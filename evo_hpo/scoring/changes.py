@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from evo_hpo.search.sensitivities import Form
 
-__all__ = ["output_changes", "weight_changes"]
+__all__ = ["output_changes", "row_changes", "squared_lengths", "weight_changes"]
 
 ELEMENTS = 1 << 20
 """Numbers of the per-sequence gradients that exist at one time: rows of a weight are taken by so many."""
@@ -26,23 +26,62 @@ def weight_changes(
         left: sequences x positions x rows. right: sequences x positions x columns.
         place, targets: rows x columns; None: nothing.
     """
-    exact = torch.float64 if right.dtype == torch.float64 else torch.float32
+    if form == "trace":
+        return torch.outer(*squared_lengths(left, right, place, targets)) / (left.shape[2] * right.shape[2])
     total = torch.zeros(len(left), len(targets), dtype=torch.float64, device=left.device)
-    lengths = [torch.zeros(n, dtype=torch.float64, device=left.device) for n in total.shape]
+    for gradients, changes in _in_rows(left, right, place, targets):
+        if form == "absolute":
+            gradients, changes = gradients.abs_(), changes.abs_()
+        total += gradients @ changes.T
+    return total
+
+
+def squared_lengths(
+    left: Tensor, right: Tensor, place: Tensor | None, targets: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """|g_s|^2 of each sequence and |target - place|^2 of each target, float64; see :func:`weight_changes`."""
+    lengths = [torch.zeros(n, dtype=torch.float64, device=left.device) for n in (len(left), len(targets))]
+    for found in _in_rows(left, right, place, targets):
+        for length, rows in zip(lengths, found, strict=True):
+            length += rows.square().sum(dim=1)
+    return lengths[0], lengths[1]
+
+
+def _in_rows(
+    left: Tensor, right: Tensor, place: Tensor | None, targets: Sequence[Tensor | None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time: the sequences' gradients and the targets' changes, each flat."""
+    exact = torch.float64 if right.dtype == torch.float64 else torch.float32
     columns = right.shape[2]
     step = max(16, ELEMENTS // (len(right) * columns))
     for first in range(0, left.shape[2], step):
         rows = slice(first, min(first + step, left.shape[2]))
-        changes = _changes(place, targets, rows, columns, exact, left.device)
         gradients = torch.bmm(left[:, :, rows].transpose(1, 2), right).to(exact)
-        if form == "trace":
-            lengths[0] += gradients.flatten(1).square().sum(dim=1)
-            lengths[1] += changes.flatten(1).square().sum(dim=1)
-            continue
-        if form == "absolute":
-            gradients, changes = gradients.abs_(), changes.abs_()
-        total += gradients.flatten(1) @ changes.flatten(1).T
-    return torch.outer(*lengths) / (left.shape[2] * columns) if form == "trace" else total
+        yield gradients.flatten(1), _changes(place, targets, rows, columns, exact, left.device).flatten(1)
+
+
+def row_changes(ids: Tensor, gradient: Tensor, place: Tensor, targets: Sequence[Tensor], form: Form) -> Tensor:
+    """What :func:`weight_changes` and :func:`output_changes` give, for a table of which each position takes a row.
+
+    Args:
+        ids: rows that are taken, sequences x positions.
+        gradient: of what is taken, sequences x positions x columns.
+        place, targets: the table, rows x columns.
+    """
+    total = torch.zeros(len(ids), len(targets), dtype=torch.float64, device=ids.device)
+    for sums, rows, gradients in zip(total, ids, gradient.float(), strict=True):
+        if form in ("absolute", "trace"):
+            rows, back = rows.unique(return_inverse=True)
+            gradients = gradients.new_zeros(len(rows), place.shape[1]).index_add_(0, back, gradients)
+        for number, target in enumerate(targets):
+            change = target[rows].float() - place[rows].float()
+            if form == "trace":
+                whole = (target.float() - place.float()).double().square().sum()
+                sums[number] = gradients.double().square().sum() * whole / place.numel()
+            else:
+                found = (gradients * change).double()
+                sums[number] = {"absolute": found.abs, "output": found.square, "inner": lambda f=found: f}[form]().sum()
+    return total
 
 
 def output_changes(

@@ -5,7 +5,8 @@ that is needed of the uncompressed model is the expected embedding e = sum_v p_v
 constant: its logits are made once, ever, and a candidate costs one log-normaliser. The constant is taken as
 h_p . e - lse(z_p) with the e that is stored, so that rounding e to 16 bits leaves KL(p || p) = 0 and errs by
 (h_p - h_q) . (rounding) only. Where the architecture caps its logits this algebra does not hold, and where logits are
-rounded to 16 bits their errors would not cancel: hidden states are stored instead, and a chunk of the uncompressed
+rounded to 16 bits their errors would not cancel; where candidates have heads of their own it would take an e for each
+level of the head: hidden states are stored instead, and a chunk of the uncompressed
 model's logits is made once for a group of waiting candidates, its normaliser on the way.
 """
 
@@ -65,27 +66,31 @@ def _dense_top(head: OutputHead, hidden: Tensor, normaliser: Tensor, top_k: int)
     return DenseSide(log_p, tail, torch.cat(numbers))
 
 
-def divergences(head: OutputHead, finals: Sequence[Tensor], dense: DenseSide) -> list[Tensor]:
+def divergences(
+    head: OutputHead, finals: Sequence[Tensor], dense: DenseSide, own: OutputHead | None = None
+) -> list[Tensor]:
     """Divergence of each candidate from the uncompressed model, nats a token, float64; lower is better.
 
     Args:
+        head: of the uncompressed model.
         finals: final hidden states of each candidate, tokens x hidden, for the tokens of ``dense``.
+        own: the candidates' head, where it is another one.
     """
-    finals = [head.scaled(f) for f in finals]
+    finals, own = [head.scaled(f) for f in finals], own or head
     if dense.entries is not None:
-        return [_top_divergence(head, f, dense, dense.entries) for f in finals]
+        return [_top_divergence(own, f, dense, dense.entries) for f in finals]
     if dense.constants is not None:
         vectors, constants = dense.vectors.double(), dense.constants
         return [head.log_normaliser(f).double() + constants - (f.double() * vectors).sum(-1) for f in finals]
     size = head.chunk.tokens
     parts = [
-        _pairwise(head, [f[i : i + size] for f in finals], dense.vectors[i : i + size])
+        _pairwise(head, own, [f[i : i + size] for f in finals], dense.vectors[i : i + size])
         for i in range(0, len(dense.vectors), size)
     ]
     return [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
 
 
-def _pairwise(head: OutputHead, finals: Sequence[Tensor], own: Tensor) -> list[Tensor]:
+def _pairwise(head: OutputHead, theirs: OutputHead, finals: Sequence[Tensor], own: Tensor) -> list[Tensor]:
     """For some tokens: each chunk of the uncompressed model's logits is made once for all candidates.
 
     Every sum is taken relative to the largest logit so far: of the uncompressed model for sums weighted by p, of the
@@ -96,8 +101,8 @@ def _pairwise(head: OutputHead, finals: Sequence[Tensor], own: Tensor) -> list[T
     mass = torch.zeros_like(top)
     entropy = torch.zeros_like(top, dtype=torch.float64)
     sums = [(entropy, top, mass) for _ in finals]
-    for part in head.parts():
-        p, top, mass, entropy, fade, drop = head.kernels.dense_sums(own, part, top, mass, entropy)
+    for dense, part in zip(head.parts(), theirs.parts(), strict=True):
+        p, top, mass, entropy, fade, drop = head.kernels.dense_sums(own, dense, top, mass, entropy)
         for i, final in enumerate(finals):
             sums[i] = head.kernels.candidate_sums(final, part, p, top, fade, drop, sums[i])
     weight = mass.double()

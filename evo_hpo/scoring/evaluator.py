@@ -21,7 +21,7 @@ from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import check_droppable
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.models.identity import digest, model_identity, tokens_identity
-from evo_hpo.models.structure import is_linear
+from evo_hpo.models.structure import is_matrix, outer_matrices
 from evo_hpo.scoring.allocator import keep_freed_memory
 from evo_hpo.scoring.batch_scoring import BatchScorer
 from evo_hpo.scoring.compiling import Compiled, compile_parts
@@ -127,7 +127,7 @@ class Evaluator:
         count = (threads or len(os.sched_getaffinity(0))) if on_cpu else 1
         packed = packed_bytes if on_cpu else 0
         members = {name for unit in levels.units for name in unit.members}
-        check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_linear(m)}, example)
+        check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_matrix(m)}, example)
         self._packs = packed > 0
         self.pool = ReplicaPool([self._replica(model, example, lock, packed) for _ in range(count)], on_cpu)
         self.blocks = tuple(self.pool.replicas[0].gated.blocks)
@@ -135,7 +135,7 @@ class Evaluator:
             self.pool,
             self.tokens,
             fitness,
-            blocks_of_units(levels.units, self.blocks),
+            blocks_of_units(levels.units, self.blocks, tuple(outer_matrices(model))),
             batch_size or (1 if on_cpu else max(1, 8192 // self.length)),
             dense_bits,
             top_k,
@@ -163,7 +163,9 @@ class Evaluator:
             hidden, _ = gated.final_hidden(example)
         head = OutputHead(model, hidden, example, gated.head, packed)
         head.chunk = self.chunk
-        return Replica(gated, WeightSwitch(gated, self.levels, example, lock, packed), head, self.fitness)
+        switch = WeightSwitch(gated, self.levels, example, lock, packed)
+        head.searched = any(getattr(m, "weight", None) is gated.head.weight for m in switch.modules.values())
+        return Replica(gated, switch, head, self.fitness)
 
     def _expect_batches(self) -> None:
         for replica in self.pool.replicas:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from evo_hpo.errors import InfeasibleError, InvalidSettingError
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.packed_size import HEADER
 from evo_hpo.models.loading import source_gguf
+from evo_hpo.models.structure import outer_matrices
 from evo_hpo.scoring.footprint import configuration, empty_model
 from evo_hpo.space.amounts import Amount, shown
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
@@ -17,7 +18,10 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 __all__ = ["FileSize"]
 
 SEARCHED = r"blk\.\d+\.(attn_[qkv]|attn_output|ffn_(gate|up|down)(_exps)?)\.weight"
-"""Tensors of a GGUF file that are searched."""
+"""Tensors of a GGUF file's blocks that are searched."""
+
+OUTER = ("token_embd.weight", "output.weight")
+"""Those of embedding and head."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class FileSize:
         Raises:
             InvalidSettingError: the size of a GGUF file that has no template, or of which not every layer is searched.
         """
-        parameters = {id(p): (name, p.numel()) for name, p in empty_model(configuration(model)).named_parameters()}
+        empty = empty_model(configuration(model))
+        parameters = {id(p): (name, p.numel()) for name, p in empty.named_parameters()}
         units = levels.counted_in("bytes").units  # sizes in weights, also where modules are counted
         weights, searched = sum(n for _, n in parameters.values()), sum(unit.size for unit in units)
-        if any(c.level.settings.get("kind") == "ggml" for _, rows in levels.rows() for row in rows for c in row):
-            return cls(weights, searched, _rest_of_gguf(model, searched))
         found = {member for unit in units for member in unit.members}
+        if any(c.level.settings.get("kind") == "ggml" for _, rows in levels.rows() for row in rows for c in row):
+            outer = [tensor for name, tensor in zip(outer_matrices(empty), OUTER, strict=False) if name in found]
+            return cls(weights, searched, _rest_of_gguf(model, searched, outer))
         names = [name for name, _ in parameters.values() if name.removesuffix(".weight") not in found]
         return cls(weights, searched, 2 * (weights - searched) + sum(len(n) + HEADER for n in names) + HEADER)
 
@@ -93,8 +99,8 @@ class FileSize:
             yield name, self.rest + whole.cost(assignment), assignment
 
 
-def _rest_of_gguf(model: str, searched: int) -> int:
-    """Bytes of the file that a model was read from, without its searched tensors."""
+def _rest_of_gguf(model: str, searched: int, outer: Sequence[str]) -> int:
+    """Bytes of the file that a model was read from, without its searched tensors; ``outer``: of them, those outside."""
     path = source_gguf(model)
     if path is None:
         raise InvalidSettingError(
@@ -103,9 +109,9 @@ def _rest_of_gguf(model: str, searched: int) -> int:
         )
     from gguf import GGUFReader
 
-    found = [t for t in GGUFReader(path).tensors if re.fullmatch(SEARCHED, t.name)]
+    found = [t for t in GGUFReader(path).tensors if t.name in outer or re.fullmatch(SEARCHED, t.name)]
     if (count := sum(int(t.n_elements) for t in found)) != searched:
         raise InvalidSettingError(
             f"size= of a GGUF file needs every linear layer searched: {searched} of {count} weights are; give average="
         )
-    return path.stat().st_size - sum(int(t.n_bytes) for t in found)
+    return path.stat().st_size - sum(-(-int(t.n_bytes) // 32) * 32 for t in found)

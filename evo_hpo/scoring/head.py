@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -39,6 +40,9 @@ class OutputHead:
         head: module whose weight (vocabulary x hidden) and bias are used.
         packed_bytes: memory for a packed copy of the weight (see :mod:`evo_hpo.scoring.prepacking`).
 
+    Attributes:
+        searched: candidates have heads of their own, see :meth:`of`.
+
     Raises:
         ModelError: the logits are neither a multiple of W h + b nor a soft-capped one.
     """
@@ -48,6 +52,7 @@ class OutputHead:
         assert isinstance(weight, Tensor)
         self.weight = weight.data
         self.bias = None if bias is None else bias.data
+        self.searched = False
         self.chunk = Chunk()
         self.kernels = Kernels()
         self.packed = Prepacked(packed_bytes)
@@ -72,8 +77,16 @@ class OutputHead:
 
     @property
     def linear(self) -> bool:
-        """Whether logits are linear in the hidden state: no soft cap, and not rounded to 16 bits."""
-        return self.cap is None and self.weight.dtype == torch.float32
+        """Whether logits are one linear map of the hidden state: no soft cap, not rounded to 16 bits, not searched."""
+        return self.cap is None and self.weight.dtype == torch.float32 and not self.searched
+
+    def of(self, weight: Tensor) -> OutputHead:
+        """The head of a candidate that has this weight, vocabulary x hidden; itself where it is its own."""
+        if weight.data_ptr() == self.weight.data_ptr():
+            return self
+        found = copy.copy(self)
+        found.weight = weight
+        return found
 
     def expect(self, positions: int) -> None:
         """Packs the weight for so many final hidden states at a time (at most a chunk of them)."""

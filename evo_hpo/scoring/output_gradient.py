@@ -1,4 +1,4 @@
-"""Gradients with respect to final hidden states, never more than a chunk of logits at a time.
+"""Gradients with respect to final hidden states and logits, never more than a chunk of logits at a time.
 
 The gradient of a log-likelihood is the label's row of the head less the expected row, that of KL(p || q) is the row
 expected under q less the one expected under p; with a soft cap each row is weighted by the cap's slope at its logit.
@@ -6,6 +6,7 @@ expected under q less the one expected under p; with a soft cap each row is weig
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from evo_hpo.scoring.head import OutputHead
 
-__all__ = ["divergence_gradient", "likelihood_gradient", "sampled_labels"]
+__all__ = ["Reference", "divergence_gradient", "likelihood_gradient", "logit_gradients", "sampled_labels"]
+
+Reference = tuple[OutputHead, Tensor]
+"""The uncompressed model's head and final hidden states, tokens x hidden."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +67,50 @@ def likelihood_gradient(head: OutputHead, hidden: Tensor, labels: Tensor) -> Ten
     return _likelihood(head, _own(head, hidden), labels).to(hidden.dtype)
 
 
-def divergence_gradient(head: OutputHead, hidden: Tensor, dense: Tensor) -> Tensor:
+def divergence_gradient(head: OutputHead, hidden: Tensor, reference: Reference) -> Tensor:
     """Gradient of the summed KL(dense || own), tokens x hidden.
 
     Args:
-        hidden, dense: final hidden states of the model and of the uncompressed one, tokens x hidden.
+        hidden: final hidden states, tokens x hidden.
     """
-    own = _own(head, hidden)
-    if head.cap is None:
-        under_dense = _own(head, dense).expected
-    else:
-        under_dense = torch.zeros_like(own.expected)
-        scaled = head.scaled(dense)
-        normaliser = head.log_normaliser(scaled)
-        for entries in head.entries():
-            p = (head.logits(scaled, entries) - normaliser[:, None]).exp_()
-            under_dense += p.mul_(_slope(head, head.logits(own.hidden, entries))) @ head.weight[entries].float()
+    own, (first, dense) = _own(head, hidden), reference
+    if head.cap is None and first is head:
+        return ((own.expected - _own(head, dense).expected) * head.scale).to(hidden.dtype)
+    under_dense, scaled = torch.zeros_like(own.expected), first.scaled(dense)
+    normaliser = first.log_normaliser(scaled)
+    for entries in head.entries():
+        p = (first.logits(scaled, entries) - normaliser[:, None]).exp_()
+        slope = 1.0 if head.cap is None else _slope(head, head.logits(own.hidden, entries))
+        under_dense += p.mul_(slope) @ head.weight[entries].float()
     return ((own.expected - under_dense) * head.scale).to(hidden.dtype)
+
+
+def logit_gradients(
+    head: OutputHead, hidden: Tensor, labels: Tensor | None = None, reference: Reference | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Gradient with respect to the products of head and hidden states, before scale and cap, chunk by chunk.
+
+    Args:
+        hidden: final hidden states, tokens x hidden.
+        labels: of their summed log-likelihood; without them of the summed KL(reference || own).
+
+    Yields:
+        Entries of the vocabulary, and the gradient (tokens x entries, float32).
+    """
+    scaled = head.scaled(hidden)
+    normaliser = head.log_normaliser(scaled)
+    first, dense = reference or (head, hidden)
+    wanted = first.scaled(dense)
+    theirs = normaliser if reference is None else first.log_normaliser(wanted)
+    for entries in head.entries():
+        logits = head.logits(scaled, entries)
+        found = (logits - normaliser[:, None]).exp_()
+        if labels is None:
+            found -= (first.logits(wanted, entries) - theirs[:, None]).exp_()
+        else:
+            rows = ((labels >= entries.start) & (labels < entries.stop)).nonzero()[:, 0]
+            found.neg_()[rows, labels[rows] - entries.start] += 1
+        yield entries, found * _slope(head, logits) * head.scale
 
 
 def _likelihood(head: OutputHead, own: _Own, labels: Tensor) -> Tensor:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import pad
 
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import Absent, absent, first_of
-from evo_hpo.models.structure import is_linear, is_transposed
-from evo_hpo.scoring.changes import output_changes, weight_changes
+from evo_hpo.models.structure import is_linear, is_matrix, is_transposed
+from evo_hpo.scoring.changes import output_changes, row_changes, squared_lengths, weight_changes
 from evo_hpo.search.sensitivities import Form
 
 __all__ = ["Projector"]
@@ -31,6 +32,9 @@ class Projector:
     output or takes it away: its projection is the gradient of the output times that output. The bias of a layer that
     is switched on or off counts in the forms ``inner`` and ``output``.
 
+    The embedding's gradient is that of its output; the output head, whose logits exist a chunk at a time, is told its
+    own by :meth:`head`. Of one matrix that is both, the two are added up, in every form.
+
     Where it is parted, ``inner`` is taken part by part: what the layer does at some neighbouring positions. The parts
     of a gradient are almost uncorrelated, so that the sum of their squares has the expectation of the squared sum at a
     fraction of its variance.
@@ -38,6 +42,7 @@ class Projector:
     Args:
         modules: members by name; those in ``blocks`` are whole decoder blocks, for which :meth:`whole` is called.
         in_place: name -> whether the member is switched off at the moment.
+        outer: the output head, which gets no hook.
     """
 
     def __init__(
@@ -46,10 +51,11 @@ class Projector:
         modules: Mapping[str, nn.Module],
         blocks: Mapping[str, int],
         in_place: Callable[[str], bool],
+        outer: nn.Module,
     ) -> None:
         self.levels, self._modules, self._dropped = levels, modules, in_place
         self._original = {
-            name: weight.data for name, m in modules.items() if is_linear(m) and isinstance(weight := m.weight, Tensor)
+            name: weight.data for name, m in modules.items() if is_matrix(m) and isinstance(weight := m.weight, Tensor)
         }
         self._owners: dict[str, list[int]] = {}
         for number, unit in enumerate(levels.units):
@@ -60,7 +66,9 @@ class Projector:
         self._found: NDArray[np.float64] = np.zeros((0, 0, 0, 0))
         self._form: Form = "inner"
         for name, module in modules.items():
-            if name not in blocks:
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(self._embedding_hook(name))
+            elif name not in blocks and module is not outer:
                 module.register_forward_hook(self._hook(name), with_kwargs=True)
 
     def begin(self, sequences: int, length: int, form: Form = "inner", parted: bool = True) -> None:
@@ -105,6 +113,66 @@ class Projector:
                 gone = name in weights and weights[name] is None
                 if gone if self._form == "absolute" else gone != self._dropped(name):
                     self._of(unit)[:, level] += contribution
+
+    def head(self, name: str, given: Tensor, gradients: Iterable[tuple[slice, Tensor]]) -> None:
+        """The member whose weight the output head has.
+
+        Args:
+            given: final hidden states, (sequences x positions that predict) x hidden.
+            gradients: of the products of head and hidden states, by entries of the vocabulary, alike.
+        """
+        right, place, form = self._predicting(given), self._modules[name].weight, self._form
+        assert isinstance(place, Tensor)
+        targets = {unit: self._targets(unit, name) for unit in self._owners[name]}
+        lengths: dict[int, list[tuple[Tensor, Tensor]]] = {unit: [] for unit in targets}
+        for entries, gradient in gradients:
+            left = self._predicting(gradient.to(given.dtype))
+            for unit, levels in targets.items():
+                rows, sums = [level[entries] for level in levels], self._of(unit)[:, : len(levels)]
+                if form == "trace":
+                    lengths[unit].append(squared_lengths(left, right, place.data[entries], rows))
+                elif form == "output":
+                    sums += output_changes(left, right, place.data[entries], rows, None, False).cpu().numpy()
+                else:
+                    at = self._original[name] if form == "absolute" else place.data
+                    sums += weight_changes(left, right, at[entries], rows, form).cpu().numpy()
+        for unit, parts in lengths.items():
+            if parts:
+                gradients, changes = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
+                whole = torch.outer(gradients, changes) / place.numel()
+                self._of(unit)[:, : len(targets[unit])] += whole.cpu().numpy()
+
+    def _predicting(self, values: Tensor) -> Tensor:
+        """By part, of values that the last position of each sequence has none of."""
+        values = values.view(len(self._found), -1, values.shape[-1])
+        return self._by_part(pad(values, (0, 0, 0, 1)))
+
+    def _embedding_hook(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            leaf = output.detach().requires_grad_()
+            leaf.register_hook(lambda gradient: self._embedded(name, args[0], gradient))  # type: ignore[no-untyped-call]
+            return leaf
+
+        return hook
+
+    def _embedded(self, name: str, ids: Tensor, gradient: Tensor) -> None:
+        module = self._modules[name]
+        place = module.weight
+        assert isinstance(place, Tensor)
+        ones = {"weight": place.data.new_ones(()).expand(place.shape)}
+        scale = functional_call(module, ones, (ids[:1, :1],))  # some embeddings multiply by a number
+        taken, gradient = self._by_part(ids[..., None])[..., 0], self._by_part(gradient * scale)
+        for unit in self._owners[name]:
+            targets = self._targets(unit, name)
+            at = self._original[name] if self._form == "absolute" else place.data
+            self._of(unit)[:, : len(targets)] += row_changes(taken, gradient, at, targets, self._form).cpu().numpy()
+
+    def _targets(self, unit: int, name: str) -> list[Tensor]:
+        """A matrix outside of the blocks at each level, which drops none."""
+        found = (level.get(name, self._original[name]) for level in self._levels(unit))
+        return [target for target in found if target is not None]
 
     def _hook(self, name: str) -> Callable[..., Any]:
         linear = is_linear(self._modules[name])

@@ -102,6 +102,7 @@ class Replica:
         sums = torch.empty(len(assignments), len(ids), dtype=torch.float64, device=ids.device)
         paths: dict[int, Reference] = {}
         waiting: list[tuple[int, Tensor]] = []
+        head = self.head
         group = 1 if self.head.linear else self.group
         states: dict[int, Tensor] = {}
         one_state = ids.numel() * self.head.weight.shape[1] * self.head.weight.element_size()
@@ -109,6 +110,9 @@ class Replica:
             for visit in plan_visits(signatures, state_bytes // one_state):
                 begin = time.perf_counter()
                 self.place(assignments[visit.index], ids)
+                if (own_head := self._own_head()).weight.data_ptr() != head.weight.data_ptr():
+                    self._settle(waiting, ids, dense, sums, head)
+                    head = own_head
                 switched = time.perf_counter()
                 own = signatures[visit.index]
                 start = visit.start
@@ -126,8 +130,8 @@ class Replica:
                 waiting.append((visit.index, final))
                 self._count(switched - begin, time.perf_counter() - switched, start, len(ids))
                 if len(waiting) == group:
-                    self._settle(waiting, ids, dense, sums)
-            self._settle(waiting, ids, dense, sums)
+                    self._settle(waiting, ids, dense, sums, head)
+            self._settle(waiting, ids, dense, sums, head)
         return sums, paths
 
     def both(self, assignment: Assignment | None, ids: Tensor, dense: DenseSide | PackedSide) -> Tensor:
@@ -135,8 +139,9 @@ class Replica:
         with torch.inference_mode():
             self.place(assignment, ids)
             final = _flat(self.gated.final_hidden(ids)[0])
-            divergence = divergences(self.head, [final], dense.open())[0]
-            loss = cross_entropies(self.head, final, ids[:, 1:].reshape(-1))
+            head = self._own_head()
+            divergence = divergences(self.head, [final], dense.open(), head)[0]
+            loss = cross_entropies(head, final, ids[:, 1:].reshape(-1))
             return torch.stack([x.view(len(ids), -1).sum(-1) for x in (divergence, loss)])
 
     def forget_packed(self) -> None:
@@ -145,15 +150,29 @@ class Replica:
             packed.limit = 0
             packed.clear()
 
-    def _settle(self, waiting: list[tuple[int, Tensor]], ids: Tensor, dense: DenseSide | None, sums: Tensor) -> None:
+    def _own_head(self) -> OutputHead:
+        """The head with the weights in place."""
+        weight = self.gated.head.weight
+        assert isinstance(weight, Tensor)
+        return self.head.of(weight.data)
+
+    def _settle(
+        self,
+        waiting: list[tuple[int, Tensor]],
+        ids: Tensor,
+        dense: DenseSide | None,
+        sums: Tensor,
+        head: OutputHead,
+    ) -> None:
+        """Adds up what candidates lose that have the same head."""
         if not waiting:
             return
         start = time.perf_counter()
         finals = [_flat(final) for _, final in waiting]
         if dense is None:
-            values = [cross_entropies(self.head, f, ids[:, 1:].reshape(-1)) for f in finals]
+            values = [cross_entropies(head, f, ids[:, 1:].reshape(-1)) for f in finals]
         else:
-            values = divergences(self.head, finals, dense)
+            values = divergences(self.head, finals, dense, head)
         for (index, _), value in zip(waiting, values, strict=True):
             sums[index] = value.view(len(ids), -1).sum(-1)
         waiting.clear()

@@ -24,7 +24,13 @@ from evo_hpo.models.gates import GatedModel
 from evo_hpo.models.text import sample_from_model
 from evo_hpo.scoring.allocator import give_back_freed_memory
 from evo_hpo.scoring.head import Chunk, OutputHead
-from evo_hpo.scoring.output_gradient import divergence_gradient, likelihood_gradient, sampled_labels
+from evo_hpo.scoring.output_gradient import (
+    Reference,
+    divergence_gradient,
+    likelihood_gradient,
+    logit_gradients,
+    sampled_labels,
+)
 from evo_hpo.scoring.projections import Projector
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.switching import WeightSwitch
@@ -88,10 +94,13 @@ class SensitivityPass:
         self._numbers = {name: number for number, name in enumerate(self._gated.blocks)}
         modules = dict(self._gated.model.named_modules())
         members = {name: modules[name] for unit in levels.units for name in unit.members}
-        self._projector = Projector(levels, members, self._numbers, self._is_dropped)
+        self._projector = Projector(levels, members, self._numbers, self._is_dropped, self._gated.head)
+        shared = self._gated.head.weight
+        self._searched_head = next((n for n, m in members.items() if getattr(m, "weight", None) is shared), "")
         self._wholes = [name for name in members if name in self._numbers]
         self._group = 1 if any(isinstance(m, LinearExperts) for m in modules.values()) else group
         self._segments: list[_Segment] | None = None
+        self._front: Tensor | None = None  # input of the first block, with the graph from the embedding on
         self._kept_from = len(self._numbers)
         for name, block in self._gated.blocks.items():
             block.forward = self._segmented(name, block, block.forward)
@@ -146,6 +155,7 @@ class SensitivityPass:
             with torch.no_grad():
                 dense, _ = self._gated.final_hidden(ids)
         self._switch.set(assignment)
+        head = self._head.of(self._gated.head.weight.data)  # type: ignore[arg-type]
         self._projector.begin(len(ids), ids.shape[1], form, self._parted(kind, form))
         self._segments = []
         self._kept_from = 0 if self._graph_bytes else len(self._numbers)
@@ -154,25 +164,38 @@ class SensitivityPass:
                 final, _ = self._gated.final_hidden(ids)
             uniforms = [np.random.default_rng([seed, 0x666973, s]).random(ids.shape[1] - 1) for s in sequences]
             with torch.no_grad():
-                gradient = self._at_output(ids, final.detach(), dense, kind, np.concatenate(uniforms))
+                gradient = self._at_output(head, ids, final.detach(), dense, kind, np.concatenate(uniforms))
             (gradient,) = torch.autograd.grad(final, self._segments[-1].tail, gradient)
             self._backward(gradient)
             return self._projector.end()
         finally:
-            self._segments = None
+            self._segments = self._front = None
             give_back_freed_memory()  # graphs of every size leave the heap in pieces
 
     def _at_output(
-        self, ids: Tensor, final: Tensor, dense: Tensor | None, kind: Kind, uniforms: NDArray[np.float64]
+        self,
+        head: OutputHead,
+        ids: Tensor,
+        final: Tensor,
+        dense: Tensor | None,
+        kind: Kind,
+        uniforms: NDArray[np.float64],
     ) -> Tensor:
         """Gradient with respect to the final hidden states; the last position predicts nothing."""
         hidden = final[:, :-1].reshape(-1, final.shape[-1])
+        labels: Tensor | None = None
+        reference: Reference | None = None
         if dense is not None:
-            found = divergence_gradient(self._head, hidden, dense[:, :-1].reshape(hidden.shape))
+            reference = self._head, dense[:, :-1].reshape(hidden.shape)
+            found = divergence_gradient(head, hidden, reference)
         elif kind == "sampled":
-            found = sampled_labels(self._head, hidden, torch.from_numpy(uniforms).to(ids.device))[1]
+            labels, found = sampled_labels(head, hidden, torch.from_numpy(uniforms).to(ids.device))
         else:
-            found = likelihood_gradient(self._head, hidden, ids[:, 1:].reshape(-1))
+            labels = ids[:, 1:].reshape(-1)
+            found = likelihood_gradient(head, hidden, labels)
+        if self._searched_head:
+            self._projector.head(self._searched_head, hidden, logit_gradients(head, hidden, labels, reference))
+            self._projector.forget()
         gradient = torch.zeros_like(final)
         gradient[:, :-1] = found.view(len(ids), -1, final.shape[-1])
         return gradient
@@ -193,6 +216,8 @@ class SensitivityPass:
             assert segment.leaf.grad is not None
             gradient = segment.leaf.grad
             self._projector.forget()
+        if self._front is not None and self._front.requires_grad:
+            torch.autograd.backward(self._front, gradient)
 
     def _segmented(self, name: str, block: nn.Module, gate: Callable[..., Any]) -> Callable[..., Any]:
         """The block's forward, cut off from the one before; ``gate`` passes its input through where it is dropped."""
@@ -201,7 +226,10 @@ class SensitivityPass:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._segments is None:
                 return gate(*args, **kwargs)
-            leaf = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+            given = args[0] if args else kwargs["hidden_states"]
+            if number == 0:
+                self._front = given
+            leaf = given.detach().requires_grad_()
             if args:
                 args = (leaf, *args[1:])
             else:
@@ -228,7 +256,7 @@ class SensitivityPass:
     def _is_dropped(self, name: str) -> bool:
         if name in self._numbers:
             return self._numbers[name] in self._gated.dropped
-        return "forward" in self._switch.modules[name].__dict__
+        return name in self._switch.silent
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):

@@ -14,7 +14,7 @@ from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import Absent, absent
 from evo_hpo.models.experts import LinearExperts
 from evo_hpo.models.gates import GatedModel
-from evo_hpo.models.structure import is_linear, is_transposed
+from evo_hpo.models.structure import is_matrix, is_transposed
 from evo_hpo.scoring.prepacking import Prepacked, use_prepacked
 from evo_hpo.space.compression_space import Assignment, Unit
 
@@ -33,6 +33,7 @@ class WeightSwitch:
 
     Attributes:
         modules: name -> module of every unit's members.
+        silent: names of the members that are dropped and are no whole blocks.
 
     Raises:
         StoreError: a unit's member is not in the model, or a level's weight has another shape.
@@ -55,10 +56,11 @@ class WeightSwitch:
         self._numbers = {name: number for number, name in enumerate(gated.blocks)}
         self._dense: dict[str, Tensor] = {}
         self._absent: dict[str, Absent] = {}
+        self.silent: set[str] = set()
         self._note_outputs(example)
         self._current: list[int] = [-1] * len(levels.units)
         self.packed = Prepacked(packed_bytes)
-        self._linear = use_prepacked(_seeing_every_token(gated.model, self.modules) if packed_bytes else ())
+        self._linear = use_prepacked(_seeing_every_token(gated, self.modules) if packed_bytes else ())
         self._new = set(range(len(levels.units)))  # units whose level was not in place for two candidates in a row
 
     def expect(self, rows: int) -> None:
@@ -104,7 +106,7 @@ class WeightSwitch:
         """
         for name in self.levels.units[unit].members:
             module = self.modules[name]
-            if module in self._linear and "forward" not in module.__dict__:  # not a dropped one
+            if module in self._linear and name not in self.silent:
                 assert isinstance(module.weight, Tensor)
                 self.packed.keep(name, module.weight.data)
 
@@ -128,12 +130,14 @@ class WeightSwitch:
             self._gated.dropped.add(self._numbers[name])
         else:
             self.modules[name].forward = self._nothing(name)
+            self.silent.add(name)
 
     def _restore(self, name: str, module: nn.Module) -> None:
         if name in self._numbers:
             self._gated.dropped.discard(self._numbers[name])
-        else:
-            module.__dict__.pop("forward", None)
+        elif name in self.silent:
+            del module.forward
+            self.silent.discard(name)
 
     def _nothing(self, name: str) -> Callable[..., Any]:
         if name in self._absent:
@@ -154,7 +158,7 @@ class WeightSwitch:
 
             return hook
 
-        modules = {n: m for n, m in self.modules.items() if n not in self._numbers and not is_linear(m)}
+        modules = {n: m for n, m in self.modules.items() if n not in self._numbers and not is_matrix(m)}
         hooks = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in modules.items()]
         try:
             with torch.inference_mode():
@@ -166,10 +170,11 @@ class WeightSwitch:
             raise StoreError(f"{unseen[0]!r} did not run in a forward pass: it cannot be dropped")
 
 
-def _seeing_every_token(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
-    """Members that are no experts: the number of tokens that an expert is given is another one each time."""
-    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LinearExperts))
-    return (module for name, module in modules.items() if not (experts and name.startswith(experts)))
+def _seeing_every_token(gated: GatedModel, modules: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    """Members that are no experts, which are given another number of tokens each time, nor the head."""
+    experts = tuple(f"{name}." for name, module in gated.model.named_modules() if isinstance(module, LinearExperts))
+    inside = ((name, module) for name, module in modules.items() if module is not gated.head)
+    return (module for name, module in inside if not (experts and name.startswith(experts)))
 
 
 def _width(module: nn.Module) -> int:
@@ -179,18 +184,26 @@ def _width(module: nn.Module) -> int:
     return int(weight.shape[1] if is_transposed(module) else weight.shape[0])
 
 
-def blocks_of_units(units: Sequence[Unit], blocks: Sequence[str]) -> list[tuple[int, ...]]:
-    """Units that have a member in each block, in order.
+def blocks_of_units(units: Sequence[Unit], blocks: Sequence[str], outer: Sequence[str] = ()) -> list[tuple[int, ...]]:
+    """Units on which the output of each block depends, or what follows it, and of no block before it; in order.
+
+    Args:
+        outer: names of the embedding, which is the first block's, and of a head of its own, which is the last one's.
 
     Raises:
-        StoreError: a unit lies outside the decoder blocks (embeddings, output head).
+        StoreError: a unit lies elsewhere.
     """
     found: list[list[int]] = [[] for _ in blocks]
+    ends = dict(zip(outer, (0, len(blocks) - 1), strict=False))
     for index, unit in enumerate(units):
-        numbers = {n for n, block in enumerate(blocks) for m in unit.members if m == block or m.startswith(f"{block}.")}
-        outside = [m for m in unit.members if not any(m == b or m.startswith(f"{b}.") for b in blocks)]
-        if outside:
-            raise StoreError(f"unit {unit.name!r}: {outside[0]!r} is in no decoder block; only blocks can be searched")
-        for number in numbers:
-            found[number].append(index)
+        for member in unit.members:
+            inside = (n for n, block in enumerate(blocks) if member == block or member.startswith(f"{block}."))
+            number = ends.get(member, next(inside, None))
+            if number is None:
+                raise StoreError(
+                    f"unit {unit.name!r}: {member!r} is in no decoder block, nor embedding or head: nothing else can be"
+                    " searched"
+                )
+            if index not in found[number]:
+                found[number].append(index)
     return [tuple(members) for members in found]

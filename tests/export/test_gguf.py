@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import transformers
@@ -18,16 +21,23 @@ from torch import nn
 
 from evo_hpo.cli.commands import main
 from evo_hpo.errors import InvalidSettingError, ModelError
+from evo_hpo.export.evaluation import evaluate
 from evo_hpo.export.folder import place
 from evo_hpo.export.gguf_file import difference, export_gguf, write_gguf
 from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.drop import build_drop_store
-from evo_hpo.levels.ggml import GGML_TYPES
-from evo_hpo.levels.level_set import LevelSet
+from evo_hpo.levels.ggml import GGML_TYPES, dequantize, quantize, row_bytes
+from evo_hpo.levels.level_set import Choice, LevelSet, bundled
+from evo_hpo.levels.manifest import LevelRecord, UnitRecord
+from evo_hpo.levels.packing import GgmlBlocks
 from evo_hpo.levels.quantizers import GPTQ, Ggml
+from evo_hpo.levels.serving import STACKED
 from evo_hpo.levels.store import open_store
-from evo_hpo.models.loading import LoadedModel
+from evo_hpo.models.loading import LoadedModel, load_model
+from evo_hpo.models.structure import linear_modules, outer_matrices
+from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.file_size import FileSize
 from evo_hpo.search.registry import make_problem, problem_factory
 from tests.tiny import VOCABULARY, random_model, tiny_tokens
 
@@ -111,6 +121,100 @@ def test_llama_cpp_computes_what_the_dequantized_model_does(name: str, tmp_path:
         assert distance(path, model.model) < bound < 0.1 * distance(path, made(MODELS[name]()).model) or what == "f16"
         assert difference(path, model) < 1e-2
     assert 8 * (sizes[1] - sizes[0]) == costs[1] - costs[0], "the budget counts the file's bits"
+
+
+class Blocks:
+    """Each unit has one level of one type, in turn."""
+
+    def __init__(self, loaded: LoadedModel, types: Sequence[str], include: str = ".") -> None:
+        self._made: dict[str, GgmlBlocks] = {}
+        outer, layers = outer_matrices(loaded.model), linear_modules(loaded.model)
+        names = [name for name in [*outer, *layers] if re.search(include, name)]
+        wholes = list(dict.fromkeys(bundled(name, STACKED) for name in names))
+        rows = []
+        for name in names:
+            weight = loaded.model.get_submodule(name).weight.detach()  # type: ignore[operator]
+            kind = types[wholes.index(bundled(name, STACKED)) % len(types)]
+            blocks = self._made[name] = GgmlBlocks(kind, blocks_of(weight, kind))
+            level = LevelRecord(
+                kind, blocks.storage_bits, weight.numel(), 1, blocks.storage_bits, 0.5, blocks.settings()
+            )
+            rows.append(
+                (name, [[Choice(self, UnitRecord(name, (name,), weight.shape, weight.numel(), False, ()), level)]])
+            )
+        self.levels = LevelSet(rows, "bits")
+
+    def unit_weights(self, unit: str, label: str) -> dict[str, torch.Tensor]:
+        return {unit: self._made[unit].decode()}
+
+    def unit_encoded(self, unit: str, label: str) -> GgmlBlocks:
+        return self._made[unit]
+
+
+def blocks_of(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """A matrix quantized; of types that need large tables for that, random blocks of the same spread."""
+    if kind not in SLOW:
+        return quantize(weight, kind)
+    rng = np.random.default_rng(weight.numel())
+    shape = (len(weight), weight.shape[1] // 256, row_bytes(kind, 256))
+    data = rng.integers(0, 256, shape, dtype=np.uint8)
+    spread = dequantize(scaled(data, kind, 1.0), kind).std()
+    return scaled(data, kind, float(weight.std() / spread))
+
+
+def scaled(data: npt.NDArray[np.uint8], kind: str, scale: float) -> torch.Tensor:
+    """Blocks (rows x blocks x bytes) with another scale, as rows x bytes."""
+    half = int(np.float16(scale).view(np.uint16))
+    if kind == "IQ1_M":  # four bits of the scale in each of the last four words
+        words = data[..., -8:].view("<u2")
+        words[...] = (words & 0x0FFF) | np.array([(half >> 4 * part & 0xF) << 12 for part in range(4)], dtype=np.uint16)
+    else:
+        data[..., :2].view("<u2")[...] = half
+    return torch.from_numpy(data.reshape(len(data), -1).copy())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_type_in_one_file(name: str, tmp_path: Path) -> None:
+    """Logits are those of the dequantized model, KL and perplexity the evaluator's, to 1 %."""
+    small = MODELS[name]()
+    loaded = made(type(small)(**small.to_dict() | {"num_hidden_layers": 4, "layer_types": None}))
+    first = list(MODELS).index(name)
+    levels = Blocks(loaded, GGML_TYPES[first:] + GGML_TYPES[:first]).levels
+    assignment = [0] * len(levels.units)
+    write_gguf(tmp_path / "m.gguf", loaded, levels, assignment)
+    held = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert set(GGML_TYPES) <= set(held.values())
+    model = compressed(loaded, levels, assignment).model
+    assert distance(tmp_path / "m.gguf", model) < 5e-3 < 0.02 * distance(tmp_path / "m.gguf", loaded.model)
+    text = tiny_tokens(4, 32, seed=3)
+    expected = Evaluator(loaded.model, levels, text, threads=1).evaluate_held_out(tuple(assignment), text)
+    divergence, loss = losses(tmp_path / "m.gguf", loaded.model, text)
+    assert divergence == pytest.approx(expected["loss"], rel=0.01)
+    assert math.exp(loss) == pytest.approx(expected["perplexity"], rel=0.01)
+
+
+def losses(path: Path, dense: nn.Module, text: torch.Tensor) -> tuple[float, float]:
+    """Mean KL from a model to llama.cpp with a file, and mean cross-entropy there, nats a token."""
+    found = []
+    with LlamaCpp(path) as program, torch.inference_mode():
+        for ids in text:
+            log_q = torch.log_softmax(torch.from_numpy(program.logits(ids.tolist()))[:-1], -1)
+            log_p = torch.log_softmax(dense(input_ids=ids[None]).logits[0, :-1], -1)
+            entropy = -log_q.gather(1, ids[1:, None])[:, 0]
+            found.append(torch.stack([(log_p.exp() * (log_p - log_q)).sum(-1), entropy]).mean(1))
+    divergence, loss = torch.stack(found).mean(0).tolist()
+    return divergence, loss
+
+
+def test_embedding_and_head_may_have_every_type(tmp_path: Path) -> None:
+    loaded = made(transformers.LlamaConfig(**_SIZES | {"num_hidden_layers": 1}))
+    for kind in GGML_TYPES:
+        levels = Blocks(loaded, [kind], "embed|head").levels
+        path = tmp_path / f"{kind}.gguf"
+        write_gguf(path, loaded, levels, [0, 0])
+        held = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+        assert {held["token_embd.weight"], held["output.weight"]} == {kind}
+        assert distance(path, compressed(loaded, levels, [0, 0]).model) < 1e-3
 
 
 def test_every_type_is_read_by_llama_cpp(tmp_path: Path) -> None:
@@ -257,6 +361,32 @@ def test_byte_level_tokenizers_cut_text_alike(split: str, tmp_path: Path) -> Non
     assert difference(tmp_path / "m.gguf", compressed(loaded, levels, [0] * len(levels.units))) < 1e-2
 
 
+def test_a_file_beside_the_folder_it_was_made_from_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read from the file has other rules for the same tokens."""
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    fast = byte_level_tokenizer("smollm")
+    model: Any = made(transformers.LlamaConfig(**_SIZES | {"vocab_size": len(fast), "num_hidden_layers": 1})).model
+    model.save_pretrained(tmp_path / "model")
+    fast.save_pretrained(tmp_path / "model")
+    loaded = load_model(str(tmp_path / "model"))
+    levels = Blocks(loaded, ["Q8_0"]).levels
+    write_gguf(tmp_path / "m.gguf", loaded, levels, [0] * len(levels.units))
+    (tmp_path / "text.txt").write_text(TEXTS[0] * 40)
+    text = f"whole:{tmp_path / 'text.txt'}"
+    settings: dict[str, Any] = {"original": str(tmp_path / "model"), "sequence_length": 32, "tokens": 64}
+    table = evaluate([str(tmp_path / "m.gguf")], [text], **settings)
+    figures = table.results[1].texts[text].kl
+    assert figures is not None
+    assert 0 < figures.mean < 0.05
+    rules = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    rules["model"]["merges"] = rules["model"]["merges"][:1]
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(ModelError, match="another tokenizer"):
+        evaluate([str(tmp_path / "m.gguf")], [text], **settings)
+
+
 def test_a_tokenizer_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     fast = _FAST(tokenizer_object=tokenizer)
@@ -306,6 +436,53 @@ def test_a_profile_becomes_a_file_that_the_command_has_checked(
         with pytest.raises(SystemExit, match="2"):
             main(["export", str(tmp_path / "p.json"), *arguments])
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_search_of_embedding_and_head_too_ends_in_a_file_of_the_size_that_was_counted(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of this vocabulary do not fill whole units of the file's alignment."""
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    fast = byte_level_tokenizer("smollm")
+    words = len(fast)
+    dense = made(transformers.LlamaConfig(**_SIZES | {"vocab_size": words, "tie_word_embeddings": tied}))
+    dense = LoadedModel(dense.model, fast, dense.identity, dense.name)
+    build_drop_store(dense, tmp_path / "none", kinds=("block",))
+    kept = open_store(tmp_path / "none").levels
+    write_gguf(tmp_path / "f16.gguf", dense, kept, [1] * len(kept.units))
+    settings: dict[str, Any] = {"model": str(tmp_path / "f16.gguf"), "method": "ggml", "serve": "llama.cpp"}
+    settings |= {"levels": ["Q2_K", "Q4_0"], "size": "0.5 bytes a weight", "store": str(tmp_path / "store")}
+    settings |= {"build": {"calibration_tokens": 64, "sequence_length": 32, "embedding": True}, "dtype": "float32"}
+    settings |= {"sequence_length": 16, "calibration_tokens": 64, "held_out_tokens": 64, "tokens": 16}
+    task: Any = problem_factory("language_model")
+    task.prepare(settings, lambda done, total, what: None)
+    problem: Any = make_problem("language_model", **settings)
+    units = problem.space.units
+    levels = [number % 2 for number in range(len(units))]
+    held_out = problem.validate(tuple(levels))
+    profile = {
+        "problem": {"name": "language_model", "settings": settings},
+        "held_out": held_out,
+        "average": problem.space.average(levels),
+        "levels": levels,
+        "units": {unit.name: unit.levels[k] for unit, k in zip(units, levels, strict=True)},
+    }
+    (tmp_path / "p.json").write_text(json.dumps(profile))
+    path = tmp_path / "m.gguf"
+    found = export_gguf(tmp_path / "p.json", path)
+    file = FileSize.of(settings["model"], task.task(settings).open_levels())
+    assert path.stat().st_size == found.bytes == file.rest + problem.space.cost(tuple(levels))
+    assert file.weights - file.searched == sum(p.numel() for p in dense.model.parameters() if p.dim() == 1)
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert types["token_embd.weight"] == "Q2_K"
+    assert types.get("output.weight") == (None if tied else "Q4_0")
+    assert "| model.embed_tokens | Q2_K |" in path.with_name("m.gguf.md").read_text()
+    divergence, loss = losses(path, dense.model, problem.held_out)
+    assert divergence == pytest.approx(held_out["loss"], rel=0.01)
+    assert math.exp(loss) == pytest.approx(held_out["perplexity"], rel=0.01)
+    with pytest.raises(ModelError, match=r"type of 'token_embd.weight' was searched: leave out --embedding"):
+        export_gguf(tmp_path / "p.json", tmp_path / "n.gguf", embedding="Q8_0")
 
 
 def test_tokenizers_with_byte_fallback_cut_text_alike(tmp_path: Path) -> None:

@@ -116,8 +116,48 @@ def test_layers_that_no_type_divides_stay_as_they_are(tmp_path: Path, caplog: py
         build_store(loaded, tmp_path / "b", Ggml(["Q4_K"]), tiny_tokens(), inputs="dense")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_are_units_where_that_is_wanted(tied: bool, tmp_path: Path) -> None:
+    """Columns of the head are weighted by what it is given, those of an embedding alone are not."""
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    config.tie_word_embeddings = tied
+    loaded, tokens = LoadedModel.from_model(random_model(config, spread=0.2)), tiny_tokens()
+    build_store(
+        loaded, tmp_path / "all", Ggml(["Q4_0", "Q8_0"], embedding=True), tokens, inputs="dense", batch_tokens=24
+    )
+    build_store(loaded, tmp_path / "layers", Ggml(["Q4_0", "Q8_0"]), tokens, inputs="dense")
+    store, layers = open_store(tmp_path / "all"), open_store(tmp_path / "layers")
+    outer = ["model.embed_tokens"] + ["lm_head"] * (not tied)
+    assert [u.name for u in store.units] == outer + [u.name for u in layers.units]
+    for number in range(len(layers.units)):
+        ((name, weight),) = layers.levels.weights(number, 0).items()
+        assert torch.equal(weight, store.levels.weights(number + len(outer), 0)[name])  # type: ignore[arg-type]
+    seen: list[torch.Tensor] = []
+    head: torch.nn.Module = loaded.model.get_submodule("lm_head")
+    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1).square().sum(0)))
+    with torch.no_grad():
+        loaded.model(input_ids=tokens)
+    hook.remove()
+    for number, name in enumerate(outer):
+        dense = loaded.model.get_submodule(name).weight
+        weights = seen[0] / seen[0].mean() if name == outer[-1] else torch.ones(32)
+        expected = dequantize(quantize(dense, "Q4_0", weights), "Q4_0")  # type: ignore[arg-type]
+        found = store.levels.weights(number, 0)[name]
+        assert found is not None
+        assert float((found - expected).abs().max()) < 1e-3 * float(expected.abs().max())
+        assert store.units[number].costs == (97 * 32 * 9 // 2, 97 * 32 * 17 // 2)
+    with_drops = store.levels.with_dropped()
+    assert [len(u.levels) for u in with_drops.units] == [2] * len(outer) + [3] * len(layers.units)
+    build_store(loaded, tmp_path / "less", Ggml(["Q8_0"], embedding=True), tokens, inputs="dense", exclude="embed")
+    assert [u.name for u in open_store(tmp_path / "less").units if "layers" not in u.name] == outer[1:]
+
+
 def test_settings_are_checked_before_anything_is_loaded() -> None:
-    check_settings("ggml", ["Q4_K", "q8_0"], {})
+    check_settings("ggml", ["Q4_K", "q8_0"], {"embedding": True})
+    with pytest.raises(InvalidSettingError, match="embedding='Q8_0' must be true or false"):
+        check_settings("ggml", ["Q4_K"], {"embedding": "Q8_0"})
     with pytest.raises(InvalidSettingError, match="no ggml type 'Q4_K_M'.*mixtures"):
         check_settings("ggml", ["Q4_K_M"], {})
     with pytest.raises(InvalidSettingError, match="inputs='Q4_K' must be .dense.$"):

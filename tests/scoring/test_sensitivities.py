@@ -84,10 +84,12 @@ def _by_autograd(
 
 
 @pytest.mark.parametrize("kind", ["true", "kl"])
+@pytest.mark.parametrize("outer", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_projections_equal_full_gradients_in_float64(name: str, kind: Kind) -> None:
+def test_projections_equal_full_gradients_in_float64(name: str, outer: bool, kind: Kind) -> None:
+    """Of embedding and head too, where they are units; a matrix that is both has both gradients."""
     model = tiny_model(name)
-    levels = RoundedLevels(model)
+    levels = RoundedLevels(model, outer=outer)
     at = random_assignments(1, len(levels.units), 3)[0]
     reference = at if kind == "kl" or name in ("llama", "gemma2") else None
     found = SensitivityPass(model, levels, tiny_tokens(), chunk=SMALL).measure(reference, MINIBATCH, kind)

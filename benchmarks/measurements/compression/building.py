@@ -23,6 +23,7 @@ METHODS: dict[str, list[Any] | None] = {
     "magnitude": [0.3, 0.4, 0.5, 0.6, 0.7],
     "wanda": [0.3, 0.4, 0.5, 0.6, 0.7],
     "gptq": [2, 3, 4, 5, 6],
+    "ggml": None,
     "sparsegpt": [0.3, 0.4, 0.5, 0.6, 0.7],
 }
 
@@ -50,7 +51,7 @@ def measure(method: str, model: str, tokens: int, threads: int, folder: str) -> 
     records = store.manifest.units
     return {
         "method": method,
-        "levels": len(records[0].levels),
+        "levels": max(len(record.levels) for record in records),
         "seconds": round(seconds, 1),
         "processor seconds": round(time.process_time() - before, 1),
         "peak MB": round(peak_megabytes()),

@@ -63,7 +63,8 @@ def assignment_of(mixture: str, levels: LevelSet) -> list[int]:
     blocks = 1 + max(unit.block or 0 for unit in levels.units)
 
     def level(unit: Unit) -> int:
-        wanted = mixed_type(mixture, unit.role, unit.block or 0, blocks)
+        tied_head = unit.block is None  # SmolLM2's embedding
+        wanted = "Q6_K" if tied_head else mixed_type(mixture, unit.role, unit.block or 0, blocks)
         return unit.levels.index(wanted if wanted in unit.levels else INSTEAD[wanted])
 
     return [level(unit) for unit in levels.units]

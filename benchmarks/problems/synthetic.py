@@ -104,9 +104,8 @@ def _random(seed: int, stream: int, structure: float = 0.0, interaction: float =
         InvalidSettingError: a negative seed, or a spread outside its range.
     """
     if seed < 0 or not 0 <= structure <= LOUDEST or not 0 <= interaction <= LOUDEST:
-        raise InvalidSettingError(
-            f"seed={seed} must not be negative, structure={structure} and interaction={interaction} be 0 to {LOUDEST}"
-        )
+        given = f"structure={structure} and interaction={interaction}"
+        raise InvalidSettingError(f"seed={seed} must not be negative, {given} be 0 to {LOUDEST}")
     return np.random.default_rng([seed, stream])
 
 
@@ -332,9 +331,8 @@ def noisy(
         delay: seconds that scoring an assignment takes, to try schedules with; 0 to 3600.
     """
     if not 0 <= delay <= 3600 or not 0 <= noise <= LOUDEST or tokens < 1:
-        raise InvalidSettingError(
-            f"delay={delay} must be 0 to 3600 seconds, noise={noise} 0 to {LOUDEST}, tokens={tokens} at least 1"
-        )
+        given = f"delay={delay} must be 0 to 3600 seconds, noise={noise} 0 to {LOUDEST}"
+        raise InvalidSettingError(f"{given}, tokens={tokens} at least 1")
     base = interacting(
         *(units, levels, tightness, unequal, False, tightest), structure=structure, interaction=interaction, seed=seed
     )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from evo_hpo.errors import InvalidSettingError, ModelError
-from evo_hpo.export.figures import Estimate, Measured, measure
+from evo_hpo.export.figures import Estimate, SequenceFigures, measure
 from evo_hpo.export.folder import place, read_profile, task_of
 from evo_hpo.export.reading import PARTS, load_served, size_of
 from evo_hpo.export.tasks import Tasks, check_tasks, task_scores
@@ -118,7 +118,7 @@ def evaluate(
     known = None if tasks is None else check_tasks(tasks)
     original = original or next((_original(s) for s in specs if s.endswith(".json")), "")
     reference = load_served(original, dtype) if original else None
-    measured: dict[str, Measured] = {}
+    measured: dict[str, SequenceFigures] = {}
     results, identities, read = [], dict[str, str](), dict[str, int]()
     first_read: tuple[str, Any] | None = None
     for name, spec, subject in _subjects(specs, original, reference, dtype):
@@ -242,7 +242,7 @@ def _tokens(text: str, loaded: LoadedModel, length: int, tokens: int) -> torch.T
     return torch.from_numpy(np.asarray(stream[: count * length], dtype=np.int64).reshape(count, length))
 
 
-def _above(own: Measured, first: Measured | None) -> Estimate | None:
+def _above(own: SequenceFigures, first: SequenceFigures | None) -> Estimate | None:
     if first is None or own is first:
         return None
     differences = [a - b for a, b in zip(own.cross_entropy, first.cross_entropy, strict=True)]

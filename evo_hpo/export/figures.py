@@ -18,7 +18,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-__all__ = ["Estimate", "Measured", "measure"]
+__all__ = ["Estimate", "SequenceFigures", "measure"]
 
 POSITIONS = 128
 """Rows of logits that exist in single precision at one time."""
@@ -54,7 +54,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Measured:
+class SequenceFigures:
     """Of each sequence (or window), nats a predicted token.
 
     Attributes:
@@ -79,7 +79,7 @@ class Measured:
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, tokens: Tensor, original: nn.Module | None = None, stride: int = 0) -> Measured:
+def measure(model: nn.Module, tokens: Tensor, original: nn.Module | None = None, stride: int = 0) -> SequenceFigures:
     """Figures of a model on tokens.
 
     Args:
@@ -105,7 +105,7 @@ def measure(model: nn.Module, tokens: Tensor, original: nn.Module | None = None,
         entropies.append(entropy / len(targets))
         divergences.append(divergence / len(targets))
     counts = tuple(len(window) - first for window, first in windows)
-    return Measured(tuple(entropies), tuple(divergences) if original is not None else (), counts)
+    return SequenceFigures(tuple(entropies), tuple(divergences) if original is not None else (), counts)
 
 
 def _windows(stream: Tensor, length: int, stride: int) -> list[tuple[Tensor, int]]:

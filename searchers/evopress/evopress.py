@@ -18,7 +18,7 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.evopress.acceptance import PairedAcceptance
 from searchers.evopress.initialisation import WARM_STARTS, initialisation, random_and_spent
 from searchers.evopress.mutation import Uniforms, mutation, switch_counts
-from searchers.evopress.offspring import Breeding, Candidate, Measured
+from searchers.evopress.offspring import Breeding, Candidate, Tried
 from searchers.evopress.presets import PRESETS, most_generations, resolved
 from searchers.evopress.selection import Selection, rank
 
@@ -56,7 +56,7 @@ class EvoPress(Procedure):
             law) until there is one; None: never.
         restart_after: generations without a new best parent after which the search starts anew, or sooner where no
             mutant is left to measure; None: never.
-        revisit: let an offspring be an assignment measured before, as published; False (``plain``): not where its loss
+        revisit: let an offspring be an assignment tried before, as published; False (``plain``): not where its loss
             is exact (a problem without fidelity, or ``minibatch="fixed"``) and would only be read once more.
         invert: look for the worst assignment instead.
         acceptance: ``loss``, as published: the least loss of the last stage is the next parent; ``paired``: offspring
@@ -157,7 +157,7 @@ class EvoPress(Procedure):
         self.stagnant = 0  # generations since the best parent was last a new one
         self.parents: list[Candidate] = []
         self.champion: Candidate | None = None  # best parent of the starts before this one
-        self.measured = Measured()
+        self.tried = Tried()
         self._exact = False  # the problem has no fidelity
         self._noiseless = minibatch == "fixed"  # a loss of the last stage stays what it was
 
@@ -205,12 +205,12 @@ class EvoPress(Procedure):
         """Moves to the starting point; its loss counts where it is of the last stage's fidelity."""
         outcomes = yield from self.start.steps(self)
         if self._exact:
-            self.measured.keep(outcomes)
+            self.tried.keep(outcomes)
         default, decided = self.allowance.default_tokens, self.start.chosen
         one = len({tokens or default for tokens in (self.start.tokens, self.selection.stages[-1].tokens)}) == 1
         if decided is not None and self._noiseless and (one or not default):
-            self.measured[decided.trial.levels] = (decided.trial.number, decided.loss)
-        self.parents = [self.measured.candidate(self.start.best(), self.start.number)]
+            self.tried[decided.trial.levels] = (decided.trial.number, decided.loss)
+        self.parents = [self.tried.candidate(self.start.best(), self.start.number)]
 
     def _breed(self) -> list[Candidate]:
         """As many offspring as the whole generation can be paid for, none equal to a parent or champion.
@@ -223,7 +223,7 @@ class EvoPress(Procedure):
         if not count:
             self.stop_reason = "the budget does not pay for another generation"
             return []
-        barred = self.measured if self._noiseless and not self.revisit else ()
+        barred = self.tried if self._noiseless and not self.revisit else ()
         wide = self.widen_after is not None and self.stagnant >= self.widen_after
         return self.breeding.breed(count, self.breeders(), {e.levels for e in elders}, barred, wide=wide)
 
@@ -279,7 +279,7 @@ class EvoPress(Procedure):
     def _replace_parents(self, scored: list[tuple[Outcome, Candidate]]) -> None:
         """The next parents from the outcomes of the last stage, best first."""
         if self._noiseless:
-            self.measured.keep([outcome for outcome, _ in scored])
+            self.tried.keep([outcome for outcome, _ in scored])
         losses = [(outcome.loss, candidate) for outcome, candidate in scored if outcome.usable]
         numbers = {id(candidate): outcome.trial.number for outcome, candidate in scored if outcome.usable}
         if self._noiseless and self.selection.elitism != "none":
@@ -324,7 +324,7 @@ class EvoPress(Procedure):
         """Keeps the parent as champion and goes on from a random assignment that spends the budget."""
         if self.champion is None:
             self.champion = self.parents[0]
-        self.parents = [self.measured.candidate(random_and_spent(self.space, self.rng))]
+        self.parents = [self.tried.candidate(random_and_spent(self.space, self.rng))]
         self.stagnant = 0
 
     def _why_none(self) -> str:

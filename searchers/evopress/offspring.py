@@ -9,7 +9,7 @@ from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.evopress.mutation import Mutation, SwitchCount, Uniforms, heavy_tailed
 
-__all__ = ["Breeding", "Candidate", "Measured"]
+__all__ = ["Breeding", "Candidate", "Tried"]
 
 PATIENCE = 100_000  # draws in vain of one generation, whatever the number of offspring
 PERSISTENCE = 1000  # draws of any number of switches before the search gives up
@@ -28,7 +28,7 @@ class Candidate:
     loss: float | None = None
 
 
-class Measured(dict[Assignment, tuple[int | None, float | None]]):
+class Tried(dict[Assignment, tuple[int | None, float | None]]):
     """First trial and exact loss of each assignment; no loss: it failed."""
 
     def keep(self, outcomes: Sequence[Outcome]) -> None:

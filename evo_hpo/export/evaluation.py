@@ -24,7 +24,7 @@ from evo_hpo.models.text import refuse_too_long, refuse_unknown, token_stream
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.file_size import FileSize
 
-__all__ = ["Evaluation", "Result", "TextFigures", "evaluate"]
+__all__ = ["Evaluation", "EvaluatedModel", "TextFigures", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TextFigures:
 
 
 @dataclass(frozen=True)
-class Result:
+class EvaluatedModel:
     """A model of the table.
 
     Attributes:
@@ -72,7 +72,7 @@ class Evaluation:
         identities: of each text's tokens; ``read``: how many there were, at most as many as were asked for.
     """
 
-    results: tuple[Result, ...]
+    results: tuple[EvaluatedModel, ...]
     protocol: Mapping[str, Any]
     identities: Mapping[str, str]
     read: Mapping[str, int]
@@ -139,7 +139,7 @@ def evaluate(
             found[text] = TextFigures(own.perplexity, own.kl, _above(own, first))
         scores = {} if tasks is None else task_scores(subject.loaded, tasks, known)
         results.append(
-            Result(name, spec, subject.bytes, subject.weights, found, scores, subject.search, subject.folder)
+            EvaluatedModel(name, spec, subject.bytes, subject.weights, found, scores, subject.search, subject.folder)
         )
     protocol = {"sequence_length": sequence_length, "tokens": tokens, "stride": stride, "original": original}
     protocol |= {"dtype": str(dtype).removeprefix("torch."), "interval": "95 %, Student's t over sequences"}

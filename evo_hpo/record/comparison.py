@@ -38,7 +38,7 @@ CHANGES_NO_RESULT = ("workers", "description")
 """Keys of a plan that may differ when its comparison is resumed."""
 
 
-class Result(Protocol):
+class Contender(Protocol):
     """What a winner is chosen by."""
 
     @property
@@ -50,7 +50,7 @@ class Result(Protocol):
         """Held-out loss; lower is better, inf where there is none."""
 
 
-R = TypeVar("R", bound=Result)
+R = TypeVar("R", bound=Contender)
 
 
 def winner(results: Iterable[R]) -> R | None:

@@ -19,7 +19,7 @@ from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["BatchScorer"]
 
-Result = tuple[list[int], Group, Tensor, dict[int, Reference]]
+GroupSums = tuple[list[int], Group, Tensor, dict[int, Reference]]
 
 
 @dataclass
@@ -97,7 +97,7 @@ class BatchScorer:
         signatures = {i: signature(todo[i], self.units_of_blocks) for i in candidates}
         order = sorted(candidates, key=signatures.__getitem__)
         whole = len(batches) // len(self.pool) * len(self.pool)
-        tasks: list[Callable[[Replica], Result]] = []
+        tasks: list[Callable[[Replica], GroupSums]] = []
         for position, batch in enumerate(batches):
             chosen = [i for i in order if bring_paths or np.isnan(sums[i, batch[1]]).any()]
             parts = 1 if position < whole else min(len(self.pool), len(chosen))
@@ -119,8 +119,8 @@ class BatchScorer:
         signatures: Mapping[int, Signature],
         batch: Group,
         bring_paths: bool,
-    ) -> Callable[[Replica], Result]:
-        def task(replica: Replica) -> Result:
+    ) -> Callable[[Replica], GroupSums]:
+        def task(replica: Replica) -> GroupSums:
             values, paths = replica.run(
                 [todo[i] for i in members],
                 [signatures[i] for i in members],

@@ -16,8 +16,8 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 __all__ = ["OneFidelity", "Procedure", "Sampling", "Steps"]
 
-Result = TypeVar("Result")
-Steps = Generator[Batch | Probe | None, Any, Result]
+Returned = TypeVar("Returned")
+Steps = Generator[Batch | Probe | None, Any, Returned]
 """Yields batches, is sent the outcomes of each (a list, shorter where the budget ends in it), returns a result. It may
 yield a probe too, through :meth:`Procedure.sensitivities`, and is sent what was measured. It yields None
 where it wants to know what is left to spend before it goes on: it does so when the searcher is asked again."""

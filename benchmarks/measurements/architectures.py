@@ -45,7 +45,7 @@ from evo_hpo.models.structure import decoder_blocks, is_linear
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.search.problem import Minibatch
 
-__all__ = ["KINDS", "Row", "examine"]
+__all__ = ["KINDS", "Examined", "examine"]
 
 KINDS = ("quantized", "sparse", "parts", "blocks")
 TOLERANCE = 1e-4
@@ -56,7 +56,7 @@ _REMEDY = re.compile(r"leave all such uncompressed with exclude = .*?--set '[^']
 
 
 @dataclass
-class Row:
+class Examined:
     """What was found of one architecture: for each kind of level "ok", "refused: ..." or "WRONG: ..."."""
 
     name: str
@@ -70,9 +70,9 @@ class Row:
         return first or ("ok" if set(words) == {"ok"} else "refused" if set(words) == {"refused"} else "in part")
 
 
-def examine(name: str) -> Row:
+def examine(name: str) -> Examined:
     """Builds the architecture and compares every kind of level with plain transformers."""
-    row = Row(name)
+    row = Examined(name)
     if parts := other_inputs(name):
         row.found["all"] = f"left out: reads more than text ({parts})"
         return row
@@ -272,7 +272,7 @@ def _alone(name: str, answers: Any) -> None:
     answers.put(examine(name).found)
 
 
-def sweep(names: Sequence[str]) -> list[Row]:
+def sweep(names: Sequence[str]) -> list[Examined]:
     """Each architecture in a process of its own, so that one that dies or hangs ends nothing else."""
     tiny_architecture("llama")  # what all of them import
     context = multiprocessing.get_context("fork")
@@ -287,7 +287,7 @@ def sweep(names: Sequence[str]) -> list[Row]:
             found = {"all": f"crash: no answer in {_SECONDS:.0f} seconds"}
             process.kill()
         process.join()
-        rows.append(Row(name, found))
+        rows.append(Examined(name, found))
         print(
             f"{name:28} {rows[-1].verdict:10} {'; '.join(f'{k} {v}' for k, v in found.items() if v != 'ok')}",
             flush=True,
@@ -295,7 +295,7 @@ def sweep(names: Sequence[str]) -> list[Row]:
     return rows
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Examined]) -> str:
     """The page's table and its counts, in Markdown."""
     columns = ("quantized", "gptq", "sparse", "parts", "blocks")
     counts = {word: sum(row.verdict == word for row in rows) for word in dict.fromkeys(row.verdict for row in rows)}
@@ -316,7 +316,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_table(page: Path, rows: Sequence[Row]) -> None:
+def write_table(page: Path, rows: Sequence[Examined]) -> None:
     """Puts the table below the page's own words, in place of the one that is there."""
     mark = "<!-- measured -->"
     words = page.read_text(encoding="utf-8").partition(mark)[0]

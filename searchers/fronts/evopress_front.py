@@ -55,4 +55,4 @@ class _Member(EvoPress):
         near = self._population[max(0, self._place - 1) : self._place + 2]
         guests = [p for member in near if member is not self and member.generation for p in member.parents]
         fitted = [self.space.repair(p.levels, self.rng, fill=True) for p in guests]
-        return [*self.parents * OWN, *(self.measured.candidate(levels) for levels in fitted)]
+        return [*self.parents * OWN, *(self.tried.candidate(levels) for levels in fitted)]

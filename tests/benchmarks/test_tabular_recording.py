@@ -15,9 +15,9 @@ from torch import nn
 
 from benchmarks.measurements.landscapes import exploring
 from benchmarks.measurements.landscapes.exploring import Exploration
-from benchmarks.measurements.landscapes.measuring import Recorder
+from benchmarks.measurements.landscapes.kept_losses import KeptLosses, Losses
+from benchmarks.measurements.landscapes.measuring import LandscapeRecorder
 from benchmarks.measurements.landscapes.pack import pack_depth
-from benchmarks.measurements.landscapes.rows import Losses, Rows
 from benchmarks.problems.depth import DropBlocks, depth_space, ways_to_drop
 from evo_hpo.errors import JournalError
 from evo_hpo.scoring.sampling import sequences_of
@@ -54,7 +54,9 @@ def test_recorded_losses_are_those_of_a_model_without_the_blocks(size: int, drop
     tokens = tiny_tokens(sequences=3, length=10)
     space = depth_space(BLOCKS, size, drop)
     said: list[str] = []
-    recorder = Recorder(six_blocks(), DropBlocks(space.units), tokens, tmp_path / "rows", batch=4, say=said.append)
+    recorder = LandscapeRecorder(
+        six_blocks(), DropBlocks(space.units), tokens, tmp_path / "rows", batch=4, say=said.append
+    )
     ways = ways_to_drop(len(space), [drop])
     recorded = recorder.losses(ways)
     order = sequences_of(recorder.minibatch, *tokens.shape)
@@ -63,7 +65,7 @@ def test_recorded_losses_are_those_of_a_model_without_the_blocks(size: int, drop
         kept = [size * u + i for u, level in enumerate(assignment) if level for i in range(size)]
         assert losses == pytest.approx(plain_losses(tokens[list(order)], kept), rel=1e-4)
     assert said
-    again = Recorder(six_blocks(), DropBlocks(space.units), tokens, tmp_path / "rows", say=said.append)
+    again = LandscapeRecorder(six_blocks(), DropBlocks(space.units), tokens, tmp_path / "rows", say=said.append)
     said.clear()
     assert again.losses(ways) == recorded
     assert not said, "everything was in the file"
@@ -71,10 +73,10 @@ def test_recorded_losses_are_those_of_a_model_without_the_blocks(size: int, drop
 
 def test_rows_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    Rows(path, "a model").add({(0, 1): [0.5, 0.25], (1, 0): [1.0, 2.0]})
+    KeptLosses(path, "a model").add({(0, 1): [0.5, 0.25], (1, 0): [1.0, 2.0]})
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
-    rows = Rows(path, "a model")
+    rows = KeptLosses(path, "a model")
     assert rows.found == {(0, 1): (0.5, 0.25)}
     assert rows.missing([(0, 1), (1, 0), (1, 0)]) == [(1, 0)]
     rows.add({(1, 0): [1.0, 2.0]})
@@ -82,13 +84,13 @@ def test_rows_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
 
 
 def test_rows_of_another_model_are_refused(tmp_path: Path) -> None:
-    Rows(tmp_path / "rows.jsonl", "a model")
+    KeptLosses(tmp_path / "rows.jsonl", "a model")
     with pytest.raises(JournalError, match="another file"):
-        Rows(tmp_path / "rows.jsonl", "another model")
+        KeptLosses(tmp_path / "rows.jsonl", "another model")
 
 
 def test_an_incomplete_recording_is_not_packed(tmp_path: Path) -> None:
-    rows = Rows(tmp_path / "pairs.jsonl", "a model")
+    rows = KeptLosses(tmp_path / "pairs.jsonl", "a model")
     rows.add({a: [1.0] for a in ways_to_drop(15, range(3, 6))[:-1]})
     with pytest.raises(JournalError, match="lacks 1 of 4823"):
         pack_depth(rows.path, "pairs")

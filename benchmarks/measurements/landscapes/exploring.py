@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from benchmarks.measurements.landscapes.fitting import fit, optimise
-from benchmarks.measurements.landscapes.rows import Losses
+from benchmarks.measurements.landscapes.kept_losses import Losses
 from benchmarks.problems.bits import exchanged, random_design
 from benchmarks.problems.surrogate import Features, Fit
 from evo_hpo.search.budget import Budget

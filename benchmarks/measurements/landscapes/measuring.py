@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measurements.landscapes.rows import Losses, Rows
+from benchmarks.measurements.landscapes.kept_losses import KeptLosses, Losses
 from evo_hpo.levels.levels import Levels
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Recorder"]
+__all__ = ["LandscapeRecorder"]
 
 
-class Recorder:
+class LandscapeRecorder:
     """Measures assignments that the file does not have yet, a batch at a time.
 
     Args:
@@ -47,7 +47,7 @@ class Recorder:
         self.evaluator = Evaluator(
             model, levels, tokens, threads=threads, batch_size=len(tokens), reference_bytes=0, early_stopping=False
         )
-        self.rows = Rows(path, self.evaluator.context())
+        self.rows = KeptLosses(path, self.evaluator.context())
 
     def losses(self, assignments: Sequence[Assignment]) -> list[Losses]:
         """Losses of each sequence for every assignment, measured now or found in the file."""

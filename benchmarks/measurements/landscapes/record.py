@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measurements.landscapes.exploring import Exploration
-from benchmarks.measurements.landscapes.measuring import Recorder
+from benchmarks.measurements.landscapes.measuring import LandscapeRecorder
 from benchmarks.problems.bits import bits_space
 from benchmarks.problems.depth import DropBlocks, depth_space, ways_to_drop
 from evo_hpo.errors import StoreError
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def record_depth(
     loaded: LoadedModel, folder: Path, landscape: str, limit: int | None = None, threads: int = 1
-) -> Recorder:
+) -> LandscapeRecorder:
     """All ways to drop 3 to 5 pairs of consecutive blocks ("pairs"), or 3 blocks ("blocks")."""
     size, counts = (2, range(3, 6)) if landscape == "pairs" else (1, range(3, 4))
     space = depth_space(len(decoder_blocks(loaded.model)), size, counts[0])
@@ -78,10 +78,10 @@ def record_bits(loaded: LoadedModel, folder: Path, threads: int = 1) -> Explorat
     return exploration
 
 
-def _recorder(loaded: LoadedModel, levels: Levels, folder: Path, landscape: str, threads: int) -> Recorder:
+def _recorder(loaded: LoadedModel, levels: Levels, folder: Path, landscape: str, threads: int) -> LandscapeRecorder:
     text = load_tokens("pydoc", loaded.tokenizer, LENGTH, TOKENS[landscape], split="held_out")
     say = partial(print, f"{landscape}:", flush=True)
-    return Recorder(loaded.model, levels, text, folder / f"{landscape}.jsonl", threads=threads, say=say)
+    return LandscapeRecorder(loaded.model, levels, text, folder / f"{landscape}.jsonl", threads=threads, say=say)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from evo_hpo.errors import JournalError
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Losses", "Rows"]
+__all__ = ["Losses", "KeptLosses"]
 
 Losses = tuple[float, ...]
 """KL(dense || compressed) of each sequence, mean over its predicted positions, nats a token; lower is better.
@@ -18,7 +18,7 @@ Losses = tuple[float, ...]
 In the order of the evaluator's minibatch."""
 
 
-class Rows:
+class KeptLosses:
     """Assignment -> losses, in the order of measurement, one JSON line each.
 
     Args:

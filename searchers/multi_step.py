@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, ClassVar
 
-from evo_hpo.errors import UnknownNameError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.procedure import Procedure, Steps
 from evo_hpo.search.searcher import Searcher, draw
 from evo_hpo.search.trial import Batch, Outcome, Status, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.evopress.selection import Selection
-from searchers.wrapping import wrapping
+from searchers.wrapping import WrappingFamily
 
 __all__ = ["MultiStep", "family"]
 
@@ -188,29 +186,12 @@ class MultiStep(Procedure):
         return self.incumbent or self._fallback or self.searcher.recommend()
 
 
-class _Family:
-    """``multi_step:NAME`` for any searcher NAME; those listed are ours that propose batches."""
-
-    def members(self) -> tuple[str, ...]:
-        """Our searchers that propose batches; other names work too."""
-        return MEMBERS
-
-    def member(self, name: str) -> type[Searcher]:
-        """The wrapped searcher class.
-
-        Raises:
-            UnknownNameError: no such searcher, or it is itself multi-step.
-        """
-        if name.partition(":")[0] == "multi_step":
-            raise UnknownNameError(f"multi_step cannot wrap {name!r}: it is multi-step already")
-        return _wrapped(name)
-
-
-@cache
-def _wrapped(name: str) -> type[Searcher]:
-    summary = f"Multi-step selection around {name}: screens its batches on few tokens, survivors on more."
-    return wrapping(MultiStep, name, OWN, summary, random=True)
-
-
-family = _Family()
-"""The entry point."""
+family = WrappingFamily(
+    "multi_step",
+    MultiStep,
+    OWN,
+    "Multi-step selection around {}: screens its batches on few tokens, survivors on more.",
+    MEMBERS,
+    random=True,
+)
+"""The entry point. Those listed are ours that propose batches."""

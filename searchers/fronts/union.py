@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, ClassVar
 
-from evo_hpo.errors import UnknownNameError
 from evo_hpo.search.searcher import Searcher
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.fronts.interleaved import Interleaved
-from searchers.wrapping import wrapping
+from searchers.wrapping import WrappingFamily
 
 __all__ = ["Union", "family"]
 
@@ -35,29 +33,7 @@ class Union(Interleaved):
         return self.wrapped(space, seed=int(self.rng.integers(2**31)), **self._settings)
 
 
-class _Family:
-    """``union:NAME`` for any searcher NAME of single budgets."""
-
-    def members(self) -> tuple[str, ...]:
-        """Some of ours; other names work too."""
-        return MEMBERS
-
-    def member(self, name: str) -> type[Searcher]:
-        """The wrapped searcher class.
-
-        Raises:
-            UnknownNameError: no such searcher, or it is a union.
-        """
-        if name.partition(":")[0] == "union":
-            raise UnknownNameError(f"union cannot wrap {name!r}: it is a union already")
-        return _wrapped(name)
-
-
-@cache
-def _wrapped(name: str) -> type[Searcher]:
-    summary = f"{name} at several budgets of a range, in turns, on equal shares of the purse."
-    return wrapping(Union, name, ("budgets",), summary)
-
-
-family = _Family()
+family = WrappingFamily(
+    "union", Union, ("budgets",), "{} at several budgets of a range, in turns, on equal shares of the purse.", MEMBERS
+)
 """The entry point."""

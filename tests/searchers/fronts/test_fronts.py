@@ -224,7 +224,7 @@ def test_those_of_one_objective_are_refused() -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(InvalidSettingError, match="budgets=1 must be an integer of at least 2"):
         CurvatureFront(RANGED, budgets=1)
-    with pytest.raises(UnknownNameError, match="it is a union already"):
+    with pytest.raises(UnknownNameError, match="it is union already"):
         family.member("union:evopress")
     nested = EvoPressFront(RANGED, minibatch="nested", survivors=[2, 1], tokens=[16, 64])
     with pytest.raises(InvalidSettingError, match="nested minibatches cannot be read in turns"):

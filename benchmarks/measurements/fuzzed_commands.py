@@ -62,7 +62,7 @@ def search_case(folder: Path, data: bytes) -> int:
 def _compared(plan: Plan, **settings: Any) -> Path:
     """The searches of a plan in this process, if that is short."""
     tokens, trials = plan.budget.tokens or 0, plan.budget.evaluations or 0
-    searches = list(itertools.islice(plan.tasks(), LARGEST + 1))
+    searches = list(itertools.islice(plan.planned(), LARGEST + 1))
     if plan.budget.seconds or tokens > 16 * LARGEST or trials > LARGEST or len(searches) > LARGEST:
         return Path(settings["folder"])
     with patch("evo_hpo.run.schedule._processes", _here):

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from benchmarks.problems.smollm2 import smollm2
-from evo_hpo.scoring.problem import LanguageModelProblem
+from evo_hpo.scoring.language_model_problem import LanguageModelProblem
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import Assignment
 from searchers.additive.solvers import solve

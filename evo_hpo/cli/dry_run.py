@@ -23,7 +23,7 @@ def dry_run(plan: Plan, console: Console) -> None:
         EvoHpoError: what a run would refuse before any work.
     """
     plan.check()
-    searches = Counter(task.problem for task in plan.tasks())
+    searches = Counter(task.problem for task in plan.planned())
     table = Table(title=f"{plan.name}: {searches.total()} searches")
     for column in ("problem", "searches", "tokens each", "tokens in all", "tokens a second", "hours", "memory"):
         table.add_column(column, justify="left" if column == "problem" else "right")

@@ -43,7 +43,7 @@ def evaluate(
     [bold]Example:[/bold] evo-hpo evaluate mlruns/comparisons/NAME/profiles/winner.json other.gguf --text wikitext2
     """
     from evo_hpo.export import evaluation
-    from evo_hpo.export.tasks import Tasks
+    from evo_hpo.export.harness_tasks import HarnessTasks
     from evo_hpo.models.loading import compute_dtype
     from evo_hpo.record.comparison import Comparison
     from evo_hpo.report.size_plot import size_figure
@@ -52,7 +52,7 @@ def evaluate(
         raise InvalidSettingError(
             f"task_folder={str(task_folder or '')!r}, limit={limit} are of tasks: name them with --tasks"
         )
-    wanted = Tasks(tuple(name.strip() for name in tasks.split(",")), task_folder, limit) if tasks else None
+    wanted = HarnessTasks(tuple(name.strip() for name in tasks.split(",")), task_folder, limit) if tasks else None
     profiles = [Path(model) for model in models if model.endswith(".json")]
     known = [p.parent.parent for p in profiles if p.parent.name == "profiles" and Comparison.lies_in(p.parent.parent)]
     folder = output or (known[0] if known else Path()) / "evaluation"

@@ -55,7 +55,7 @@ class ComparisonProgress:
     def __init__(self, plan: Plan, console: Console) -> None:
         self.total = plan.budget.budget().amount
         self.kind = plan.budget.budget().kind
-        self.tasks = len(list(plan.tasks()))
+        self.tasks = len(list(plan.planned()))
         self.console = console
         self.searches: dict[str, _Running] = {}
         self.done = 0

@@ -27,13 +27,13 @@ def sizes(
     [bold]Example:[/bold] evo-hpo sizes my-plan.toml --context 32768
     """
     from evo_hpo.export.folder import task_of
+    from evo_hpo.scoring.expected_levels import expected_levels
     from evo_hpo.scoring.file_size import FileSize
     from evo_hpo.scoring.footprint import ModelShape, configuration
-    from evo_hpo.scoring.planned import planned_levels
 
     for key, entry in _problems(plan):
         task = task_of({"problem": entry})
-        levels = planned_levels(task)
+        levels = expected_levels(task)
         size, shape = FileSize.of(task.model, levels), ModelShape.of(configuration(task.model))
         cache = 2 * shape.key_values * context * sequences
         table = Table(title=f"{key}: {size.weights:,} weights, {size.searched:,} searched")

@@ -14,8 +14,8 @@ import torch
 from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.export.figures import Estimate, SequenceFigures, measure
 from evo_hpo.export.folder import place, read_profile, task_of
+from evo_hpo.export.harness_tasks import HarnessTasks, check_tasks, task_scores
 from evo_hpo.export.reading import PARTS, load_served, size_of
-from evo_hpo.export.tasks import Tasks, check_tasks, task_scores
 from evo_hpo.models.corpora import is_local
 from evo_hpo.models.identity import tokenizer_identity, tokens_identity
 from evo_hpo.models.loading import LoadedModel, resolve_folder, source_gguf
@@ -91,7 +91,7 @@ def evaluate(
     tokens: int = 32768,
     stride: int = 0,
     dtype: torch.dtype = torch.float32,
-    tasks: Tasks | None = None,
+    tasks: HarnessTasks | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Measure every model on every text, and compare with the original where there is one.

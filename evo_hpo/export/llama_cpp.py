@@ -99,13 +99,6 @@ class LlamaCpp:
         count = self._shared.llama_tokenize(self._vocabulary, *arguments)
         return [int(token) for token in found[: max(count, 0)]]
 
-    def continued(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The next `count` tokens, the likeliest each time."""
-        found = list(tokens)
-        for _ in range(count):
-            found.append(int(self.logits(found)[-1].argmax()))
-        return found[len(tokens) :]
-
 
 @cache
 def _declared() -> Any:

@@ -19,10 +19,10 @@ from evo_hpo.levels.manifest import LevelRecord, UnitRecord, checksum
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.structure import is_linear
 
-__all__ = ["ReferenceFolder", "open_reference", "read_level_lines", "write_level_lines", "write_reference"]
+__all__ = ["PublishedFolder", "open_published", "read_level_lines", "write_level_lines", "write_published"]
 
 
-class ReferenceFolder:
+class PublishedFolder:
     """Decodes levels from `<layer>/<level>.pth`, loaded at first use."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
@@ -39,7 +39,7 @@ class ReferenceFolder:
         """Nothing is packed."""
 
 
-def open_reference(folder: str | Path, resource: str, model: nn.Module, dtype: torch.dtype = torch.float32) -> LevelSet:
+def open_published(folder: str | Path, resource: str, model: nn.Module, dtype: torch.dtype = torch.float32) -> LevelSet:
     """Open a folder in the published layout.
 
     Args:
@@ -52,7 +52,7 @@ def open_reference(folder: str | Path, resource: str, model: nn.Module, dtype: t
     if resource not in ("bits", "weights"):
         raise InvalidSettingError(f"resource={resource!r} must be 'bits' or 'weights'")
     root = Path(folder).expanduser()
-    source = ReferenceFolder(root, dtype)
+    source = PublishedFolder(root, dtype)
     found = {path.parent.name for path in root.glob("*/*.pth")}
     if not found:
         raise StoreError(f"no <layer>/<level>.pth in {str(root)!r}: name the folder that holds one folder a layer")
@@ -72,7 +72,7 @@ def open_reference(folder: str | Path, resource: str, model: nn.Module, dtype: t
     return LevelSet(rows, resource)
 
 
-def write_reference(store: LevelStore, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
+def write_published(store: LevelStore, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
     """Write every level of a store as dense tensors; labels that are not integers become 0, 1, ... (cheapest first)."""
     for number, unit in enumerate(store.units):
         target = Path(folder) / unit.name

@@ -29,8 +29,7 @@ __all__ = ["attained", "front_figure", "front_sheets", "write_fronts"]
 
 Floats = npt.NDArray[np.float64]
 BUDGETS = 5
-GRID = 400
-ALPHA = 0.05
+POINTS = 400
 
 
 def _scale(problem: ProblemRecord) -> tuple[float, str]:
@@ -66,7 +65,7 @@ def attained(results: Results, problem: str, label: str, key: str) -> Band:
     ``x`` is cost; what half of the seeds do not reach is infinite.
     """
     space = results.problems[problem].space
-    x = np.linspace(foot(space), space.budget, GRID)
+    x = np.linspace(foot(space), space.budget, POINTS)
     values = np.array([_attained(run, key, x) for run in _ended(results, problem, label)])
     if not len(values):
         return Band(x[:0], x[:0], x[:0], x[:0], "none", 0)

@@ -114,7 +114,7 @@ class Plan(Strict):
             return self
         return self.model_copy(update={"searchers": (*self.searchers, SearcherEntry(name="uniform"))})
 
-    def tasks(self) -> Iterator[PlannedSearch]:
+    def planned(self) -> Iterator[PlannedSearch]:
         """Every search, seeds outermost so that partial results already compare all searchers.
 
         A searcher whose seed changes nothing runs once on each instance of a problem.

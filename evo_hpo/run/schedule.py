@@ -85,7 +85,7 @@ def compare(
     """
     plan.check()
     folder = folder or comparison_folder(plan, root, resume=resume)
-    tasks = list(plan.tasks())
+    tasks = list(plan.planned())
     comparison = _settled(Comparison.start(folder, plan.plain(), tasks, plan_text), plan)
     failures, traced = list[str](), 0
     with _processes(plan, folder, resume, tasks, ray) as events:

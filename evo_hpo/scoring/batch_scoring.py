@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evo_hpo.scoring.dense import DenseSide, PackedSide, joined
 from evo_hpo.scoring.divergence import Fitness
-from evo_hpo.scoring.kept_inputs import Reference, ReferenceStates
+from evo_hpo.scoring.kept_inputs import KeptPath, KeptPaths
 from evo_hpo.scoring.pool import ReplicaPool
 from evo_hpo.scoring.prefixes import Signature, signature
 from evo_hpo.scoring.replica import Replica
@@ -19,7 +19,7 @@ from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["BatchScorer"]
 
-GroupSums = tuple[list[int], Group, Tensor, dict[int, Reference]]
+GroupSums = tuple[list[int], Group, Tensor, dict[int, KeptPath]]
 
 
 @dataclass
@@ -43,7 +43,7 @@ class BatchScorer:
     top_k: int
     state_bytes: int
     rounds: Rounds
-    reference: ReferenceStates
+    reference: KeptPaths
     dense: dict[int, DenseSide | PackedSide] = field(default_factory=dict)
 
     def evaluate(
@@ -63,7 +63,7 @@ class BatchScorer:
         bring_paths = self.reference.begin(
             (self.rounds.seed, len(sequences)), len(self.units_of_blocks) * state, len(todo)
         )
-        paths: list[dict[tuple[int, ...], Reference]] = [{} for _ in todo]
+        paths: list[dict[tuple[int, ...], KeptPath]] = [{} for _ in todo]
 
         def read(_: Sequence[Assignment], candidates: Sequence[int], parts: Sequence[Group], sums: Sums) -> None:
             for members, group, found in self._run(todo, candidates, parts, sums, bring_paths):
@@ -92,7 +92,7 @@ class BatchScorer:
         batches: Sequence[Group],
         sums: Sums,
         bring_paths: bool,
-    ) -> list[tuple[list[int], Group, dict[int, Reference]]]:
+    ) -> list[tuple[list[int], Group, dict[int, KeptPath]]]:
         """Runs candidates on batches where something is unknown, and fills their sums in; with the paths they took."""
         signatures = {i: signature(todo[i], self.units_of_blocks) for i in candidates}
         order = sorted(candidates, key=signatures.__getitem__)

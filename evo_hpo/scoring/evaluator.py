@@ -28,7 +28,7 @@ from evo_hpo.scoring.compiling import Compiled, compile_parts
 from evo_hpo.scoring.dense import DenseSide, PackedSide
 from evo_hpo.scoring.divergence import Fitness
 from evo_hpo.scoring.head import Chunk, OutputHead
-from evo_hpo.scoring.kept_inputs import ReferenceStates
+from evo_hpo.scoring.kept_inputs import KeptPaths
 from evo_hpo.scoring.pool import ReplicaPool
 from evo_hpo.scoring.replica import Replica
 from evo_hpo.scoring.rounds import Rounds, Sums, scored
@@ -141,7 +141,7 @@ class Evaluator:
             top_k,
             state_bytes,
             Rounds(early_stopping),
-            ReferenceStates(reference_bytes),
+            KeptPaths(reference_bytes),
         )
         self.identity = {
             **(identity or model_identity(model)),

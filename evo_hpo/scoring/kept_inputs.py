@@ -13,14 +13,14 @@ from torch import Tensor
 
 from evo_hpo.scoring.prefixes import Signature
 
-__all__ = ["Path", "Reference", "ReferenceStates"]
+__all__ = ["Path", "KeptPath", "KeptPaths"]
 
 Path = Mapping[int, Tensor]
 """Block number -> its input (sequences x length x hidden); every number from 1 on, or none."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class KeptPath:
     """An assignment's path on one group of sequences."""
 
     signature: Signature
@@ -28,7 +28,7 @@ class Reference:
 
 
 @dataclass
-class ReferenceStates:
+class KeptPaths:
     """Keeps the paths of one assignment within a memory limit.
 
     Args:
@@ -38,7 +38,7 @@ class ReferenceStates:
     limit: int
     minibatch: tuple[int | None, int] | None = None
     loss: float = float("inf")
-    _paths: dict[tuple[int, ...], Reference] = field(default_factory=dict)
+    _paths: dict[tuple[int, ...], KeptPath] = field(default_factory=dict)
 
     def begin(self, minibatch: tuple[int | None, int], path_bytes: int, candidates: int) -> bool:
         """Whether the candidates of a call on this minibatch should bring their paths back.
@@ -53,11 +53,11 @@ class ReferenceStates:
             self.minibatch = minibatch
         return repeated and (candidates + 1) * path_bytes <= self.limit
 
-    def get(self, sequences: tuple[int, ...]) -> Reference | None:
+    def get(self, sequences: tuple[int, ...]) -> KeptPath | None:
         """The reference's path on these sequences."""
         return self._paths.get(sequences)
 
-    def offer(self, loss: float, paths: Mapping[tuple[int, ...], Reference]) -> None:
+    def offer(self, loss: float, paths: Mapping[tuple[int, ...], KeptPath]) -> None:
         """Makes an assignment the reference if its loss is lower than the present one's."""
         if loss < self.loss:
             self.loss, self._paths = loss, dict(paths)

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import Absent, absent, first_of
 from evo_hpo.models.structure import is_linear, is_matrix, is_transposed
-from evo_hpo.scoring.changes import output_changes, row_changes, squared_lengths, weight_changes
+from evo_hpo.scoring.weight_changes import output_changes, row_changes, squared_lengths, weight_changes
 from evo_hpo.search.sensitivities import Form
 
 __all__ = ["Projector"]

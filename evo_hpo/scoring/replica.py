@@ -13,7 +13,7 @@ from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.dense import DenseSide, PackedSide
 from evo_hpo.scoring.divergence import Fitness, cross_entropies, dense_side, divergences
 from evo_hpo.scoring.head import OutputHead
-from evo_hpo.scoring.kept_inputs import Reference
+from evo_hpo.scoring.kept_inputs import KeptPath
 from evo_hpo.scoring.prefixes import Signature, plan_visits, shared_prefix
 from evo_hpo.scoring.switching import WeightSwitch
 from evo_hpo.space.compression_space import Assignment
@@ -81,9 +81,9 @@ class Replica:
         ids: Tensor,
         dense: DenseSide | None,
         state_bytes: int,
-        reference: Reference | None = None,
+        reference: KeptPath | None = None,
         bring_paths: bool = False,
-    ) -> tuple[Tensor, dict[int, Reference]]:
+    ) -> tuple[Tensor, dict[int, KeptPath]]:
         """Runs candidates, each from the first block that no earlier one (or the reference) has run alike.
 
         Args:
@@ -100,7 +100,7 @@ class Replica:
             and candidate -> path, empty unless asked for.
         """
         sums = torch.empty(len(assignments), len(ids), dtype=torch.float64, device=ids.device)
-        paths: dict[int, Reference] = {}
+        paths: dict[int, KeptPath] = {}
         waiting: list[tuple[int, Tensor]] = []
         head = self.head
         group = 1 if self.head.linear else self.group
@@ -126,7 +126,7 @@ class Replica:
                 final, kept = self.gated.final_hidden(ids, start, states.get(start), keep)
                 states = {depth: s for depth, s in states.items() if depth <= start} | kept
                 if bring_paths:
-                    paths[visit.index] = Reference(own, dict(states))
+                    paths[visit.index] = KeptPath(own, dict(states))
                 waiting.append((visit.index, final))
                 self._count(switched - begin, time.perf_counter() - switched, start, len(ids))
                 if len(waiting) == group:

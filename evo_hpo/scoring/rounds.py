@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from evo_hpo.scoring.racing import race
+from evo_hpo.scoring.early_stopping import complete_best
 from evo_hpo.search.problem import Score
 from evo_hpo.space.compression_space import Assignment
 
@@ -106,7 +106,7 @@ class Rounds:
 
         stoppable = self.early_stopping and len(groups) > 1
         if stoppable and keep is not None and keep < len(todo) + len(totals) and keep <= len(todo):
-            race(run, sums, [columns for _, columns in groups], keep, totals)
+            complete_best(run, sums, [columns for _, columns in groups], keep, totals)
         else:
             run(range(len(todo)), range(len(groups)))
         self.known.update(zip(todo, sums, strict=True))

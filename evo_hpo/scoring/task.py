@@ -23,7 +23,7 @@ from evo_hpo.models.loading import compute_dtype, load_model, load_tokenizer
 from evo_hpo.models.paths import user_path
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.file_size import FileSize
-from evo_hpo.scoring.problem import LanguageModelProblem, check_names
+from evo_hpo.scoring.language_model_problem import LanguageModelProblem, check_names
 from evo_hpo.scoring.sampling import check_tokens
 from evo_hpo.scoring.stand_in import stand_in, unknown
 from evo_hpo.scoring.texts import Texts

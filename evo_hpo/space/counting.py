@@ -26,7 +26,7 @@ __all__ = ["Counter"]
 
 MOST_BITS = 4_000_000_000  # of the packed polynomial: 500 MB
 MOST_CELLS = 60_000_000  # of the sampling table: 480 MB
-GRID = 2**20  # cost steps where costs are too fine for the table
+STEPS = 2**20  # cost steps where costs are too fine for the table
 MOST_SUMS = 2_000_000  # distinct cost sums that the sparse count may hold
 
 
@@ -199,7 +199,7 @@ def _grids(budgets: Sequence[int], cells: float) -> list[int]:
     grids = [1] * len(budgets)
     order = sorted(range(len(budgets)), key=budgets.__getitem__)
     for n, r in enumerate(order):
-        steps = max(2, min(GRID, int(cells ** (1 / (len(order) - n)))))
+        steps = max(2, min(STEPS, int(cells ** (1 / (len(order) - n)))))
         grids[r] = max(1, -(-budgets[r] // steps))
         cells /= budgets[r] // grids[r] + 1
     return grids

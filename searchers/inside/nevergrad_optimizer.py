@@ -30,7 +30,7 @@ _ConfiguredOptimizer: Any = ng.optimizers.base.ConfiguredOptimizer
 
 __all__ = ["ConfiguredEvoPress", "EvoPressOptimizer"]
 
-GRID = 1024  # steps of a continuous coordinate
+STEPS = 1024  # steps of a continuous coordinate
 REACH = 5.0  # range of an unbounded coordinate, in its mutation widths on either side of its first value
 LEVELS = "evopress_levels"
 
@@ -90,9 +90,9 @@ def _grids(parameter: Any) -> Iterator[np.ndarray[Any, Any]]:
         if parameter.integer:
             yield np.arange(math.ceil(a), math.floor(b) + 1)
         elif logarithmic and a > 0:
-            yield np.geomspace(a, b, GRID + 1)
+            yield np.geomspace(a, b, STEPS + 1)
         else:
-            yield np.linspace(a, b, GRID + 1)
+            yield np.linspace(a, b, STEPS + 1)
 
 
 class EvoPressOptimizer(_Optimizer):  # type: ignore[misc]

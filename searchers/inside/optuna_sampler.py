@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["EvoPressSampler"]
 
 GENERATION = "evopress:generation"
-GRID = 1024  # steps of a continuous parameter
+STEPS = 1024  # steps of a continuous parameter
 
 
 class _Axis:
@@ -51,7 +51,7 @@ class _Axis:
         elif isinstance(distribution, (IntDistribution, FloatDistribution)):
             step = distribution.step
             span = distribution.high - distribution.low
-            self.size = GRID + 1 if step is None and span else 1 if not span else round(span / (step or 1)) + 1
+            self.size = STEPS + 1 if step is None and span else 1 if not span else round(span / (step or 1)) + 1
         else:
             raise InvalidSpaceError(f"distribution {distribution!r} has no order of values")
 

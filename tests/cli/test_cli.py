@@ -197,7 +197,7 @@ def test_a_plan_with_an_ablation_of_its_own_can_be_varied(tmp_path: Path) -> Non
     assert run("ablate", plan, "--vary", "offspring=2,8", "--searcher", "evopress", *options) == 0
     kept = PlanFile.read(tmp_path / "tiny-ablation" / "plan.toml").plan()
     searches = {s.id for s in Comparison.read(tmp_path / "tiny-ablation").searches}
-    assert {t.id for t in kept.tasks()} == searches
+    assert {t.id for t in kept.planned()} == searches
     assert any("offspring-8" in name for name in searches)
     assert not any("max_switches" in name for name in searches)
 

@@ -22,8 +22,8 @@ from evo_hpo.errors import InvalidSettingError, MissingPackageError, ModelError,
 from evo_hpo.export.evaluation import evaluate
 from evo_hpo.export.figures import Estimate, measure
 from evo_hpo.export.folder import export_profile
+from evo_hpo.export.harness_tasks import HarnessTasks
 from evo_hpo.export.reading import load_served
-from evo_hpo.export.tasks import Tasks
 from evo_hpo.models.text import token_stream
 from tests.export.test_packed import found, settings
 from tests.tiny import save_tiny
@@ -294,17 +294,17 @@ def test_tasks_go_through_the_harness_with_the_model_that_is_measured(
             setattr(module, key, value)
         monkeypatch.setitem(sys.modules, name, module)
     given: dict[str, Any] = {"sequence_length": 32, "tokens": 64}
-    table = evaluate([str(model)], [str(text)], tasks=Tasks(("cats",), tmp_path, 4), **given)
+    table = evaluate([str(model)], [str(text)], tasks=HarnessTasks(("cats",), tmp_path, 4), **given)
     assert table.results[0].tasks == {"cats/acc": 0.5, "cats/acc_stderr": 0.1}
     assert seen["places"] == (str(tmp_path), False)  # nothing is looked for elsewhere
     assert seen["limit"] == 4
     assert isinstance(seen["model"]["pretrained"], torch.nn.Module)
     monkeypatch.setattr("evo_hpo.export.evaluation.measure", lambda *_: pytest.fail("a text was measured"))
     with pytest.raises(InvalidSettingError, match="has no task 'dogs'"):
-        evaluate([str(model)], [str(text)], tasks=Tasks(("dogs",), tmp_path), **given)
+        evaluate([str(model)], [str(text)], tasks=HarnessTasks(("dogs",), tmp_path), **given)
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingPackageError, match=r"evo-hpo\[lm-eval\]"):
-        evaluate(["no such model"], [str(text)], tasks=Tasks(("cats",)), **given)  # before anything is loaded
+        evaluate(["no such model"], [str(text)], tasks=HarnessTasks(("cats",)), **given)  # before anything is loaded
     with pytest.raises(InvalidSettingError, match="limit=-1 must be at least 1"):
-        evaluate([str(model)], [str(text)], tasks=Tasks(("cats",), limit=-1), **given)
+        evaluate([str(model)], [str(text)], tasks=HarnessTasks(("cats",), limit=-1), **given)

@@ -25,8 +25,8 @@ from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
 from evo_hpo.levels.serving import SERVERS, check_levels
 from evo_hpo.models.loading import load_model
+from evo_hpo.scoring.expected_levels import expected_levels
 from evo_hpo.scoring.file_size import FileSize
-from evo_hpo.scoring.planned import planned_levels
 from evo_hpo.scoring.task import language_model
 from evo_hpo.search.registry import make_problem, prepare_problem
 from evo_hpo.space.amounts import Amount
@@ -267,11 +267,11 @@ def test_sizes_are_told_before_anything_is_built_as_they_are_built(
     task = language_model.task(problem)
     with monkeypatch.context() as patch:
         patch.setenv("EVO_HPO_CACHE", str(tmp_path / "nothing"))
-        planned = planned_levels(task)
+        planned = expected_levels(task)
         assert not (tmp_path / "nothing").exists()
         for build in ({"group_size": 24, "symmetric": False}, {"group_size": 0}):
             asked = language_model.task(settings(model, build=build, resource="storage"))
-            ahead = planned_levels(asked).units
+            ahead = expected_levels(asked).units
             asked.ensure_store(lambda *_: None)
             assert ahead == asked.open_levels().units
     prepare_problem("language_model", problem, lambda *_: None)
@@ -320,4 +320,4 @@ def test_sizes_of_levels_that_cannot_be_are_refused_as_their_build_refuses_them(
     for levels in ([2.5, 3], [3, 3], [9]):
         task = language_model.task(settings(model, levels=levels, store=str(tmp_path / "none")))
         with pytest.raises(InvalidSettingError, match="bits="):
-            planned_levels(task)
+            expected_levels(task)

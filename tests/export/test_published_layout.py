@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evo_hpo.errors import StoreError
-from evo_hpo.export.published_layout import open_reference, read_level_lines, write_level_lines, write_reference
+from evo_hpo.export.published_layout import open_published, read_level_lines, write_level_lines, write_published
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.pruners import Magnitude
 from evo_hpo.levels.quantizers import RTN
@@ -20,8 +20,8 @@ from evo_hpo.scoring.evaluator import Evaluator
 def test_quantized_levels_round_trip(llama: LoadedModel, tmp_path: Path) -> None:
     build_store(llama, tmp_path / "store", RTN([2, 3], group_size=16))
     store = open_store(tmp_path / "store")
-    write_reference(store, tmp_path / "dense", torch.float32)
-    again = open_reference(tmp_path / "dense", "bits", llama.model)
+    write_published(store, tmp_path / "dense", torch.float32)
+    again = open_published(tmp_path / "dense", "bits", llama.model)
     assert list(again.units) == list(store.units)  # in the order of the model, which is not that of the folders
     assert [u.name for u in again.units] != sorted(u.name for u in again.units)
     for number, unit in enumerate(store.units):
@@ -35,8 +35,8 @@ def test_quantized_levels_round_trip(llama: LoadedModel, tmp_path: Path) -> None
 def test_sparse_levels_cost_their_weights(llama: LoadedModel, tmp_path: Path) -> None:
     build_store(llama, tmp_path / "store", Magnitude([0.25, 0.5], values="float32"))
     store = open_store(tmp_path / "store")
-    write_reference(store, tmp_path / "dense", torch.float32)
-    again = open_reference(tmp_path / "dense", "weights", llama.model)
+    write_published(store, tmp_path / "dense", torch.float32)
+    again = open_published(tmp_path / "dense", "weights", llama.model)
     assert {u.name: u.costs for u in again.units} == {u.name: u.costs for u in store.units}
     assert again.units[0].levels == ("0", "1")
 
@@ -61,18 +61,18 @@ def test_profiles_round_trip_and_are_checked(llama: LoadedModel, tmp_path: Path)
 
 def test_what_does_not_fit_is_refused_by_name(llama: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no <layer>"):
-        open_reference(tmp_path, "bits", llama.model)
+        open_published(tmp_path, "bits", llama.model)
     layer = tmp_path / "model.layers.0.mlp.up_proj"
     layer.mkdir()
     (layer / "3.pth").write_bytes(b"nonsense")
     with pytest.raises(StoreError, match=r"cannot read .*3\.pth"):
-        open_reference(tmp_path, "bits", llama.model)
+        open_published(tmp_path, "bits", llama.model)
     torch.save(torch.zeros(3, 4), layer / "3.pth")
     with pytest.raises(StoreError, match=r"3\.pth.*\(48, 32\)"):
-        open_reference(tmp_path, "bits", llama.model)
+        open_published(tmp_path, "bits", llama.model)
     layer.rename(tmp_path / "model.layers.7.mlp.up_proj")
     with pytest.raises(StoreError, match=r"layers\.7.*no linear layer"):
-        open_reference(tmp_path, "bits", llama.model)
+        open_published(tmp_path, "bits", llama.model)
 
 
 def test_a_published_folder_and_profile_are_scored_like_our_own(
@@ -80,9 +80,9 @@ def test_a_published_folder_and_profile_are_scored_like_our_own(
 ) -> None:
     build_store(llama, tmp_path / "store", RTN([2, 3], group_size=16))
     store = open_store(tmp_path / "store")
-    write_reference(store, tmp_path / "dense", torch.float32)
+    write_published(store, tmp_path / "dense", torch.float32)
     write_level_lines(tmp_path / "profile.txt", store, tuple(i % 3 % 2 for i in range(len(store.units))))
-    published = open_reference(tmp_path / "dense", "bits", llama.model)
+    published = open_published(tmp_path / "dense", "bits", llama.model)
     losses = []
     for levels in (store, published):
         evaluator = Evaluator(llama.model, levels, tokens)

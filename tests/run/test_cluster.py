@@ -21,7 +21,7 @@ from evo_hpo.run.events import BatchScored, Event, ScorersUp
 from evo_hpo.run.plan import Plan, make_plan
 from evo_hpo.run.schedule import ComparisonFailed, compare
 from evo_hpo.run.spread_problem import SpreadProblem
-from evo_hpo.scoring.problem import LanguageModelProblem
+from evo_hpo.scoring.language_model_problem import LanguageModelProblem
 from evo_hpo.search.budget import Budget
 from evo_hpo.search.loop import search
 from evo_hpo.search.problem import Minibatch, Problem

@@ -33,7 +33,7 @@ def plan_data(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_grid_is_problems_times_searchers_times_seeds_and_uniform_runs_once() -> None:
-    assert [t.id for t in make_plan(plan_data()).tasks()] == ["uniform-s0", "evopress-s0", "evopress-s1"]
+    assert [t.id for t in make_plan(plan_data()).planned()] == ["uniform-s0", "evopress-s0", "evopress-s1"]
 
 
 def test_the_final_checkpoint_is_always_there_and_seeds_may_be_a_count() -> None:
@@ -179,7 +179,7 @@ def test_a_plan_of_plain_data_can_be_read_again() -> None:
 def test_where_each_seed_has_an_instance_of_its_own_every_searcher_runs_on_each() -> None:
     problem = {"name": "additive", "settings": {"units": 8}, "instance": "seed"}
     plan = make_plan(plan_data(problems=[problem]))
-    tasks = list(plan.tasks())
+    tasks = list(plan.planned())
     assert [t.id for t in tasks] == ["uniform-s0", "evopress-s0", "uniform-s1", "evopress-s1"]
     assert [plan.problems[0].settings_of(t.seed) for t in tasks] == [{"units": 8, "seed": s} for s in (0, 0, 1, 1)]
     assert not any(t.deterministic for t in tasks)
@@ -284,7 +284,7 @@ def test_seeds_that_are_no_seeds_and_names_too_long_for_files_are_refused(change
 def test_journals_of_long_labels_have_names_that_file_systems_take_and_differ() -> None:
     values = [["x" * 300, n] for n in range(3)]
     ablation = {"searcher": "evopress", "vary": {"offspring": values}}
-    files = [Path(t.journal).name for t in make_plan(plan_data(ablation=ablation)).tasks()]
+    files = [Path(t.journal).name for t in make_plan(plan_data(ablation=ablation)).planned()]
     assert len(set(files)) == len(files)
     assert max(map(len, files)) < 256
 

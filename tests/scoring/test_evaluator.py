@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.scoring.problem import LanguageModelProblem
+from evo_hpo.scoring.language_model_problem import LanguageModelProblem
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import CompressionSpace

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evo_hpo.scoring.early_stopping import complete_best
 from evo_hpo.scoring.prefixes import Signature, plan_visits, shared_prefix
-from evo_hpo.scoring.racing import race
 
 SIGNATURES = st.integers(2, 6).flatmap(
     lambda blocks: st.lists(
@@ -66,7 +66,7 @@ def test_shared_prefix_counts_leading_blocks() -> None:
     st.integers(1, 4),
     st.integers(0, 3),
 )
-def test_a_race_completes_the_best(seed: int, candidates: int, batches: int, keep: int, known: int) -> None:
+def test_stopping_completes_the_best(seed: int, candidates: int, batches: int, keep: int, known: int) -> None:
     rng = np.random.default_rng(seed)
     truth = rng.exponential(size=(candidates, 1)) * rng.uniform(0, 2, size=(candidates, batches))
     totals = list(rng.exponential(size=known) * batches)
@@ -77,7 +77,7 @@ def test_a_race_completes_the_best(seed: int, candidates: int, batches: int, kee
         for i in chosen:
             sums[i, list(numbers)] = truth[i, list(numbers)]
 
-    race(run, sums, [slice(i, i + 1) for i in range(batches)], keep, totals)  # type: ignore[arg-type]
+    complete_best(run, sums, [slice(i, i + 1) for i in range(batches)], keep, totals)  # type: ignore[arg-type]
     everything = sorted([*truth.sum(axis=1), *totals])
     complete = sorted([*sums[~np.isnan(sums).any(axis=1)].sum(axis=1), *totals])
     np.testing.assert_allclose(complete[:keep], everything[:keep])
@@ -85,7 +85,7 @@ def test_a_race_completes_the_best(seed: int, candidates: int, batches: int, kee
     assert all(np.nansum(row) > everything[keep - 1] for row in sums[stopped])
 
 
-def test_a_race_saves_reading_when_candidates_differ_widely() -> None:
+def test_stopping_saves_reading_when_candidates_differ_widely() -> None:
     truth = np.array([[1.0] * 8, [3.0] * 8, [10.0] * 8])
     sums = np.full_like(truth, np.nan)
 
@@ -93,6 +93,6 @@ def test_a_race_saves_reading_when_candidates_differ_widely() -> None:
         for i in chosen:
             sums[i, list(numbers)] = truth[i, list(numbers)]
 
-    race(run, sums, [slice(i, i + 1) for i in range(8)], 1, [])  # type: ignore[arg-type]
+    complete_best(run, sums, [slice(i, i + 1) for i in range(8)], 1, [])  # type: ignore[arg-type]
     assert [int((~np.isnan(row)).sum()) for row in sums] == [8, 3, 1]
     assert np.nansum(sums[1]) == pytest.approx(9.0)

@@ -18,7 +18,7 @@ from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.head import Chunk
-from evo_hpo.scoring.problem import LanguageModelProblem
+from evo_hpo.scoring.language_model_problem import LanguageModelProblem
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.sensitivities import SensitivityPass
 from evo_hpo.search.problem import Minibatch

@@ -9,11 +9,11 @@ from typing import Any
 from evo_hpo.errors import InvalidSettingError, MissingPackageError
 from evo_hpo.models.loading import LoadedModel
 
-__all__ = ["Tasks", "check_tasks", "task_scores"]
+__all__ = ["HarnessTasks", "check_tasks", "task_scores"]
 
 
 @dataclass(frozen=True)
-class Tasks:
+class HarnessTasks:
     """Which tasks, and how.
 
     Attributes:
@@ -29,7 +29,7 @@ class Tasks:
     batch: int = 1
 
 
-def check_tasks(tasks: Tasks) -> Any:
+def check_tasks(tasks: HarnessTasks) -> Any:
     """The harness's list of tasks, which knows all that are asked for: before any model is loaded.
 
     Raises:
@@ -58,7 +58,7 @@ def check_tasks(tasks: Tasks) -> Any:
     return manager
 
 
-def task_scores(loaded: LoadedModel, tasks: Tasks, manager: Any) -> dict[str, float]:
+def task_scores(loaded: LoadedModel, tasks: HarnessTasks, manager: Any) -> dict[str, float]:
     """ "task/metric" -> value; the harness's standard error stands under "task/metric_stderr".
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["race"]
+__all__ = ["complete_best"]
 
 Run = Callable[[Sequence[int], Sequence[int]], None]
 """Fills the sums of some candidates on some batches."""
@@ -15,11 +15,13 @@ Run = Callable[[Sequence[int], Sequence[int]], None]
 LEAST_GAIN = 0.03
 """Share of sequences that stopping must be expected to save; below it, all candidates run in one go.
 
-A race runs the leaders apart from the rest and so shares fewer prefixes among them.
+It runs the leaders apart from the rest and so shares fewer prefixes among them.
 """
 
 
-def race(run: Run, sums: NDArray[np.float64], columns: Sequence[slice], keep: int, known: Sequence[float]) -> None:
+def complete_best(
+    run: Run, sums: NDArray[np.float64], columns: Sequence[slice], keep: int, known: Sequence[float]
+) -> None:
     """Completes at least the best ``keep`` candidates; a row that ends with NaN was stopped.
 
     A sequence's sum is never negative, so a partial sum bounds the total from below. The candidates that look best

@@ -15,7 +15,7 @@ from evo_hpo.models.structure import ROUTERS, is_transposed, linear_modules
 from evo_hpo.scoring.footprint import configuration, empty_model
 from evo_hpo.scoring.task import LanguageModelTask
 
-__all__ = ["planned_levels"]
+__all__ = ["expected_levels"]
 
 
 class Unbuilt:
@@ -28,7 +28,7 @@ class Unbuilt:
         return None
 
 
-def planned_levels(task: LanguageModelTask) -> LevelSet:
+def expected_levels(task: LanguageModelTask) -> LevelSet:
     """The levels of a task: the store's where there is one, else those that GPTQ or RTN will build.
 
     Raises:

@@ -11,7 +11,7 @@ from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.ranges import marks
 
-__all__ = ["Checkpoint", "FrontPoint", "not_dominated", "thinned"]
+__all__ = ["Checkpoint", "FrontPoint", "front_of", "not_dominated", "thinned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,15 @@ def not_dominated(space: CompressionSpace, outcomes: Iterable[Outcome]) -> list[
         if outcome.tokens == most:
             levels = outcome.trial.levels
             least[levels] = min(outcome.loss, least.get(levels, math.inf))
+    return front_of(space, least)
+
+
+def front_of(space: CompressionSpace, losses: Mapping[Assignment, float]) -> list[Assignment]:
+    """Of assignments and their losses, those that lose less than every cheaper one, ascending in cost."""
     found, best = list[Assignment](), math.inf
-    for levels in sorted(least, key=lambda a: (space.cost(a), least[a])):
-        if least[levels] < best:
-            best = least[levels]
+    for levels in sorted(losses, key=lambda a: (space.cost(a), losses[a])):
+        if losses[levels] < best:
+            best = losses[levels]
             found.append(levels)
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from evo_hpo.search.checkpoint import front_of
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.ranges import at, marks
 from searchers.additive.solvers import MOST_CELLS, Effects, solve
@@ -71,10 +72,5 @@ def _traced(
 
 def _front(space: CompressionSpace, effects: Effects, found: list[Assignment]) -> list[Assignment]:
     """The feasible ones that lose less than every cheaper one, ascending in cost."""
-    front, best = list[Assignment](), np.inf
     losses = {a: sum(effects[u][k] for u, k in enumerate(a)) for a in found if space.feasible(a)}
-    for levels in sorted(losses, key=lambda a: (space.cost(a), losses[a])):
-        if losses[levels] < best:
-            best = losses[levels]
-            front.append(levels)
-    return front
+    return front_of(space, losses)

@@ -10,12 +10,11 @@ from evo_hpo.search.searcher import positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.ranges import at, marks, uniform_at
 from searchers.additive.model import AdditiveModel, Effects, within_reach
+from searchers.additive.probing import PROBE_SHARE
 from searchers.additive.solvers import solve
 from searchers.additive.sweep import sweep
 
 __all__ = ["AdditiveFront"]
-
-PROBE_SHARE = 0.6  # of the budget, at most, for the probes
 
 
 class AdditiveFront(OneFidelity):

@@ -1,7 +1,8 @@
 """What sensitivities cost and what they foretell: `python -m benchmarks.measurements.sensitivities`.
 
 On SmolLM2 with GPTQ levels: the time of a pass beside that of scoring one assignment; predicted against measured
-changes of one unit alone, at uniform 3 and 5 bits; and the exact knapsack over the curvature at the uncompressed model.
+changes of one unit alone, at uniform 3 and 5 bits (`--picture FILE` draws them); and the exact knapsack over the
+curvature at the uncompressed model.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benchmarks.problems.smollm2 import smollm2
@@ -21,6 +25,9 @@ from evo_hpo.space.compression_space import Assignment
 from searchers.additive.solvers import solve
 
 LENGTH = 256
+
+Changes = Mapping[str, NDArray[np.float64]]
+"""Changes of the loss (nats a token, below 0 is better) of the moves that were tried: measured, and each prediction."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--moves", type=int, default=40, help="changes of one unit that are measured at each reference")
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 5], help="uniform references of the moves")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--picture", type=Path, help="scatter plot of the moves to write")
     options = parser.parse_args(arguments)
     os.environ.setdefault("EVO_HPO_THREADS", "1")
     problem = smollm2(average=options.average, dtype=options.dtype, held_out_tokens=4096, tokens=LENGTH)
@@ -44,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for sequences in options.one_shot:
             one_shot(problem, sequences)
     if "moves" in options.parts:
-        for bits in options.bits:
-            moves(problem, bits, options.sequences, options.moves)
+        found = {bits: moves(problem, bits, options.sequences, options.moves) for bits in options.bits}
+        if options.picture:
+            scatter(found, options.picture)
 
 
 def timed(problem: LanguageModelProblem, sequences: int, rounds: int) -> None:
@@ -76,8 +85,8 @@ def one_shot(problem: LanguageModelProblem, sequences: int) -> None:
     print(f"one shot, {found.tokens} tokens charged: held-out KL {own:.4f}, uniform {uniform:.4f}", flush=True)
 
 
-def moves(problem: LanguageModelProblem, bits: int, sequences: int, count: int) -> None:
-    """Rank correlation of predicted and measured changes of the loss, on the same sequences."""
+def moves(problem: LanguageModelProblem, bits: int, sequences: int, count: int) -> Changes:
+    """Rank correlation of predicted and measured changes of the loss, on the same sequences; and the changes."""
     minibatch, rng = Minibatch(1, sequences * LENGTH), np.random.default_rng(0)
     labels = [unit.levels for unit in problem.space.units]
     at: Assignment = tuple(own.index(str(bits)) for own in labels)
@@ -95,8 +104,27 @@ def moves(problem: LanguageModelProblem, bits: int, sequences: int, count: int) 
         print(f"at {bits} bits, {name}: rank correlation {spearmanr(values, measured).statistic:.3f}", flush=True)
     print("unit level measured first_order curvature")
     for i, (unit, level) in enumerate(chosen):
-        own = f"{predicted['first order'][i]:+.5f} {predicted['curvature'][i]:+.5f}"
-        print(f"{problem.space.units[unit].name} {labels[unit][level]} {measured[i]:+.5f} {own}", flush=True)
+        own = f"{predicted['first order'][i]:+.2e} {predicted['curvature'][i]:+.2e}"
+        print(f"{problem.space.units[unit].name} {labels[unit][level]} {measured[i]:+.2e} {own}", flush=True)
+    return {"measured": measured, **predicted}
+
+
+def scatter(found: Mapping[int, Changes], path: Path) -> None:
+    """A panel for each reference: measured over predicted change, each prediction with its rank correlation."""
+    figure = Figure(figsize=(4.6 * len(found), 4.2), layout="constrained")
+    for axes, (bits, changes) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        measured = changes["measured"]
+        for name, marker in (("first order", "x"), ("curvature", "+"), ("both", "o")):
+            rank = spearmanr(changes[name], measured).statistic
+            axes.scatter(changes[name], measured, s=22, marker=marker, label=f"{name}: rank correlation {rank:.2f}")
+        width = float(np.abs(np.concatenate(list(changes.values()))).max()) * 1.1
+        axes.plot([-width, width], [-width, width], "k--", linewidth=0.8)
+        for scale in (axes.set_xscale, axes.set_yscale):
+            scale("symlog", linthresh=width / 100)
+        axes.set(title=f"uniform {bits} bits, one unit moved", xlabel="predicted change of the KL, nats a token")
+        axes.set_ylabel("measured change, nats a token")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from evo_hpo.errors import BudgetError, InvalidSettingError
 from evo_hpo.search.budget import Budget, Ledger
@@ -138,12 +139,13 @@ def search(
         )
     start = time.perf_counter()
     run = _Run(searcher, problem, budget, seed, journal, tuple(observers), sorted(checkpoints))
-    while not run.ledger.exhausted and (request := run.ask()) is not None:
-        if isinstance(request, Probe):
-            run.measure(request)
-        else:
-            run.tell(run.score(request, run.minibatch(request.terms.draw, request.tokens)))
-        run.take_checkpoints(min(run.ledger.spent / budget.amount, 0.999999))
+    with threadpool_limits(1, "blas"):  # numpy rounds otherwise with other threads, and searchers then ask otherwise
+        while not run.ledger.exhausted and (request := run.ask()) is not None:
+            if isinstance(request, Probe):
+                run.measure(request)
+            else:
+                run.tell(run.score(request, run.minibatch(request.terms.draw, request.tokens)))
+            run.take_checkpoints(min(run.ledger.spent / budget.amount, 0.999999))
     run.take_checkpoints(1.0)
     result = run.finish()
     result.seconds = time.perf_counter() - start

@@ -10,7 +10,9 @@ import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState
+from threadpoolctl import threadpool_limits
 
+from benchmarks.problems.bits import bits_space
 from evo_hpo import Allowance, Assignment, Budget, CompressionSpace, FunctionProblem, Unit, search
 from evo_hpo.errors import InvalidSettingError, MissingPackageError, UnknownNameError
 from evo_hpo.search.trial import Outcome
@@ -110,6 +112,19 @@ def test_a_failed_trial_is_told_as_failed(name: str) -> None:
     states = [t.state for t in searcher.study.trials]
     assert states == [TrialState.FAIL if o.status == "failed" else TrialState.COMPLETE for o in outcomes]
     assert {TrialState.FAIL, TrialState.COMPLETE} == set(states)
+
+
+def test_cmaes_asks_the_same_on_any_number_of_threads() -> None:
+    """Its products of 210 x 210 matrices are rounded otherwise where several threads share them."""
+    space = bits_space(3.0)
+    weights = np.random.default_rng(3).gamma(1.0, 1.0, len(space))
+    problem = FunctionProblem(space, lambda a: float(sum(w * 4.0**-k for w, k in zip(weights, a, strict=True))))
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, "blas"):
+            searcher = make_searcher("optuna:cmaes", space, seed=0)
+            found.append([o.trial.levels for o in search(searcher, problem, budget=Budget(evaluations=60)).outcomes])
+    assert found[0] == found[1]
 
 
 def test_trials_that_the_budget_does_not_pay_for_are_closed() -> None:

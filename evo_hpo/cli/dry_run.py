@@ -54,8 +54,8 @@ def dry_run(plan: Plan, console: Console) -> None:
 
 def _forecast(name: str, settings: dict[str, object]) -> tuple[float | None, int | None]:
     """Tokens a second and bytes; None where nothing is known of the problem."""
+    from evo_hpo.scoring.factory import Factory
     from evo_hpo.scoring.forecast import forecast
-    from evo_hpo.scoring.task import Factory
 
     factory = problem_factory(name)
     if not isinstance(factory, Factory):

@@ -28,7 +28,8 @@ from evo_hpo.models.identity import differences, tokenizer_identity, warn_unchec
 from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model, quiet_transformers, refuse_non_finite
 from evo_hpo.models.paths import user_path, writable_folder
 from evo_hpo.record.profiles import open_profile
-from evo_hpo.scoring.task import Factory, LanguageModelTask
+from evo_hpo.scoring.factory import Factory
+from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.search.registry import problem_factory
 
 __all__ = ["export_profile", "opened", "place", "read_profile", "task_of"]
@@ -122,7 +123,8 @@ def task_of(data: Mapping[str, Any]) -> LanguageModelTask:
     factory = problem_factory(data["problem"]["name"])
     if not isinstance(factory, Factory):
         raise PlanError(f"the profile is of problem {data['problem']['name']!r}, which has no model to export")
-    return factory.task(data["problem"].get("settings", {}))
+    task: LanguageModelTask = factory.task(data["problem"].get("settings", {}))
+    return task
 
 
 def opened(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from evo_hpo.levels.packing import Encoded
 from evo_hpo.space.compression_space import Unit
 
-__all__ = ["Levels"]
+__all__ = ["Levels", "StoredLevels"]
 
 
 class Levels(Protocol):
@@ -31,3 +32,11 @@ class Levels(Protocol):
             contributes nothing. A member that is missing from the mapping has its original weight. The tensors belong
             to the store: never write to them.
         """
+
+
+@runtime_checkable
+class StoredLevels(Levels, Protocol):
+    """Levels that can also be had as they are stored, to be decoded where they are needed."""
+
+    def encoded(self, unit: int, level: int) -> Mapping[str, Encoded]:
+        """Module name -> weight as it is stored, outputs x inputs, of those that are stored compressed."""

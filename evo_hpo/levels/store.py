@@ -7,7 +7,7 @@ units/<module>.safetensors    all levels of one module, bit-packed
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from evo_hpo.space.compression_space import CompressionSpace, Unit
 
 __all__ = ["LevelStore", "open_store"]
 
-Memory = Literal["resident", "packed"] | int
+Memory = Literal["resident", "packed", "streamed"] | int
 
 
 class LevelStore:
@@ -34,21 +34,25 @@ class LevelStore:
     Args:
         dtype: compute dtype of decoded weights.
         memory: "resident" keeps every level decoded (fastest switch); "packed" keeps the packed form and decodes at
-            every switch; a number keeps that many bytes of decoded levels, least recently used out first.
-        device: where decoded weights live.
+            every switch; "streamed" keeps it in main memory, whatever the device; a number keeps that many bytes of
+            decoded levels, least recently used out first.
+        device: where decoded weights live, or of which module.
 
     Raises:
         StoreError: a file is missing or damaged; the message names it.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, memory: Memory, device: str) -> None:
-        if memory not in ("resident", "packed") and not isinstance(memory, int):
-            raise InvalidSettingError(f"memory={memory!r} must be 'resident', 'packed' or a number of bytes")
+    def __init__(self, folder: Path, dtype: torch.dtype, memory: Memory, device: str | Callable[[str], str]) -> None:
+        if memory not in ("resident", "packed", "streamed") and not isinstance(memory, int):
+            raise InvalidSettingError(
+                f"memory={memory!r} must be 'resident', 'packed', 'streamed' or a number of bytes"
+            )
         self.folder = folder
         self.manifest = Manifest.read(folder)
         self.dtype = dtype
-        self._device = torch.device(device)
-        self._limit = {"resident": None, "packed": 0}[memory] if isinstance(memory, str) else memory
+        self._device = device if callable(device) else lambda _: device
+        self._waits = memory == "streamed"
+        self._limit = (None if memory == "resident" else 0) if isinstance(memory, str) else memory
         self._records = {record.name: record for record in self.manifest.units}
         self._packed: dict[str, dict[str, Encoded]] = {}
         self._checked: set[str] = set()
@@ -64,7 +68,7 @@ class LevelStore:
         folder: str | Path,
         dtype: torch.dtype = torch.float32,
         memory: Memory = "resident",
-        device: str = "cpu",
+        device: str | Callable[[str], str] = "cpu",
         model: Mapping[str, str] | None = None,
     ) -> LevelStore:
         """Open a store; with the identity of a `model`, refuse one that was built from another."""
@@ -96,6 +100,10 @@ class LevelStore:
     def weights(self, unit: int, level: int) -> Mapping[str, torch.Tensor | None]:
         """Weights of one level of one unit; see `Levels`."""
         return self.levels.weights(unit, level)
+
+    def encoded(self, unit: int, level: int) -> Mapping[str, Encoded]:
+        """The same as they are stored; see `Levels`."""
+        return self.levels.encoded(unit, level)
 
     def space(self, average: float | str | None = None, **settings: Any) -> CompressionSpace:
         """The search space of the store; see `LevelSet.space`."""
@@ -141,7 +149,7 @@ class LevelStore:
                 self._check_content(record)
 
     def _decode(self, record: UnitRecord, label: str) -> torch.Tensor:
-        weight = self._encoded(record)[label].decode(self.dtype)
+        weight = self._encoded(record)[label].to(self._device(record.name)).decode(self.dtype)
         return weight.T.contiguous() if record.transposed else weight
 
     def _encoded(self, record: UnitRecord) -> dict[str, Encoded]:
@@ -152,7 +160,9 @@ class LevelStore:
             self._check_content(record)
             self._checked.add(record.name)
         try:
-            tensors = load_file(self.folder / record.file, device=str(self._device))
+            tensors = load_file(self.folder / record.file, device="cpu" if self._waits else self._device(record.name))
+            if self._waits and torch.cuda.is_available():  # copies to a GPU need not wait for each other
+                tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
             found = {
                 level.label: decode_record(
                     level.settings,

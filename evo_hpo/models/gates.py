@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from evo_hpo.errors import EvoHpoError, ModelError
+from evo_hpo.models.streaming import BlockStream
 from evo_hpo.models.structure import decoder_blocks
 
 __all__ = ["GatedModel", "example_tokens", "output_head", "replicate"]
@@ -41,19 +42,21 @@ class GatedModel:
     Args:
         model: decoder-only Hugging Face model; it is replicated, never changed.
         example: token ids (at least 1 x 2) for the self-check.
+        stream: device that each block's weights come to for its turn; None: they are where they run.
 
     Attributes:
         model: the replica.
         blocks: name -> decoder block of the replica, in running order.
         head: the output head of the replica (weight: vocabulary x hidden).
         dropped: numbers of the blocks that pass their input through.
+        stream: where weights come from, if they are brought.
 
     Raises:
         ModelError: no decoder blocks, no output head, a model that looks at later tokens, or one whose gated pass fails
             or differs from the plain one.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Tensor, stream: torch.device | None = None) -> None:
         self.model = replicate(model)
         self.blocks: dict[str, nn.Module] = decoder_blocks(self.model)
         self.head = output_head(self.model)
@@ -64,10 +67,13 @@ class GatedModel:
         self._keep: Collection[int] = ()
         self._kept: dict[int, Tensor] = {}
         self._final: Tensor | None = None
+        self.stream = None if stream is None else BlockStream(list(self.blocks.values()), stream)
         self._originals = [block.forward for block in self.blocks.values()]
-        self._forwards = list(self._originals)
+        self.compile_blocks(None)
         try:
             with torch.inference_mode():
+                for block, forward in zip(self.blocks.values(), self._forwards, strict=True):
+                    block.forward = forward
                 plain = self._plain_hidden(example)
                 for number, block in enumerate(self.blocks.values()):
                     block.forward = self._gate(number)
@@ -106,9 +112,20 @@ class GatedModel:
         finally:
             self._state, self._final, self._kept = None, None, {}
 
+    def logits(self, ids: Tensor) -> Tensor:
+        """What the model says of these sequences, by its own head."""
+        tap, self._start = self.head.__dict__.pop("forward"), 0
+        try:
+            found: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return found
+        finally:
+            self.head.forward = tap
+
     def compile_blocks(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None) -> None:
         """Runs each block's own code as ``compiler(code)``, the gates outside of it; None: as it was."""
-        self._forwards = list(self._originals) if compiler is None else [compiler(f) for f in self._originals]
+        forwards = list(self._originals) if compiler is None else [compiler(f) for f in self._originals]
+        stream = self.stream
+        self._forwards = [stream.wrapped(n, f) for n, f in enumerate(forwards)] if stream else forwards
 
     def _gate(self, number: int) -> Callable[..., Any]:
         def gate(*args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ model's logits is made once for a group of waiting candidates, its normaliser on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from torch import Tensor
 from evo_hpo.scoring.dense import DenseSide, PackedSide, pack
 from evo_hpo.scoring.head import OutputHead
 
-__all__ = ["Fitness", "cross_entropies", "dense_side", "divergences"]
+__all__ = ["FITNESS", "Fitness", "cross_entropies", "dense_side", "divergences"]
 
 Fitness = Literal["kl", "perplexity", "topk_kl"]
+FITNESS: tuple[Fitness, ...] = get_args(Fitness)
 
 
 def dense_side(head: OutputHead, hidden: Tensor, fitness: Fitness, bits: int, top_k: int) -> DenseSide | PackedSide:

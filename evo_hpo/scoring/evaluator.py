@@ -26,7 +26,7 @@ from evo_hpo.scoring.allocator import keep_freed_memory
 from evo_hpo.scoring.batch_scoring import BatchScorer
 from evo_hpo.scoring.compiling import Compiled, compile_parts
 from evo_hpo.scoring.dense import DenseSide, PackedSide
-from evo_hpo.scoring.divergence import Fitness
+from evo_hpo.scoring.divergence import FITNESS, Fitness
 from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.kept_inputs import KeptPaths
 from evo_hpo.scoring.pool import ReplicaPool
@@ -76,6 +76,7 @@ class Evaluator:
         early_stopping: with ``keep``, stop candidates that are provably not among the best; exact.
         cache: SQLite file of paid losses; None: in memory.
         identity: of the model, where it is known; default: computed from all of its weights and its configuration.
+        stream: the decoder blocks wait on the CPU, and each comes to the model's device for its turn.
 
     Raises:
         ModelError: a model that cannot be gated, or whose modules cannot be dropped as the levels want.
@@ -103,9 +104,10 @@ class Evaluator:
         early_stopping: bool = True,
         cache: Path | None = None,
         identity: Mapping[str, str] | None = None,
+        stream: bool = False,
     ) -> None:
-        if fitness not in ("kl", "perplexity", "topk_kl"):
-            raise InvalidSettingError(f"fitness {fitness!r} must be one of: kl, perplexity, topk_kl")
+        if fitness not in FITNESS:
+            raise InvalidSettingError(f"fitness {fitness!r} must be one of: {', '.join(FITNESS)}")
         if calibration_tokens.dim() != 2 or min(calibration_tokens.shape) < 1 or calibration_tokens.shape[1] < 2:
             shape = tuple(calibration_tokens.shape)
             raise InvalidSettingError(f"calibration tokens have shape {shape}: give sequences x length, length >= 2")
@@ -115,6 +117,7 @@ class Evaluator:
             if value is not None and value < 1:
                 raise InvalidSettingError(f"{name}={value} must be at least 1")
         self.device = next(model.parameters()).device
+        self.stream = self.device if stream else None
         on_cpu = self.device.type == "cpu"
         self.keeps_memory = on_cpu and keep_freed_memory()
         self.model, self.levels, self.fitness = model, levels, fitness
@@ -125,7 +128,7 @@ class Evaluator:
         self.seconds = 0.0
         example, lock = self.tokens[:1, : min(self.length, 16)], threading.Lock()
         count = (threads or len(os.sched_getaffinity(0))) if on_cpu else 1
-        packed = packed_bytes if on_cpu else 0
+        packed = packed_bytes if on_cpu and not stream else 0
         members = {name for unit in levels.units for name in unit.members}
         check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_matrix(m)}, example)
         self._packs = packed > 0
@@ -158,10 +161,8 @@ class Evaluator:
         self._held_out: dict[str, list[DenseSide | PackedSide]] = {}
 
     def _replica(self, model: nn.Module, example: Tensor, lock: threading.Lock, packed: int) -> Replica:
-        gated = GatedModel(model, example)
-        with torch.inference_mode():
-            hidden, _ = gated.final_hidden(example)
-        head = OutputHead(model, hidden, example, gated.head, packed)
+        gated = GatedModel(model, example, self.stream)
+        head = OutputHead(gated, example, packed)
         head.chunk = self.chunk
         switch = WeightSwitch(gated, self.levels, example, lock, packed)
         head.searched = any(getattr(m, "weight", None) is gated.head.weight for m in switch.modules.values())

@@ -48,11 +48,11 @@ def forecast(task: LanguageModelTask) -> Forecast:
         ModelError: the model is not found, or is none that transformers can build.
     """
     config = configuration(task.model)
-    dtype = fastest_dtype(task.device) if task.dtype == "auto" else compute_dtype(task.dtype)
-    rate = scoring_rate(config, dtype, task.device, task.sequence_length)
+    dtype = fastest_dtype(task.placement.main) if task.dtype == "auto" else compute_dtype(task.dtype)
+    rate = scoring_rate(config, dtype, task.placement.main, task.sequence_length)
     if task.method == "ggml" or task.join:
         return Forecast(rate, None)
-    on_cpu = task.device == "cpu"
+    on_cpu = task.placement.main == "cpu"
     texts = 1 if isinstance(task.held_out, str) else len(task.held_out)
     needs = footprint(
         ModelShape.of(config),

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from evo_hpo.errors import ModelError
+from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.kernels import Kernels, Part, logits_of
 from evo_hpo.scoring.prepacking import Prepacked
 
@@ -34,10 +35,8 @@ class OutputHead:
     Scale and cap are recognised by comparing the model's own logits with those of the bare weight matrix.
 
     Args:
-        model: the model, ungated.
-        hidden: final hidden states of ``ids`` (the head's input).
-        ids: token ids, sequences x length.
-        head: module whose weight (vocabulary x hidden) and bias are used.
+        gated: the model, whose head's weight (vocabulary x hidden) and bias are used.
+        ids: token ids of a short pass, sequences x length.
         packed_bytes: memory for a packed copy of the weight (see :mod:`evo_hpo.scoring.prepacking`).
 
     Attributes:
@@ -47,8 +46,8 @@ class OutputHead:
         ModelError: the logits are neither a multiple of W h + b nor a soft-capped one.
     """
 
-    def __init__(self, model: nn.Module, hidden: Tensor, ids: Tensor, head: nn.Module, packed_bytes: int = 0) -> None:
-        weight, bias = head.weight, getattr(head, "bias", None)
+    def __init__(self, gated: GatedModel, ids: Tensor, packed_bytes: int = 0) -> None:
+        weight, bias = gated.head.weight, getattr(gated.head, "bias", None)
         assert isinstance(weight, Tensor)
         self.weight = weight.data
         self.bias = None if bias is None else bias.data
@@ -56,12 +55,12 @@ class OutputHead:
         self.chunk = Chunk()
         self.kernels = Kernels()
         self.packed = Prepacked(packed_bytes)
-        config = getattr(model, "config", None)
+        config = getattr(gated.model, "config", None)
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
         self.cap: float | None = next((c for c in (getattr(text, n, None) for n in _CAPS) if c), None)
         with torch.inference_mode():
-            logits = model(input_ids=ids, use_cache=False).logits.float()
-            raw = functional.linear(hidden, self.weight, self.bias).float()
+            logits = gated.logits(ids).float()
+            raw = functional.linear(gated.final_hidden(ids)[0], self.weight, self.bias).float()
         uncapped = (
             logits if self.cap is None else self.cap * torch.atanh((logits / self.cap).clamp(-0.999999, 0.999999))
         )
@@ -71,8 +70,8 @@ class OutputHead:
         limit = (1e-4 if self.weight.dtype == torch.float32 else 5e-2) * max(1.0, float(logits.abs().max()))
         if not worst <= limit:
             raise ModelError(
-                f"{type(model).__name__}: its logits differ by {worst:.2g} from scale x head (soft cap {self.cap}):"
-                " this output head is not supported"
+                f"{type(gated.model).__name__}: its logits differ by {worst:.2g} from scale x head (soft cap"
+                f" {self.cap}): this output head is not supported"
             )
 
     @property

@@ -107,7 +107,7 @@ class LanguageModelProblem(Problem):
     @cached_property
     def _gradients(self) -> SensitivityPass:
         evaluator = self.evaluator
-        return SensitivityPass(evaluator.model, evaluator.levels, evaluator.tokens)
+        return SensitivityPass(evaluator.model, evaluator.levels, evaluator.tokens, stream=evaluator.stream)
 
     def validate(self, assignment: Assignment) -> dict[str, float]:
         """Held-out ``loss`` (KL from the uncompressed model, nats a token), ``cross_entropy`` and ``perplexity``.

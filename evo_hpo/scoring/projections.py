@@ -207,6 +207,7 @@ class Projector:
         for unit in self._owners[name]:
             found = self._levels(unit)
             targets = [level[name] if name in level else self._original[name] for level in found]
+            targets = [None if target is None else target.to(weight.device) for target in targets]
             signs = [float(off) - float(target is None) for target in targets]  # a switched-off layer adds no bias
             sums = self._of(unit)[:, : len(found)]
             if self._form == "output":
@@ -214,7 +215,7 @@ class Projector:
                 sums += output_changes(left, right, place, targets, shifts, is_transposed(module)).cpu().numpy()
                 continue
             rows, columns = (right, left) if is_transposed(module) else (left, right)
-            place_or_original = self._original[name] if self._form == "absolute" else place
+            place_or_original = self._original[name].to(weight.device) if self._form == "absolute" else place
             sums += weight_changes(rows, columns, place_or_original, targets, self._form).cpu().numpy()
             if bias is not None and self._form == "inner":
                 sums += (left.sum(dim=1).double() @ bias.double()).cpu().numpy()[:, None] * np.array(signs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import LinearExperts
 from evo_hpo.models.gates import GatedModel
@@ -71,6 +73,7 @@ class SensitivityPass:
         chunk: logits that exist at one time.
         graph_bytes: memory for the graphs of blocks; blocks beyond it run a second time.
         group: most sequences in one pass; levels are decoded once for each. A mixture of experts takes one at a time.
+        stream: device that each block comes to for its turn; no graph outlives a turn. None: blocks are where they run.
     """
 
     def __init__(
@@ -82,15 +85,14 @@ class SensitivityPass:
         chunk: Chunk | None = None,
         graph_bytes: int = 1 << 31,
         group: int = 16,
+        stream: torch.device | None = None,
     ) -> None:
         example = tokens[:1, : min(tokens.shape[1], 16)]
-        self._model, self._gated = model, GatedModel(model, example)
-        with torch.no_grad():
-            hidden, _ = self._gated.final_hidden(example)
-        self._head = OutputHead(model, hidden, example, self._gated.head)
+        self._model, self._gated = model, GatedModel(model, example, stream)
+        self._head = OutputHead(self._gated, example)
         self._head.chunk = chunk or self._head.chunk
         self._switch = WeightSwitch(self._gated, levels, example, threading.Lock())
-        self._tokens, self._graph_bytes = tokens, graph_bytes
+        self._tokens, self._graph_bytes = tokens, 0 if stream else graph_bytes
         self._numbers = {name: number for number, name in enumerate(self._gated.blocks)}
         modules = dict(self._gated.model.named_modules())
         members = {name: modules[name] for unit in levels.units for name in unit.members}
@@ -136,6 +138,8 @@ class SensitivityPass:
 
     def _written(self, minibatch: Minibatch) -> Tensor:
         """Text that the uncompressed model writes by the minibatch's seed, sequences x length."""
+        if self._gated.stream and self._tokens.device.type != "cpu":
+            raise InvalidSettingError("a model whose blocks are brought to the device writes no text: use the pool's")
         length = self._tokens.shape[1]
         text = sample_from_model(self._model, minibatch.tokens // length, length, minibatch.seed)
         return text.to(self._tokens.device)
@@ -204,20 +208,26 @@ class SensitivityPass:
         segments, self._segments = self._segments or [], None  # a block that runs again makes no new segment
         while segments:
             segment = segments.pop()
-            output = segment.output
-            if output is None:
-                with torch.enable_grad():
-                    output = _first(segment.again())
-            if segment.name in self._wholes:
-                with torch.no_grad():
-                    kept = _first(segment.real()) if self._is_dropped(segment.name) else output.detach()
-                    self._projector.whole(segment.name, kept - segment.leaf, gradient)
-            torch.autograd.backward(output, gradient)
-            assert segment.leaf.grad is not None
-            gradient = segment.leaf.grad
-            self._projector.forget()
+            number = self._numbers[segment.name]
+            with self._gated.stream.turn(number) if self._gated.stream else nullcontext():
+                gradient = self._through(segment, gradient)
         if self._front is not None and self._front.requires_grad:
-            torch.autograd.backward(self._front, gradient)
+            torch.autograd.backward(self._front, gradient.to(self._front.device))
+
+    def _through(self, segment: _Segment, gradient: Tensor) -> Tensor:
+        """The gradient of a block's input, from that of its output."""
+        output, gradient = segment.output, gradient.to(segment.leaf.device)
+        if output is None:
+            with torch.enable_grad():
+                output = _first(segment.again())
+        if segment.name in self._wholes:
+            with torch.no_grad():
+                kept = _first(segment.real()) if self._is_dropped(segment.name) else output.detach()
+                self._projector.whole(segment.name, kept - segment.leaf, gradient)
+        torch.autograd.backward(output, gradient)
+        assert segment.leaf.grad is not None
+        self._projector.forget()
+        return segment.leaf.grad
 
     def _segmented(self, name: str, block: nn.Module, gate: Callable[..., Any]) -> Callable[..., Any]:
         """The block's forward, cut off from the one before; ``gate`` passes its input through where it is dropped."""

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from evo_hpo.errors import StoreError
-from evo_hpo.levels.levels import Levels
+from evo_hpo.levels.levels import Levels, StoredLevels
+from evo_hpo.levels.packing import Encoded
 from evo_hpo.models.dropping import Absent, absent
 from evo_hpo.models.experts import LinearExperts
 from evo_hpo.models.gates import GatedModel
+from evo_hpo.models.streaming import Source
 from evo_hpo.models.structure import is_matrix, is_transposed
 from evo_hpo.scoring.prepacking import Prepacked, use_prepacked
 from evo_hpo.space.compression_space import Assignment, Unit
@@ -85,19 +87,28 @@ class WeightSwitch:
                 self._new.discard(unit)
 
     def _switch(self, unit: int, level: int) -> None:
-        weights: Mapping[str, Tensor | None] = {}
+        weights: Mapping[str, Tensor | Encoded | None] = {}
         for name in self.levels.units[unit].members:  # the level in place goes before another is decoded
             if name in self._dense:
                 self.modules[name].weight.data = self._dense[name]
         if level >= 0:
             with self._lock, torch.inference_mode(False):  # or no backward pass could use what a store keeps
-                weights = self.levels.weights(unit, level)
+                weights = self._weights(unit, level)
         for name in self.levels.units[unit].members:
             weight = weights.get(name, self._dense.get(name))
             if name in weights and weight is None:
                 self._drop(name)
             else:
                 self._place(name, weight)
+
+    def _weights(self, unit: int, level: int) -> Mapping[str, Tensor | Encoded | None]:
+        """A level's weights; where blocks are brought to the device, as they are stored: they are decoded there."""
+        encoded: Mapping[str, Encoded] = {}
+        if self._gated.stream and isinstance(self.levels, StoredLevels):
+            encoded = self.levels.encoded(unit, level)
+        if encoded.keys() >= set(self.levels.units[unit].members):
+            return encoded
+        return {**self.levels.weights(unit, level), **encoded}
 
     def _pack(self, unit: int) -> None:
         """Packs weights that are used again; a level that one candidate alone has is not worth it.
@@ -110,20 +121,45 @@ class WeightSwitch:
                 assert isinstance(module.weight, Tensor)
                 self.packed.keep(name, module.weight.data)
 
-    def _place(self, name: str, weight: Tensor | None) -> None:
+    def _place(self, name: str, weight: Tensor | Encoded | None) -> None:
         module = self.modules[name]
         self._restore(name, module)
+        if self._gated.stream and self._gated.stream.brings(module):
+            assert isinstance(module.weight, nn.Parameter)
+            self._gated.stream.give(module.weight, None if weight is None else self._source(name, module, weight))
+            return
         if weight is None:
             return
         parameter = module.weight
         assert isinstance(parameter, Tensor)
+        if isinstance(weight, Encoded):  # of a matrix outside of the blocks, which stays on the device
+            weight = self._source(name, module, weight)(parameter.device)
+        self._check(name, weight, parameter)
+        self._dense.setdefault(name, parameter.data)
+        parameter.data = weight.to(parameter.device, non_blocking=True)
+
+    def _source(self, name: str, module: nn.Module, weight: Tensor | Encoded) -> Source:
+        """Makes a level's weight on the device where its block runs."""
+        parameter = module.weight
+        assert isinstance(parameter, Tensor)
+
+        def make(device: torch.device) -> Tensor:
+            found = weight.to(device, non_blocking=True) if isinstance(weight, Tensor) else weight.to(device)
+            if isinstance(found, Encoded):
+                found = found.decode(parameter.dtype)
+                found = found.T.contiguous() if is_transposed(module) else found
+            self._check(name, found, parameter)
+            return found
+
+        return make
+
+    @staticmethod
+    def _check(name: str, weight: Tensor, parameter: Tensor) -> None:
         if weight.shape != parameter.shape or weight.dtype != parameter.dtype:
             raise StoreError(
                 f"weight of {name!r} is {tuple(weight.shape)} {weight.dtype}, the model needs"
                 f" {tuple(parameter.shape)} {parameter.dtype}: build the store for this model"
             )
-        self._dense.setdefault(name, parameter.data)
-        parameter.data = weight.to(parameter.device, non_blocking=True)
 
     def _drop(self, name: str) -> None:
         if name in self._numbers:

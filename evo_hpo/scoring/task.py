@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.levels.build import build, check_settings, default_folder
+from evo_hpo.levels.build import build, default_folder
 from evo_hpo.levels.level_set import LevelSet, joined
 from evo_hpo.levels.serving import check_levels, server_named
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.corpora import Spec, shares_of
 from evo_hpo.models.identity import tokenizer_identity
-from evo_hpo.models.loading import compute_dtype, load_model, load_tokenizer
+from evo_hpo.models.loading import compute_dtype, load_tokenizer
 from evo_hpo.models.paths import user_path
+from evo_hpo.scoring.divergence import FITNESS
 from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.factory import Factory
 from evo_hpo.scoring.file_size import FileSize
 from evo_hpo.scoring.language_model_problem import LanguageModelProblem, check_names
+from evo_hpo.scoring.placement import Placement
 from evo_hpo.scoring.sampling import check_tokens
 from evo_hpo.scoring.stand_in import stand_in, unknown
 from evo_hpo.scoring.texts import Texts
 from evo_hpo.scoring.tuning import fastest_dtype
-from evo_hpo.search.registry import Preview
 from evo_hpo.space.amounts import Amount
 from evo_hpo.space.compression_space import CompressionSpace
 from evo_hpo.space.ranges import each, over
 
-__all__ = ["Factory", "LanguageModelTask", "language_model"]
+__all__ = ["LanguageModelTask", "language_model"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class LanguageModelTask:
         join: folders of further stores of the model, whose levels every unit is offered too, under the method's name.
         dropped: every unit may also be dropped, at no cost.
         memory: ``resident``: every level decoded, the fastest; ``packed``: levels as on disk, decoded when they are
-            switched to, for models whose levels do not fit. Changes no loss.
+            switched to, for models whose levels do not fit; ``streamed``: these and the model's blocks wait in main
+            memory, and each block comes to the device for its turn. Changes no loss.
         calibration: text (``pydoc``, ``encyclopedia``, a hub data set, files, ``self``), or several with their shares
             of a mix, as { pydoc = 3, wikitext2 = 1 }.
         held_out: text, or several by name, as { docs = "pydoc", prose = "encyclopedia" }: the first names the winner.
@@ -76,6 +78,7 @@ class LanguageModelTask:
         cache: SQLite file of losses that were paid for before; found ones are charged like all, and cost no time. Needs
             ``early_stopping = false``, or what is in the file would decide which trials are stopped.
         device: ``cpu`` or ``cuda``.
+        devices: of one machine, that a model's blocks are spread over instead, as ["cuda:0", "cuda:1"].
         dtype: float32, bfloat16, float16, or ``auto``: bfloat16 where a short measurement finds it 1.5 times as fast as
             float32 (CPUs with native bfloat16, GPUs), else float32; measured once a comparison, and recorded. Losses
             are exact to five digits in float32 only.
@@ -110,20 +113,21 @@ class LanguageModelTask:
     early_stopping: bool = True
     seed: int = 0
     device: str = "cpu"
+    devices: tuple[str, ...] = ()
     cache: str = ""
     dtype: str = "auto"
     compile: bool = False
     measure: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))
+        for name in ("levels", "join", "devices"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         kinds, what = ((str,), "ggml types, such as Q4_0") if self.method == "ggml" else ((int, float), "numbers")
         if any(isinstance(level, bool) or not isinstance(level, kinds) for level in self.levels):
             raise InvalidSettingError(f"levels={list(self.levels)} must be {what}")
         object.__setattr__(self, "build", tuple(sorted(dict(self.build).items())))
         object.__setattr__(self, "drop", tuple(sorted(dict(self.drop).items())))
         object.__setattr__(self, "tie", tuple(tuple(names) for names in self.tie))
-        object.__setattr__(self, "join", tuple(self.join))
         if self.method == "drop" and (self.tie or self.join or self.dropped):
             raise InvalidSettingError("tie, join and dropped need a method with levels of weights, not 'drop'")
         tied = [name for names in self.tie for name in names]
@@ -135,9 +139,10 @@ class LanguageModelTask:
             raise InvalidSettingError(f"resource={self.resource!r} must be empty or 'storage', and empty for drop")
         if self.drop and self.method != "drop":
             raise InvalidSettingError(f"drop={dict(self.drop)} needs method = 'drop', not {self.method!r}")
-        for name, allowed in (("memory", ("resident", "packed")), ("fitness", ("kl", "perplexity", "topk_kl"))):
-            if getattr(self, name) not in allowed:
-                raise InvalidSettingError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
+        if self.fitness not in FITNESS:
+            raise InvalidSettingError(f"fitness={self.fitness!r} must be one of: {', '.join(FITNESS)}")
+        if self.placement.streamed and (self.method == "drop" or self.compile):
+            raise InvalidSettingError("memory='streamed' brings levels of weights: no drop, and compile = false")
         if self.cache and self.early_stopping:
             raise InvalidSettingError(f"cache={self.cache!r} needs early_stopping = false, so that it changes no trial")
         sizes = [Amount.of(size).bytes for size in each(self.size, "size")] if self.size else []
@@ -206,33 +211,49 @@ class LanguageModelTask:
             self.store_folder,
             method=self.method,
             levels=self.levels or None,
-            device=self.device,
+            device=self.placement.main,
             progress=progress,
             **self.build_settings,
         )
 
-    def open_store(self, model: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32) -> LevelStore:
-        """The level store, which must be there; with the identity of a model, of that model.
+    @property
+    def placement(self) -> Placement:
+        """Where model and levels are."""
+        return Placement(self.device, self.devices, self.memory)
+
+    def open_store(
+        self,
+        model: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        where: str | Callable[[str], str] | None = None,
+        folder: str | Path | None = None,
+    ) -> LevelStore:
+        """The level store, which must be there, or one to join; with the identity of a model, of that model.
 
         Raises:
             StoreError: it is missing, damaged, or was built from another model.
         """
-        return self._opened(self.store_folder, dtype, model)
+        memory: Any = self.memory
+        return LevelStore.open(folder or self.store_folder, dtype, memory, where or self.placement.main, model)
 
-    def _opened(self, folder: str | Path, dtype: torch.dtype, model: Mapping[str, str] | None) -> LevelStore:
-        memory: Literal["packed", "resident"] = "packed" if self.memory == "packed" else "resident"
-        return LevelStore.open(folder, dtype, memory, self.device, model)
-
-    def open_levels(self, model: Mapping[str, str] | None = None, dtype: torch.dtype = torch.float32) -> LevelSet:
+    def open_levels(
+        self,
+        model: Mapping[str, str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        where: str | Callable[[str], str] | None = None,
+    ) -> LevelSet:
         """The levels that are searched: the store's, joined with others', dropped ones added, tied.
+
+        Args:
+            where: device of a module's levels, or of all; default: the task's.
 
         Raises:
             StoreError: as :meth:`open_store`, also for stores to join; or their labels are equal.
             InvalidSettingError: no unit is called as ``tie`` says.
         """
-        store = self.open_store(model, dtype)
+        store = self.open_store(model, dtype, where)
         levels, of = store.levels, model or store.manifest.plan.identity
-        others = [self._opened(folder, dtype, of) for folder in self.join]
+        others = [self.open_store(of, dtype, where, folder) for folder in self.join]
         if others:
             prefixes = ["", *(f"{other.manifest.plan.method} " for other in others)]
             levels = joined([levels, *(other.levels for other in others)], self.resource or "bits", prefixes)
@@ -266,10 +287,10 @@ class LanguageModelTask:
 
     def make(self) -> LanguageModelProblem:
         """The problem: loads model, store and text."""
-        dtype = fastest_dtype(self.device) if self.dtype == "auto" else compute_dtype(self.dtype)
-        loaded = load_model(self.model, dtype, self.device)
-        levels = self.open_levels(loaded.identity, dtype)
-        pool = self.texts.pool(loaded.tokenizer, loaded.model)
+        dtype = fastest_dtype(self.placement.main) if self.dtype == "auto" else compute_dtype(self.dtype)
+        loaded = self.placement.load(self.model, dtype)
+        pool, judged = (texts(loaded.tokenizer, loaded.model) for texts in (self.texts.pool, self.texts.judged))
+        levels = self.open_levels(loaded.identity, dtype, self.placement.place(loaded))
         evaluator = Evaluator(
             loaded.model,
             levels,
@@ -281,10 +302,10 @@ class LanguageModelTask:
             measure=self.measure,
             cache=user_path(self.cache) if self.cache else None,
             identity={**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)},
+            stream=self.placement.streamed,
         )
-        name, texts = f"{loaded.name} {self.method}", self.texts.judged(loaded.tokenizer, loaded.model)
-        space, errors = self.space(levels), levels.errors
-        return LanguageModelProblem(evaluator, space, texts, tokens=self.tokens, name=name, errors=errors)
+        name, space, errors = f"{loaded.name} {self.method}", self.space(levels), levels.errors
+        return LanguageModelProblem(evaluator, space, judged, tokens=self.tokens, name=name, errors=errors)
 
     @property
     def texts(self) -> Texts:
@@ -302,49 +323,6 @@ class LanguageModelTask:
         )
 
 
-class Factory:
-    """Makes the task's problem from keyword settings, with other defaults where given."""
-
-    def __init__(self, summary: str, **defaults: Any) -> None:
-        self.__doc__ = summary
-        self.documented_by = LanguageModelTask
-        self.defaults = defaults
-        taken = inspect.signature(LanguageModelTask, eval_str=True).parameters.values()
-        self.__signature__ = inspect.Signature(
-            [p.replace(kind=p.KEYWORD_ONLY, default=defaults.get(p.name, p.default)) for p in taken]
-        )
-
-    def task(self, settings: dict[str, Any]) -> LanguageModelTask:
-        """The task with these settings.
-
-        Raises:
-            InvalidSettingError: a required setting is missing or out of range.
-        """
-        chosen = {**self.defaults, **settings}
-        if "model" not in chosen:
-            raise InvalidSettingError("setting 'model' is required: a hub id, a folder, a .gguf file or pypi:<package>")
-        return LanguageModelTask(**chosen)
-
-    def __call__(self, **settings: Any) -> LanguageModelProblem:
-        return self.task(settings).make()
-
-    def preview(self, settings: dict[str, Any]) -> Preview:
-        """The settings checked, and a stand-in for the space."""
-        task = self.task(settings)
-        check_settings(task.method, task.levels or None, dict(task.build))
-        return Preview(task.stand_in(), task.tokens, task.check_minibatch)
-
-    def settle(self, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-        """The dtype that ``auto`` chose when the fingerprint was recorded, also on another machine, or chooses now."""
-        task = self.task(settings)
-        if task.dtype != "auto":
-            return {}
-        recorded = dict(fingerprint.get("identity") or {}).get("dtype")
-        return {"dtype": recorded or str(fastest_dtype(task.device)).removeprefix("torch.")}
-
-    def prepare(self, settings: dict[str, Any], progress: Callable[..., None]) -> None:
-        """Builds the level store where it is missing."""
-        self.task(settings).ensure_store(progress)
-
-
-language_model = Factory("A causal language model compressed layer by layer; builds its level store where missing.")
+language_model = Factory(
+    LanguageModelTask, "A causal language model compressed layer by layer; builds its level store where missing."
+)

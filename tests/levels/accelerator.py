@@ -44,6 +44,8 @@ class StandIn(TorchFunctionMode):
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             _place(args[0], on_accelerator(args[1]))
             return func(*args)
+        if name == "__deepcopy__":  # its memo may hold tensors of both places
+            return _place(func(*args, **named), on_accelerator(args[0]))
         if name in ("to", "cpu", "cuda"):
             return self._moved(func, name, args, named)
         there = _is_accelerator(named.get("device"))

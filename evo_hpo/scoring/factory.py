@@ -1,0 +1,70 @@
+"""A problem from the settings of a plan: checked, previewed and prepared before it is made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+from evo_hpo.errors import InvalidSettingError
+from evo_hpo.levels.build import check_settings
+from evo_hpo.scoring.tuning import fastest_dtype
+from evo_hpo.search.problem import Problem
+from evo_hpo.search.registry import Preview
+
+__all__ = ["Factory"]
+
+
+T = TypeVar("T", bound=Any)
+
+
+class Factory(Generic[T]):
+    """Makes a task's problem from keyword settings.
+
+    Args:
+        task: class of the task; its docstring explains the settings.
+        summary: what the problem is.
+        defaults: other ones than the task's own.
+    """
+
+    def __init__(self, task: type[T], summary: str, **defaults: Any) -> None:
+        self.__doc__ = summary
+        self.documented_by = task
+        self.defaults = defaults
+        taken = inspect.signature(task, eval_str=True).parameters.values()
+        self.__signature__ = inspect.Signature(
+            [p.replace(kind=p.KEYWORD_ONLY, default=defaults.get(p.name, p.default)) for p in taken]
+        )
+
+    def task(self, settings: dict[str, Any]) -> T:
+        """The task with these settings.
+
+        Raises:
+            InvalidSettingError: a required setting is missing or out of range.
+        """
+        chosen = {**self.defaults, **settings}
+        if "model" not in chosen:
+            raise InvalidSettingError("setting 'model' is required: a hub id, a folder, a .gguf file or pypi:<package>")
+        return self.documented_by(**chosen)
+
+    def __call__(self, **settings: Any) -> Problem:
+        made: Problem = self.task(settings).make()
+        return made
+
+    def preview(self, settings: dict[str, Any]) -> Preview:
+        """The settings checked, and a stand-in for the space."""
+        task = self.task(settings)
+        check_settings(task.method, task.levels or None, dict(task.build))
+        return Preview(task.stand_in(), task.tokens, task.check_minibatch)
+
+    def settle(self, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+        """The dtype that ``auto`` chose when the fingerprint was recorded, also on another machine, or chooses now."""
+        task = self.task(settings)
+        if task.dtype != "auto":
+            return {}
+        recorded = dict(fingerprint.get("identity") or {}).get("dtype")
+        return {"dtype": recorded or str(fastest_dtype(task.placement.main)).removeprefix("torch.")}
+
+    def prepare(self, settings: dict[str, Any], progress: Callable[..., None]) -> None:
+        """Builds the level store where it is missing."""
+        self.task(settings).ensure_store(progress)

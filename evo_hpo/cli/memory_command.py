@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -10,6 +11,9 @@ from rich.table import Table
 from evo_hpo.cli.options import console
 from evo_hpo.errors import InvalidSettingError, UnknownNameError
 from evo_hpo.space.amounts import Amount
+
+if TYPE_CHECKING:
+    from evo_hpo.scoring.footprint import Footprint
 
 __all__ = ["plan_memory"]
 
@@ -34,6 +38,7 @@ def plan_memory(
     """
     from evo_hpo.levels.build import METHODS
     from evo_hpo.scoring.footprint import TYPICAL, ModelShape, configuration, footprint
+    from evo_hpo.scoring.placement import KINDS
 
     if method not in METHODS:
         raise UnknownNameError(f"no compression method {method!r}: use one of {', '.join(METHODS)}")
@@ -53,23 +58,35 @@ def plan_memory(
             "on_cpu": cpu > 0,
             "replicas": max(1, cpu),
         }
-        resident, packed = (footprint(shape, wanted, memory=kind, **given) for kind in ("resident", "packed"))
-        for kind, needs in (("resident", resident), ("packed", packed)):
-            cells = [f"{size / 1e9:.1f}" for _, size in needs.rows()]
-            fits = "fits" if needs.total <= room else f"needs {-(-needs.total // room)} devices"
-            if packed.total <= room < needs.total:
-                fits = "needs packed levels"
+        kinds = KINDS[:2] if cpu else KINDS
+        needs = {str(kind): footprint(shape, wanted, memory=str(kind), **given) for kind in kinds}
+        fits = {kind: one.total <= room for kind, one in needs.items()}
+        for kind, one in needs.items():
+            cells = [f"{size / 1e9:.1f}" for _, size in one.rows()]
             cache = f"{2 * context * shape.key_values / 1e9:.1f}"
-            table.add_row(f"{name}, {kind}", *cells, f"{needs.total / 1e9:.1f}", fits, cache)
+            table.add_row(f"{name}, {kind}", *cells, f"{one.total / 1e9:.1f}", _verdict(kind, one, fits, room), cache)
     console.print(table)
     if cpu:
         console.print("Of the process: a pass includes 0.4 GB for Python and libraries.")
     console.print(
         "GB, counted from the configuration; a key-value cache is what serving needs on top of the compressed model.\n"
         'resident: every level decoded. packed (memory = "packed"): as on disk, decoded when they are switched to.\n'
-        "One search runs a model on one device: what needs several cannot be searched yet.",
+        'streamed (memory = "streamed"): model and packed levels wait in main memory, blocks come for their turn.\n'
+        'Several devices of one machine: devices = ["cuda:0", "cuda:1"]; in equal parts, but for the largest layers.',
         markup=False,
     )
+
+
+def _verdict(kind: str, needs: Footprint, fits: Mapping[str, bool], room: int) -> str:
+    """Whether a model fits so on one device, or what it needs instead."""
+    if fits[kind]:
+        return "fits"
+    if kind == "resident" and fits["packed"]:
+        return "needs packed levels"
+    if kind == "streamed":
+        return "does not fit"
+    streamed = ", or streamed" if fits.get("streamed") else ""
+    return f"needs {-(-needs.total // room)} devices{streamed}"
 
 
 def _levels(text: str) -> list[float]:

@@ -32,7 +32,8 @@ class BlockStream:
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device | str) -> None:
         self.device = torch.device(device)
         self._parameters = [list(dict.fromkeys(block.parameters())) for block in blocks]
-        self._copies = torch.cuda.Stream(self.device) if torch.cuda.is_available() else None
+        gpu: Any = torch.cuda
+        self._copies = gpu.Stream(self.device) if self.device.type == "cuda" and gpu.is_available() else None
         self._waiting: dict[nn.Parameter, Tensor] = {}
         for block in blocks:
             for module in block.modules():

@@ -9,7 +9,6 @@ from typing import Any, Generic, TypeVar
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.build import check_settings
 from evo_hpo.scoring.tuning import fastest_dtype
-from evo_hpo.search.problem import Problem
 from evo_hpo.search.registry import Preview
 
 __all__ = ["Factory"]
@@ -45,11 +44,11 @@ class Factory(Generic[T]):
         chosen = {**self.defaults, **settings}
         if "model" not in chosen:
             raise InvalidSettingError("setting 'model' is required: a hub id, a folder, a .gguf file or pypi:<package>")
-        return self.documented_by(**chosen)
-
-    def __call__(self, **settings: Any) -> Problem:
-        made: Problem = self.task(settings).make()
+        made: T = self.documented_by(**chosen)
         return made
+
+    def __call__(self, **settings: Any) -> Any:
+        return self.task(settings).make()
 
     def preview(self, settings: dict[str, Any]) -> Preview:
         """The settings checked, and a stand-in for the space."""

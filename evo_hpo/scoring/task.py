@@ -205,7 +205,7 @@ class LanguageModelTask:
         """
         self.texts.check(load_tokenizer(self.model))
         for folder in self.join:
-            self._opened(folder, torch.float32, None)
+            self.open_store(folder=folder)
         build(
             self.model,
             self.store_folder,
@@ -289,7 +289,8 @@ class LanguageModelTask:
         """The problem: loads model, store and text."""
         dtype = fastest_dtype(self.placement.main) if self.dtype == "auto" else compute_dtype(self.dtype)
         loaded = self.placement.load(self.model, dtype)
-        pool, judged = (texts(loaded.tokenizer, loaded.model) for texts in (self.texts.pool, self.texts.judged))
+        pool = self.texts.pool(loaded.tokenizer, loaded.model)
+        judged = self.texts.judged(loaded.tokenizer, loaded.model)  # a model that is moved writes no text
         levels = self.open_levels(loaded.identity, dtype, self.placement.place(loaded))
         evaluator = Evaluator(
             loaded.model,

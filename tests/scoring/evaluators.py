@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from evo_hpo.levels.levels import Levels
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import Assignment
@@ -17,7 +18,7 @@ SMALL, LARGE = Minibatch(5, 3 * LENGTH), Minibatch(5, 7 * LENGTH)
 Parts = tuple[nn.Module, RoundedLevels]
 
 
-def make_evaluator(parts: Parts, **settings: Any) -> Evaluator:
+def make_evaluator(parts: tuple[nn.Module, Levels], **settings: Any) -> Evaluator:
     """One thread, 8 sequences, unless the settings say otherwise."""
     return Evaluator(*parts, tiny_tokens(length=LENGTH), **{"threads": 1, **settings})
 

@@ -69,8 +69,32 @@ def test_on_a_cpu_the_process_counts_and_every_core_has_an_assignment_of_its_own
     assert CliRunner().invoke(app, ["plan-memory", "1B", "--cpu", "2"]).exit_code == 0
 
 
+def test_of_a_streamed_model_two_blocks_are_on_the_device() -> None:
+    shape = ModelShape.of(configuration("70B"))
+    streamed = footprint(shape, [2, 4], memory="streamed")
+    embedding_head_and_norms = 2 * 128256 * 8192 + (2 * 80 + 1) * 8192
+    block = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
+    assert streamed.weights == 2 * (embedding_head_and_norms + 2 * block)
+    assert streamed.levels == 0
+    assert footprint(shape, [2], memory="streamed", on_cpu=True) == footprint(shape, [2], memory="packed", on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "verdicts"),
+    [
+        ("100 GB", ["fits", "fits", "fits"]),
+        ("80 GB", ["needs packed levels", "fits", "fits"]),
+        ("24 GB", ["needs 4 devices, or streamed", "needs 3 devices, or streamed", "fits"]),
+        ("4 GB", ["needs 24 devices", "needs 15 devices", "does not fit"]),
+    ],
+)
+def test_verdicts_name_the_least_that_is_needed(device: str, verdicts: list[str]) -> None:
+    output = CliRunner().invoke(app, ["plan-memory", "8B", "--device", device]).output
+    rows = [line.split("│") for line in output.splitlines() if line.startswith("│ 8B")]
+    assert [row[8].strip() for row in rows] == verdicts
+
+
 def test_the_command_says_what_fits() -> None:
-    assert "needs packed levels" in CliRunner().invoke(app, ["plan-memory", "8B"], env={"COLUMNS": "160"}).output
     told = CliRunner().invoke(app, ["plan-memory", "1B", "70B", "--device", "24 GB"]).output
     assert "fits" in told
     assert "devices" in told

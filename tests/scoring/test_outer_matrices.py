@@ -55,6 +55,8 @@ def test_a_loss_depends_on_nothing_but_the_assignment() -> None:
     again = Evaluator(model, levels, tiny_tokens(), threads=1)  # block inputs of the best one are used again
     for _ in range(2):
         assert together[::-1] == [again.score([c], MINIBATCH)[0].loss for c in reversed(candidates)]
+    streamed = Evaluator(model, levels, tiny_tokens(), threads=1, stream=True)  # which brings the blocks' weights only
+    assert together == [s.loss for s in streamed.score(candidates, MINIBATCH)]
 
 
 def test_the_divergence_of_the_likeliest_entries_takes_the_candidates_head() -> None:

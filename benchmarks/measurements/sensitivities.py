@@ -123,7 +123,7 @@ def scatter(found: Mapping[int, Changes], path: Path) -> None:
             scale("symlog", linthresh=width / 100)
         axes.set(title=f"uniform {bits} bits, one unit moved", xlabel="predicted change of the KL, nats a token")
         axes.set_ylabel("measured change, nats a token")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.savefig(path, dpi=120)
 
 

@@ -127,8 +127,8 @@ def _priced(knapsack: Knapsack, cursor: Cursor, wish: Sequence[float], ties: Seq
 
     Every unit takes the level of least distance plus what it costs at a price a resource (Lagrange's multipliers); each
     price in turn is the one nearest to 0 at which its resource is within its limits. Single steps would stop at once
-    where they leave the limits of the one that has no room. Distances differ by up to a tenth for the ties' sake, so that
-    alike units do not change all at once.
+    where they leave the limits of the one that has no room. Distances differ by up to a tenth, so that alike
+    units do not change all at once.
     """
     if cursor.feasible:
         return cursor.levels

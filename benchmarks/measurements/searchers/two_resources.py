@@ -45,15 +45,15 @@ SEARCHERS = (
 def space(resources: int = 2, *, exact: bool = False, blocks: int = 30) -> CompressionSpace:
     """All seven layers of each block, counted in bytes, or in bytes and nanoseconds a token."""
     units = []
-    for block, (role, (rows, columns)) in itertools.product(range(blocks), SHAPES.items()):
-        size = rows * columns
+    for block, (role, (outputs, inputs)) in itertools.product(range(blocks), SHAPES.items()):
+        size = outputs * inputs
         rows_of = [(size // 32 * taken, size * speed // 1000) for taken, speed in TYPES.values()]
         costs = tuple(rows_of) if resources > 1 else tuple(row[0] for row in rows_of)
         units.append(Unit(f"layers.{block}.{role}", costs, levels=tuple(TYPES), size=size))
     limits = []
     for r in range(resources):
-        costs = [[c[r] if isinstance(c, tuple) else c for c in unit.costs] for unit in units]
-        limits.append((sum(map(min, costs)) + sum(map(max, costs))) // 2)
+        rows = [[c[r] if isinstance(c, tuple) else c for c in unit.costs] for unit in units]
+        limits.append((sum(min(row) for row in rows) + sum(max(row) for row in rows)) // 2)
     names = ("bytes", "nanoseconds")[:resources]
     found = CompressionSpace(units, limits, resources=names)
     if not exact:

@@ -52,8 +52,8 @@ def many(units: int, *, exact: bool) -> CompressionSpace:
     for i in range(units):
         size = (3, 1, 8)[i % 3]
         made.append(Unit(f"m{i}", tuple((size * b, size * t) for b, t in ((18, 35), (22, 66), (24, 65), (34, 47)))))
-    cost = sum(u.costs[(0, 1, 1, 2)[i % 4]][0] for i, u in enumerate(made))  # type: ignore[index]
-    slow = sum(u.costs[(0, 1, 3, 2)[i % 4]][1] for i, u in enumerate(made))  # type: ignore[index]
+    cost = sum(u.costs[(0, 1, 1, 2)[i % 4]][0] for i, u in enumerate(made))  # type: ignore[index, misc]
+    slow = sum(u.costs[(0, 1, 3, 2)[i % 4]][1] for i, u in enumerate(made))  # type: ignore[index, misc]
     return CompressionSpace(made, (cost, slow), floor=(cost if exact else 0, 0))
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, cast
 import typer
 
 from evo_hpo.cli.evaluate_command import evaluate
+from evo_hpo.cli.latency_command import latency
 from evo_hpo.cli.memory_command import plan_memory
 from evo_hpo.cli.model_commands import build, export
 from evo_hpo.cli.options import console, errors
@@ -104,7 +105,7 @@ def _options(
     pass
 
 
-for command in (compare, search, ablate, build, report, track, ui, pick, export, evaluate, sizes):
+for command in (compare, search, ablate, build, report, track, ui, pick, export, evaluate, sizes, latency):
     app.command()(command)
 app.command("plan-memory")(plan_memory)
 app.command("list")(list_names)

@@ -11,10 +11,10 @@ from rich.table import Table
 
 from evo_hpo.cli.options import console
 from evo_hpo.errors import PlanError
-from evo_hpo.space.amounts import Amount, shown
+from evo_hpo.space.amounts import Amount, milliseconds, shown
 from evo_hpo.space.ranges import each
 
-__all__ = ["sizes"]
+__all__ = ["problems_of", "sizes"]
 
 
 def sizes(
@@ -30,32 +30,35 @@ def sizes(
     from evo_hpo.scoring.expected_levels import expected_levels
     from evo_hpo.scoring.file_size import FileSize
     from evo_hpo.scoring.footprint import ModelShape, configuration
+    from evo_hpo.scoring.latency_table import LatencyTable
 
-    for key, entry in _problems(plan):
+    for key, entry in problems_of(plan):
         task = task_of({"problem": entry})
         levels = expected_levels(task)
         size, shape = FileSize.of(task.model, levels), ModelShape.of(configuration(task.model))
         cache = 2 * shape.key_values * context * sequences
         table = Table(title=f"{key}: {size.weights:,} weights, {size.searched:,} searched")
-        for column in (
-            "profile",
-            "file",
-            "bits a weight",
-            "bytes a weight",
-            f"with a cache of {sequences} x {context}",
-        ):
+        times = LatencyTable.read(task.latency_table) if task.latency_table else None
+        columns = ["profile", "file", "bits a weight", "bytes a weight", f"with a cache of {sequences} x {context}"]
+        for column in [*columns, "a token"] if times else columns:
             table.add_column(column, justify="left" if column == "profile" else "right")
+        known = {name: assignment for name, _, assignment in size.rows(levels)}
         rows = [(name, taken) for name, taken, _ in size.rows(levels)]
         if "units" in entry:
             space = levels.counted_in("bytes").space(budget=10**15)
-            rows.append((plan.stem, size.rest + space.cost(space.from_labels(entry["units"]))))
+            known[plan.stem] = space.from_labels(entry["units"])
+            rows.append((plan.stem, size.rest + space.cost(known[plan.stem])))
         asked = each(task.size, "size") if task.size else ()
         rows += [(f"asked: {one}", Amount.of(one).total(size.weights)) for one in asked]
         rows.append(("16 bits", 2 * size.weights))
         for name, taken in sorted(rows, key=lambda row: row[1]):
             cells = (shown(taken), f"{size.bits(taken):.3f}", f"{size.bits(taken) / 8:.4f}", shown(taken + cache))
-            table.add_row(name, *cells)
+            time = milliseconds(times.total(levels, known[name])) if times and name in known else ""
+            table.add_row(name, *cells, *[time] * bool(times))
         console.print(table)
+        if times:
+            asked_time = f", asked: {task.latency}" if task.latency else ""
+            console.print(f"a token: {times.place}{asked_time}", markup=False, highlight=False, soft_wrap=True)
         console.print(
             f"file: {shown(size.rest)} of each is what is not searched (embedding, head, norms, header), in 16 bits or"
             f" as in the GGUF template.\ncache: {shown(cache)} of keys and values in 16 bits; programs add buffers of"
@@ -64,7 +67,7 @@ def sizes(
         )
 
 
-def _problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def problems_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Problems of a plan, or that of a profile with its ``units``."""
     if path.suffix == ".json":
         from evo_hpo.record.profiles import open_profile

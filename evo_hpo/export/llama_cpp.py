@@ -7,6 +7,7 @@ defaults, in room that is larger than they are; only the leading fields of a con
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from evo_hpo.errors import ModelError
 from evo_hpo.levels.ggml import library
 
-__all__ = ["LlamaCpp"]
+__all__ = ["LlamaCpp", "declared"]
 
 _Pointer = ctypes.c_void_p
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, _Pointer)
@@ -49,8 +50,9 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, context: int = 512, threads: int = 1) -> None:
-        self._shared = _declared()
+        self._shared = _program()
         self.context = context
+        self._read_until = 0
         _said.clear()
         self._model = self._shared.llama_model_load_from_file(
             str(path).encode(), self._shared.llama_model_default_params()
@@ -79,17 +81,36 @@ class LlamaCpp:
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Of every position of one sequence, tokens x vocabulary."""
+        self._forget()
+        found = self._read(tokens, 0)
+        return np.ctypeslib.as_array(found, (len(tokens), self.vocabulary)).copy()
+
+    def nanoseconds(self, position: int) -> int:
+        """How long one token takes that is decoded after `position` others, read first if they were not."""
+        if position != self._read_until:
+            self._forget()
+            if position:
+                self._read([1] * position, 0)
+        start = time.perf_counter_ns()
+        self._read([1], position)
+        return time.perf_counter_ns() - start
+
+    def _forget(self) -> None:
+        self._read_until = 0
+        self._shared.llama_memory_clear(self._shared.llama_get_memory(self._context), True)
+
+    def _read(self, tokens: Sequence[int], position: int) -> Any:
+        """Reads tokens that stand from a position on; where the logits of all of them lie."""
         count = len(tokens)
-        ids, positions = np.asarray(tokens, dtype=np.int32), np.arange(count, dtype=np.int32)
+        ids, positions = np.asarray(tokens, dtype=np.int32), np.arange(position, position + count, dtype=np.int32)
         ones, wanted, zero = np.ones(count, dtype=np.int32), np.ones(count, dtype=np.int8), np.zeros(1, dtype=np.int32)
         sequences = np.full(count, zero.ctypes.data, dtype=np.uintp)
         arrays = (ids, None, positions, ones, sequences, wanted)
-        self._shared.llama_memory_clear(self._shared.llama_get_memory(self._context), True)
         batch = _Batch(count, *(None if array is None else array.ctypes.data for array in arrays))
         if self._shared.llama_decode(self._context, batch):
-            raise ModelError(f"llama.cpp cannot read {count} tokens, its context holds {self.context}")
-        found = self._shared.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(found, (count, self.vocabulary)).copy()
+            raise ModelError(f"llama.cpp cannot read {position + count} tokens, its context holds {self.context}")
+        self._read_until = position + count
+        return self._shared.llama_get_logits(self._context)
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text, without those that begin or end a sequence."""
@@ -100,13 +121,22 @@ class LlamaCpp:
         return [int(token) for token in found[: max(count, 0)]]
 
 
-@cache
-def _declared() -> Any:
-    """The shared object with the signatures of what is called here."""
+def declared(*signatures: tuple[str, Any, list[Any]]) -> Any:
+    """The shared object, silent, with the signatures of what is called: name, result, arguments."""
     shared = library()
+    for name, result, arguments in signatures:
+        function = getattr(shared, name)
+        function.restype, function.argtypes = result, arguments
+    shared.llama_log_set.argtypes = [_Log, _Pointer]
+    shared.llama_log_set(_log, None)
+    return shared
+
+
+@cache
+def _program() -> Any:
+    """The shared object with the signatures of what is called here."""
     integer, flag, text = ctypes.c_int32, ctypes.c_bool, ctypes.c_char_p
-    for name, result, arguments in (
-        ("llama_log_set", None, [_Log, _Pointer]),
+    shared = declared(
         ("llama_model_default_params", _Parameters, []),
         ("llama_context_default_params", _Parameters, []),
         ("llama_model_load_from_file", _Pointer, [text, _Parameters]),
@@ -121,10 +151,7 @@ def _declared() -> Any:
         ("llama_decode", integer, [_Pointer, _Batch]),
         ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [_Pointer]),
         ("llama_tokenize", integer, [_Pointer, text, integer, _Pointer, integer, flag, flag]),
-    ):
-        function = getattr(shared, name)
-        function.restype, function.argtypes = result, arguments
-    shared.llama_log_set(_log, None)
+    )
     shared.llama_backend_init()
     return shared
 

@@ -21,7 +21,17 @@ import torch
 
 from evo_hpo.errors import InvalidSettingError, MissingPackageError
 
-__all__ = ["GGML_TYPES", "block_size", "dequantize", "fitting", "ggml_type", "library", "quantize", "row_bytes"]
+__all__ = [
+    "GGML_TYPES",
+    "block_size",
+    "dequantize",
+    "fitting",
+    "ggml_number",
+    "ggml_type",
+    "library",
+    "quantize",
+    "row_bytes",
+]
 
 GGML_TYPES = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "MXFP4", "IQ4_NL"),
@@ -48,12 +58,12 @@ def ggml_type(name: str) -> str:
 
 def block_size(name: str) -> int:
     """Weights that share a block: the columns of a matrix must be a multiple of it."""
-    return int(gguf.GGML_QUANT_SIZES[_number(name)][0])
+    return int(gguf.GGML_QUANT_SIZES[ggml_number(name)][0])
 
 
 def row_bytes(name: str, columns: int) -> int:
     """Bytes that a row takes."""
-    block, size = gguf.GGML_QUANT_SIZES[_number(name)]
+    block, size = gguf.GGML_QUANT_SIZES[ggml_number(name)]
     return columns // int(block) * int(size)
 
 
@@ -67,7 +77,7 @@ def quantize(weight: torch.Tensor, name: str, importance: torch.Tensor | None = 
     Raises:
         MissingPackageError: the extra is not installed.
     """
-    shared, number = library(), int(_number(name))
+    shared, number = library(), int(ggml_number(name))
     rows, columns = weight.shape
     source = np.ascontiguousarray(weight.detach().float().cpu().numpy())
     target = np.zeros((rows, row_bytes(name, columns)), dtype=np.uint8)
@@ -94,8 +104,8 @@ def dequantize(blocks: torch.Tensor, name: str) -> torch.Tensor:
     data: Blocks = np.ascontiguousarray(blocks.cpu().numpy())
     decode = _decoder(name)
     if decode is None:
-        return torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(data, _number(name))))
-    block, size = gguf.GGML_QUANT_SIZES[_number(name)]
+        return torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(data, ggml_number(name))))
+    block, size = gguf.GGML_QUANT_SIZES[ggml_number(name)]
     found = np.empty((data.shape[0], data.shape[1] // size * block), dtype=np.float32)
     decode(data.ctypes.data, found.ctypes.data, found.size)
     return torch.from_numpy(found)
@@ -123,7 +133,7 @@ def library() -> Any:
     shared.ggml_type_name.argtypes = [ctypes.c_int]
     shared.ggml_type_name.restype = ctypes.c_char_p
     for name in GGML_TYPES:
-        if shared.ggml_row_size(int(_number(name)), 256) != row_bytes(name, 256):
+        if shared.ggml_row_size(int(ggml_number(name)), 256) != row_bytes(name, 256):
             raise MissingPackageError(f"xllamacpp and gguf have other blocks of {name}: install the versions pinned")
     return shared
 
@@ -140,14 +150,15 @@ def _decoder(name: str) -> Callable[[int, int, int], None] | None:
     if _shared_object() is None:
         return None
     try:
-        found: Any = library()[f"dequantize_row_{library().ggml_type_name(int(_number(name))).decode()}"]
+        found: Any = library()[f"dequantize_row_{library().ggml_type_name(int(ggml_number(name))).decode()}"]
     except AttributeError:  # F16 and BF16 are no blocks
         return None
     found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
     return found  # type: ignore[no-any-return]
 
 
-def _number(name: str) -> Any:
+def ggml_number(name: str) -> Any:
+    """ggml's number of a type."""
     return gguf.GGMLQuantizationType[name]
 
 

@@ -30,6 +30,7 @@ from evo_hpo.record.planned import PlannedSearch, disambiguate, planned
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.record.records import SearchRecord, read_journal
 from evo_hpo.search.checkpoint import FrontPoint
+from evo_hpo.space.spending import spent
 
 __all__ = ["ERRORS", "Comparison", "PlannedSearch", "disambiguate", "winner"]
 
@@ -268,6 +269,7 @@ class Comparison:
             "held_out": dict(final.held_out),
             "cost": problem.space.cost(final.levels),
             "average": problem.space.average(final.levels),
+            **({"costs": spent(problem.space, final.levels)} if len(problem.space.budgets) > 1 else {}),
             "levels": list(final.levels),
             "units": problem.space.labels(final.levels),
         }

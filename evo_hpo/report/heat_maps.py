@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from evo_hpo.report.results import Results
 from evo_hpo.report.style import FAINT, INK, clean, figure
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
+from evo_hpo.space.spending import spent
 
 __all__ = ["Layout", "layout_of", "level_values", "places_of", "profile_figure", "profiles_figure", "winner_figure"]
 
@@ -219,6 +220,8 @@ def winner_figure(results: Results, problem: str, label: str | None = None) -> F
         f"{best.label}, seed {best.seed}: {info.loss_name} {best.loss:.4g},"
         f" {info.average_name} {info.space.average(best.final.levels):.4g}"
     )
+    for name, of in list(spent(info.space, best.final.levels).items())[1:]:
+        title += f"\n{name}: {of['cost']:,} of {of['budget']:,}"
     return profile_figure(info.space, best.final.levels, title)
 
 

@@ -8,8 +8,10 @@ import torch
 
 from evo_hpo.errors import StoreError
 from evo_hpo.levels.build import check_settings
+from evo_hpo.levels.ggml import row_bytes
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
+from evo_hpo.levels.quantizers import Ggml
 from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.models.structure import ROUTERS, is_transposed, linear_modules
 from evo_hpo.scoring.footprint import configuration, empty_model
@@ -29,13 +31,13 @@ class Unbuilt:
 
 
 def expected_levels(task: LanguageModelTask) -> LevelSet:
-    """The levels of a task: the store's where there is one, else those that GPTQ or RTN will build.
+    """The levels of a task: the store's where there is one, else those that GPTQ, RTN or ggml will build.
 
     Raises:
         StoreError: there is no store, and its sizes are not known before it is built.
         InvalidSettingError: as for the task's levels.
     """
-    if task.join or task.method not in ("gptq", "rtn") or (task.store_folder / "manifest.json").is_file():
+    if task.join or task.method not in ("gptq", "ggml", "rtn") or (task.store_folder / "manifest.json").is_file():
         return task.open_levels()
     check_settings(task.method, task.levels or None, dict(task.build))
     model = empty_model(configuration(task.model))
@@ -47,12 +49,28 @@ def expected_levels(task: LanguageModelTask) -> LevelSet:
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         shape = (weight.shape[1], weight.shape[0]) if is_transposed(module) else (weight.shape[0], weight.shape[1])
-        size = int(built.get("group_size", 64)) or shape[1]
-        zeros = not built.get("symmetric", False)
-        levels = tuple(_level(int(bits), shape, size, zeros) for bits in sorted(task.levels))
+        levels = _ggml(task, shape) if task.method == "ggml" else _quantized(task, shape)
+        if not levels:
+            continue  # it stays as it is
         record = UnitRecord(name, (name,), shape, weight.numel(), is_transposed(module), levels)
         rows.append((name, [[Choice(Unbuilt(), record, level)] for level in levels]))
     return task.arranged(LevelSet(rows, "bits"))
+
+
+def _quantized(task: LanguageModelTask, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
+    built = task.build_settings
+    size, zeros = int(built.get("group_size", 64)) or shape[1], not built.get("symmetric", False)
+    return tuple(_level(int(bits), shape, size, zeros) for bits in sorted(task.levels))
+
+
+def _ggml(task: LanguageModelTask, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
+    kinds = Ggml(task.levels) if task.levels else Ggml()
+    weights, rows = shape[0] * shape[1], shape[0]
+    found = {kind: 8 * rows * row_bytes(kind, shape[1]) for kind in kinds.offered(shape[1])}
+    return tuple(
+        LevelRecord(kind, bits, weights, 1, bits, float("nan"), {"kind": "ggml", "type": kind})
+        for kind, bits in found.items()
+    )
 
 
 def _level(bits: int, shape: tuple[int, int], group_size: int, zeros: bool) -> LevelRecord:

@@ -12,11 +12,16 @@ from evo_hpo.space.ranges import spanning
 __all__ = ["stand_in", "unknown"]
 
 
-def unknown(*, ranged: bool = False) -> CompressionSpace:
-    """For levels whose costs are known once they are built; ``ranged``: over a range of budgets."""
-    units = [Unit(f"layers.{i}.unit", costs=(16, 32), size=16) for i in range(30)]
-    space = CompressionSpace(units, 30 * 24)
-    return spanning(CompressionSpace(units, 30 * 20), space) if ranged else space
+def unknown(*, ranged: bool = False, further: int = 0) -> CompressionSpace:
+    """For levels whose costs are known once they are built; ``ranged``: over a range of budgets.
+
+    Args:
+        further: number of resources after the first.
+    """
+    costs = ((16, *[2] * further), (32, *[3] * further)) if further else (16, 32)
+    units = [Unit(f"layers.{i}.unit", costs=costs, size=16) for i in range(30)]  # type: ignore[arg-type]
+    low, high = (CompressionSpace(units, (30 * b, *[30 * 3] * further) if further else 30 * b) for b in (20, 24))
+    return spanning(low, high) if ranged else high
 
 
 def stand_in(method: str, levels: Sequence[float], average: float, dropped: bool) -> CompressionSpace:

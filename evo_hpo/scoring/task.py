@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from evo_hpo.models.paths import user_path
 from evo_hpo.scoring.divergence import FITNESS
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.factory import Factory
-from evo_hpo.scoring.file_size import FileSize
 from evo_hpo.scoring.language_model_problem import LanguageModelProblem, check_names
+from evo_hpo.scoring.limits import Limits
 from evo_hpo.scoring.placement import Placement
 from evo_hpo.scoring.sampling import check_tokens
+from evo_hpo.scoring.spaces import budgeted
 from evo_hpo.scoring.stand_in import stand_in, unknown
 from evo_hpo.scoring.texts import Texts
 from evo_hpo.scoring.tuning import fastest_dtype
@@ -46,9 +47,13 @@ class LanguageModelTask:
         method: how the levels are made: gptq, ggml, sparsegpt, rtn, magnitude, wanda, drop.
         levels: bits, ggml types, sparsities, or nothing for drop.
         average: budget: bits a weight, share of weights removed (sparsity), or number of modules dropped (drop); or a
-            range, { from = 2.2, to = 5.0 }, for a front.
+            range, { from = 2.2, to = 5.0 }, for a front. Default: 3.0, or none where latency or parts are given.
         size: budget instead: of the exported file with all that is in it, as "400 MB" (10^6 bytes; also GB, MiB, GiB),
             or as "3.4 bits a weight", "0.42 bytes a weight" of all weights of the model; or a range of these.
+        latency: further budget: of a token, as "12 ms" (also s, us) or "80 tokens/s".
+        latency_table: its times, a file that `evo-hpo latency` measures.
+        parts: further budgets: bytes of the layers of some blocks, as { gpu = { blocks = [0, 19], size = "60 MB" } };
+            blocks are first and last, counted from 0.
         serve: ``vllm``, ``transformers`` or ``llama.cpp``: only levels that it loads are offered, and what it fuses
             shares a level. GPTQ and RTN are then built without zero points.
         tensor_parallel: devices that vLLM divides a layer over.
@@ -91,8 +96,11 @@ class LanguageModelTask:
     model: str
     method: str = "gptq"
     levels: tuple[Any, ...] = (2, 3, 4, 5, 6)
-    average: float | Mapping[str, float] = 3.0
+    average: float | Mapping[str, float] | None = None
     size: str | Mapping[str, str] = ""
+    latency: str = ""
+    latency_table: str = ""
+    parts: Mapping[str, Any] = field(default_factory=dict)
     serve: str = ""
     tensor_parallel: int = 1
     resource: str = ""
@@ -146,6 +154,10 @@ class LanguageModelTask:
         if self.cache and self.early_stopping:
             raise InvalidSettingError(f"cache={self.cache!r} needs early_stopping = false, so that it changes no trial")
         sizes = [Amount.of(size).bytes for size in each(self.size, "size")] if self.size else []
+        if self.limits and self.method == "drop":
+            raise InvalidSettingError("latency and parts count layers: they need a method with levels, not 'drop'")
+        if self.average is None and not self.limits:
+            object.__setattr__(self, "average", 3.0)
         each(self.average, "average")
         if sizes and (self.resource or self.method == "drop" or not all(sizes)):
             raise InvalidSettingError(
@@ -168,14 +180,19 @@ class LanguageModelTask:
 
     # ------------------------------------------------------------------ before any work
 
+    @property
+    def limits(self) -> Limits:
+        """Budgets beside average or size; errors as :meth:`Limits.of`."""
+        return Limits.of(self.latency, self.latency_table, self.parts)
+
     def stand_in(self) -> CompressionSpace:
         """A small space with the task's levels and budget: what cannot work there cannot work on the model.
 
         Raises:
             InfeasibleError: the average is outside what the levels allow.
         """
-        if self.resource or self.size or self.join or self.method == "ggml":  # levels are known once they are built
-            return unknown(ranged=len(each(self.size or self.average, "size")) > 1)
+        if self.resource or self.size or self.join or self.method == "ggml" or self.limits:  # known once they are built
+            return unknown(ranged=len(each(self.size or self.average, "size")) > 1, further=len(self.limits))
         return over(self.average, "average", lambda one: stand_in(self.method, self.levels, one, self.dropped))
 
     def check_minibatch(self, tokens: int) -> None:
@@ -203,6 +220,7 @@ class LanguageModelTask:
         Raises:
             TextError: a text is missing or too short. StoreError: another store is there, or one to join is not.
         """
+        self.limits.check(self.model)
         self.texts.check(load_tokenizer(self.model))
         for folder in self.join:
             self.open_store(folder=folder)
@@ -280,10 +298,7 @@ class LanguageModelTask:
 
     def space(self, levels: LevelSet) -> CompressionSpace:
         """The search space on these levels."""
-        if self.size:
-            file = FileSize.of(self.model, levels)
-            return over(self.size, "size", lambda size: file.space(levels, size))
-        return levels.space(drop=dict(self.drop)) if self.drop else over(self.average, "average", levels.space)
+        return budgeted(self.model, levels, self.average, self.size, dict(self.drop), self.limits)
 
     def make(self) -> LanguageModelProblem:
         """The problem: loads model, store and text."""

@@ -1,4 +1,4 @@
-"""Sizes as people write them: "24 GB", "400 MiB", "3.4 bits a weight"."""
+"""Sizes and times as people write them: "24 GB", "400 MiB", "3.4 bits a weight", "12 ms", "80 tokens/s"."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from evo_hpo.errors import InvalidSettingError
 
-__all__ = ["Amount", "shown"]
+__all__ = ["Amount", "milliseconds", "nanoseconds", "shown"]
 
 UNITS = {
     "b": 1,
@@ -65,3 +65,26 @@ class Amount:
 def shown(size: int) -> str:
     """Bytes in MB or GB (powers of ten), to four digits."""
     return f"{size / 1e9:.4g} GB" if size >= 1e9 else f"{size / 1e6:.4g} MB"
+
+
+TIMES = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, "s": 10**9}
+
+
+def nanoseconds(text: str, what: str = "latency") -> int:
+    """Of a token: "12 ms" (also s, us, ns), or "80 tokens/s"; rounded down.
+
+    Raises:
+        InvalidSettingError: it says nothing, or nothing above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ns|us|µs|ms|s|tokens/s)\s*", str(text))
+    if not found or not float(found[1]):
+        raise InvalidSettingError(
+            f"{what}={text!r} must be a time above 0 with its unit, such as '12 ms', or '80 tokens/s'"
+        )
+    number = Fraction(found[1])
+    return int(10**9 / number if found[2] == "tokens/s" else number * TIMES[found[2]])
+
+
+def milliseconds(time: int) -> str:
+    """Nanoseconds in milliseconds, to four digits."""
+    return f"{time / 1e6:.4g} ms"

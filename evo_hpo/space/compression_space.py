@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -279,9 +279,19 @@ class CompressionSpace:
 
         Where costs are too fine for the table (60 million cells), they are rounded up to a grid of at most 2^20 steps a
         resource, fewer where several are fine, and the draw is uniform over the assignments that fit the rounded
-        budget: some of those nearest to the budget are left out.
+        budget: some of those nearest to the budget are left out. Of several resources, one whose floor and budget are
+        closer than that grid is left out of the draw, which is then repaired.
         """
+        if self.knapsack.counter.unresolved:
+            return self.repair(self._without_floors.counter.sample(rng), rng)
         return self.knapsack.counter.sample(rng)
+
+    @cached_property
+    def _without_floors(self) -> Knapsack:
+        """The knapsack without the floors that the sampling table cannot resolve."""
+        unresolved = self.knapsack.counter.unresolved
+        floors = tuple(0 if r in unresolved else floor for r, floor in enumerate(self.floors))
+        return replace(self.knapsack, floors=floors)
 
     def enumerate(self) -> Iterator[Assignment]:
         """Every feasible assignment, in lexicographic order."""

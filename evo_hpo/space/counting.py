@@ -60,6 +60,15 @@ class Counter:
         """Size of an exact table of all costs of all resources, for each unit."""
         return (len(self.options) + 1) * math.prod(b + 1 for b in self.budgets)
 
+    @cached_property
+    def unresolved(self) -> tuple[int, ...]:
+        """Of several fine resources, those whose floor and budget are closer than the sampling table's grid."""
+        if len(self.budgets) == 1 or self.cells <= MOST_CELLS:
+            return ()
+        grids = _grids(self.budgets, MOST_CELLS / (len(self.options) + 1))
+        rows = enumerate(zip(self.floors, self.budgets, grids, strict=True))
+        return tuple(r for r, (floor, budget, grid) in rows if floor and budget - floor < grid - 1)
+
     def count(self) -> int:
         """Exact number of feasible assignments."""
         if math.prod(map(len, self.options)) <= MOST_SUMS:

@@ -81,6 +81,12 @@ class Knapsack:
         return tuple(tuple(tuple(map(operator.sub, b, a)) for a, b in unit) for unit in steps)
 
     @cached_property
+    def widest(self) -> Costs:
+        """The most that a step up or down changes of each resource."""
+        steps = [step for unit in self.rises for step in unit]
+        return tuple(max((abs(step[r]) for step in steps), default=0) for r in range(len(self.budgets)))
+
+    @cached_property
     def array(self) -> tuple[Any, Any]:
         """Costs as an array (units, levels, resources), and where it holds a level that the unit may take."""
         most = max(map(len, self.costs))

@@ -26,6 +26,12 @@ __all__ = ["repair"]
 MOST_PAIRS = 20
 """Pairs of changes that are tried before the table."""
 
+ALIKE = 3
+"""Changes of equal cost that are looked at: no more than three are made at a time."""
+
+ROUNDS = 3
+"""Times that prices are adjusted to each other."""
+
 SMALL = 200_000
 """Cells of the table of costs up to which several resources are projected exactly, within milliseconds."""
 
@@ -60,7 +66,9 @@ def repair(
         cursor.follow(-1, farther, ties, 0)
         cursor.follow(+1, farther, ties, 0 if fill else knapsack.room[0])
     elif knapsack.counter.cells > SMALL:
-        cursor = knapsack.cursor(_paired(knapsack, _walked(cursor, wish, ties), wish, ties))
+        narrow = any(room < widest for room, widest in zip(knapsack.room, knapsack.widest, strict=True))
+        near = _priced(knapsack, cursor, wish, ties) if narrow else _walked(cursor, wish, ties)
+        cursor = knapsack.cursor(_paired(knapsack, near, wish, ties))
     if not cursor.feasible:
         cursor = knapsack.cursor(_nearest(knapsack, wish, ties))
     if fill and knapsack.several:
@@ -114,6 +122,44 @@ def _walked(cursor: Cursor, wish: Sequence[float], ties: Sequence[float]) -> lis
     return levels
 
 
+def _priced(knapsack: Knapsack, cursor: Cursor, wish: Sequence[float], ties: Sequence[float]) -> list[int]:
+    """Several resources, one of them with hardly any room: levels of costs near the limits, at little distance.
+
+    Every unit takes the level of least distance plus what it costs at a price a resource (Lagrange's multipliers); each
+    price in turn is the one nearest to 0 at which its resource is within its limits. Single steps would stop at once
+    where they leave the limits of the one that has no room. Distances differ by up to a tenth, so that alike
+    units do not change all at once.
+    """
+    if cursor.feasible:
+        return cursor.levels
+    whole, allowed = knapsack.array
+    share = 1 / np.maximum(np.array(knapsack.budgets, dtype=float), 1)
+    costs = np.ascontiguousarray((whole.astype(float) * share).transpose(2, 0, 1))
+    distances = np.abs(np.arange(allowed.shape[1]) - np.array(wish)[:, None])
+    distances *= 1 + 0.1 / (max(ties) or 1) * np.array(ties)[:, None]
+    distances[~allowed] = np.inf
+    most, least = np.array(knapsack.budgets) * share, np.array(knapsack.floors) * share
+    prices, rows = np.zeros(len(costs)), np.arange(len(distances))
+
+    def spent(r: int, price: float) -> float:
+        """Of a resource, where every unit takes the level that its price and the others' make best."""
+        return float(costs[r][rows, np.argmin(others + price * costs[r], axis=1)].sum())
+
+    for _ in range(ROUNDS):
+        for r in range(len(costs)):
+            others = distances + np.tensordot(np.delete(prices, r), np.delete(costs, r, axis=0), 1)
+            free = spent(r, 0.0)
+            sign, limit = (1, most[r]) if free > most[r] else (-1, least[r])
+            low = high = 0.0
+            while high < 1e9 and sign * (spent(r, sign * high) - limit) > 0:
+                low, high = high, 4 * high or 16.0
+            for _ in range(10 if high else 0):
+                middle = (low + high) / 2
+                low, high = (middle, high) if sign * (spent(r, sign * middle) - limit) > 0 else (low, middle)
+            prices[r] = sign * high
+    return np.argmin(distances + np.tensordot(prices, costs, 1), axis=1).tolist()  # type: ignore[no-any-return]
+
+
 def _paired(knapsack: Knapsack, levels: list[int], wish: Sequence[float], ties: Sequence[float]) -> list[int]:
     """Several resources: levels after changes of two units at a time that bring the costs into their limits.
 
@@ -137,13 +183,14 @@ def _paired(knapsack: Knapsack, levels: list[int], wish: Sequence[float], ties: 
         wanted = left[key] - costing[:, key]
         return np.searchsorted(costing[:, key], wanted - room[key]), np.searchsorted(costing[:, key], wanted, "right")
 
-    def met(left: Any, begin: Any, end: Any) -> tuple[Any, Any]:
-        """The pairs that meet all limits."""
+    def meeting(left: Any, begin: Any, end: Any) -> tuple[Any, Any, Any]:
+        """The pairs that meet the limits of the key resource, and how far each is out of the others'."""
         counts = end - begin
         a = np.repeat(changes, counts)
         b = np.arange(len(a)) + np.repeat(begin - np.cumsum(counts) + counts, counts)
-        good = (of[a] < of[b]) & (outside(left - costing[a] - costing[b]) == 0)
-        return a[good], b[good]
+        apart = of[a] < of[b]
+        a, b = a[apart], b[apart]
+        return a, b, outside(left - costing[a] - costing[b])
 
     for n in range(MOST_PAIRS):
         now = costs[units, levels]
@@ -151,26 +198,26 @@ def _paired(knapsack: Knapsack, levels: list[int], wish: Sequence[float], ties: 
         if not (short := outside(left)):
             break
         costing = (costs - now[:, None])[unit, level]
-        order = np.argsort(costing[:, key], kind="stable")
-        of, to, costing = unit[order], level[order], costing[order]
-        added, changes = distances[of, to] - distances[units, levels][of], np.arange(len(order))
+        added = distances[unit, level] - distances[units, levels][unit]
+        order = _distinct(costing, added, key)
+        of, to, costing, added, changes = unit[order], level[order], costing[order], added[order], np.arange(len(order))
         begin, end = partners(left)
-        a, b = met(left, begin, end)
-        if len(a):
-            best = int(np.argmin(added[a] + added[b]))
+        a, b, after = meeting(left, begin, end)
+        if not after.all():
+            best = int(np.argmin(np.where(after == 0, added[a] + added[b], np.inf)))
             taken = [a[best], b[best]]
         else:
             near = np.clip(np.stack([begin - 1, begin, end]), 0, len(order) - 1)
-            a, b = np.broadcast_to(changes, near.shape).ravel(), near.ravel()
-            after = np.where(of[a] == of[b], np.inf, outside(left - costing[a] - costing[b]))
-            best = int(np.argmin(after))
+            c, d = np.broadcast_to(changes, near.shape).ravel(), near.ravel()
+            after = np.r_[after, np.where(of[c] == of[d], np.inf, outside(left - costing[c] - costing[d]))]
+            a, b, best = np.r_[a, c], np.r_[b, d], int(np.argmin(after))
             taken = [a[best], b[best]] if after[best] < short else []
         if not taken:
             for third in np.argsort(added, kind="stable"):
-                a, b = met(left - costing[third], *partners(left - costing[third]))
-                apart = (of[a] != of[third]) & (of[b] != of[third])
-                if apart.any():
-                    best = int(np.argmin(np.where(apart, added[a] + added[b], np.inf)))
+                a, b, after = meeting(left - costing[third], *partners(left - costing[third]))
+                good = (of[a] != of[third]) & (of[b] != of[third]) & (after == 0)
+                if good.any():
+                    best = int(np.argmin(np.where(good, added[a] + added[b], np.inf)))
                     taken = [third, a[best], b[best]]
                     break
             else:
@@ -179,6 +226,19 @@ def _paired(knapsack: Knapsack, levels: list[int], wish: Sequence[float], ties: 
         for change in taken:
             levels[of[change]] = int(to[change])
     return levels
+
+
+def _distinct(costing: Any, added: Any, key: int) -> Any:
+    """Changes in order of the key resource; of those that cost the same, the ones that add least distance.
+
+    The rest could matter only where one unit has several changes of one cost.
+    """
+    others = [costing[:, r] for r in range(costing.shape[1]) if r != key]
+    order = np.lexsort((added, *others, costing[:, key]))
+    ordered = costing[order]
+    fresh = np.flatnonzero(np.r_[True, (ordered[1:] != ordered[:-1]).any(-1)])
+    rank = np.arange(len(order)) - np.repeat(fresh, np.diff(np.r_[fresh, len(order)]))
+    return order[rank < ALIKE]
 
 
 def _nearest(knapsack: Knapsack, wish: list[float], ties: Sequence[float]) -> list[int]:

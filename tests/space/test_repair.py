@@ -200,3 +200,20 @@ def test_pairs_of_steps_come_as_near_as_a_few_steps_on_small_spaces(
         repaired = space.repair(wish)
     distances = [sum(abs(a - w) for a, w in zip(levels, wish, strict=True)) for levels in all_feasible(space)]
     assert sum(abs(a - w) for a, w in zip(repaired, wish, strict=True)) <= min(distances) + 4
+
+
+def test_alike_units_do_not_all_change_at_once_where_a_budget_must_be_met_exactly() -> None:
+    """A proposal of one level everywhere, at costs finer than any table."""
+    rows = {"q": 331_776, "k": 110_592, "up": 884_736}
+    types = ((18, 35), (20, 51), (22, 66), (24, 65), (34, 47))
+    units = [
+        Unit(f"{i}.{name}", tuple((size // 32 * taken, size * speed // 1000) for taken, speed in types))
+        for i, (name, size) in itertools.product(range(40), rows.items())
+    ]
+    loose = CompressionSpace(units, (10**10, 10**10))
+    cost, time = loose.costs([i % 3 for i in range(len(units))])
+    space = CompressionSpace(units, (cost, time * 11 // 10), floor=(cost, 0))
+    for level in range(5):
+        repaired = space.repair([float(level)] * len(units), np.random.default_rng(level))
+        assert space.costs(repaired)[0] == cost
+        assert space.feasible(repaired)

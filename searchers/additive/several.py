@@ -1,0 +1,183 @@
+"""Minimisation of an additive loss under several budgets: prices from a linear programme, then labels.
+
+The dual of the linear relaxation gives a bound and a price a resource. At these prices every level of a unit costs so
+much more than the unit's best one (its reduced cost), and the reduced costs of an assignment add up to at most what it
+loses above the bound. So all assignments within a distance of the bound are made of the few levels whose reduced costs
+add up to no more: they are enumerated, unit by unit, as far as they can still meet the budgets. Where the best of them
+is itself within the distance, no other assignment is better (reduced-cost fixing, as in Pisinger, EJOR 83, 1995).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linprog
+from scipy.sparse import coo_array
+
+from evo_hpo.space.compression_space import Assignment, CompressionSpace
+
+__all__ = ["solve_with_prices"]
+
+Array = np.ndarray[Any, Any]
+
+FIRST = 32
+"""Levels beside the best ones that are looked at first."""
+
+MANY = 2000
+"""Partial assignments above which those that cost the same are compared."""
+
+MOST_LABELS = 10_000
+"""Partial assignments that are kept; where there are more, those of least reduced cost."""
+
+
+@dataclass(frozen=True)
+class _Relaxed:
+    """The linear relaxation.
+
+    Attributes:
+        units, losses, costs: of each allowed level of each unit; costs: levels x rows.
+        low, high: limits of the rows.
+        bound: least loss of the relaxation.
+        reduced: reduced cost of each level, 0 for the best of its unit.
+    """
+
+    units: Array
+    losses: Array
+    costs: Array
+    low: Array
+    high: Array
+    bound: float
+    reduced: Array
+
+
+def solve_with_prices(
+    space: CompressionSpace,
+    effects: Sequence[Sequence[float]],
+    *,
+    start: Assignment | None = None,
+    changes: int | None = None,
+) -> Assignment | None:
+    """The best feasible assignment with at most ``changes`` units other than in ``start``, or nearly.
+
+    It is exact unless more than :data:`MOST_LABELS` partial assignments are close to the bound; None: none was found.
+    """
+    pairs = [
+        (u, k)
+        for u in range(len(space))
+        for k in range(space.lowest[u], space.highest[u] + 1)
+        if np.isfinite(effects[u][k])
+    ]
+    relaxed = _relaxed(space, effects, pairs, start, changes)
+    if relaxed is None:
+        return None
+    ordered = np.sort(relaxed.reduced)
+    within, best = float(ordered[min(len(space) + FIRST, len(ordered)) - 1]), _Found(None, np.inf, True)
+    while True:
+        found = _labelled(relaxed, within)
+        best = min(best, found, key=lambda one: one.loss)
+        if not found.whole or best.loss - relaxed.bound <= within or within >= ordered[-1]:
+            break
+        within = min(float(ordered[-1]), 1.5 * within + 1e-12, best.loss - relaxed.bound)
+    if best.taken is None:
+        return None
+    levels = [0] * len(space)
+    for pair in best.taken.tolist():
+        u, k = pairs[pair]
+        levels[u] = k
+    return tuple(levels)
+
+
+def _relaxed(
+    space: CompressionSpace,
+    effects: Sequence[Sequence[float]],
+    pairs: Sequence[tuple[int, int]],
+    start: Assignment | None,
+    changes: int | None,
+) -> _Relaxed | None:
+    """None: even the relaxation has no solution."""
+    counter = space.knapsack.counter
+    units = np.array([u for u, _ in pairs])
+    losses = np.array([effects[u][k] for u, k in pairs])
+    costs = np.array([counter.options[u][k - space.lowest[u]] for u, k in pairs], dtype=float)
+    low, high = np.array(counter.floors, dtype=float), np.array(counter.budgets, dtype=float)
+    if changes is not None and start is not None:
+        costs = np.column_stack([costs, [float(start[u] != k) for u, k in pairs]])
+        low, high = np.append(low, 0.0), np.append(high, changes)
+    scale = np.maximum(np.abs(costs).max(0), 1.0)
+    rows, floored = costs.T / scale[:, None], low > 0
+    one_level = coo_array((np.ones(len(pairs)), (units, np.arange(len(pairs)))), shape=(len(space), len(pairs)))
+    found = linprog(
+        losses,
+        A_ub=np.vstack([rows, -rows[floored]]),
+        b_ub=np.append(high / scale, -(low / scale)[floored]),
+        A_eq=one_level.tocsr(),
+        b_eq=np.ones(len(space)),
+        method="highs",
+    )
+    if found.x is None:
+        return None
+    prices = -found.ineqlin.marginals[: len(rows)]
+    prices[floored] += found.ineqlin.marginals[len(rows) :]
+    reduced = losses + prices @ rows
+    best = np.full(len(space), np.inf)
+    np.minimum.at(best, units, reduced)
+    return _Relaxed(units, losses, costs, low, high, float(found.fun), reduced - best[units])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Indices of the levels of an assignment, or None; its loss; whether all that could be better was looked at."""
+
+    taken: Array | None
+    loss: float
+    whole: bool
+
+
+def _labelled(relaxed: _Relaxed, within: float) -> _Found:
+    """The best feasible assignment whose reduced costs add up to at most ``within``."""
+    allowed = np.flatnonzero(relaxed.reduced <= within + 1e-12)
+    ends = np.flatnonzero(np.diff(relaxed.units[allowed], append=-1)) + 1
+    every = np.split(allowed, ends[:-1])
+    options, settled = [own for own in every if len(own) > 1], np.array([own[0] for own in every if len(own) == 1], int)
+    none = np.zeros((1, len(relaxed.low)))
+    least = np.concatenate([none, np.cumsum([relaxed.costs[own].min(0) for own in reversed(options)] or none, 0)])[::-1]
+    most = np.concatenate([none, np.cumsum([relaxed.costs[own].max(0) for own in reversed(options)] or none, 0)])[::-1]
+    spent, loss = relaxed.costs[settled].sum(0)[None], relaxed.losses[settled].sum()[None]
+    reduced, whole = np.zeros(1), True
+    steps: list[tuple[Array, Array]] = []
+    for n, own in enumerate(options):
+        reduced_next = (reduced[:, None] + relaxed.reduced[own]).ravel()
+        spent_next = (spent[:, None] + relaxed.costs[own]).reshape(-1, spent.shape[1])
+        kept = np.flatnonzero(
+            (reduced_next <= within + 1e-12)
+            & (spent_next + least[n + 1] <= relaxed.high).all(1)
+            & (spent_next + most[n + 1] >= relaxed.low).all(1)
+        )
+        losses = (loss[:, None] + relaxed.losses[own]).ravel()
+        if len(kept) > MANY:
+            kept = kept[_cheapest(spent_next[kept], losses[kept])]
+        if len(kept) > MOST_LABELS:
+            kept, whole = kept[np.argpartition(reduced_next[kept], MOST_LABELS)[:MOST_LABELS]], False
+        if not len(kept):
+            return _Found(None, np.inf, whole)
+        loss = losses[kept]
+        spent, reduced = spent_next[kept], reduced_next[kept]
+        steps.append((kept // len(own), own[kept % len(own)]))
+    at, taken = int(np.argmin(loss)), settled.tolist()
+    found = float(loss[at])
+    if not options and not ((spent <= relaxed.high) & (spent >= relaxed.low)).all():
+        return _Found(None, np.inf, whole)
+    for parents, chosen in reversed(steps):
+        taken.append(chosen[at])
+        at = parents[at]
+    return _Found(np.array(taken), found, whole)
+
+
+def _cheapest(spent: Array, losses: Array) -> Array:
+    """Of partial assignments that cost the same of everything, the one that loses least."""
+    order = np.lexsort((losses, *spent.T))
+    ordered = spent[order]
+    return order[np.append(True, (ordered[1:] != ordered[:-1]).any(1))]

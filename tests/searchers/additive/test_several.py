@@ -1,0 +1,83 @@
+"""Additive losses under several budgets: against listing every assignment, and against a mixed-integer solver."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evo_hpo.space.compression_space import CompressionSpace, Unit
+from searchers.additive import several
+from searchers.additive.several import solve_with_prices
+from searchers.additive.solvers import solve, solve_by_integer_programming
+from tests.spaces import all_feasible, spaces
+
+
+def total(effects: list[list[float]], levels: tuple[int, ...]) -> float:
+    return sum(effects[u][k] for u, k in enumerate(levels))
+
+
+@settings(max_examples=80)
+@given(spaces(resources=2), st.data())
+def test_no_feasible_assignment_is_better(space: CompressionSpace, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    effects = [rng.normal(size=len(u.costs)).round(1).tolist() for u in space.units]
+    for u, unit in enumerate(space.units):
+        if len(unit.costs) > 1 and unit.fixed is None and rng.random() < 0.2:
+            effects[u][int(rng.integers(len(unit.costs)))] = math.inf
+    start = space.sample(rng)
+    changes = data.draw(st.none() | st.integers(0, 3))
+    found = solve_with_prices(space, effects, start=start, changes=changes)
+    losses = [
+        total(effects, levels)
+        for levels in all_feasible(space)
+        if changes is None or sum(a != b for a, b in zip(levels, start, strict=True)) <= changes
+    ]
+    least = min(losses, default=math.inf)
+    if math.isinf(least):
+        assert found is None
+    else:
+        assert found is not None
+        assert space.feasible(found)
+        assert changes is None or sum(a != b for a, b in zip(found, start, strict=True)) <= changes
+        assert total(effects, found) == pytest.approx(least)
+
+
+def many(units: int, *, exact: bool) -> CompressionSpace:
+    """Layers of three shapes; the second resource does not rise with the first."""
+    made = []
+    for i in range(units):
+        size = (3, 1, 8)[i % 3]
+        made.append(Unit(f"m{i}", tuple((size * b, size * t) for b, t in ((18, 35), (22, 66), (24, 65), (34, 47)))))
+    cost = sum(u.costs[(0, 1, 1, 2)[i % 4]][0] for i, u in enumerate(made))  # type: ignore[index, misc]
+    slow = sum(u.costs[(0, 1, 3, 2)[i % 4]][1] for i, u in enumerate(made))  # type: ignore[index, misc]
+    return CompressionSpace(made, (cost, slow), floor=(cost if exact else 0, 0))
+
+
+@pytest.mark.parametrize("changes", [None, 6])
+@pytest.mark.parametrize("exact", [False, True])
+def test_many_units_are_solved_as_a_mixed_integer_solver_does(exact: bool, changes: int | None) -> None:
+    space, rng = many(60, exact=exact), np.random.default_rng(0)
+    start = space.uniform()
+    for _ in range(3):
+        effects = (rng.gamma(1.0, 1.0, (60, 1)) * 4.0 ** -np.arange(4)).tolist()
+        found = solve(space, effects, start=start, changes=changes)
+        other = solve_by_integer_programming(space, effects, start=start, changes=changes)
+        assert found is not None
+        assert other is not None
+        assert total(effects, found) == pytest.approx(total(effects, other), rel=1e-9)
+
+
+def test_few_labels_still_give_a_feasible_assignment_near_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    space, rng = many(60, exact=False), np.random.default_rng(1)
+    effects = (rng.gamma(1.0, 1.0, (60, 1)) * 4.0 ** -np.arange(4)).tolist()
+    best = solve(space, effects)
+    monkeypatch.setattr(several, "MOST_LABELS", 50)
+    found = solve(space, effects)
+    assert best is not None
+    assert found is not None
+    assert space.feasible(found)
+    assert total(effects, best) <= total(effects, found) < 1.02 * total(effects, best)

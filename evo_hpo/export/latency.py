@@ -16,7 +16,7 @@ import numpy as np
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.scoring.footprint import ModelShape, configuration
-from evo_hpo.scoring.latency_table import LatencyTable, Layer, agreement, layer_of, sizes_of
+from evo_hpo.scoring.latency_table import LatencyTable, Layer, agreement, check_blocks, layer_of, sizes_of
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["Program", "Timer", "layers_of", "measured", "random_profiles"]
@@ -54,6 +54,7 @@ def layers_of(levels: LevelSet) -> dict[Layer, Choice]:
     Raises:
         InvalidSettingError: there are experts, of which a token sees some only.
     """
+    check_blocks(levels)
     found: dict[Layer, Choice] = {}
     for name, choices in levels.rows():
         if ".experts." in name:

@@ -23,8 +23,8 @@ from evo_hpo.export.torch_timing import TorchProgram, _Bits4, _Bits8
 from evo_hpo.levels.ggml import dequantize
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
-from evo_hpo.scoring.latency_table import LatencyTable
 from evo_hpo.scoring.expected_levels import Unbuilt, expected_levels
+from evo_hpo.scoring.latency_table import LatencyTable
 from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.space.compression_space import Assignment
 from tests.tiny import save_tiny

@@ -122,10 +122,10 @@ def measured(
                 progress(done + 1, rounds, "rounds of products and whole models")
     usual = {key: min(found) for key, found in times.items()}
     alone = [_sum(levels, one, usual) for one in (*known, *drawn)]
-    whole = [usual[number] for number in range(len(alone))]
-    rest = float(np.mean([w - a for w, a in zip(whole[: len(known)], alone, strict=False)]))
+    taken = [usual[number] for number in range(len(alone))]
+    rest = float(np.mean([w - a for w, a in zip(taken[: len(known)], alone, strict=False)]))
     predicted = [rest + a for a in alone[len(known) :]]
-    rows = [{"predicted": round(p), "measured": round(m)} for p, m in zip(predicted, whole[len(known) :], strict=True)]
+    rows = [{"predicted": round(p), "measured": round(m)} for p, m in zip(predicted, taken[len(known) :], strict=True)]
     return LatencyTable(
         machine,
         program.name,
@@ -135,7 +135,7 @@ def measured(
         sizes_of(ModelShape.of(configuration(model))),
         round(rest),
         {layer: round(usual[layer]) for layer in layers},
-        {**agreement(predicted, whole[len(known) :]), "profiles": rows},
+        {**agreement(predicted, taken[len(known) :]), "profiles": rows},
     )
 
 

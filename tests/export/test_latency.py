@@ -146,7 +146,8 @@ def test_torch_products_have_the_shape_of_the_layer() -> None:
 
 
 def task(model: str, **changes: Any) -> LanguageModelTask:
-    return LanguageModelTask(model, **{"method": "ggml", "levels": ("Q4_0", "Q8_0"), "average": 6.0} | changes)
+    own: dict[str, Any] = {"method": "ggml", "levels": ("Q4_0", "Q8_0"), "average": 6.0, **changes}
+    return LanguageModelTask(model, **own)
 
 
 def test_llama_cpp_is_measured_on_files_of_the_levels(model: str) -> None:

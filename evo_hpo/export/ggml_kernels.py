@@ -120,7 +120,7 @@ def _places(backend: Any) -> list[Any]:
     found = shared.ggml_backend_reg_get_proc_address(
         shared.ggml_backend_dev_backend_reg(device), b"ggml_backend_dev_get_extra_bufts"
     )
-    places = []
+    places: list[Any] = []
     if found:
         more = ctypes.CFUNCTYPE(ctypes.POINTER(_Pointer), _Pointer)(found)(device)
         while more and more[len(places)]:

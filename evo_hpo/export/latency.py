@@ -16,7 +16,7 @@ import numpy as np
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.scoring.footprint import ModelShape, configuration
-from evo_hpo.scoring.latency_table import LatencyTable, Layer, agreement, layer_of, sizes_of
+from evo_hpo.scoring.latency_table import LatencyTable, Layer, agreement, check_blocks, layer_of, sizes_of
 from evo_hpo.space.compression_space import Assignment
 
 __all__ = ["Program", "Timer", "layers_of", "measured", "random_profiles"]
@@ -54,6 +54,7 @@ def layers_of(levels: LevelSet) -> dict[Layer, Choice]:
     Raises:
         InvalidSettingError: there are experts, of which a token sees some only.
     """
+    check_blocks(levels)
     found: dict[Layer, Choice] = {}
     for name, choices in levels.rows():
         if ".experts." in name:
@@ -121,10 +122,10 @@ def measured(
                 progress(done + 1, rounds, "rounds of products and whole models")
     usual = {key: min(found) for key, found in times.items()}
     alone = [_sum(levels, one, usual) for one in (*known, *drawn)]
-    whole = [usual[number] for number in range(len(alone))]
-    rest = float(np.mean([w - a for w, a in zip(whole[: len(known)], alone, strict=False)]))
+    taken = [usual[number] for number in range(len(alone))]
+    rest = float(np.mean([w - a for w, a in zip(taken[: len(known)], alone, strict=False)]))
     predicted = [rest + a for a in alone[len(known) :]]
-    rows = [{"predicted": round(p), "measured": round(m)} for p, m in zip(predicted, whole[len(known) :], strict=True)]
+    rows = [{"predicted": round(p), "measured": round(m)} for p, m in zip(predicted, taken[len(known) :], strict=True)]
     return LatencyTable(
         machine,
         program.name,
@@ -134,7 +135,7 @@ def measured(
         sizes_of(ModelShape.of(configuration(model))),
         round(rest),
         {layer: round(usual[layer]) for layer in layers},
-        {**agreement(predicted, whole[len(known) :]), "profiles": rows},
+        {**agreement(predicted, taken[len(known) :]), "profiles": rows},
     )
 
 

@@ -37,7 +37,8 @@ def expected_levels(task: LanguageModelTask) -> LevelSet:
         StoreError: there is no store, and its sizes are not known before it is built.
         InvalidSettingError: as for the task's levels.
     """
-    if task.join or task.method not in ("gptq", "ggml", "rtn") or (task.store_folder / "manifest.json").is_file():
+    others = task.join or task.build_settings.get("embedding", False)  # embedding and head are no linear layers
+    if others or task.method not in ("gptq", "ggml", "rtn") or (task.store_folder / "manifest.json").is_file():
         return task.open_levels()
     check_settings(task.method, task.levels or None, dict(task.build))
     model = empty_model(configuration(task.model))

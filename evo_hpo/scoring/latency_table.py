@@ -12,7 +12,7 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.scoring.footprint import ModelShape
 
-__all__ = ["LatencyTable", "Layer", "layer_of"]
+__all__ = ["LatencyTable", "Layer", "check_blocks", "layer_of"]
 
 FORMAT = 1
 
@@ -89,8 +89,9 @@ class LatencyTable:
         """Nanoseconds a token of each unit's levels, tied layers together.
 
         Raises:
-            InvalidSettingError: a layer is not in the table.
+            InvalidSettingError: a layer is not in the table, or one is outside the blocks.
         """
+        check_blocks(levels)
         return [tuple(sum(map(self._time, level)) for level in choices) for _, choices in levels.rows()]
 
     def total(self, levels: LevelSet, assignment: Sequence[int]) -> int:
@@ -119,6 +120,15 @@ class LatencyTable:
             raise InvalidSettingError(
                 "the latency table is of another model ({}; this one has {}): measure one for this plan with"
                 " evo-hpo latency".format(*told)
+            )
+
+
+def check_blocks(levels: LevelSet) -> None:
+    """Raises InvalidSettingError where embedding or head are searched: their time is part of the rest."""
+    for unit in levels.units:
+        if unit.block is None:
+            raise InvalidSettingError(
+                f"{unit.name!r}: no latency is measured outside the blocks; leave out build = {{ embedding = true }}"
             )
 
 

@@ -19,7 +19,7 @@ def unknown(*, ranged: bool = False, further: int = 0) -> CompressionSpace:
         further: number of resources after the first.
     """
     costs = ((16, *[2] * further), (32, *[3] * further)) if further else (16, 32)
-    units = [Unit(f"layers.{i}.unit", costs=costs, size=16) for i in range(30)]  # type: ignore[arg-type]
+    units = [Unit(f"layers.{i}.unit", costs=costs, size=16) for i in range(30)]
     low, high = (CompressionSpace(units, (30 * b, *[30 * 3] * further) if further else 30 * b) for b in (20, 24))
     return spanning(low, high) if ranged else high
 

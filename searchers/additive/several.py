@@ -109,7 +109,7 @@ def _relaxed(
     scale = np.maximum(np.abs(costs).max(0), 1.0)
     rows, floored = costs.T / scale[:, None], low > 0
     one_level = coo_array((np.ones(len(pairs)), (units, np.arange(len(pairs)))), shape=(len(space), len(pairs)))
-    found = linprog(
+    found: Any = linprog(  # type: ignore[call-overload]
         losses,
         A_ub=np.vstack([rows, -rows[floored]]),
         b_ub=np.append(high / scale, -(low / scale)[floored]),
@@ -180,4 +180,5 @@ def _cheapest(spent: Array, losses: Array) -> Array:
     """Of partial assignments that cost the same of everything, the one that loses least."""
     order = np.lexsort((losses, *spent.T))
     ordered = spent[order]
-    return order[np.append(True, (ordered[1:] != ordered[:-1]).any(1))]
+    found: Array = order[np.append(True, (ordered[1:] != ordered[:-1]).any(1))]
+    return found

@@ -23,8 +23,8 @@ from evo_hpo.export.torch_timing import TorchProgram, _Bits4, _Bits8
 from evo_hpo.levels.ggml import dequantize
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
-from evo_hpo.scoring.latency_table import LatencyTable
 from evo_hpo.scoring.expected_levels import Unbuilt, expected_levels
+from evo_hpo.scoring.latency_table import LatencyTable
 from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.space.compression_space import Assignment
 from tests.tiny import save_tiny
@@ -146,7 +146,8 @@ def test_torch_products_have_the_shape_of_the_layer() -> None:
 
 
 def task(model: str, **changes: Any) -> LanguageModelTask:
-    return LanguageModelTask(model, **{"method": "ggml", "levels": ("Q4_0", "Q8_0"), "average": 6.0} | changes)
+    own: dict[str, Any] = {"method": "ggml", "levels": ("Q4_0", "Q8_0"), "average": 6.0, **changes}
+    return LanguageModelTask(model, **own)
 
 
 def test_llama_cpp_is_measured_on_files_of_the_levels(model: str) -> None:

@@ -15,10 +15,10 @@ import pytest
 from evo_hpo.errors import EvoHpoError, InfeasibleError, InvalidSettingError
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
+from evo_hpo.scoring.expected_levels import Unbuilt
 from evo_hpo.scoring.footprint import ModelShape, configuration
 from evo_hpo.scoring.latency_table import LatencyTable, agreement, sizes_of
 from evo_hpo.scoring.limits import Limits, least_within
-from evo_hpo.scoring.expected_levels import Unbuilt
 from evo_hpo.scoring.spaces import budgeted
 from evo_hpo.search.budget import Budget
 from evo_hpo.search.loop import search

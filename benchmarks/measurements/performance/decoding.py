@@ -21,8 +21,8 @@ from evo_hpo.export.latency import READ, RUNS
 from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.export.llama_cpp_timing import SPAN, Decoding
 from evo_hpo.record.profiles import open_profile
-from evo_hpo.scoring.latency_table import LatencyTable, Layer, layer_of
 from evo_hpo.scoring.expected_levels import expected_levels
+from evo_hpo.scoring.latency_table import LatencyTable, Layer, layer_of
 
 
 def layers_in(profile: Path) -> list[Layer]:

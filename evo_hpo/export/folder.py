@@ -30,7 +30,7 @@ from evo_hpo.models.paths import user_path, writable_folder
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.factory import Factory
 from evo_hpo.scoring.task import LanguageModelTask
-from evo_hpo.search.registry import problem_factory
+from evo_hpo.search.registry import problem_factory, signature_kept
 
 __all__ = ["export_profile", "opened", "place", "read_profile", "task_of"]
 
@@ -118,12 +118,14 @@ def task_of(data: Mapping[str, Any]) -> LanguageModelTask:
     """The task that a profile was found on.
 
     Raises:
-        PlanError: it is of no language model.
+        PlanError: it is of no language model. InvalidSettingError: a setting that there is not, or of a wrong type.
     """
-    factory = problem_factory(data["problem"]["name"])
+    name, settings = data["problem"]["name"], data["problem"].get("settings", {})
+    factory = problem_factory(name)
     if not isinstance(factory, Factory):
-        raise PlanError(f"the profile is of problem {data['problem']['name']!r}, which has no model to export")
-    task: LanguageModelTask = factory.task(data["problem"].get("settings", {}))
+        raise PlanError(f"the profile is of problem {name!r}, which has no model to export")
+    with signature_kept(f"problem {name!r}", factory, **settings):
+        task: LanguageModelTask = factory.task(settings)
     return task
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "problem_factory",
     "searcher_class",
     "settled",
+    "signature_kept",
 ]
 
 
@@ -168,12 +169,12 @@ def make_searcher(name: str, space: CompressionSpace, *, seed: int = 0, **settin
     cls = searcher_class(name)
     owner = f"searcher {name!r}"
     check_settings(owner, settings_of(cls), settings)
-    with _signature_kept(owner, cls, space, seed=seed, **settings):
+    with signature_kept(owner, cls, space, seed=seed, **settings):
         return cls(space, seed=seed, **settings)
 
 
 @contextmanager
-def _signature_kept(owner: str, target: Callable[..., Any], *given: Any, **settings: Any) -> Iterator[None]:
+def signature_kept(owner: str, target: Callable[..., Any], *given: Any, **settings: Any) -> Iterator[None]:
     """Tells settings that a signature does not allow, the user's fault, from whatever else is raised inside of a call.
 
     Raises:
@@ -241,7 +242,7 @@ def make_problem(name: str, **settings: Any) -> Problem:
     factory = problem_factory(name)
     owner = f"problem {name!r}"
     check_settings(owner, _parameters(factory), settings)
-    with _signature_kept(owner, factory, **settings):
+    with signature_kept(owner, factory, **settings):
         return factory(**settings)
 
 
@@ -249,7 +250,7 @@ def preview_problem(name: str, settings: dict[str, Any]) -> Preview:
     """What a problem says of itself before anything is built; one that has nothing to build is simply made."""
     factory: object = problem_factory(name)
     if isinstance(factory, Prepared):
-        with _signature_kept(f"problem {name!r}", problem_factory(name), **settings):
+        with signature_kept(f"problem {name!r}", problem_factory(name), **settings):
             return factory.preview(settings)
     made = make_problem(name, **settings)
     return Preview(made.space, made.tokens, made.check)

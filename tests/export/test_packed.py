@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from evo_hpo.cli.commands import app
 from evo_hpo.errors import InfeasibleError, InvalidSettingError, ModelError, PlanError
-from evo_hpo.export.folder import export_profile, place
+from evo_hpo.export.folder import export_profile, place, task_of
 from evo_hpo.export.packed_folder import pack_words
 from evo_hpo.export.reading import load_served
 from evo_hpo.levels.level_set import Choice, LevelSet
@@ -283,6 +283,10 @@ def test_sizes_are_told_before_anything_is_built_as_they_are_built(
     told = CliRunner().invoke(app, ["sizes", str(tmp_path / "plan.toml"), "--context", "100"]).output
     assert "asked: 0.06 MB" in told
     assert "uniform 8" in told
+    for wrong in ({"model": 0}, {"modell": "m"}):
+        task_settings = problem | wrong
+        with pytest.raises(InvalidSettingError, match=next(iter(wrong))):
+            task_of({"problem": {"name": "language_model", "settings": task_settings}})
     assert "cache: 0.0128 MB" in told  # keys and values of 2 blocks, 1 head of 16: 64 numbers, 2 bytes, 100 tokens
 
 

@@ -120,7 +120,7 @@ def scatter(found: Mapping[int, Changes], path: Path) -> None:
         width = float(np.abs(np.concatenate(list(changes.values()))).max()) * 1.1
         axes.plot([-width, width], [-width, width], "k--", linewidth=0.8)
         for scale in (axes.set_xscale, axes.set_yscale):
-            scale("symlog", linthresh=width / 100)
+            scale("symlog", linthresh=10.0 ** np.floor(np.log10(width)) / 10)
         axes.set(title=f"uniform {bits} bits, one unit moved", xlabel="predicted change of the KL, nats a token")
         axes.set_ylabel("measured change, nats a token")
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import queue
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from evo_hpo.errors import EvoHpoError, JournalError, PlanError
 from evo_hpo.record.comparison import ERRORS, Comparison, PlannedSearch
+from evo_hpo.record.environment import cores
 from evo_hpo.run.cluster_process import run_on_cluster
 from evo_hpo.run.events import Event, Listener, ProblemMade, SearchFailed
 from evo_hpo.run.plan import Plan
@@ -124,9 +124,8 @@ def _settled(comparison: Comparison, plan: Plan) -> Comparison:
 
 def process_count(plan: Plan, tasks: int) -> tuple[int, int]:
     """Processes that a plan runs at the same time on this machine, and the cores that each may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = max(1, min(plan.workers or cores, tasks))
-    return count, max(1, cores // count)
+    count = max(1, min(plan.workers or cores(), tasks))
+    return count, max(1, cores() // count)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from evo_hpo.models.dropping import check_droppable
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.models.identity import digest, model_identity, tokens_identity
 from evo_hpo.models.structure import is_matrix, outer_matrices
+from evo_hpo.record.environment import cores
 from evo_hpo.scoring.allocator import keep_freed_memory
 from evo_hpo.scoring.batch_scoring import BatchScorer
 from evo_hpo.scoring.compiling import Compiled, compile_parts
@@ -127,7 +127,7 @@ class Evaluator:
         self.counts = {"candidates": 0, "cached": 0, "stopped": 0, "non_finite": 0, "out_of_memory": 0, "tokens": 0}
         self.seconds = 0.0
         example, lock = self.tokens[:1, : min(self.length, 16)], threading.Lock()
-        count = (threads or len(os.sched_getaffinity(0))) if on_cpu else 1
+        count = (threads or cores()) if on_cpu else 1
         packed = packed_bytes if on_cpu and not stream else 0
         members = {name for unit in levels.units for name in unit.members}
         check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_matrix(m)}, example)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from evo_hpo.models.loading import compute_dtype
 from evo_hpo.models.structure import linear_modules
+from evo_hpo.record.environment import cores
 from evo_hpo.scoring.dense import joined
 from evo_hpo.scoring.divergence import divergences
 from evo_hpo.scoring.evaluator import Evaluator
@@ -68,11 +68,6 @@ def forecast(task: LanguageModelTask) -> Forecast:
         on_cpu=on_cpu,
     )
     return Forecast(rate, needs.total)
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 class _AsItIs:

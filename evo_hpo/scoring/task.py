@@ -47,7 +47,8 @@ class LanguageModelTask:
         method: how the levels are made: gptq, ggml, sparsegpt, rtn, magnitude, wanda, drop.
         levels: bits, ggml types, sparsities, or nothing for drop.
         average: budget: bits a weight, share of weights removed (sparsity), or number of modules dropped (drop); or a
-            range, { from = 2.2, to = 5.0 }, for a front. Default: 3.0, or none where latency or parts are given.
+            range, { from = 2.2, to = 5.0 }, for a front. Default: 3.0, or none where size,
+            latency or parts are given.
         size: budget instead: of the exported file with all that is in it, as "400 MB" (10^6 bytes; also GB, MiB, GiB),
             or as "3.4 bits a weight", "0.42 bytes a weight" of all weights of the model; or a range of these.
         latency: further budget: of a token, as "12 ms" (also s, us) or "80 tokens/s".
@@ -156,13 +157,13 @@ class LanguageModelTask:
         sizes = [Amount.of(size).bytes for size in each(self.size, "size")] if self.size else []
         if self.limits and self.method == "drop":
             raise InvalidSettingError("latency and parts count layers: they need a method with levels, not 'drop'")
-        if self.average is None and not self.limits:
+        if sizes and (self.average is not None or self.resource or self.method == "drop" or not all(sizes)):
+            raise InvalidSettingError(
+                f"size={self.size!r} is a budget of its own: leave out average and resource, and drop no modules"
+            )
+        if self.average is None and not sizes and not self.limits:
             object.__setattr__(self, "average", 3.0)
         each(self.average, "average")
-        if sizes and (self.resource or self.method == "drop" or not all(sizes)):
-            raise InvalidSettingError(
-                f"size={self.size!r} is a budget of its own: leave out resource, and drop no modules"
-            )
         if self.serve:
             check_levels(server_named(self.serve), self.method, self.levels, bool(self.build_settings.get("symmetric")))
         shares_of(self.calibration)

@@ -2,107 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
 from evo_hpo.cli.commands import main
 from evo_hpo.errors import InvalidSettingError, ModelError
-from evo_hpo.export.evaluation import evaluate
-from evo_hpo.export.folder import place
 from evo_hpo.export.gguf_file import difference, export_gguf, write_gguf
 from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.drop import build_drop_store
-from evo_hpo.levels.ggml import GGML_TYPES, dequantize, quantize, row_bytes
-from evo_hpo.levels.level_set import Choice, LevelSet, bundled
-from evo_hpo.levels.manifest import LevelRecord, UnitRecord
-from evo_hpo.levels.packing import GgmlBlocks
-from evo_hpo.levels.quantizers import GPTQ, Ggml
-from evo_hpo.levels.serving import STACKED
+from evo_hpo.levels.ggml import GGML_TYPES
+from evo_hpo.levels.quantizers import GPTQ
 from evo_hpo.levels.store import open_store
-from evo_hpo.models.loading import LoadedModel, load_model
-from evo_hpo.models.structure import linear_modules, outer_matrices
+from evo_hpo.models.loading import LoadedModel
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.file_size import FileSize
 from evo_hpo.search.registry import make_problem, problem_factory
-from tests.tiny import VOCABULARY, random_model, tiny_tokens
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-MODELS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "llama": lambda: transformers.LlamaConfig(**_SIZES),
-    "qwen2": lambda: transformers.Qwen2Config(**_SIZES, tie_word_embeddings=True),
-    "qwen3": lambda: transformers.Qwen3Config(**_SIZES, head_dim=64),
-    "gemma": lambda: transformers.GemmaConfig(**_SIZES, head_dim=64),
-    "gemma2": lambda: transformers.Gemma2Config(**_SIZES, head_dim=64, query_pre_attn_scalar=64),
-    "mixtral": lambda: transformers.MixtralConfig(**_SIZES, num_local_experts=3, sliding_window=None),
-}
-SLOW = ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S")  # tables of these take seconds to make
-_FAST: Any = transformers.PreTrainedTokenizerFast
-TOKENS = [int(token) for token in tiny_tokens(1, 32, seed=3)[0]]
-
-
-def made(config: transformers.PretrainedConfig) -> LoadedModel:
-    """A model whose norms, biases and matrices are all far from what they begin with."""
-    model = random_model(config, spread=0.08)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.rand(parameter.shape, generator=generator) / 2)
-    return LoadedModel.from_model(model)
-
-
-def levels_of(loaded: LoadedModel, types: Sequence[str], folder: Path) -> LevelSet:
-    build_store(loaded, folder, Ggml(types), tiny_tokens(4, 16), inputs="dense")
-    return open_store(folder).levels
-
-
-def distance(path: Path, model: nn.Module, tokens: Sequence[int] = TOKENS) -> float:
-    """Relative squared difference of llama.cpp's logits from a model's, each position's mean taken off."""
-    with LlamaCpp(path) as program:
-        theirs = torch.from_numpy(program.logits(tokens))
-    with torch.inference_mode():
-        ours = model(input_ids=torch.tensor([list(tokens)])).logits[0]
-    ours, theirs = (found - found.mean(-1, keepdim=True) for found in (ours, theirs))
-    return float((ours - theirs).square().sum() / ours.square().sum())
-
-
-def bits(levels: LevelSet, assignment: Sequence[int]) -> int:
-    """What a budget counts."""
-    chosen = (unit.costs[level] for unit, level in zip(levels.units, assignment, strict=True))
-    return sum(cost for cost in chosen if isinstance(cost, int))
-
-
-def compressed(loaded: LoadedModel, levels: LevelSet, assignment: Sequence[int]) -> LoadedModel:
-    """The model with the weights of an assignment in place."""
-    model = copy.deepcopy(loaded.model)
-    place(model, levels, assignment)
-    return LoadedModel(model, loaded.tokenizer, loaded.identity, loaded.name)
+from tests.export.gguf_models import (
+    MODELS,
+    SIZES,
+    SLOW,
+    Blocks,
+    bits,
+    byte_level_tokenizer,
+    compressed,
+    distance,
+    levels_of,
+    made,
+)
+from tests.tiny import random_model, tiny_tokens
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -121,56 +58,6 @@ def test_llama_cpp_computes_what_the_dequantized_model_does(name: str, tmp_path:
         assert distance(path, model.model) < bound < 0.1 * distance(path, made(MODELS[name]()).model) or what == "f16"
         assert difference(path, model) < 1e-2
     assert 8 * (sizes[1] - sizes[0]) == costs[1] - costs[0], "the budget counts the file's bits"
-
-
-class Blocks:
-    """Each unit has one level of one type, in turn."""
-
-    def __init__(self, loaded: LoadedModel, types: Sequence[str], include: str = ".") -> None:
-        self._made: dict[str, GgmlBlocks] = {}
-        outer, layers = outer_matrices(loaded.model), linear_modules(loaded.model)
-        names = [name for name in [*outer, *layers] if re.search(include, name)]
-        wholes = list(dict.fromkeys(bundled(name, STACKED) for name in names))
-        rows = []
-        for name in names:
-            weight = loaded.model.get_submodule(name).weight.detach()  # type: ignore[operator]
-            kind = types[wholes.index(bundled(name, STACKED)) % len(types)]
-            blocks = self._made[name] = GgmlBlocks(kind, blocks_of(weight, kind))
-            level = LevelRecord(
-                kind, blocks.storage_bits, weight.numel(), 1, blocks.storage_bits, 0.5, blocks.settings()
-            )
-            rows.append(
-                (name, [[Choice(self, UnitRecord(name, (name,), weight.shape, weight.numel(), False, ()), level)]])
-            )
-        self.levels = LevelSet(rows, "bits")
-
-    def unit_weights(self, unit: str, label: str) -> dict[str, torch.Tensor]:
-        return {unit: self._made[unit].decode()}
-
-    def unit_encoded(self, unit: str, label: str) -> GgmlBlocks:
-        return self._made[unit]
-
-
-def blocks_of(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """A matrix quantized; of types that need large tables for that, random blocks of the same spread."""
-    if kind not in SLOW:
-        return quantize(weight, kind)
-    rng = np.random.default_rng(weight.numel())
-    shape = (len(weight), weight.shape[1] // 256, row_bytes(kind, 256))
-    data = rng.integers(0, 256, shape, dtype=np.uint8)
-    spread = dequantize(scaled(data, kind, 1.0), kind).std()
-    return scaled(data, kind, float(weight.std() / spread))
-
-
-def scaled(data: npt.NDArray[np.uint8], kind: str, scale: float) -> torch.Tensor:
-    """Blocks (rows x blocks x bytes) with another scale, as rows x bytes."""
-    half = int(np.float16(scale).view(np.uint16))
-    if kind == "IQ1_M":  # four bits of the scale in each of the last four words
-        words = data[..., -8:].view("<u2")
-        words[...] = (words & 0x0FFF) | np.array([(half >> 4 * part & 0xF) << 12 for part in range(4)], dtype=np.uint16)
-    else:
-        data[..., :2].view("<u2")[...] = half
-    return torch.from_numpy(data.reshape(len(data), -1).copy())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -207,7 +94,7 @@ def losses(path: Path, dense: nn.Module, text: torch.Tensor) -> tuple[float, flo
 
 
 def test_embedding_and_head_may_have_every_type(tmp_path: Path) -> None:
-    loaded = made(transformers.LlamaConfig(**_SIZES | {"num_hidden_layers": 1}))
+    loaded = made(transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
     for kind in GGML_TYPES:
         levels = Blocks(loaded, [kind], "embed|head").levels
         path = tmp_path / f"{kind}.gguf"
@@ -218,7 +105,7 @@ def test_embedding_and_head_may_have_every_type(tmp_path: Path) -> None:
 
 
 def test_every_type_is_read_by_llama_cpp(tmp_path: Path) -> None:
-    loaded = made(transformers.LlamaConfig(**_SIZES | {"num_hidden_layers": 1}))
+    loaded = made(transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
     types = [name for name in GGML_TYPES if name not in SLOW]
     levels = levels_of(loaded, types, tmp_path / "store")
     other = {"token_embd.weight": "Q6_K", "output.weight": "Q8_0"}
@@ -243,7 +130,7 @@ def test_every_type_is_read_by_llama_cpp(tmp_path: Path) -> None:
 
 
 def test_dropped_blocks_leave_the_file_and_dropped_parts_say_nothing(tmp_path: Path) -> None:
-    loaded = made(transformers.LlamaConfig(**_SIZES | {"num_hidden_layers": 3}))
+    loaded = made(transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 3}))
     build_drop_store(loaded, tmp_path / "store", kinds=("attention", "mlp"))
     levels = open_store(tmp_path / "store").levels
     silent = {"model.layers.0.mlp", "model.layers.1.self_attn", "model.layers.1.mlp"}
@@ -321,87 +208,10 @@ def test_a_file_of_another_model_is_told(tmp_path: Path) -> None:
         difference(tmp_path / "m.gguf", loaded)
 
 
-TEXTS = ["It isn't 1234 things; don't count 12,5 % of them.\n\n  def f(x):\n\treturn x", "naïve — 3 °C, 你好"]
-
-
-def byte_level_tokenizer(split: str) -> Any:
-    """A tokenizer that cuts text as the named family does, with merges of a few texts."""
-    tokenizer = Tokenizer(models.BPE())
-    pieces = {
-        "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    }
-    pieces["llama-bpe"] = pieces["qwen2"].replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in pieces)
-    first: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
-    if split in pieces:
-        first = [pre_tokenizers.Split(Regex(pieces[split]), "isolated")]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([*TEXTS * 3, "return things 1234 isn't don't count"], trainer)
-    return _FAST(tokenizer_object=tokenizer, eos_token="<|end|>")
-
-
-@pytest.mark.parametrize("split", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
-def test_byte_level_tokenizers_cut_text_alike(split: str, tmp_path: Path) -> None:
-    fast = byte_level_tokenizer(split)
-    loaded = made(transformers.LlamaConfig(**_SIZES | {"vocab_size": 400, "num_hidden_layers": 1}))
-    loaded = LoadedModel(loaded.model, fast, loaded.identity, loaded.name)
-    levels = levels_of(loaded, ["Q8_0"], tmp_path / "store")
-    write_gguf(tmp_path / "m.gguf", loaded, levels, [0] * len(levels.units))
-    assert gguf.GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"].contents() == split
-    with LlamaCpp(tmp_path / "m.gguf") as program:
-        for text in TEXTS:
-            assert program.tokens(text) == fast(text, add_special_tokens=False)["input_ids"]
-    assert difference(tmp_path / "m.gguf", compressed(loaded, levels, [0] * len(levels.units))) < 1e-2
-
-
-def test_a_file_beside_the_folder_it_was_made_from_is_evaluated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is read from the file has other rules for the same tokens."""
-    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
-    fast = byte_level_tokenizer("smollm")
-    model: Any = made(transformers.LlamaConfig(**_SIZES | {"vocab_size": len(fast), "num_hidden_layers": 1})).model
-    model.save_pretrained(tmp_path / "model")
-    fast.save_pretrained(tmp_path / "model")
-    loaded = load_model(str(tmp_path / "model"))
-    levels = Blocks(loaded, ["Q8_0"]).levels
-    write_gguf(tmp_path / "m.gguf", loaded, levels, [0] * len(levels.units))
-    (tmp_path / "text.txt").write_text(TEXTS[0] * 40)
-    text = f"whole:{tmp_path / 'text.txt'}"
-    settings: dict[str, Any] = {"original": str(tmp_path / "model"), "sequence_length": 32, "tokens": 64}
-    table = evaluate([str(tmp_path / "m.gguf")], [text], **settings)
-    figures = table.results[1].texts[text].kl
-    assert figures is not None
-    assert 0 < figures.mean < 0.05
-    rules = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
-    rules["model"]["merges"] = rules["model"]["merges"][:1]
-    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(rules))
-    with pytest.raises(ModelError, match="another tokenizer"):
-        evaluate([str(tmp_path / "m.gguf")], [text], **settings)
-
-
-def test_a_tokenizer_that_is_cut_otherwise_is_refused(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    fast = _FAST(tokenizer_object=tokenizer)
-    loaded = made(MODELS["llama"]())
-    levels = levels_of(loaded, ["Q8_0"], tmp_path / "store")
-    with pytest.raises(ModelError, match="tokenizer of type 'WordLevel' is not written: convert the model"):
-        write_gguf(
-            tmp_path / "m.gguf", LoadedModel(loaded.model, fast, loaded.identity, ""), levels, [0] * len(levels.units)
-        )
-
-
 def test_a_profile_becomes_a_file_that_the_command_has_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = transformers.LlamaConfig(**_SIZES | {"vocab_size": 400, "num_hidden_layers": 1})
+    config = transformers.LlamaConfig(**SIZES | {"vocab_size": 400, "num_hidden_layers": 1})
     random_model(config, spread=0.08).save_pretrained(tmp_path / "model")  # type: ignore[operator]
     byte_level_tokenizer("qwen2").save_pretrained(tmp_path / "model")
     settings = {"model": str(tmp_path / "model"), "method": "ggml", "levels": ["Q4_K", "Q8_0"], "average": 6.5}
@@ -446,7 +256,7 @@ def test_a_search_of_embedding_and_head_too_ends_in_a_file_of_the_size_that_was_
     monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
     fast = byte_level_tokenizer("smollm")
     words = len(fast)
-    dense = made(transformers.LlamaConfig(**_SIZES | {"vocab_size": words, "tie_word_embeddings": tied}))
+    dense = made(transformers.LlamaConfig(**SIZES | {"vocab_size": words, "tie_word_embeddings": tied}))
     dense = LoadedModel(dense.model, fast, dense.identity, dense.name)
     build_drop_store(dense, tmp_path / "none", kinds=("block",))
     kept = open_store(tmp_path / "none").levels
@@ -483,23 +293,3 @@ def test_a_search_of_embedding_and_head_too_ends_in_a_file_of_the_size_that_was_
     assert math.exp(loss) == pytest.approx(held_out["perplexity"], rel=0.01)
     with pytest.raises(ModelError, match=r"type of 'token_embd.weight' was searched: leave out --embedding"):
         export_gguf(tmp_path / "p.json", tmp_path / "n.gguf", embedding="Q8_0")
-
-
-def test_tokenizers_with_byte_fallback_cut_text_alike(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([TEXTS[0].replace("\t", " ")] * 3 + ["return things don't count"] * 2, trainer)
-    rules = json.loads(tokenizer.to_str())
-    rules["model"] |= {"byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True}
-    rules["added_tokens"] = rules["added_tokens"][:3]
-    size = len(rules["model"]["vocab"])
-    fast = _FAST(tokenizer_object=Tokenizer.from_str(json.dumps(rules)), bos_token="<s>", eos_token="</s>")
-    loaded = made(transformers.LlamaConfig(**_SIZES | {"vocab_size": size, "num_hidden_layers": 1}))
-    loaded = LoadedModel(loaded.model, fast, loaded.identity, loaded.name)
-    levels = levels_of(loaded, ["Q8_0"], tmp_path / "store")
-    write_gguf(tmp_path / "m.gguf", loaded, levels, [0] * len(levels.units))
-    with LlamaCpp(tmp_path / "m.gguf") as program:
-        for text in TEXTS:
-            assert program.tokens(text) == fast(text, add_special_tokens=False)["input_ids"]

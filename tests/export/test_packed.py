@@ -66,7 +66,7 @@ def settings(model: Path, **changes: Any) -> dict[str, Any]:
         "method": "rtn",
         "build": {"group_size": 16},
         "levels": [2, 3, 4, 5, 6, 7, 8],
-        "average": 5.0,
+        **({} if "size" in changes else {"average": 5.0}),
         "sequence_length": 16,
         "calibration_tokens": 64,
         "held_out_tokens": 128,

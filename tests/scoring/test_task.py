@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from evo_hpo.cli.commands import main
 from evo_hpo.errors import EvoHpoError, TextError
-from evo_hpo.export import folder
 from evo_hpo.export.folder import export_profile
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.journal import read_journals
@@ -133,7 +131,7 @@ def test_a_range_of_bits_or_sizes_gives_a_front_of_which_a_point_is_exported(
     file = FileSize.of(str(model_folder), levels)
     sizes = [size for _, size, _ in file.rows(levels)]
     ends = {"from": f"{sizes[0] + 900} B", "to": f"{sizes[-1]} B"}
-    whole = language_model.task({**problem, "average": 3.0, "size": ends}).space(levels)
+    whole = language_model.task({**problem, "average": None, "size": ends}).space(levels)
     assert whole.ranged
     assert file.rest + whole.budget == sizes[-1]
     assert sizes[0] <= file.rest + whole.floor <= sizes[0] + 900
@@ -148,6 +146,7 @@ def test_a_range_of_bits_or_sizes_gives_a_front_of_which_a_point_is_exported(
         ({"average": "3 bits"}, "average='3 bits' must be"),
         ({"size": {"from": "60 MB", "to": 70}}, "must be"),
         ({"size": {"from": "60 MB", "to": "-1 MB"}}, "must be a size above 0"),
+        ({"size": "60 MB"}, "leave out average and resource"),
         ({"average": 1.5}, "outside what levels"),
         ({"average": 7.0}, "outside what levels"),
         ({"model": "/nowhere"}, "/nowhere"),
@@ -259,125 +258,3 @@ def test_a_store_of_another_model_is_refused(
 def test_a_missing_model_setting_is_named() -> None:
     with pytest.raises(EvoHpoError, match="'model' is required"):
         language_model()
-
-
-def test_storage_bits_can_be_the_budget(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
-    nominal = settings(model_folder, tmp_path / "store", method="rtn")
-    rehearse_and_prepare(nominal, plan_of(nominal))
-    stored = make_problem("language_model", **nominal | {"resource": "storage", "average": 5.0})
-    a_group = 16 + 8  # bits of its scale and zero point, beside the codes of its 16 weights
-    for unit in stored.space.units:
-        assert unit.costs == tuple(bits * unit.size + a_group * unit.size // 16 for bits in (2, 3, 4))
-    assert stored.space.budget == 5 * stored.space.total_size
-    assert stored.score([stored.space.uniform()], Minibatch(0, 32))[0].loss > 0
-    with pytest.raises(EvoHpoError, match="resource='weights' must be empty or 'storage'"):
-        make_problem("language_model", **nominal | {"resource": "weights"})
-
-
-TIES = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
-
-
-@pytest.fixture(scope="module")
-def rounded(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Settings of a problem with a store of rounded levels that is built, and the folder of one of pruned levels."""
-    folder = tmp_path_factory.mktemp("stores")
-    chosen = settings(model_folder, folder / "rtn", method="rtn", dtype="float32", early_stopping=False)
-    prepare_problem("language_model", chosen, lambda *_: None)
-    pruned = chosen | {"method": "magnitude", "levels": [0.5], "average": 0.5, "store": str(folder / "magnitude")}
-    prepare_problem("language_model", pruned | {"build": {}}, lambda *_: None)
-    return chosen
-
-
-def loss(problem: Any, levels: dict[str, str]) -> float:
-    """Loss of an assignment that is given by the label of each unit's level."""
-    assignment = tuple(unit.levels.index(levels[unit.name]) for unit in problem.space.units)
-    return float(problem.score([assignment], Minibatch(0, 32))[0].loss)
-
-
-def test_tied_modules_share_a_level(rounded: dict[str, Any]) -> None:
-    tied = make_problem("language_model", **rounded | {"tie": TIES})
-    free = make_problem("language_model", **rounded)
-    assert [unit.name for unit in tied.space.units[:4]] == [
-        "model.layers.0.self_attn.q_proj+k_proj+v_proj",
-        "model.layers.0.self_attn.o_proj",
-        "model.layers.0.mlp.gate_proj+up_proj",
-        "model.layers.0.mlp.down_proj",
-    ]
-    assert tied.space.total_size == free.space.total_size
-    labels = {unit.name: "234"[i % 3] for i, unit in enumerate(tied.space.units)}
-    spread = {member: labels[unit.name] for unit in tied.space.units for member in unit.members}
-    assert loss(tied, labels) == loss(free, spread)
-
-
-def test_levels_of_other_stores_and_dropped_ones_are_offered_too(rounded: dict[str, Any]) -> None:
-    other = str(Path(rounded["store"]).with_name("magnitude"))
-    mixed = make_problem("language_model", **rounded | {"join": [other], "dropped": True})
-    for unit in mixed.space.units:
-        assert unit.levels == ("dropped", "2", "3", "4", "magnitude 0.5")
-        assert unit.costs == tuple(bits * unit.size for bits in (0, 2, 3, 4, 8))  # 16 bits for each kept weight
-    pruned = rounded | {"method": "magnitude", "levels": [0.5], "average": 0.5, "store": other, "build": {}}
-    alone = make_problem("language_model", **pruned)
-    names = [unit.name for unit in mixed.space.units]
-    assert loss(mixed, dict.fromkeys(names, "magnitude 0.5")) == loss(alone, dict.fromkeys(names, "0.5"))
-    assert loss(mixed, dict.fromkeys(names, "4") | {names[-1]: "dropped"}) > loss(mixed, dict.fromkeys(names, "4"))
-
-
-def full(*_: object) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def test_a_mixed_profile_is_exported_with_the_levels_that_it_names(
-    rounded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = str(Path(rounded["store"]).with_name("magnitude"))
-    problem = rounded | {"join": [other], "dropped": True, "tie": TIES}
-    made = make_problem("language_model", **problem)
-    names = [unit.name for unit in made.space.units]
-    labels = dict.fromkeys(names, "2") | {names[0]: "magnitude 0.5", names[3]: "dropped"}
-    assignment = [unit.levels.index(labels[unit.name]) for unit in made.space.units]
-    profile = {
-        "problem": {"name": "language_model", "settings": problem},
-        "held_out": made.validate(tuple(assignment)),
-        "average": made.space.average(assignment),
-        "levels": assignment,
-        "units": labels,
-    }
-    (tmp_path / "profile.json").write_text(json.dumps(profile))
-    with monkeypatch.context() as patch:
-        patch.setattr(folder, "write_level_lines", full)
-        with pytest.raises(OSError, match="No space left"):
-            export_profile(tmp_path / "profile.json", tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]  # nothing half written
-    export_profile(tmp_path / "profile.json", tmp_path / "model")
-    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_modules())
-    share = [
-        float((exported[f"model.layers.0.self_attn.{n}_proj"].weight == 0).float().mean()) for n in ("q", "k", "v")
-    ]
-    assert share == [0.5, 0.5, 0.5]
-    assert not exported["model.layers.0.mlp.down_proj"].weight.any()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tie": [["q_proj"]]}, "lists of two or more, each name once"),
-        ({"tie": [["q_proj", "k_proj"], ["k_proj", "v_proj"]]}, "lists of two or more, each name once"),
-        ({"tie": [["query", "key"]]}, "ties nothing: the units are called q_proj, k_proj, v_proj, o_proj"),
-        ({"join": ["/nowhere"]}, "/nowhere"),
-        ({"method": "magnitude", "join": ["x"], "build": {}}, "counts bits: it needs gptq, ggml or rtn, or storage"),
-        ({"method": "drop", "dropped": True, "levels": []}, "need a method with levels of weights, not 'drop'"),
-    ],
-)
-def test_ties_and_joins_that_cannot_be_are_refused(rounded: dict[str, Any], changes: Any, message: str) -> None:
-    with pytest.raises(EvoHpoError, match=re.escape(message)):
-        make_problem("language_model", **rounded | changes)
-
-
-def test_a_search_over_tied_joined_and_dropped_levels_runs(rounded: dict[str, Any], tmp_path: Path) -> None:
-    other = str(Path(rounded["store"]).with_name("magnitude"))
-    problem = rounded | {"join": [other], "dropped": True, "tie": TIES, "average": 2.5}
-    plan = plan_of(problem, budget={"tokens": 1024})
-    rehearse_and_prepare(problem, plan)
-    folder = compare(plan, root=tmp_path)
-    assert all(r.finished for r in read_journals(folder))

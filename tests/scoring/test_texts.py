@@ -22,7 +22,8 @@ from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.registry import make_problem
 from tests.scoring.test_identity import text
-from tests.scoring.test_task import model_folder, plan_of, rehearse_and_prepare, rounded
+from tests.scoring.test_offered_levels import rounded
+from tests.scoring.test_task import model_folder, plan_of, rehearse_and_prepare
 
 __all__ = ["model_folder", "rounded"]
 

@@ -107,6 +107,8 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     for wrong in ({"noise": -1}, {"noise": float("nan")}, {"tokens": 0}, {"interaction": -1.0}, {"seed": -1}):
         with pytest.raises(InvalidSettingError, match=next(iter(wrong))):
             noisy(**wrong)
+    with pytest.raises(InvalidSettingError, match=r"minibatch of 10{30} tokens: at most \d+ with 30 units"):
+        noisy().check(10**30)
     for wrong in ({"structure": float("inf")}, {"seed": -1}):
         with pytest.raises(InvalidSettingError, match=next(iter(wrong))):
             additive(**wrong)

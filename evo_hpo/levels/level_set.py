@@ -236,7 +236,12 @@ def joined(sets: Sequence[LevelSet], resource: str = "bits", prefixes: Sequence[
     Args:
         resource: "bits" counts nominal bits (16 for each kept weight of a sparse layer, 0 where dropped).
         prefixes: put before each set's labels, to tell equal labels apart.
+
+    Raises:
+        StoreError: equal labels; or modules of one set hold those of another, which would be counted twice.
     """
+    if len({each.resource == "modules" for each in sets}) > 1:
+        raise StoreError("dropped modules cannot be joined with levels of their layers: drop these, tied to modules")
     names: dict[str, list[Sequence[Choice]]] = {}
     for number, each in enumerate(sets):
         prefix = prefixes[number] if prefixes else ""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from evo_hpo.errors import StoreError
-from evo_hpo.levels.build import check_settings
+from evo_hpo.levels.build import check_settings, make_compressor
 from evo_hpo.levels.ggml import row_bytes
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
 from evo_hpo.levels.quantizers import Ggml
 from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.models.structure import ROUTERS, is_transposed, linear_modules
-from evo_hpo.scoring.footprint import configuration, empty_model
+from evo_hpo.scoring.footprint import SPARSE, configuration, empty_model
+from evo_hpo.scoring.recipes import beside
 from evo_hpo.scoring.task import LanguageModelTask
 
 __all__ = ["expected_levels"]
@@ -31,15 +33,25 @@ class Unbuilt:
 
 
 def expected_levels(task: LanguageModelTask) -> LevelSet:
-    """The levels of a task: the store's where there is one, else those that GPTQ, RTN or ggml will build.
+    """The levels of a task: those of its stores that are there, and those that will be built.
 
     Raises:
-        StoreError: there is no store, and its sizes are not known before it is built.
+        StoreError: a store is not there, and its sizes are not known before it is built.
         InvalidSettingError: as for the task's levels.
     """
-    others = task.join or task.build_settings.get("embedding", False)  # embedding and head are no linear layers
-    if others or task.method not in ("gptq", "ggml", "rtn") or (task.store_folder / "manifest.json").is_file():
-        return task.open_levels()
+    sets, methods = [_own_levels(task)], []
+    for given, other in zip(task.join, beside(task), strict=True):
+        store = other.open_store() if isinstance(given, str) else None
+        sets.append(store.levels if store else _own_levels(other))
+        methods.append(store.manifest.plan.method if store else other.method)
+    return task.arranged(sets, methods)
+
+
+def _own_levels(task: LanguageModelTask) -> LevelSet:
+    """Those of a task's own store."""
+    embedding = task.build_settings.get("embedding", False)  # embedding and head are no linear layers
+    if embedding or task.method == "drop" or (task.store_folder / "manifest.json").is_file():
+        return task.open_store().levels
     check_settings(task.method, task.levels or None, dict(task.build))
     model = empty_model(configuration(task.model))
     unfuse_experts(model)
@@ -50,12 +62,12 @@ def expected_levels(task: LanguageModelTask) -> LevelSet:
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         shape = (weight.shape[1], weight.shape[0]) if is_transposed(module) else (weight.shape[0], weight.shape[1])
-        levels = _ggml(task, shape) if task.method == "ggml" else _quantized(task, shape)
+        levels = KINDS.get(task.method, _sparse)(task, shape)
         if not levels:
             continue  # it stays as it is
         record = UnitRecord(name, (name,), shape, weight.numel(), is_transposed(module), levels)
         rows.append((name, [[Choice(Unbuilt(), record, level)] for level in levels]))
-    return task.arranged(LevelSet(rows, "bits"))
+    return LevelSet(rows, "weights" if task.method in SPARSE else "bits")
 
 
 def _quantized(task: LanguageModelTask, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
@@ -74,9 +86,23 @@ def _ggml(task: LanguageModelTask, shape: tuple[int, int]) -> tuple[LevelRecord,
     )
 
 
+def _sparse(task: LanguageModelTask, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
+    pruner: Any = make_compressor(task.method, task.levels or None, dict(task.build))
+    size, width = shape[0] * shape[1], 32 if pruner.values == "float32" else 16
+    kept = {level.label: size - level.removed(size) for level in pruner.levels}
+    return tuple(
+        LevelRecord(label, 16 * n, n, 1, 8 * -(-size // 8) + width * n, float("nan"), {"kind": "sparse"})
+        for label, n in kept.items()
+    )
+
+
 def _level(bits: int, shape: tuple[int, int], group_size: int, zeros: bool) -> LevelRecord:
     weights = shape[0] * shape[1]
     groups = shape[0] * -(-shape[1] // group_size)
     storage = -(-weights // 8) * bits * 8 + (24 if zeros and bits > 1 else 16) * groups
     settings = {"kind": "quantized", "bits": bits, "shape": list(shape), "group_size": group_size}
     return LevelRecord(str(bits), bits * weights, weights, 1, storage, float("nan"), settings)
+
+
+KINDS = {"gptq": _quantized, "rtn": _quantized, "ggml": _ggml}
+"""What levels of a method are expected; of all others, sparse ones."""

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.build import check_settings
+from evo_hpo.scoring.recipes import beside
 from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.registry import Preview
 
@@ -53,7 +54,8 @@ class Factory(Generic[T]):
     def preview(self, settings: dict[str, Any]) -> Preview:
         """The settings checked, and a stand-in for the space."""
         task = self.task(settings)
-        check_settings(task.method, task.levels or None, dict(task.build))
+        for one in (task, *beside(task)):
+            check_settings(one.method, one.levels or None, dict(one.build))
         return Preview(task.stand_in(), task.tokens, task.check_minibatch)
 
     def settle(self, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:

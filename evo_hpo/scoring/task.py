@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from evo_hpo.scoring.factory import Factory
 from evo_hpo.scoring.language_model_problem import LanguageModelProblem, check_names
 from evo_hpo.scoring.limits import Limits
 from evo_hpo.scoring.placement import Placement
+from evo_hpo.scoring.recipes import beside, read_by
 from evo_hpo.scoring.sampling import check_tokens
 from evo_hpo.scoring.spaces import budgeted
 from evo_hpo.scoring.stand_in import stand_in, unknown
@@ -65,7 +66,8 @@ class LanguageModelTask:
         build: further settings of the build.
         tie: modules that always share a level, as [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]; fast
             kernels fuse them.
-        join: folders of further stores of the model, whose levels every unit is offered too, under the method's name.
+        join: further levels that every unit is offered too, under their method's name: of recipes, as
+            [{ method = "sparsegpt", levels = [0.5, 0.7], build = {} }], built where missing, or folders of stores.
         dropped: every unit may also be dropped, at no cost.
         memory: ``resident``: every level decoded, the fastest; ``packed``: levels as on disk, decoded when they are
             switched to, for models whose levels do not fit; ``streamed``: these and the model's blocks wait in main
@@ -109,7 +111,7 @@ class LanguageModelTask:
     store: str = ""
     build: tuple[tuple[str, Any], ...] | dict[str, Any] = ()
     tie: tuple[tuple[str, ...], ...] = ()
-    join: tuple[str, ...] = ()
+    join: tuple[str | Mapping[str, Any], ...] = ()
     dropped: bool = False
     memory: str = "resident"
     calibration: Spec = "pydoc"
@@ -144,6 +146,7 @@ class LanguageModelTask:
             raise InvalidSettingError(f"tie={[list(t) for t in self.tie]} must be lists of two or more, each name once")
         if self.join and self.method not in ("gptq", "ggml", "rtn") and not self.resource:
             raise InvalidSettingError(f"join={list(self.join)} counts bits: it needs gptq, ggml or rtn, or storage")
+        beside(self)
         if self.resource not in ("", "storage") or (self.resource and self.method == "drop"):
             raise InvalidSettingError(f"resource={self.resource!r} must be empty or 'storage', and empty for drop")
         if self.drop and self.method != "drop":
@@ -219,21 +222,23 @@ class LanguageModelTask:
         """Builds the store, or checks that the one that is there belongs to the model.
 
         Raises:
-            TextError: a text is missing or too short. StoreError: another store is there, or one to join is not.
+            TextError: a text is missing or too short. StoreError: another store is there, or a folder to join is not.
         """
         self.limits.check(self.model)
         self.texts.check(load_tokenizer(self.model))
-        for folder in self.join:
-            self.open_store(folder=folder)
-        build(
-            self.model,
-            self.store_folder,
-            method=self.method,
-            levels=self.levels or None,
-            device=self.placement.main,
-            progress=progress,
-            **self.build_settings,
-        )
+        others = list(zip(self.join, beside(self), strict=True))
+        for other in (other for given, other in others if isinstance(given, str)):
+            other.open_store()
+        for one in (self, *(other for given, other in others if not isinstance(given, str))):
+            build(
+                one.model,
+                one.store_folder,
+                method=one.method,
+                levels=one.levels or None,
+                device=one.placement.main,
+                progress=progress,
+                **one.build_settings,
+            )
 
     @property
     def placement(self) -> Placement:
@@ -245,15 +250,14 @@ class LanguageModelTask:
         model: Mapping[str, str] | None = None,
         dtype: torch.dtype = torch.float32,
         where: str | Callable[[str], str] | None = None,
-        folder: str | Path | None = None,
     ) -> LevelStore:
-        """The level store, which must be there, or one to join; with the identity of a model, of that model.
+        """The level store, which must be there; with the identity of a model, of that model.
 
         Raises:
             StoreError: it is missing, damaged, or was built from another model.
         """
         memory: Any = self.memory
-        return LevelStore.open(folder or self.store_folder, dtype, memory, where or self.placement.main, model)
+        return LevelStore.open(self.store_folder, dtype, memory, where or self.placement.main, model)
 
     def open_levels(
         self,
@@ -271,19 +275,21 @@ class LanguageModelTask:
             InvalidSettingError: no unit is called as ``tie`` says.
         """
         store = self.open_store(model, dtype, where)
-        levels, of = store.levels, model or store.manifest.plan.identity
-        others = [self.open_store(of, dtype, where, folder) for folder in self.join]
-        if others:
-            prefixes = ["", *(f"{other.manifest.plan.method} " for other in others)]
-            levels = joined([levels, *(other.levels for other in others)], self.resource or "bits", prefixes)
-        return self.arranged(levels)
+        of = model or store.manifest.plan.identity
+        others = [other.open_store(of, dtype, where) for other in beside(self)]
+        return self.arranged([s.levels for s in (store, *others)], [s.manifest.plan.method for s in others])
 
-    def arranged(self, levels: LevelSet) -> LevelSet:
-        """A store's levels as they are searched: dropped ones added, tied, those that cannot be served left out.
+    def arranged(self, sets: Sequence[LevelSet], methods: Sequence[str] = ()) -> LevelSet:
+        """Stores' levels as they are searched: joined, dropped ones added, tied, those that cannot be served left out.
+
+        Args:
+            methods: of the stores after the first.
 
         Raises:
             InvalidSettingError: no unit is called as ``tie`` says, or one cannot be served.
         """
+        prefixes = ["", *(f"{method} " for method in methods)]
+        levels = joined(sets, self.resource or "bits", prefixes) if methods else sets[0]
         if self.dropped:
             levels = levels.with_dropped()
         for names in self.tie:
@@ -327,14 +333,12 @@ class LanguageModelTask:
     @property
     def texts(self) -> Texts:
         """What searches read and results are judged on."""
-        own = dict(self.build)
         return Texts(
             self.calibration,
             self.calibration_tokens,
             {"": self.held_out} if isinstance(self.held_out, str) else self.held_out,
             self.held_out_tokens,
-            own.get("calibration", self.calibration),
-            own.get("calibration_tokens", 0),
+            *read_by((self, *beside(self))),
             self.sequence_length,
             self.seed,
         )

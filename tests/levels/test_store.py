@@ -165,6 +165,8 @@ def test_stores_join_into_one_space_with_dropped_units(folder: Path) -> None:
     assert twice.units[0].levels == ("a2", "b2", "a3", "b3", "a4", "b4")
     with pytest.raises(StoreError, match="prefixes"):
         joined([rtn.levels, rtn.levels])
+    with pytest.raises(StoreError, match="dropped modules cannot be joined with levels of their layers"):
+        joined([rtn.levels, magnitude.levels.counted_in("modules")])
 
 
 def test_levels_and_units_can_be_selected(folder: Path) -> None:

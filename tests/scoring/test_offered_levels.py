@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomlkit
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from evo_hpo.errors import EvoHpoError
+from evo_hpo.cli.commands import app
+from evo_hpo.errors import EvoHpoError, StoreError
 from evo_hpo.export import folder
 from evo_hpo.export.folder import export_profile
 from evo_hpo.record.journal import read_journals
+from evo_hpo.run.plan_file import PlanFile
 from evo_hpo.run.schedule import compare
+from evo_hpo.scoring.expected_levels import expected_levels
+from evo_hpo.scoring.task import language_model
 from evo_hpo.search.problem import Minibatch
-from evo_hpo.search.registry import make_problem, prepare_problem
+from evo_hpo.search.registry import make_problem, prepare_problem, preview_problem
 from tests.scoring.test_task import model_folder, plan_of, rehearse_and_prepare, settings
 
 __all__ = ["model_folder"]
@@ -126,6 +133,12 @@ def test_a_mixed_profile_is_exported_with_the_levels_that_it_names(
         ({"tie": [["q_proj", "k_proj"], ["k_proj", "v_proj"]]}, "lists of two or more, each name once"),
         ({"tie": [["query", "key"]]}, "ties nothing: the units are called q_proj, k_proj, v_proj, o_proj"),
         ({"join": ["/nowhere"]}, "/nowhere"),
+        ({"join": [""]}, "must name a method of levels of weights"),
+        ({"join": [{"levels": [0.5]}]}, "must name a method of levels of weights"),
+        ({"join": [{"method": "drop"}]}, "for dropped ones set dropped = true, and tie for whole modules"),
+        ({"join": [{"method": "magnitude", "level": [0.5]}]}, "no setting 'level' (did you mean 'levels'?)"),
+        ({"join": [{"method": "magnitude", "levels": 0.5}]}, "join: levels=0.5 must be a list"),
+        ({"join": [{"method": "magnitude", "levels": ["half"]}]}, "levels=['half'] must be numbers"),
         ({"method": "magnitude", "join": ["x"], "build": {}}, "counts bits: it needs gptq, ggml or rtn, or storage"),
         ({"method": "drop", "dropped": True, "levels": []}, "need a method with levels of weights, not 'drop'"),
     ],
@@ -133,6 +146,71 @@ def test_a_mixed_profile_is_exported_with_the_levels_that_it_names(
 def test_ties_and_joins_that_cannot_be_are_refused(rounded: dict[str, Any], changes: Any, message: str) -> None:
     with pytest.raises(EvoHpoError, match=re.escape(message)):
         make_problem("language_model", **rounded | changes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"method": "magnitud"}, "no compression method 'magnitud'"),
+        ({"method": "magnitude", "levels": [1.5]}, "sparsity 1.5 must be from 0 to 1"),
+        ({"method": "magnitude", "build": {"group_size": 16}}, "magnitude has no setting 'group_size'"),
+        ({"method": "sparsegpt", "build": {"calibration": {"pydoc": -1}}}, "with shares above 0"),
+    ],
+)
+def test_a_recipe_that_cannot_be_built_is_refused_before_any_work(
+    rounded: dict[str, Any], recipe: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EvoHpoError, match=re.escape(message)):
+        preview_problem("language_model", rounded | {"join": [recipe], "store": "nowhere"})
+
+
+def test_a_joined_recipe_is_built_where_it_is_missing_and_offers_what_its_folder_would(
+    rounded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("evo_hpo.scoring.forecast.scoring_rate", lambda *_: 4.0)
+    recipe = {"method": "magnitude", "levels": [0.5], "build": {}}
+    written = rounded | {"join": [recipe], "dropped": True, "tie": TIES, "store": "", "resource": "storage"}
+    plan = {
+        "name": "p",
+        "seeds": [0],
+        "workers": 1,
+        "budget": {"tokens": 2048},
+        "searchers": [{"name": "curvature_front"}],
+    }
+    data = plan | {"problems": [{"name": "language_model", "settings": written | {"average": {"from": 4, "to": 7}}}]}
+    (path := tmp_path / "plan.toml").write_text(tomlkit.dumps(data))
+    plan_read = PlanFile.read(path).plan()
+    problem = dict(plan_read.problems[0].settings)
+    expected = expected_levels(language_model.task(problem)).units
+    for command in (["compare", str(path), "--dry-run"], ["sizes", str(path)]):
+        assert CliRunner().invoke(app, command).exit_code == 0
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(StoreError, match="no level store at"):
+        make_problem("language_model", **problem)
+
+    rehearse_and_prepare(problem, plan_read)
+    assert len(list((tmp_path / "cache" / "stores").iterdir())) == 2
+    made = make_problem("language_model", **problem)
+    assert tuple(expected) == tuple(made.space.units)
+    other = str(Path(rounded["store"]).with_name("magnitude"))
+    known = make_problem("language_model", **problem | {"join": [other], "store": rounded["store"]})
+    assert made.fingerprint() == known.fingerprint()
+    for levels in (made.space.uniform(), made.space.lowest, (4,) * len(made.space.units)):
+        assert made.score([levels], Minibatch(0, 32)) == known.score([levels], Minibatch(0, 32))
+
+    profile = compare(plan_read, root=tmp_path / "runs") / "profiles" / "winner.json"
+    shutil.rmtree(tmp_path / "runs" / "p" / "fronts")  # a profile tells all that an export needs
+    assert "the search found" in export_profile(profile, tmp_path / "model")["checked"]
+
+
+def test_text_that_a_joined_store_is_calibrated_on_is_not_held_out(rounded: dict[str, Any], tmp_path: Path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("\n\n".join(f"paragraph {i} of one's own, {i * i} words long" for i in range(400)))
+    recipe = {"method": "wanda", "levels": [0.5], "build": {"calibration": f"whole:{text}", "calibration_tokens": 96}}
+    read = language_model.task(rounded | {"join": [recipe]}).texts
+    assert read.built_on == {"pydoc": 1, f"whole:{text}": 1}
+    assert read.built_on_tokens == 96
 
 
 def test_a_search_over_tied_joined_and_dropped_levels_runs(rounded: dict[str, Any], tmp_path: Path) -> None:

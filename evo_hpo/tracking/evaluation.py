@@ -34,8 +34,7 @@ def upload_evaluation(folder: Path, uri: str, evaluation: Mapping[str, Any], fil
             folders=[],
         )
         if row["search"] in headers:
-            for file in files:
-                tracker.attach(headers[row["search"]], file, "evaluation")
+            tracker.attach(headers[row["search"]], files, folder="evaluation")
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:

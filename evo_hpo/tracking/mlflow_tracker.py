@@ -116,12 +116,30 @@ class MlflowTracker:
                 return str(found[0].info.run_id)
             return str(self.client.create_run(self.experiment, tags=dict(tags), run_name=name).info.run_id)
 
-    def attach(self, header: Mapping[str, Any], file: Path, folder: str) -> None:
-        """Puts a file among the artifacts of a search, where the search is in the store; the same name is replaced."""
+    def attach(
+        self,
+        header: Mapping[str, Any],
+        files: Sequence[Path],
+        metrics: Mapping[str, float] | None = None,
+        folder: str = "",
+    ) -> None:
+        """Puts files and figures beside a search, where the search is in the store.
+
+        A file of the same name is replaced; figures that are there already are not written again.
+
+        Args:
+            folder: among the search's artifacts; default: as the one that each file lies in.
+        """
+        if not files and not metrics:
+            return
         with translated(f"search {header.get('search')}"):
             where = f"tags.`{KEY}` = '{SearchRuns(header).key}'"
             for run in self.client.search_runs([self.experiment], where, ViewType.ACTIVE_ONLY, max_results=1):
-                self.client.log_artifact(run.info.run_id, str(file), folder)
+                for file in files:
+                    self.client.log_artifact(run.info.run_id, str(file), folder or file.parent.name)
+                now, known = milliseconds(time.time()), run.data.metrics
+                new = {k: v for k, v in (metrics or {}).items() if known.get(k) != v}
+                write(self.client, run.info.run_id, [Point(k, v, now, 0) for k, v in new.items()])
 
     def log_own(
         self,

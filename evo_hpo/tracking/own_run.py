@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from evo_hpo.errors import JournalError, PlanError
 from evo_hpo.record.changes import flat
 from evo_hpo.record.comparison import Comparison
+from evo_hpo.record.fronts import judged
 from evo_hpo.record.records import SearchRecord, read_journals
 from evo_hpo.tracking.runs import LONGEST_NAME, LONGEST_PARAM, safe_key, shown
 from evo_hpo.tracking.views import note, views
@@ -32,7 +34,14 @@ def upload(folder: Path, uri: str) -> str:
         comparison = Comparison(folder)
     records = comparison.records() or _unplanned(folder)
     winners = comparison.winning_profiles()
-    details = _details(comparison, records, winners)
+    of_fronts = {
+        record.search: _mean_losses(record)
+        for record in judged(comparison.problems, records)[1]
+        if record.finished
+        and record.problem in comparison.problems
+        and comparison.problems[record.problem].space.ranged
+    }
+    details = _details(comparison, records, winners, of_fronts)
     run = tracker.own_run(shown(f"{name} comparison", LONGEST_NAME, "comparison.json"), {"kind": "comparison"})
     files, folders = comparison.documents()
     plan = {k: v for k, v in comparison.plan.items() if v not in (None, [], {})}
@@ -45,16 +54,22 @@ def upload(folder: Path, uri: str) -> str:
         files=files,
         folders=folders,
     )
-    for planned, record in comparison.journals():
-        fronts = [comparison.folder / "fronts" / f"{planned.id}.{kind}" for kind in ("csv", "json")]
-        for file in (comparison.sensitivities_picture(planned.id), *fronts):
-            if isinstance(record, SearchRecord) and file.is_file():
-                tracker.attach(record.header, file, file.parent.name)
+    for record in records:
+        fronts = [comparison.folder / "fronts" / f"{record.search}.{kind}" for kind in ("csv", "json")]
+        files = [file for file in (comparison.sensitivities_picture(record.search), *fronts) if file.is_file()]
+        tracker.attach(record.header, files, of_fronts.get(record.search))
     made = views(records)
     tracker.tag_experiment(
         {v.tag: v.value() for v in made} | {"mlflow.note.content": note(tracker.experiment, name, made, details)}
     )
     return run
+
+
+def _mean_losses(record: SearchRecord) -> dict[str, float]:
+    """Mean loss of a search over all budgets of its range, on each text; of a search as it is judged."""
+    figures = record.checkpoints[-1].held_out if record.checkpoints else {}
+    means = {k.rpartition("loss")[0]: v for k, v in figures.items() if k.rpartition("/")[2] == "loss"}
+    return {safe_key(f"front/{text}mean_loss"): v for text, v in means.items() if math.isfinite(v)}
 
 
 def _unplanned(folder: Path) -> list[SearchRecord]:
@@ -74,7 +89,12 @@ def _winner_metrics(winners: Winners) -> dict[str, float]:
     }
 
 
-def _details(comparison: Comparison, records: Sequence[SearchRecord], winners: Winners) -> dict[str, str]:
+def _details(
+    comparison: Comparison,
+    records: Sequence[SearchRecord],
+    winners: Winners,
+    of_fronts: Mapping[str, Mapping[str, float]],
+) -> dict[str, str]:
     finished = sum(r.finished for r in records)
     details = {
         "searches": f"{finished} of {len(comparison.searches or records)} finished",
@@ -87,6 +107,8 @@ def _details(comparison: Comparison, records: Sequence[SearchRecord], winners: W
         held_out = profile.get("held_out") or {}
         parts = {"held-out loss": held_out.get("loss")}
         parts |= {f"on {k.rpartition('/')[0]}": v for k, v in held_out.items() if k.endswith("/loss")}
+        if means := of_fronts.get(str(profile.get("search"))):
+            parts = {"mean held-out loss over the range": means.get("front/mean_loss")}
         figure = "".join(f", {name} {loss:.6g}" for name, loss in parts.items() if loss is not None)
         details[f"winner on {problem}" if len(winners) > 1 else "winner"] = f"{profile.get('search')}{figure}"
     details["folder"] = f"`{comparison.folder.resolve()}`"

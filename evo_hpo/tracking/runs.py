@@ -12,6 +12,7 @@ from typing import Any
 
 from evo_hpo.record.changes import flat
 from evo_hpo.record.lines import decode_checkpoint, decode_levels, decode_outcome, encode_levels
+from evo_hpo.search.checkpoint import FrontPoint
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import CompressionSpace
 
@@ -132,13 +133,25 @@ class SearchRuns:
         return {safe_key(k): shown(v, LONGEST_PARAM, "header.json") for k, v in given.items()}
 
     def checkpoint(self, line: Mapping[str, Any]) -> list[Point]:
-        """Held-out figures; steps are tokens spent (trials where the problem reads none)."""
+        """Held-out figures; steps are tokens spent (trials where the problem reads none). With the last, the front."""
         point = decode_checkpoint(line)
         step, when = point.tokens or point.evaluations, milliseconds(line["time"])
         figures = {safe_key(f"held_out/{k}"): v for k, v in point.held_out.items()}
         if self.space is not None:
             figures["held_out/average"] = self.space.average(point.levels)
-        return [Point(k, v, when, step) for k, v in figures.items()]
+        front = self._front(point.front, when) if point.fraction == 1 else []
+        return [Point(k, v, when, step) for k, v in figures.items()] + front
+
+    def _front(self, points: Sequence[FrontPoint], when: int) -> list[Point]:
+        """Held-out losses along a front; steps are its costs: kB, or thousandths of the average."""
+        space, found = self.space, dict[tuple[str, int], float]()
+        if space is None:
+            return []
+        for point in points:
+            step = round(point.cost / 1000 if space.resources[0] == "bytes" else 1000 * space.average(point.levels))
+            losses = ((k, v) for k, v in point.held_out.items() if k.rpartition("/")[2] == "loss" and math.isfinite(v))
+            found |= {(safe_key(f"front/{k}"), step): v for k, v in losses}
+        return [Point(key, value, when, step) for (key, step), value in found.items()]
 
     def end(self, line: Mapping[str, Any]) -> tuple[list[Point], dict[str, str], dict[str, str]]:
         """Final figures, parameters (the recommended levels) and tags of the parent run."""

@@ -98,14 +98,15 @@ def _section(name: str, columns: int) -> dict[str, Any]:
     }
 
 
-def _line(section: str, metric: str, title: str) -> dict[str, Any]:
+def _line(section: str, metric: str, title: str, *, logarithmic: bool = False, points: bool = False) -> dict[str, Any]:
     return _card("LINE", section, metric.replace("/", "-"), title) | {
         "metricKey": metric,
         "selectedMetricKeys": [metric],
         "lineSmoothness": 0,
         "xAxisKey": "step",
         "xAxisScaleType": "linear",
-        "scaleType": "linear",
+        "scaleType": "log" if logarithmic else "linear",
+        **({"displayPoints": True} if points else {}),
         "useGlobalXaxisKey": False,
         "useGlobalLineSmoothing": False,
         "ignoreOutliers": False,
@@ -123,11 +124,6 @@ def _parallel(params: Sequence[str], metric: str, title: str) -> dict[str, Any]:
         "showAllRuns": False,
         "runsCountToCompare": 100,
     }
-
-
-def _scatter(x: str, y: str, title: str) -> dict[str, Any]:
-    axes = {name: {"key": key, "type": "METRIC"} for name, key in (("xaxis", x), ("yaxis", y))}
-    return _card("SCATTER", "front", "front", title) | axes | {"runsCountToCompare": 100}
 
 
 def _card(kind: str, section: str, name: str, title: str) -> dict[str, Any]:
@@ -162,9 +158,13 @@ def views(records: Sequence[SearchRecord]) -> tuple[View, ...]:
         records: its searches, in the plan's order.
     """
     figures = dict.fromkeys(name for r in records for c in r.checkpoints for name in c.held_out)
-    texts = [name.rpartition("/")[0] for name in figures if name.endswith("/loss")]
+    texts = _texts(records)
+    ranged = bool(records) and all(r.space is not None and r.space.ranged for r in records)
+    order = "metrics.`front/mean_loss`" if ranged else "metrics.`held_out/loss`"
     wanted = ["perplexity", *(f"{text}/{figure}" for text in texts for figure in ("loss", "gap"))]
+    means = ("", *(f"{text}/" for text in texts)) if ranged else ()
     columns = (
+        *(f"metrics.`front/{text}mean_loss`" for text in means),
         *("metrics.`held_out/loss`", *(f"metrics.`held_out/{name}`" for name in wanted if name in figures)),
         *("metrics.`held_out/average`", "metrics.`search/tokens`", "metrics.`final/trials`"),
         *("params.`label`", "params.`seed`", "tags.`stop_reason`"),
@@ -181,8 +181,8 @@ def views(records: Sequence[SearchRecord]) -> tuple[View, ...]:
     several = len(problems) > 1
     which = ("params.`problem`",) if several else ()
     found = [
-        View("searches", "Searches", SEARCHES, "metrics.`held_out/loss`", (*which, *columns)),
-        View("curves", "Curves", SEARCHES, "metrics.`held_out/loss`", (*which, *columns[:3]), curves),
+        View("searches", "Searches", SEARCHES, order, (*which, *columns)),
+        View("curves", "Curves", SEARCHES, order, (*which, *columns[:3]), curves),
     ]
     for number, problem in enumerate(problems, start=1):
         if not several:
@@ -204,9 +204,7 @@ def _problem_views(records: Sequence[SearchRecord], only: str = "", mark: str = 
     trials = View(f"trials{mark}", f"Best trials{name}", TRIALS + only, "metrics.`loss`", TRIAL_COLUMNS)
     found = [trials] if alike else []
     if ranged:
-        chart = _scatter("cost", "loss", "calibration loss of each trial against its cost")
-        columns = ("metrics.`cost`", *TRIAL_COLUMNS)
-        found.append(View(f"front{mark}", f"Front{name}", TRIALS + only, "metrics.`cost`", columns, (chart,)))
+        found.append(_front_view(records, only, mark, name))
     if best is not None and re.fullmatch(NAMEABLE, best.search):
         where = f"{TRIALS} and tags.search = '{best.search}'"
         found.append(View(f"winner{mark}", f"Trials of {best.search}", where, "metrics.`loss`", TRIAL_COLUMNS))
@@ -218,6 +216,35 @@ def _problem_views(records: Sequence[SearchRecord], only: str = "", mark: str = 
         title = f"Levels{name} (parallel coordinates)"
         found.append(View(f"levels{mark}", title, where, f"metrics.`{metric}`", shown, (chart,)))
     return found
+
+
+def _front_view(records: Sequence[SearchRecord], only: str, mark: str, name: str) -> View:
+    """The final front of each search: held-out loss against cost."""
+    points = [p for r in records if r.checkpoints for p in r.checkpoints[-1].front]
+    in_bytes = any(r.space is not None and r.space.resources[0] == "bytes" for r in records)
+    axis = "kB of the layers that are searched" if in_bytes else "1000 times the average"
+    texts = _texts(records)
+    charts = [
+        _line(
+            "front",
+            f"front/{text}loss",
+            f"final fronts: held-out loss{' on ' * bool(text)}{text.rstrip('/')} against cost ({axis})",
+            logarithmic=all(p.held_out.get(f"{text}loss", 0.0) > 0 for p in points),
+            points=True,
+        )
+        for text in ("", *(f"{text}/" for text in texts))
+    ]
+    columns = (
+        *(f"metrics.`front/{text}mean_loss`" for text in ("", *(f"{text}/" for text in texts))),
+        *("params.`label`", "params.`seed`"),
+    )
+    return View(f"front{mark}", f"Front{name}", SEARCHES + only, "metrics.`front/mean_loss`", columns, tuple(charts))
+
+
+def _texts(records: Sequence[SearchRecord]) -> list[str]:
+    """Held-out texts after the first."""
+    names = dict.fromkeys(name for r in records for c in r.checkpoints for name in c.held_out)
+    return [name.rpartition("/")[0] for name in names if name.endswith("/loss")]
 
 
 def trials_link(experiment: str, search: str) -> str:

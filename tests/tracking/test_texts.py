@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
 from benchmarks.problems.synthetic import noisy
 from evo_hpo import Budget
@@ -108,27 +109,78 @@ def test_tokens_spent_count_what_sensitivities_were_charged(root: Path, runs: Ru
     assert run.data.metrics["search/tokens"] == 600 + 200
 
 
-def test_over_a_range_every_trial_has_its_cost_and_the_front_is_an_artifact_with_a_view(
-    root: Path, uri: str, runs: Runs
-) -> None:
+@pytest.fixture
+def ranged(root: Path) -> Path:
+    """The folder of a comparison over a range of budgets, with its fronts as files."""
     folder = root / "comparisons" / "range"
     problem = noisy(units=14, tightness=0.2, tightest=0.9)
     searchers: list[tuple[str, str, dict[str, Any]]] = [("uniform", "uniform", {}), ("random", "random", {})]
     folder.mkdir(parents=True)
     write_folder(folder, [problem], searchers, (0,), Budget(tokens=1024 * 24))
     Comparison.read(folder).write_profiles()
+    return folder
+
+
+def test_the_front_is_a_curve_of_its_search_and_its_mean_a_figure_once(ranged: Path, uri: str, runs: Runs) -> None:
+    for _ in range(2):  # nothing is there twice
+        track(ranged)
+        log_comparison(ranged)
+    client = MlflowClient(tracking_uri=uri)
+    for record in read_journals(ranged):
+        (run,) = runs(f"tags.kind = 'search' and tags.search = '{record.search}'")
+        points = client.get_metric_history(run.info.run_id, "front/loss")
+        kept = json.loads((ranged / "fronts" / f"{record.search}.json").read_text())
+        expected = [(round(1000 * p["average"]), p["held_out"]["loss"]) for p in kept["points"]]
+        assert [(p.step, p.value) for p in points] == expected
+        (mean,) = client.get_metric_history(run.info.run_id, "front/mean_loss")
+        assert mean.value == kept["mean loss"]["loss"]
+    made = {view.id: view for view in views(read_journals(ranged))}
+    assert made["searches"].order == made["front"].order == "metrics.`front/mean_loss`"
+    assert made["searches"].columns[0] == "metrics.`front/mean_loss`"
+    (card,) = made["front"].charts
+    assert (card["type"], card["metricKey"], card["xAxisKey"]) == ("LINE", "front/loss", "step")
+    best = runs(made["front"].where, f"{made['front'].order} ASC")
+    means = [run.data.metrics["front/mean_loss"] for run in best]
+    assert means == sorted(means)
+    note = client.get_experiment_by_name("range").tags["mlflow.note.content"]
+    assert f"{best[0].data.tags['search']}, mean held-out loss over the range {means[0]:.6g}" in note
+    assert len(means) == 2
+
+
+def test_the_front_of_a_search_that_is_not_done_is_no_curve_yet(ranged: Path, uri: str, runs: Runs) -> None:
+    path = ranged / "journals" / "noisy-random-s0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    last = max(i for i, line in enumerate(lines) if '"kind": "checkpoint"' in line or '"kind":"checkpoint"' in line)
+    path.write_text("".join(lines[:last]))
+    track(ranged)
+    log_comparison(ranged)
+    where = "tags.kind = 'search' and tags.search = 'noisy-random-s0'"
+    (cut,) = runs(where)
+    assert not any(key.startswith("front/") for key in cut.data.metrics)
+    path.write_text("".join(lines))  # as a resumed search ends
+    track(ranged)
+    log_comparison(ranged)
+    (whole,) = runs(where)
+    assert {"front/loss", "front/mean_loss"} <= set(whole.data.metrics)
+    client = MlflowClient(tracking_uri=uri)
+    steps = [p.step for p in client.get_metric_history(whole.info.run_id, "front/loss")]
+    assert len(steps) == len(set(steps)) > 3
+
+
+def test_over_a_range_every_trial_has_its_cost_and_the_front_is_an_artifact(
+    ranged: Path, root: Path, runs: Runs
+) -> None:
+    folder = ranged
+    space = Comparison.read(folder).problems["noisy"].space
     track(folder)
     own = log_comparison(folder)
     trials = runs("tags.kind = 'trial' and tags.search = 'noisy-random-s0'")
     record = next(r for r in read_journals(folder) if r.searcher == "random")
-    costs = {str(o.trial.number): problem.space.cost(o.trial.levels) for o in record.outcomes}
+    costs = {str(o.trial.number): space.cost(o.trial.levels) for o in record.outcomes}
     assert {t.data.tags["trial"]: t.data.metrics["cost"] for t in trials} == costs
     kept = root / "artifacts" / "range" / own / "artifacts" / "fronts"
     assert {path.name for path in kept.iterdir()} == {path.name for path in (folder / "fronts").iterdir()}
     (search,) = runs("tags.kind = 'search' and tags.search = 'noisy-random-s0'")
     attached = root / "artifacts" / "range" / search.info.run_id / "artifacts" / "fronts"
     assert {path.name for path in attached.iterdir()} == {"noisy-random-s0.csv", "noisy-random-s0.json"}
-    made = {view.id: view for view in views(read_journals(folder))}
-    assert made["front"].order == "metrics.`cost`"
-    assert (made["front"].charts[0]["xaxis"]["key"], made["front"].charts[0]["yaxis"]["key"]) == ("cost", "loss")
-    assert "winner" not in made
+    assert "winner" not in {view.id for view in views(read_journals(folder))}

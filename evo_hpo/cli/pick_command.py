@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from evo_hpo.record.comparison import Comparison, PlannedSearch
     from evo_hpo.record.records import SearchRecord
     from evo_hpo.search.checkpoint import FrontPoint
+    from evo_hpo.space.compression_space import CompressionSpace
 
 __all__ = ["pick"]
 
@@ -26,7 +27,9 @@ __all__ = ["pick"]
 def pick(
     comparison: Annotated[Path, typer.Argument(help="Folder of a comparison whose plan has a range of budgets.")],
     output: Annotated[Path | None, typer.Argument(help="Profile to write; default: under the comparison's.")] = None,
-    average: Annotated[str | None, typer.Option(help="At most so many bits (or other cost) a weight.")] = None,
+    average: Annotated[
+        str | None, typer.Option(help="As in the plan: bits a weight, share of weights removed, or modules dropped.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="A file of at most this size, such as '90 MB'.")] = None,
     searcher: Annotated[str | None, typer.Option(help="Whose front; default: the one of least mean loss.")] = None,
     problem: Annotated[str | None, typer.Option(help="Which problem, where the plan has several.")] = None,
@@ -47,9 +50,9 @@ def pick(
     points = record.checkpoints[-1].front
     space = found.problems[planned.problem].space
     if average is not None:
-        most = math.floor(_number(average) * space.total_size)
-        amounts, asked, unit = [p.cost for p in points], most, f"{space.resources[0]} a weight"
-        ends = [f"{amount / space.total_size:.4g}" for amount in (amounts[0], amounts[-1])]
+        amounts, asked = [p.cost for p in points], _within(space, _number(average))
+        unit, told = _plain(space)
+        ends = [f"{told(amount):.4g}" for amount in (amounts[0], amounts[-1])]
     else:
         amounts, asked = _file_sizes(found.profile(planned, record), points, found, planned, size or "")
         unit, ends = "file", [shown(min(amounts)), shown(max(amounts))]
@@ -69,7 +72,7 @@ def pick(
         raise PlanError(f"{path} exists already: name another")
     made_folder(path.parent)
     write_whole(path, json.dumps(profile, indent=1))
-    what = f"a file of {shown(taken)}" if size else f"{profile['average']:.4g} {unit}"
+    what = f"a file of {shown(taken)}" if size else f"{told(taken):.4g} {unit}"
     console.print(
         f"{path}: {what}, held-out loss {profile['held_out']['loss']:.4g}, of {planned.id}; export it with:"
         f" evo-hpo export {path} MODEL",
@@ -106,6 +109,24 @@ def _front(found: Comparison, searcher: str | None, problem: str | None) -> tupl
 
 def _has_front(record: SearchRecord) -> bool:
     return bool(record.checkpoints and record.checkpoints[-1].front)
+
+
+def _plain(space: CompressionSpace) -> tuple[str, Callable[[int], float]]:
+    """What a plan's average counts in this space, and that of a cost."""
+    if space.resources[0] == "modules":
+        return "modules dropped", lambda cost: len(space) - cost
+    if space.resources[0] == "weights":
+        return "of the weights removed", lambda cost: 1 - cost / space.total_size
+    return f"{space.resources[0]} a weight", lambda cost: cost / space.total_size
+
+
+def _within(space: CompressionSpace, average: Fraction) -> int:
+    """The most that an assignment of a plan's average may cost; each layer rounds how many weights it keeps."""
+    if space.resources[0] == "modules":
+        return math.floor(len(space) - average)
+    if space.resources[0] == "weights":
+        return math.floor((1 - average) * space.total_size) + len(space) // 2
+    return math.floor(average * space.total_size)
 
 
 def _number(text: str) -> Fraction:

@@ -121,7 +121,7 @@ class _Descent:
         count = len(self.space) if self.changes is None else self.changes
         loss = self.model(levels) - self.least
         while count > 2:
-            found = solve(self.space, effects, start=levels, changes=count)
+            found = solve(self.space, effects, start=levels, changes=count, exact=False)
             if found is not None and self.allowed(found) and self.model(found) < loss:
                 return found
             count = min(count // 2, sum(a != b for a, b in zip(found, levels, strict=True)) if found else count)

@@ -59,10 +59,12 @@ def solve_with_prices(
     *,
     start: Assignment | None = None,
     changes: int | None = None,
+    exact: bool = True,
 ) -> Assignment | None:
     """The best feasible assignment with at most ``changes`` units other than in ``start``, or nearly.
 
-    It is exact unless more than :data:`MOST_LABELS` partial assignments are close to the bound; None: none was found.
+    With ``exact`` it is the best unless more than :data:`MOST_LABELS` partial assignments are close to the bound,
+    else the first that is found; None: none was.
     """
     pairs = [
         (u, k)
@@ -78,7 +80,12 @@ def solve_with_prices(
     while True:
         found = _labelled(relaxed, within)
         best = min(best, found, key=lambda one: one.loss)
-        if not found.whole or best.loss - relaxed.bound <= within or within >= ordered[-1]:
+        if (
+            not found.whole
+            or (best.taken is not None and not exact)
+            or best.loss - relaxed.bound <= within
+            or within >= ordered[-1]
+        ):
             break
         within = min(float(ordered[-1]), 1.5 * within + 1e-12, best.loss - relaxed.bound)
     if best.taken is None:

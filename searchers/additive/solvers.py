@@ -27,17 +27,27 @@ MOST_CELLS = 40_000_000  # of the table of choices, a byte each (two above 256 l
 
 
 def solve(
-    space: CompressionSpace, effects: Effects, *, start: Assignment | None = None, changes: int | None = None
+    space: CompressionSpace,
+    effects: Effects,
+    *,
+    start: Assignment | None = None,
+    changes: int | None = None,
+    exact: bool = True,
 ) -> Assignment | None:
     """By dynamic programming where the costs are on a coarse enough grid, else by integer programming.
 
-    Several resources: from prices, see :mod:`searchers.additive.several`.
+    Several resources: from prices, see :mod:`searchers.additive.several`; without ``exact``, the first that is found.
     """
-    return solve_many(space, [effects], start=start, changes=changes)[0]
+    return solve_many(space, [effects], start=start, changes=changes, exact=exact)[0]
 
 
 def solve_many(
-    space: CompressionSpace, batch: Sequence[Effects], *, start: Assignment | None = None, changes: int | None = None
+    space: CompressionSpace,
+    batch: Sequence[Effects],
+    *,
+    start: Assignment | None = None,
+    changes: int | None = None,
+    exact: bool = True,
 ) -> list[Assignment | None]:
     """:func:`solve` for several effects at once, which shares the work of the table."""
     start = space.lowest if start is None else start
@@ -47,7 +57,7 @@ def solve_many(
         if (high - low + 1) * (1 if changes is None else changes + 1) * len(space) * len(batch) <= MOST_CELLS:
             return _tabulate(space, batch, start, changes)
         return [solve_by_integer_programming(space, e, start=start, changes=changes) for e in batch]
-    return [solve_with_prices(space, e, start=start, changes=changes) for e in batch]
+    return [solve_with_prices(space, e, start=start, changes=changes, exact=exact) for e in batch]
 
 
 def solve_by_dynamic_programming(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks.problems.synthetic import additive, noisy
-from evo_hpo import Budget
+from evo_hpo import Budget, CompressionSpace, FunctionProblem, Unit
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.profiles import open_profile
+from evo_hpo.space.ranges import spanning
 from tests.cli.test_cli import run
 from tests.report.synthetic import write_folder
 
@@ -86,3 +87,30 @@ def test_a_comparison_at_one_budget_has_nothing_to_pick(tmp_path: Path, capsys: 
     made = write_folder(tmp_path, [additive(units=5)], [("uniform", "uniform", {})], (0,), Budget(evaluations=3))
     assert run("pick", made, "--average", "3") == 2
     assert "has no front: its plan has no range of budgets" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("resource", "costs", "asked", "most", "told"),
+    [
+        ("modules", (0, 1), "5", 9, "5 modules dropped"),
+        ("modules", (0, 1), "4.5", 9, "5 modules dropped"),
+        ("weights", (0, 500, 1000), "0.25", 10_500, "0.25 of the weights removed"),
+    ],
+)
+def test_a_point_is_asked_for_as_the_plan_says_its_range(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    resource: str,
+    costs: tuple[int, ...],
+    asked: str,
+    most: int,
+    told: str,
+) -> None:
+    size = costs[-1]
+    units = [Unit(f"layers.{i}.unit", costs=costs, size=size) for i in range(14)]
+    ends = (CompressionSpace(units, size * kept, resources=(resource,)) for kept in (7, 13))
+    problem = FunctionProblem(spanning(*ends), lambda levels: float(-sum(levels)))
+    made = write_folder(tmp_path / "runs", [problem], [("uniform", "uniform", {})], (0,), Budget(evaluations=50))
+    assert run("pick", made, tmp_path / "point.json", "--average", asked) == 0
+    assert json.loads((tmp_path / "point.json").read_text())["cost"] == most
+    assert told in " ".join(capsys.readouterr().out.split())

@@ -142,7 +142,7 @@ def test_the_front_is_a_curve_of_its_search_and_its_mean_a_figure_once(ranged: P
     best = runs(made["front"].where, f"{made['front'].order} ASC")
     means = [run.data.metrics["front/mean_loss"] for run in best]
     assert means == sorted(means)
-    note = client.get_experiment_by_name("range").tags["mlflow.note.content"]
+    note = client.get_experiment_by_name("range").tags["mlflow.note.content"]  # type: ignore[union-attr]
     assert f"{best[0].data.tags['search']}, mean held-out loss over the range {means[0]:.6g}" in note
     assert len(means) == 2
 

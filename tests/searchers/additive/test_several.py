@@ -44,6 +44,9 @@ def test_no_feasible_assignment_is_better(space: CompressionSpace, data: st.Data
         assert space.feasible(found)
         assert changes is None or sum(a != b for a, b in zip(found, start, strict=True)) <= changes
         assert total(effects, found) == pytest.approx(least)
+        near = solve_with_prices(space, effects, start=start, changes=changes, exact=False)
+        assert near in [a for a in all_feasible(space) if total(effects, a) >= least - 1e-9]
+        assert changes is None or sum(a != b for a, b in zip(near or (), start, strict=True)) <= changes
 
 
 def many(units: int, *, exact: bool) -> CompressionSpace:

@@ -4,7 +4,8 @@
 
 Units are SmolLM2's layers with five ggml types of one block size, in bytes and in nanoseconds a token; types that take
 more bytes are not always slower. The budgets leave out about half of either range. "Exact" demands the whole first
-budget. The loss is a look-up, so that what is timed is the search alone.
+budget. The loss is a look-up, so that what is timed is the search alone. Times are the processor's: what else runs on
+the machine matters little. A second table is of ranges of the first budget, over its upper half.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from unittest import mock
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from benchmarks.problems.synthetic import Landscape, NoisyProblem
 from evo_hpo import Budget, CompressionSpace, Unit, search
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.search.registry import make_searcher
+from evo_hpo.space.ranges import at, foot, spanning
 
 TYPES = {"IQ4_NL": (18, 35), "Q4_1": (20, 51), "Q5_0": (22, 66), "Q5_1": (24, 65), "Q8_0": (34, 47)}
 """Bytes of a block of 32 weights, and picoseconds a weight on one core of an AMD EPYC."""
@@ -40,6 +43,12 @@ SEARCHERS = (
     *(f"nevergrad:{name}" for name in ("DiscreteOnePlusOne", "DiscreteLenglerOnePlusOne", "CMA", "NGOpt")),
     *("nevergrad:TwoPointsDE", "nevergrad:PSO"),
 )
+
+FRONTS = (
+    *("uniform", "curvature_front", "additive_front", "evopress_front", "optuna:nsga2", "optuna:tpe", "nevergrad:DE"),
+    *("union:curvature_region", "union:evopress", "union:fisher", "union:local_search", "union:trust_region"),
+)
+"""Searchers of ranges."""
 
 
 def space(resources: int = 2, *, exact: bool = False, blocks: int = 30) -> CompressionSpace:
@@ -62,6 +71,11 @@ def space(resources: int = 2, *, exact: bool = False, blocks: int = 30) -> Compr
     return CompressionSpace(units, (cost, *limits[1:]), floor=(cost, *[0] * (resources - 1)), resources=names)
 
 
+def ranged(of: CompressionSpace) -> CompressionSpace:
+    """All budgets from the middle between the least cost and the budget on."""
+    return spanning(at(of, (foot(of) + of.budget) // 2), of)
+
+
 def problem(of: CompressionSpace) -> NoisyProblem:
     """Errors by level, gamma sensitivities and small pairwise terms; it has sensitivities."""
     rng = np.random.default_rng(0)
@@ -74,14 +88,15 @@ def problem(of: CompressionSpace) -> NoisyProblem:
 
 def overhead(name: str, of: CompressionSpace, trials: int, limit: float) -> str:
     """Milliseconds a trial inside ask and tell, with what is worth saying about it."""
-    clock = _Clock(limit)
-    try:
-        searcher = make_searcher(name, of, seed=0)
-        result = search(searcher, problem(of), budget=Budget(tokens=1024 * trials), observers=[clock])
-    except _Cut:
-        return f"{1000 * clock.seconds / max(clock.made, 1):.2f} (cut at {clock.made})"
-    except EvoHpoError as error:
-        return f"refused: {error}"
+    with mock.patch.object(time, "perf_counter", time.process_time):
+        clock = _Clock(limit)
+        try:
+            searcher = make_searcher(name, of, seed=0)
+            result = search(searcher, problem(of), budget=Budget(tokens=1024 * trials), observers=[clock])
+        except _Cut:
+            return f"{1000 * clock.seconds / max(clock.made, 1):.2f} (cut at {clock.made})"
+        except EvoHpoError as error:
+            return f"refused: {error}"
     short = f" ({clock.made})" if clock.made < trials else ""
     assert all(of.feasible(outcome.trial.levels) for outcome in result.outcomes)
     return f"{1000 * result.searcher_seconds / max(clock.made, 1):.2f}{short}"
@@ -98,15 +113,16 @@ def repairs(of: CompressionSpace, count: int = 40) -> tuple[float, float]:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--searchers", nargs="*", default=SEARCHERS)
+    parser.add_argument("--fronts", nargs="*", default=FRONTS)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="cuts a search off (60)")
     arguments = parser.parse_args()
@@ -118,8 +134,14 @@ def main() -> None:
     print("| | " + " | ".join(spaces) + " |\n|---|" + "---|" * len(spaces))
     cells = [f"{median:.2f} (at most {most:.2f})" for median, most in map(repairs, spaces.values())]
     print("| a repair | " + " | ".join(cells) + " |")
-    for name in arguments.searchers:
-        cells = [overhead(name, of, arguments.trials, arguments.limit) for of in spaces.values()]
+    _rows(arguments.searchers, list(spaces.values()), arguments)
+    print("\n| over a range | one resource | two resources |\n|---|---|---|")
+    _rows(arguments.fronts, [ranged(space(1)), ranged(space(2))], arguments)
+
+
+def _rows(names: Sequence[str], spaces: Sequence[CompressionSpace], arguments: argparse.Namespace) -> None:
+    for name in names:
+        cells = [overhead(name, of, arguments.trials, arguments.limit) for of in spaces]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from evo_hpo.levels.store import LevelStore
     from evo_hpo.models.corpora import Spec
 
-__all__ = ["METHODS", "build", "check_settings", "default_folder", "summary"]
+__all__ = ["METHODS", "build", "check_settings", "default_folder", "dropped", "summary"]
 
 METHODS = ("gptq", "ggml", "sparsegpt", "rtn", "magnitude", "wanda", "drop")
 
@@ -83,7 +83,7 @@ def build(
     loaded = load_model(model, compute_dtype(dtype))
     GatedModel(loaded.model, example_tokens(loaded.model))  # what cannot be scored is refused before it is compressed
     if method == "drop":
-        build_drop_store(loaded, folder, **_dropped(levels, settings))
+        build_drop_store(loaded, folder, **dropped(levels, settings))
         return open_store(folder, model=loaded.identity)
     compressor = make_compressor(method, levels, settings)
     tokens = None
@@ -132,7 +132,7 @@ def check_settings(method: str, levels: Sequence[float | int | str] | None, sett
     if method == "drop":
         from evo_hpo.levels.drop import check_kinds
 
-        check_kinds(_dropped(levels, further)["kinds"])
+        check_kinds(dropped(levels, further)["kinds"])
     else:
         _inputs(settings.get("inputs"), make_compressor(method, levels, further))
 
@@ -181,7 +181,7 @@ def default_folder(
     decides: dict[str, Any] = {k: settings.get(k, own[k]) for k in ("include", "exclude", "dtype")}
     labels: Sequence[str] = ()
     if method == "drop":
-        decides |= _dropped(levels, chosen)
+        decides |= dropped(levels, chosen)
     else:
         compressor = make_compressor(method, levels, chosen)
         decides, labels = decides | compressor.settings(), compressor.labels
@@ -237,7 +237,7 @@ def _inputs(inputs: str | int | None, compressor: Compressor) -> str:
     return min(compressor.everywhere, key=lambda label: (abs(float(label) - 3), float(label)))
 
 
-def _dropped(levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> dict[str, Any]:
+def dropped(levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> dict[str, Any]:
     """What is dropped, from `kinds=` or from levels that are names; numbers among the levels mean nothing here."""
     unknown = sorted(set(settings) - {"kinds", "may_drop"})
     if unknown:

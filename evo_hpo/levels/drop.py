@@ -16,7 +16,7 @@ from evo_hpo.models.gates import example_tokens
 from evo_hpo.models.loading import LoadedModel
 from evo_hpo.models.structure import droppable_modules
 
-__all__ = ["KINDS", "build_drop_store", "check_kinds"]
+__all__ = ["KINDS", "build_drop_store", "check_kinds", "records_of"]
 
 KINDS = ("attention", "mlp", "block", "pair")
 
@@ -36,17 +36,9 @@ def build_drop_store(
         InvalidSettingError: no kind, an unknown one, blocks together with their own parts, nothing left to drop.
         ModelError: an architecture of which such modules cannot be left out.
     """
-    check_kinds(kinds)
-    found = [droppable_modules(loaded.model, kind) for kind in kinds]
-    units = [unit for same in zip(*(each.items() for each in found), strict=True) for unit in same]  # running order
-    chosen = [(name, members) for name, members in units if re.search(may_drop, name)]
-    if not chosen:
-        raise InvalidSettingError(
-            f"may_drop={may_drop!r} matches none of {len(units)} modules, such as {units[0][0]!r}"
-        )
-    members = {member for _, unit in chosen for member in unit}
+    records = records_of(loaded.model, kinds, may_drop)
+    members = {member for record in records for member in record.members}
     check_droppable(loaded.model, members, example_tokens(loaded.model))
-    records = tuple(_record(loaded.model, name, members) for name, members in chosen)
     plan = Recipe(
         model=loaded.name,
         identity=dict(loaded.identity),
@@ -58,6 +50,19 @@ def build_drop_store(
     )
     writer = StoreWriter(folder, plan)
     return Manifest.read(folder) if (folder / "manifest.json").is_file() else writer.finish(records)
+
+
+def records_of(model: nn.Module, kinds: Sequence[str], may_drop: str = ".") -> tuple[UnitRecord, ...]:
+    """What such a store holds of a model, in running order; arguments and errors as of :func:`build_drop_store`."""
+    check_kinds(kinds)
+    found = [droppable_modules(model, kind) for kind in kinds]
+    units = [unit for same in zip(*(each.items() for each in found), strict=True) for unit in same]
+    chosen = [(name, members) for name, members in units if re.search(may_drop, name)]
+    if not chosen:
+        raise InvalidSettingError(
+            f"may_drop={may_drop!r} matches none of {len(units)} modules, such as {units[0][0]!r}"
+        )
+    return tuple(_record(model, name, members) for name, members in chosen)
 
 
 def check_kinds(kinds: Sequence[str]) -> None:

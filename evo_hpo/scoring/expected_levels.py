@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from evo_hpo.errors import StoreError
-from evo_hpo.levels.build import check_settings, make_compressor
+from evo_hpo.levels.build import check_settings, dropped, make_compressor
+from evo_hpo.levels.drop import records_of
 from evo_hpo.levels.ggml import row_bytes
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
@@ -50,11 +51,14 @@ def expected_levels(task: LanguageModelTask) -> LevelSet:
 def _own_levels(task: LanguageModelTask) -> LevelSet:
     """Those of a task's own store."""
     embedding = task.build_settings.get("embedding", False)  # embedding and head are no linear layers
-    if embedding or task.method == "drop" or (task.store_folder / "manifest.json").is_file():
+    if embedding or (task.store_folder / "manifest.json").is_file():
         return task.open_store().levels
     check_settings(task.method, task.levels or None, dict(task.build))
     model = empty_model(configuration(task.model))
     unfuse_experts(model)
+    if task.method == "drop":
+        records = records_of(model, **dropped(task.levels or None, dict(task.build)))
+        return LevelSet([(r.name, [[Choice(Unbuilt(), r, level)] for level in r.levels]) for r in records], "modules")
     built = task.build_settings
     found = linear_modules(model, built.get("include", "."), built.get("exclude", ROUTERS) or "")
     rows = []

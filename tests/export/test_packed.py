@@ -274,6 +274,10 @@ def test_sizes_are_told_before_anything_is_built_as_they_are_built(
             ahead = expected_levels(asked).units
             asked.ensure_store(lambda *_: None)
             assert ahead == asked.open_levels().units
+        dropping = language_model.task(settings(model, method="drop", levels=[], average=1, build={}))
+        modules = expected_levels(dropping).units
+        dropping.ensure_store(lambda *_: None)
+        assert modules == dropping.open_levels().units
     prepare_problem("language_model", problem, lambda *_: None)
     assert planned.units == task.open_levels().units
     plan = {"name": "p", "seeds": [0], "budget": {"tokens": 64}, "searchers": [{"name": "uniform"}]}

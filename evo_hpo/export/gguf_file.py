@@ -17,7 +17,7 @@ from evo_hpo.errors import ModelError
 from evo_hpo.export.card import Card
 from evo_hpo.export.folder import opened, place
 from evo_hpo.export.gguf_header import architecture_of, copy_header, write_header
-from evo_hpo.export.gguf_tensors import kept_blocks, searched_types, tensors_of
+from evo_hpo.export.gguf_tensors import kept_blocks, tensors_of, type_lines
 from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.levels.ggml import dequantize, ggml_type, library, quantize
 from evo_hpo.levels.level_set import LevelSet
@@ -139,7 +139,7 @@ def write_gguf(
         temporary.rename(output)
     finally:
         temporary.unlink(missing_ok=True)
-    type_file(output).write_text("".join(searched_types(tensors)), encoding="utf-8")
+    type_file(output).write_text("".join(type_lines(tensors)), encoding="utf-8")
     return size
 
 

@@ -208,6 +208,11 @@ def _number(name: str) -> Any:
     return next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
 
 
-def searched_types(tensors: Sequence[GgufTensor]) -> Iterator[str]:
-    """Lines of a file for ``llama-quantize --tensor-type-file``: the searched tensors and their types."""
-    return (f"{tensor.name}={tensor.type.lower()}\n" for tensor in tensors if tensor.searched)
+def type_lines(tensors: Sequence[GgufTensor]) -> Iterator[str]:
+    """Lines of a file for ``llama-quantize --tensor-type-file``: every matrix and its type.
+
+    Names are regular expressions there, looked for anywhere in a name: ``output.weight`` is in ``attn_output.weight``.
+    """
+    for tensor in tensors:
+        if tensor.data.ndim > 1 and tensor.type != "F32":
+            yield f"^{re.escape(tensor.name)}$={tensor.type.lower()}\n"

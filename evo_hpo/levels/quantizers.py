@@ -134,9 +134,7 @@ class Ggml(Compressor):
         return fitting(self.types, columns)
 
     def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
-        weight, squares = weight.float(), inputs.diagonal
-        mean = squares.mean()
-        squares = squares / mean if mean > 0 else torch.ones_like(squares)  # an expert that no token was routed to
+        weight, squares = weight.float(), importance(inputs)
         energy = float((weight.square() * squares).double().sum()) or 1.0
         found = []
         for name in self.offered(weight.shape[1]):
@@ -148,6 +146,12 @@ class Ggml(Compressor):
 
     def settings(self) -> dict[str, Any]:
         return {"types": list(self.types)} | ({"embedding": True} if self.embedding else {})
+
+
+def importance(inputs: Inputs) -> torch.Tensor:
+    """What llama.cpp weights each column's squared error with: the mean square of its input, 1 on average."""
+    mean = inputs.diagonal.mean()
+    return inputs.diagonal / mean if mean > 0 else torch.ones_like(inputs.diagonal)  # an expert without any token
 
 
 def _level(quantized: Quantized, error: float) -> CompressedLevel:

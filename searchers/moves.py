@@ -35,11 +35,11 @@ class Moves:
         if not self.free:
             return None
         for _ in range(TRIES):
-            cursor = self.knapsack.cursor(levels)
             unit = self.free[int(rng.integers(len(self.free)))]
-            by = 1 if rng.random() < 0.5 else -1
-            if not cursor.can(unit, by):
+            by, limits = (1, self.knapsack.highest) if rng.random() < 0.5 else (-1, self.knapsack.lowest)
+            if levels[unit] == limits[unit]:
                 continue
+            cursor = self.knapsack.cursor(levels)
             cursor.step(unit, by)
             peers: Sequence[int] = [i for i in rng.permutation(self.peers[unit]).tolist() if i != unit]
             if by > 0:

@@ -156,11 +156,22 @@ def _facts(outcomes: Sequence[Outcome]) -> list[Fact]:
     return [(o.trial, o.terms, o.loss, o.by_sequence, o.minibatch) for o in outcomes]
 
 
-def _trace(suite: type[SearcherConformance], name: str, space: str, seed: int, evaluations: int) -> list[Fact]:
-    """Trials and losses of a search; runs in spawned processes too."""
-    problem = TokenProblem(SPACES[space])
+def _search(suite: type[SearcherConformance], name: str, seed: int) -> SearchResult:
+    """A search of the suite's length among units of unequal size; ``seed`` is the searcher's and the minibatches'."""
+    problem = TokenProblem(SPACES["unequal"])
     searcher = suite().searcher(name, problem.space, seed)
-    return _facts(search(searcher, problem, budget=Budget(evaluations=evaluations), seed=seed).outcomes)
+    return search(searcher, problem, budget=Budget(evaluations=suite.evaluations), seed=seed)
+
+
+@cache
+def _first(suite: type[SearcherConformance], name: str) -> SearchResult:
+    """The one that others are compared with, kept for all tests; its seed is 0."""
+    return _search(suite, name, 0)
+
+
+def _trace(suite: type[SearcherConformance], name: str, seed: int) -> list[Fact]:
+    """Trials and losses of a search; runs in spawned processes too."""
+    return _facts(_search(suite, name, seed).outcomes)
 
 
 @cache
@@ -290,26 +301,27 @@ class SearcherConformance:
 
     def test_same_seed_same_trials_also_in_a_spawned_process(self, name: str) -> None:
         """Another interpreter, another hash seed."""
-        here = _trace(type(self), name, "unequal", 5, self.evaluations)
-        assert here == _trace(type(self), name, "unequal", 5, self.evaluations)
-        assert here == _spawned().submit(_trace, type(self), name, "unequal", 5, self.evaluations).result()
+        here = _facts(_first(type(self), name).outcomes)
+        assert here == _trace(type(self), name, 0)
+        assert here == _spawned().submit(_trace, type(self), name, 0).result()
 
     def test_different_seeds_differ(self, name: str) -> None:
         """Seeds of the searcher and of the minibatches, unless the searcher says that it is not random."""
-        traces = [[t.levels for t, *_ in _trace(type(self), name, "unequal", s, self.evaluations)] for s in range(4)]
+        first = [o.trial.levels for o in _first(type(self), name).outcomes]
+        others = ([trial.levels for trial, *_ in _trace(type(self), name, seed)] for seed in (1, 2, 3))
         if self.searcher(name, SPACES["unequal"], 0).random:
-            assert any(trace != traces[0] for trace in traces[1:])
+            assert any(trace != first for trace in others)
         else:
-            assert all(trace == traces[0] for trace in traces[1:])
+            assert all(trace == first for trace in others)
 
     @pytest.mark.parametrize("share", [0.0, 0.37, 0.8, 1.0])
     def test_resumed_by_replay_equals_uninterrupted(self, name: str, share: float) -> None:
         """Known outcomes go through ask and tell; only the rest is scored."""
-        whole = self._run(name, TokenProblem(SPACES["unequal"]), evaluations=self.evaluations)
+        whole = _first(type(self), name)
         known = whole.outcomes[: round(share * len(whole.outcomes))]
         problem = TokenProblem(SPACES["unequal"])
         searcher = self.searcher(name, problem.space, 0)
-        resumed = search(searcher, problem, budget=Budget(evaluations=self.evaluations), seed=3, journal=_Tape(known))
+        resumed = search(searcher, problem, budget=Budget(evaluations=self.evaluations), seed=0, journal=_Tape(known))
         assert _facts(resumed.outcomes) == _facts(whole.outcomes)
         assert problem.scored == len(whole.outcomes) - len(known)
         assert resumed.best == whole.best

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.lapack import dpotrf, dpotrs
 
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.solvers import Effects, solve_by_dynamic_programming, solve_by_integer_programming
@@ -127,14 +128,18 @@ class AdditiveModel:
     def _tune(self) -> None:
         """Shares, decay and noise of the largest marginal likelihood; the overall scale has a closed form."""
         best = -np.inf
-        count = len(self._values)
+        count, diagonal = len(self._values), np.arange(len(self._values))
         for shares, decay in itertools.product(self._hypotheses(), DECAYS):
             _, expanded = self._expand(shares, decay)
             kernel = expanded @ expanded.T
-            for noise in NOISES:
-                factor, low = cho_factor(kernel + np.diag(noise * self._spread + 1e-10), lower=True)
-                weighted = self._values @ cho_solve((factor, low), self._values)
-                evidence = -0.5 * count * np.log(max(weighted, 1e-300)) - np.log(np.diag(factor)).sum()
+            for noise in NOISES:  # LAPACK itself: of small matrices, the checks around it take most of the time
+                noisy = kernel.copy()
+                noisy[diagonal, diagonal] += noise * self._spread + 1e-10
+                factor, failed = dpotrf(noisy, lower=True, clean=False)
+                if failed:
+                    raise np.linalg.LinAlgError("the covariance of the measured differences is not positive definite")
+                weighted = self._values @ dpotrs(factor, self._values, lower=True)[0]
+                evidence = -0.5 * count * np.log(max(weighted, 1e-300)) - np.log(factor[diagonal, diagonal]).sum()
                 if evidence > best + 1e-9:
                     best, self._choice = evidence, (shares, decay, noise)
 

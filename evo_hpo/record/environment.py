@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, git state and machine, ready for a journal's header."""
+    """Versions, git state and machine, ready for a journal's header; the first two as they were when first asked for.
+
+    What is imported does not change with them, and to ask takes as long as many a search.
+    """
     return {"versions": versions(), "git": git_state(), "machine": machine()}
 
 
+@cache
 def versions() -> dict[str, str]:
     """Python and the packages that can change a result; nothing is imported for it."""
     found = {"python": platform.python_version()}
@@ -33,9 +38,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_state(folder: Path | None = None) -> dict[str, Any]:
+@cache
+def git_state() -> dict[str, Any]:
     """Commit, branch and whether tracked files are changed; empty outside a git checkout."""
-    folder = folder or Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return {}
@@ -70,6 +76,7 @@ def machine() -> dict[str, Any]:
     }
 
 
+@cache
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -18,11 +18,29 @@ from evo_hpo.run.events import SearchFailed
 from tests.cli.test_cli import run, write_plan
 
 
-def in_a_shell(folder: Path, tail: str, **environment: str) -> subprocess.CompletedProcess[str]:
+UNDRAWN = """
+import sys, types
+import evo_hpo.cli.commands
+report, results = types.ModuleType("evo_hpo.report"), types.ModuleType("evo_hpo.report.results")
+report.final_table = lambda results: "held-out loss ↓ –"
+def write_report(folder):
+    (folder / "report" / "report.html").write_text("<p>")
+    return folder / "report" / "report.html"
+report.write_report = write_report
+results.Results = types.SimpleNamespace(load=lambda folder: folder)
+sys.modules |= {"evo_hpo.report": report, "evo_hpo.report.results": results}
+evo_hpo.cli.commands.main()
+"""
+"""The command line with nothing of the report but its end: pictures take longer than all the rest of the command."""
+
+
+def in_a_shell(folder: Path, tail: str, *, drawn: bool, **environment: str) -> subprocess.CompletedProcess[str]:
     """A comparison in a shell, with something after it, with its own exit code."""
     write_plan(folder)
     arguments = "compare tiny.toml --no-track --workers 1"
-    command = f"set -o pipefail; '{sys.executable}' -m evo_hpo.cli.commands {arguments} {tail}"
+    (folder / "undrawn.py").write_text(UNDRAWN, encoding="utf-8")
+    program = "-m evo_hpo.cli.commands" if drawn else "undrawn.py"
+    command = f"set -o pipefail; '{sys.executable}' {program} {arguments} {tail}"
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         ["bash", "-c", command],
@@ -35,12 +53,20 @@ def in_a_shell(folder: Path, tail: str, **environment: str) -> subprocess.Comple
 
 
 @pytest.mark.parametrize(
-    ("tail", "environment"),
-    [("| head -1", {}), (">&-", {}), (">/dev/full", {}), ("", {"PYTHONIOENCODING": "ascii"}), (">&- 2>&-", {})],
+    ("tail", "environment", "drawn"),
+    [
+        ("| head -1", {}, False),
+        (">&-", {}, False),
+        (">/dev/full", {}, False),
+        ("", {"PYTHONIOENCODING": "ascii"}, True),
+        (">&- 2>&-", {}, True),
+    ],
     ids=["a pipe that is closed", "closed", "a full disk", "ASCII only", "both closed"],
 )
-def test_a_search_ends_well_wherever_its_output_goes(tmp_path: Path, tail: str, environment: dict[str, str]) -> None:
-    done = in_a_shell(tmp_path, tail, **environment)
+def test_a_search_ends_well_wherever_its_output_goes(
+    tmp_path: Path, tail: str, environment: dict[str, str], drawn: bool
+) -> None:
+    done = in_a_shell(tmp_path, tail, drawn=drawn, **environment)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     comparison = Comparison.read(tmp_path / "mlruns" / "comparisons" / "tiny")

@@ -20,6 +20,7 @@ IMPORTED = [
     "nevergrad",
     "searchers.evopress.evopress",
     "searchers.uniform",
+    "tests.warm",
     "transformers.models.llama.modeling_llama",
 ]
 

@@ -173,6 +173,11 @@ def make_searcher(name: str, space: CompressionSpace, *, seed: int = 0, **settin
         return cls(space, seed=seed, **settings)
 
 
+@cache
+def _signature(cls: type) -> inspect.Signature:
+    return inspect.signature(cls)
+
+
 @contextmanager
 def signature_kept(owner: str, target: Callable[..., Any], *given: Any, **settings: Any) -> Iterator[None]:
     """Tells settings that a signature does not allow, the user's fault, from whatever else is raised inside of a call.
@@ -182,7 +187,7 @@ def signature_kept(owner: str, target: Callable[..., Any], *given: Any, **settin
             may know better what it allows.
     """
     try:
-        inspect.signature(target).bind(*given, **settings)
+        (_signature(target) if isinstance(target, type) else inspect.signature(target)).bind(*given, **settings)
     except TypeError as error:
         raise InvalidSettingError(f"{owner}: {error}") from None
     try:
@@ -199,7 +204,7 @@ def describe_searcher(name: str) -> Description:
     """Summary and settings of a searcher."""
     cls = searcher_class(name)
     meanings = {k: v for base in reversed(cls.__mro__) for k, v in _meanings(base).items()}
-    return Description(name, _summary(cls), settings_of(cls), cls.random, meanings)
+    return Description(name, _summary(cls), dict(settings_of(cls)), cls.random, meanings)
 
 
 def _summary(target: object) -> str:

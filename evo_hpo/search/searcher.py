@@ -12,6 +12,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -112,7 +113,8 @@ class Searcher(ABC):
         return -outcome.tokens, outcome.loss
 
 
-def settings_of(cls: type) -> dict[str, Any]:
+@cache
+def settings_of(cls: type) -> Mapping[str, Any]:
     """Settings (keyword-only parameters but the seed) of a searcher class with their defaults, own class first."""
     found: dict[str, Any] = {}
     for base in cls.__mro__:

@@ -6,6 +6,7 @@ import inspect
 import numbers
 import types
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
@@ -24,10 +25,13 @@ _PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
 }
 
 
-def annotations_of(target: Callable[..., Any]) -> dict[str, Any]:
+def annotations_of(target: Callable[..., Any]) -> Mapping[str, Any]:
     """Parameter -> its type, for each whose annotation can be evaluated; of a class, those of its bases too."""
-    if not isinstance(target, type):
-        return _annotated(target)
+    return _annotations_of_class(target) if isinstance(target, type) else _annotated(target)
+
+
+@cache
+def _annotations_of_class(target: type) -> dict[str, Any]:
     inits = [vars(base)["__init__"] for base in reversed(target.__mro__) if "__init__" in vars(base)]
     return {name: kind for init in inits for name, kind in _annotated(init).items()}
 

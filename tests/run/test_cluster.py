@@ -33,12 +33,17 @@ from tests.scoring.evaluators import LENGTH, make_evaluator
 from tests.tiny import RoundedLevels, tiny_model, tiny_tokens
 
 STORE = 80_000_000  # bytes of a node's object store
+SOON = {
+    "health_check_initial_delay_ms": 300,
+    "health_check_period_ms": 300,
+}  # a node that died is missed in 2 s, not 20
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A head and a node of two cores each."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": STORE})
+    head = {"num_cpus": 2, "object_store_memory": STORE, "include_log_monitor": False, "_system_config": SOON}
+    made = Cluster(initialize_head=True, head_node_args=head)
     made.add_node(num_cpus=2, object_store_memory=STORE)
     yield made
     made.shutdown()

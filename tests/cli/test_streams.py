@@ -17,7 +17,6 @@ from evo_hpo.run import schedule
 from evo_hpo.run.events import SearchFailed
 from tests.cli.test_cli import run, write_plan
 
-
 UNDRAWN = """
 import sys, types
 import evo_hpo.cli.commands

@@ -36,7 +36,7 @@ STORE = 80_000_000  # bytes of a node's object store
 SOON = {
     "health_check_initial_delay_ms": 300,
     "health_check_period_ms": 300,
-}  # a node that died is missed in 2 s, not 20
+}  # a dead node is missed sooner
 
 
 @pytest.fixture(scope="module")

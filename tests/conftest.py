@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -47,6 +48,25 @@ def quick_processes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "PROCESSES", Forking())
         yield
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of reports are made and not drawn, which takes longer than searches do: ``tests/report`` draws them."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from evo_hpo.report import report
+
+    def save(drawn: object, stem: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in formats]
+        named = PngInfo()
+        named.add_text("Title", stem.name)  # no two pictures are the same
+        Image.new("L", (1, 1)).save(paths[0], pnginfo=named)
+        return paths
+
+    monkeypatch.setattr(report, "save", save)
 
 
 @pytest.fixture

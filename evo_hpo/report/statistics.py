@@ -197,7 +197,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def average_ranks(table: npt.ArrayLike) -> Floats:
     """Mean rank of each column over the rows; 1 is best, ties share their mean rank."""
-    return np.array([_ranks(row) for row in np.asarray(table, dtype=np.float64)]).mean(axis=0)
+    return np.asarray(np.array([_ranks(row) for row in np.asarray(table, dtype=np.float64)]).mean(axis=0))
 
 
 def friedman(table: npt.ArrayLike) -> float:

@@ -164,8 +164,8 @@ def _search(suite: type[SearcherConformance], name: str, seed: int) -> SearchRes
 
 
 @cache
-def _first(suite: type[SearcherConformance], name: str) -> SearchResult:
-    """The one that others are compared with, kept for all tests; its seed is 0."""
+def _first(suite: Any, name: str) -> SearchResult:
+    """The search that others of this suite are compared with, kept for all its tests; its seed is 0."""
     return _search(suite, name, 0)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from benchmarks.measurements.keep import main
 from evo_hpo.report import Findings
 from tests.report.conftest import suite
@@ -12,6 +14,7 @@ from tests.report.conftest import suite
 __all__ = ["suite"]
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_kept_report_says_what_the_statistics_say(suite: Path, tmp_path: Path) -> None:
     note = tmp_path / "note.md"
     note.write_text("- A remark.\n", encoding="utf-8")

@@ -62,6 +62,7 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -164,8 +164,7 @@ def _search(suite: type[SearcherConformance], name: str, seed: int) -> SearchRes
 
 
 @cache
-def _first(suite: Any, name: str) -> SearchResult:
-    """The search that others of this suite are compared with, kept for all its tests; its seed is 0."""
+def _kept(suite: type[SearcherConformance], name: str) -> SearchResult:
     return _search(suite, name, 0)
 
 
@@ -217,6 +216,11 @@ class SearcherConformance:
             return str(request.param)
 
         cls.name = name  # type: ignore[attr-defined]
+
+    def _first(self, name: str) -> SearchResult:
+        """The search that others are compared with, made once; its seed is 0."""
+        suite: Any = type(self)
+        return _kept(suite, name)
 
     def _run(self, name: str, problem: Problem, seed: int = 0, **budget: Any) -> SearchResult:
         return search(self.searcher(name, problem.space, seed), problem, budget=Budget(**budget), seed=3)
@@ -301,13 +305,13 @@ class SearcherConformance:
 
     def test_same_seed_same_trials_also_in_a_spawned_process(self, name: str) -> None:
         """Another interpreter, another hash seed."""
-        here = _facts(_first(type(self), name).outcomes)
+        here = _facts(self._first(name).outcomes)
         assert here == _trace(type(self), name, 0)
         assert here == _spawned().submit(_trace, type(self), name, 0).result()
 
     def test_different_seeds_differ(self, name: str) -> None:
         """Seeds of the searcher and of the minibatches, unless the searcher says that it is not random."""
-        first = [o.trial.levels for o in _first(type(self), name).outcomes]
+        first = [o.trial.levels for o in self._first(name).outcomes]
         others = ([trial.levels for trial, *_ in _trace(type(self), name, seed)] for seed in (1, 2, 3))
         if self.searcher(name, SPACES["unequal"], 0).random:
             assert any(trace != first for trace in others)
@@ -317,7 +321,7 @@ class SearcherConformance:
     @pytest.mark.parametrize("share", [0.0, 0.37, 0.8, 1.0])
     def test_resumed_by_replay_equals_uninterrupted(self, name: str, share: float) -> None:
         """Known outcomes go through ask and tell; only the rest is scored."""
-        whole = _first(type(self), name)
+        whole = self._first(name)
         known = whole.outcomes[: round(share * len(whole.outcomes))]
         problem = TokenProblem(SPACES["unequal"])
         searcher = self.searcher(name, problem.space, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,9 @@ from searchers.wrapping import passes_on
 __all__ = ["CurvatureFront"]
 
 PASS_SHARE = 0.25  # of the budget, that the one pass at the uncompressed model may cost
+LEAST = (
+    1e-6  # of the greatest modelled loss, that all of the cost counts as where the model tells assignments not apart
+)
 
 
 @passes_on(CurvatureRegion)
@@ -89,7 +93,8 @@ class CurvatureFront(Interleaved):
         """The front of a region's model between a cheaper assignment and its own, with the levels between theirs.
 
         What is learnt at an assignment holds for less compression rather than for more, and tells least where the
-        model is broken; so the dearer of two regions is asked.
+        model is broken; so the dearer of two regions is asked. Where it sees no loss at all in what lies between, less
+        compression counts as better.
         """
         higher = region.incumbent
         space, low, high = self.space, self.space.cost(lower), self.space.cost(higher)
@@ -104,6 +109,13 @@ class CurvatureFront(Interleaved):
         within = CompressionSpace(
             space.units, (high, *space.budgets[1:]), floor=(low, *space.floors[1:]), resources=space.resources
         )
-        for levels in sweep(within, effects):
-            if low < space.cost(levels) < high:
-                yield levels
+        found = [levels for levels in sweep(within, effects) if low < space.cost(levels) < high]
+        if not found:
+            share = LEAST * max(1.0, *(abs(x) for unit in effects for x in unit if math.isfinite(x))) / high
+            saved = [
+                [share * (costs[b] - cost) for cost in costs]
+                for costs, b in zip(space.knapsack.first_costs, higher, strict=True)
+            ]
+            effects = [[x + y for x, y in zip(*rows, strict=True)] for rows in zip(effects, saved, strict=True)]
+            found = [levels for levels in sweep(within, effects) if low < space.cost(levels) < high]
+        yield from found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from evo_hpo.search.searcher import Searcher
 from evo_hpo.space.compression_space import CompressionSpace
 from evo_hpo.space.ranges import marks, spanning
 from searchers import make_searcher
+from searchers.fronts import curvature_front
 from searchers.fronts.additive_front import AdditiveFront
 from searchers.fronts.curvature_front import CurvatureFront
 from searchers.fronts.evopress_front import EvoPressFront
@@ -120,6 +122,21 @@ def test_between_measured_assignments_the_front_takes_levels_of_the_two_only() -
         below = [a for a in measured if problem.space.cost(a) <= cost][-1]
         above = next(a for a in measured if problem.space.cost(a) >= cost)
         assert all(min(a, b) <= k <= max(a, b) for k, a, b in zip(levels, below, above, strict=True))
+
+
+def test_where_the_model_sees_no_loss_less_compression_counts_as_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = noisy(units=28, tightness=0.2, tightest=0.9, unequal=True)
+    searcher = CurvatureFront(problem.space, budgets=3)
+    search(searcher, problem, budget=Budget(tokens=80 * 1024), seed=0)
+    blind = [[0.0] * len(unit.costs) for unit in problem.space.units]
+    monkeypatch.setattr(curvature_front, "expected", lambda *_: blind)
+    costs = sorted(problem.space.cost(levels) for levels in searcher.front())
+    measured = [problem.space.cost(levels) for levels in searcher.recommended()]
+    for low, high in itertools.pairwise(measured):
+        between = [cost for cost in costs if low < cost < high]
+        assert len(between) > 3
+        steps = [b - a for a, b in itertools.pairwise([low, *between, high])]
+        assert max(steps) <= max(b - a for u in problem.space.units for a, b in itertools.combinations(u.costs, 2))
 
 
 def test_to_look_at_the_front_changes_no_trial() -> None:

@@ -29,7 +29,7 @@ FIRST = 32
 MANY = 2000
 """Partial assignments above which those that cost the same are compared."""
 
-MOST_LABELS = 10_000
+MOST_LABELS = 5_000
 """Partial assignments that are kept; where there are more, those of least reduced cost."""
 
 
@@ -76,6 +76,7 @@ def solve_with_prices(
     if relaxed is None:
         return None
     ordered = np.sort(relaxed.reduced)
+    least = float(ordered[ordered > 1e-12].min(initial=np.inf))  # below it there is nothing but ties
     within, best = float(ordered[min(len(space) + FIRST, len(ordered)) - 1]), _Found(None, np.inf, True)
     while True:
         found = _labelled(relaxed, within)
@@ -87,7 +88,7 @@ def solve_with_prices(
             or within >= ordered[-1]
         ):
             break
-        within = min(float(ordered[-1]), 1.5 * within + 1e-12, best.loss - relaxed.bound)
+        within = min(float(ordered[-1]), max(1.5 * within + 1e-12, least), best.loss - relaxed.bound)
     if best.taken is None:
         return None
     levels = [0] * len(space)

@@ -23,7 +23,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 SETUPTOOLS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 
 FLOORS = (
-    {"evo_hpo/errors.py"},
+    {"evo_hpo/errors.py", "evo_hpo/files.py"},
     {"evo_hpo/space"},
     {"evo_hpo/search", "evo_hpo/models"},
     {"evo_hpo/__init__.py", "evo_hpo/record", "evo_hpo/levels", "searchers"},

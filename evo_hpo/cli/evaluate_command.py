@@ -16,8 +16,8 @@ from evo_hpo.cli.options import TrackOption, UriOption, console
 from evo_hpo.cli.progress import say
 from evo_hpo.cli.unexpected import safe
 from evo_hpo.errors import EvoHpoError, InvalidSettingError
+from evo_hpo.files import write_whole
 from evo_hpo.models.paths import writable_folder
-from evo_hpo.record.files import write_whole
 from evo_hpo.space.amounts import shown
 
 __all__ = ["evaluate"]

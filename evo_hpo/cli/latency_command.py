@@ -38,8 +38,8 @@ def latency(
     """
     from evo_hpo.export.folder import task_of
     from evo_hpo.export.latency import measured
+    from evo_hpo.files import write_whole
     from evo_hpo.record.environment import machine as this_machine
-    from evo_hpo.record.files import write_whole
     from evo_hpo.scoring.expected_levels import expected_levels
 
     _, entry = next(iter(problems_of(plan)))

@@ -38,9 +38,9 @@ def pick(
 
     [bold]Example:[/bold] evo-hpo pick mlruns/comparisons/smollm2-front --average 3.2 my-profile.json
     """
+    from evo_hpo.files import write_whole
     from evo_hpo.models.paths import made_folder, user_path
     from evo_hpo.record.comparison import Comparison
-    from evo_hpo.record.files import write_whole
     from evo_hpo.space.amounts import shown
 
     if (average is None) == (size is None):

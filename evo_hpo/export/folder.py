@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from evo_hpo.export.figures import Estimate, measure
 from evo_hpo.export.packed_folder import refuse_unservable, write_packed
 from evo_hpo.export.published_layout import write_level_lines
 from evo_hpo.export.reading import load_served, size_of
+from evo_hpo.files import made_whole
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.levels import Levels
 from evo_hpo.levels.packing import Encoded
@@ -76,7 +74,7 @@ def export_profile(
     place(model, levels, assignment)
     for name, tensor in model.state_dict().items():
         refuse_non_finite(name, tensor)
-    with _whole(output) as folder:
+    with made_whole(output) as folder:
         with quiet_transformers():
             model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
@@ -159,18 +157,6 @@ def read_profile(
     levels = task.open_levels(loaded.identity)
     _refuse_others(profile, data, {"store": levels.fingerprint})
     return data, loaded, levels, task.space(levels).from_labels(data["units"])
-
-
-@contextlib.contextmanager
-def _whole(output: Path) -> Iterator[Path]:
-    """A folder beside the output that takes its place once all is written; or else nothing is left behind."""
-    part = output.with_name(f".export-{uuid.uuid4().hex[:8]}")
-    try:
-        yield part
-        part.rename(output)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _refuse_others(profile: Path, data: Mapping[str, Any], found: Mapping[str, str]) -> None:

@@ -19,6 +19,7 @@ from evo_hpo.export.folder import opened, place
 from evo_hpo.export.gguf_header import architecture_of, copy_header, write_header
 from evo_hpo.export.gguf_tensors import kept_blocks, tensors_of, type_lines
 from evo_hpo.export.llama_cpp import LlamaCpp
+from evo_hpo.files import made_whole
 from evo_hpo.levels.ggml import dequantize, ggml_type, library, quantize
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.models.loading import LoadedModel, one_line, source_gguf
@@ -125,8 +126,7 @@ def write_gguf(
         write_header(writer, config, loaded.tokenizer, blocks)
     for tensor in tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=GGMLQuantizationType[tensor.type])
-    temporary = output.with_name(f".{output.name}.part")
-    try:
+    with made_whole(output) as temporary:
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.flush()
@@ -136,9 +136,6 @@ def write_gguf(
         writer.close()
         if temporary.stat().st_size != size:
             raise ModelError(f"{output} has {temporary.stat().st_size} bytes, not {size}: the disk may be full")
-        temporary.rename(output)
-    finally:
-        temporary.unlink(missing_ok=True)
     type_file(output).write_text("".join(type_lines(tensors)), encoding="utf-8")
     return size
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from evo_hpo.errors import StoreError
+from evo_hpo.files import write_whole
 from evo_hpo.models.identity import differences
 
-__all__ = ["FORMAT", "LevelRecord", "Manifest", "Recipe", "UnitRecord", "checksum", "write_atomically"]
+__all__ = ["FORMAT", "LevelRecord", "Manifest", "Recipe", "UnitRecord", "checksum"]
 
 FORMAT = 1
 
@@ -110,7 +110,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json`; its presence says that the store is complete."""
         data = {"plan": self.plan.to_json(), "versions": self.versions, "units": [asdict(u) for u in self.units]}
-        write_atomically(folder / "manifest.json", json.dumps(data, indent=1).encode())
+        write_whole(folder / "manifest.json", json.dumps(data, indent=1))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -159,13 +159,3 @@ def checksum(path: Path) -> int:
         while chunk := file.read(1 << 22):
             value = zlib.crc32(chunk, value)
     return value
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is either absent or complete, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from evo_hpo.errors import StoreError
+from evo_hpo.files import write_whole
 from evo_hpo.levels.compressor import CompressedLevel
-from evo_hpo.levels.manifest import LevelRecord, Manifest, Recipe, UnitRecord, checksum, versions, write_atomically
+from evo_hpo.levels.manifest import LevelRecord, Manifest, Recipe, UnitRecord, checksum, versions
 from evo_hpo.levels.packing import Encoded, decode_record
 from evo_hpo.models.paths import made_folder
 
@@ -39,7 +40,7 @@ class StoreWriter:
                 raise StoreError(f"damaged file {str(begun)!r} ({error}): delete the folder and build again") from error
             self._check(recorded)
         else:
-            write_atomically(begun, json.dumps(plan.to_json(), indent=1).encode())
+            write_whole(begun, json.dumps(plan.to_json(), indent=1))
         self._records: dict[str, UnitRecord] = {}
 
     def _check(self, found: Recipe) -> None:
@@ -66,7 +67,7 @@ class StoreWriter:
         )
         record = UnitRecord(name, (name,), shape, size, transposed, records)
         tensors = {f"{v.label}/{key}": t.contiguous() for v in levels for key, t in v.encoded.tensors().items()}
-        write_atomically(self._path(name), save(tensors, {"record": json.dumps(asdict(record))}))
+        write_whole(self._path(name), save(tensors, {"record": json.dumps(asdict(record))}))
         self._records[name] = self._complete(record)
 
     def decode(self, name: str, label: str, dtype: torch.dtype) -> torch.Tensor:

@@ -7,8 +7,6 @@ import importlib.util
 import json
 import math
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from logging import ERROR
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 
 from evo_hpo.errors import ModelError
+from evo_hpo.files import made_whole
 from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.models.identity import file_digest, folder_identity, model_identity
 from evo_hpo.models.paths import cache_folder, made_folder, user_path
@@ -202,13 +201,13 @@ def _converted_gguf(path: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     made_folder(target.parent)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converted-"))
     try:
-        _dequantize_gguf(path, temporary)
-        with contextlib.suppress(OSError):  # another process may have put the same conversion in place first
-            temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with made_whole(target) as folder:
+            folder.mkdir()
+            _dequantize_gguf(path, folder)
+    except OSError:
+        if not (target / "config.json").is_file():  # or else another process put the same conversion in place first
+            raise
     return target
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +13,7 @@ import torch
 from torch import nn
 
 from evo_hpo.errors import ModelError, TextError
+from evo_hpo.files import made_whole
 from evo_hpo.models.corpora import WHOLE, Spec, Split, is_local, is_path, read_documents, shares_of
 from evo_hpo.models.identity import digest, tokenizer_identity
 from evo_hpo.models.paths import cache_folder, made_folder, user_path
@@ -214,7 +212,9 @@ def token_stream(spec: str, tokenizer: Any, split: Split, limit: int | None = No
     if path.is_file():
         return np.asarray(np.load(path, mmap_mode="r"))
     stream = _tokenize(documents, tokenizer)
-    _write(path, stream)
+    made_folder(path.parent)
+    with made_whole(path) as growing, growing.open("wb") as file:
+        np.save(file, stream)
     return stream
 
 
@@ -267,14 +267,3 @@ def _tokenize(documents: list[str], tokenizer: Any) -> npt.NDArray[np.int32]:
     separator = getattr(tokenizer, "eos_token_id", None)
     end = [] if separator is None else [separator]
     return np.concatenate([np.asarray([*ids, *end], dtype=np.int32) for ids in encoded])
-
-
-def _write(path: Path, stream: npt.NDArray[np.int32]) -> None:
-    made_folder(path.parent)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as file:
-        try:
-            np.save(file, stream)
-        except BaseException:  # on a full disk a part of it would take the rest
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)

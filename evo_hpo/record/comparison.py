@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from evo_hpo.errors import JournalError, PlanError
+from evo_hpo.files import write_whole
 from evo_hpo.record.changes import changes, told
 from evo_hpo.record.environment import environment
-from evo_hpo.record.files import write_whole
 from evo_hpo.record.fronts import front_files, judged
 from evo_hpo.record.planned import PlannedSearch, disambiguate, planned
 from evo_hpo.record.problem_record import ProblemRecord

@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy import event
 
 from evo_hpo.errors import MissingPackageError, TrackingError
+from evo_hpo.files import made_whole
 from evo_hpo.tracking.location import artifact_root, database_path, file_lock, refuse_no_store
 
 __all__ = ["comparisons", "connect", "prepare_store", "translated"]
@@ -87,15 +88,12 @@ def prepare_store(uri: str) -> None:
         with file_lock(path.with_name(path.name + ".lock")):
             if path.exists():
                 return
-            growing = path.with_name(path.name + ".creating")
-            for suffix in ("", "-wal", "-shm", "-journal"):
-                growing.with_name(growing.name + suffix).unlink(missing_ok=True)
-            create_schema(f"sqlite:///{growing}", (path.parent / "artifacts").as_uri())
-            with contextlib.closing(sqlite3.connect(growing)) as database:
-                database.execute("PRAGMA journal_mode=WAL")
-            for suffix in ("-wal", "-shm"):
-                growing.with_name(growing.name + suffix).unlink(missing_ok=True)
-            os.replace(growing, path)
+            with made_whole(path) as growing:
+                create_schema(f"sqlite:///{growing}", (path.parent / "artifacts").as_uri())
+                with contextlib.closing(sqlite3.connect(growing)) as database:
+                    database.execute("PRAGMA journal_mode=WAL")
+                for suffix in ("-wal", "-shm"):
+                    growing.with_name(growing.name + suffix).unlink(missing_ok=True)
     except OSError as error:
         raise TrackingError(
             f"{path}: cannot create the store ({error.strerror}): choose another --tracking-uri"

@@ -17,7 +17,6 @@ from evo_hpo import Budget, CompressionSpace, FunctionProblem, Unit, search
 from evo_hpo.errors import JournalError, PlanError
 from evo_hpo.record.changes import changes, flat, told
 from evo_hpo.record.comparison import Comparison, PlannedSearch, winner
-from evo_hpo.record.files import write_whole
 from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.record.problem_record import ProblemRecord
 from searchers import make_searcher
@@ -144,15 +143,3 @@ def test_changes_are_told_in_a_line() -> None:
     assert "(502 characters), is 3; f: was absent, is None" in text
     assert told({str(i): (0, i) for i in range(1, 9)}).endswith("; and 2 more")
     assert changes({"a": 1}, {"a": 2}, ignore=("a",)) == {}
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_whole(tmp_path / "file", "old")
-
-    def fail(*_: object) -> None:
-        raise OSError("no space")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        write_whole(path, "new" * 1000)
-    assert path.read_text() == "old"

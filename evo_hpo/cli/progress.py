@@ -53,8 +53,8 @@ class ComparisonProgress:
     """One bar for the whole comparison and one for each running search: budget used, best loss, time left."""
 
     def __init__(self, plan: Plan, console: Console) -> None:
-        self.total = plan.budget.budget().amount
-        self.kind = plan.budget.budget().kind
+        self.total = plan.budget.amount
+        self.kind = plan.budget.kind
         self.tasks = len(list(plan.planned()))
         self.console = console
         self.searches: dict[str, _Running] = {}

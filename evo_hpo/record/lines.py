@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evo_hpo.search.budget import KINDS
 from evo_hpo.search.checkpoint import Checkpoint, FrontPoint
 from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Measured, Outcome, Probe, Terms, Trial
@@ -115,9 +116,7 @@ def encode_checkpoint(checkpoint: Checkpoint, search: str, time: float) -> dict[
         "kind": "checkpoint",
         "search": search,
         "fraction": checkpoint.fraction,
-        "tokens": checkpoint.tokens,
-        "evaluations": checkpoint.evaluations,
-        "seconds": checkpoint.seconds,
+        **{kind: getattr(checkpoint, kind) for kind in KINDS},
         "levels": encode_levels(checkpoint.levels),
         "held_out": encode_figures(checkpoint.held_out),
         **({"front": [encode_point(point) for point in checkpoint.front]} if checkpoint.front else {}),
@@ -146,9 +145,7 @@ def decode_checkpoint(line: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint of a checkpoint line."""
     return Checkpoint(
         fraction=float(line["fraction"]),
-        tokens=line["tokens"],
-        evaluations=line["evaluations"],
-        seconds=float(line["seconds"]),
+        **{kind: line[kind] for kind in KINDS},
         levels=decode_levels(line["levels"]),
         held_out={key: float(value) for key, value in line["held_out"].items()},
         front=tuple(map(decode_point, line.get("front", ()))),

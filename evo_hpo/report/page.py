@@ -13,12 +13,12 @@ import jinja2
 
 from evo_hpo.report.lineage import lineage
 from evo_hpo.report.results import Results
-from evo_hpo.report.search_run import AXES
 from evo_hpo.report.statistics import PairedTest
 from evo_hpo.report.style import DPI
 from evo_hpo.report.summary import GOALS, Standing, Summary
 from evo_hpo.report.tables import Column, columns, figure_text, interval_note, interval_text, rows
 from evo_hpo.report.texts import text_columns
+from evo_hpo.search.budget import KINDS
 
 __all__ = [
     "Picture",
@@ -127,7 +127,7 @@ def standing_sheets(summary: Summary) -> tuple[Sheet, ...]:
     sheets = (sure, uniform) if tested else (sure,)
     if len(summary.problems) > 1:
         return sheets
-    unit = AXES[summary.axis]
+    unit = KINDS[summary.axis]
     goals = tuple(f"expected {summary.axis} to {'best known' if g == 0 else f'gap {g:g} %'}" for g in GOALS)
     budget = Sheet(
         "Over the whole budget",

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from evo_hpo.report.curves import Band, attainment, axes, band, curve, targets
 from evo_hpo.report.results import Results
-from evo_hpo.report.search_run import AXES
 from evo_hpo.report.style import FAINT, INK, LineStyle, clean, figure, line_styles, thousands
 from evo_hpo.report.tables import figure_text
+from evo_hpo.search.budget import KINDS
 
 __all__ = ["anytime_figure", "cost_figure", "ecdf_figure", "shown_labels"]
 
@@ -37,7 +37,7 @@ def anytime_figure(results: Results, problem: str, axis: str | None = None) -> F
         if ax is parts.flat[0]:
             title = _title(results, problem, bands) + ("  ·  lower is better" if texts else "")
             ax.set_title(title, loc="left", fontsize=10, color=INK)
-    parts.flat[-1].set_xlabel(AXES[axis], color=INK)
+    parts.flat[-1].set_xlabel(KINDS[axis], color=INK)
     return drawn
 
 
@@ -178,7 +178,7 @@ def ecdf_figure(results: Results, problem: str, axis: str | None = None) -> Figu
     ax.set_ylim(-0.02, 1.02)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     thousands(ax)
-    ax.set_xlabel(AXES[axis], color=INK)
+    ax.set_xlabel(KINDS[axis], color=INK)
     ax.set_ylabel("targets met, higher is better", color=INK)
     ax.set_title(f"{len(losses)} targets from uniform (or worst seen) to the best known loss", loc="left", fontsize=10)
     if shares:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from evo_hpo.record.files import write_whole
+from evo_hpo.files import write_whole
 from evo_hpo.report.curves import axes
 from evo_hpo.report.fronts import front_figure, front_sheets, write_fronts
 from evo_hpo.report.heat_maps import profiles_figure, winner_figure
@@ -30,12 +30,12 @@ from evo_hpo.report.plots import anytime_figure, cost_figure, ecdf_figure, shown
 from evo_hpo.report.rank_plots import rank_figure, wins_figure
 from evo_hpo.report.results import Results
 from evo_hpo.report.scoring_sheet import scoring_sheet
-from evo_hpo.report.search_run import AXES
 from evo_hpo.report.sensitivity_map import measured_best, search_figure
 from evo_hpo.report.style import save
 from evo_hpo.report.summary import Summary, summarise
 from evo_hpo.report.tables import rows, write_tables
 from evo_hpo.report.texts import gains_figure
+from evo_hpo.search.budget import KINDS
 
 __all__ = ["write_report"]
 
@@ -155,8 +155,8 @@ def _drawings(results: Results, key: str, summary: Summary, suffix: str) -> Iter
         yield f"front{suffix}", "Loss against cost", front_figure(results, key), caption
     for axis in axes(results, key):
         name = "anytime-seconds" if axis == "seconds" else "anytime"
-        caption = f"Held-out loss of the incumbent against {AXES[axis]}; lower is better."
-        yield f"{name}{suffix}", f"Against {AXES[axis]}", anytime_figure(results, key, axis), caption
+        caption = f"Held-out loss of the incumbent against {KINDS[axis]}; lower is better."
+        yield f"{name}{suffix}", f"Against {KINDS[axis]}", anytime_figure(results, key, axis), caption
     if len(info.texts) > 1 and any(not math.isnan(r.gain.estimate) for r in rows(results, key)):
         caption = "Median gain over uniform on each held-out text: where marks lie apart, one kind of text flatters."
         yield f"texts{suffix}", "On each held-out text", gains_figure(results, key), caption

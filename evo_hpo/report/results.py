@@ -15,7 +15,8 @@ from evo_hpo.record.fronts import judged
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.record.records import SearchRecord
 from evo_hpo.report.gaps import as_gaps
-from evo_hpo.report.search_run import AXES, SearchRun
+from evo_hpo.report.search_run import SearchRun
+from evo_hpo.search.budget import KINDS
 
 __all__ = ["Results"]
 
@@ -146,7 +147,7 @@ class Results:
 
     def checkpoints(self) -> pd.DataFrame:
         """One row a held-out checkpoint, in the order they were taken."""
-        names = ("fraction", *AXES)
+        names = ("fraction", *KINDS)
         taken = [(run, c) for run in self.runs for c in run.checkpoints]
         return pd.DataFrame(
             [{**_identity(run), **{name: getattr(c, name) for name in names}, **c.held_out} for run, c in taken]

@@ -10,14 +10,12 @@ from typing import Any
 
 from evo_hpo.record.comparison import PlannedSearch
 from evo_hpo.record.records import SearchRecord
+from evo_hpo.search.budget import KINDS
 from evo_hpo.search.loop import Checkpoint
 from evo_hpo.search.sensitivities import READS
 from evo_hpo.search.trial import Measured, Outcome
 
-__all__ = ["AXES", "SearchRun"]
-
-AXES = {"tokens": "calibration tokens spent", "evaluations": "trials scored", "seconds": "seconds of scoring"}
-"""What an anytime curve may be drawn against, and how the axis is labelled."""
+__all__ = ["SearchRun"]
 
 
 @dataclass(frozen=True)
@@ -120,5 +118,5 @@ class SearchRun:
         """Share of the budget spent, 0 to 1; 1 when finished; NaN when the budget is not recorded."""
         if self.finished:
             return 1.0
-        shares = [self.spent(kind) / amount for kind, amount in self.budget.items() if kind in AXES and amount > 0]
+        shares = [self.spent(kind) / amount for kind, amount in self.budget.items() if kind in KINDS and amount > 0]
         return min(1.0, shares[0]) if shares else math.nan

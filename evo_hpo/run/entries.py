@@ -5,7 +5,8 @@ from __future__ import annotations
 import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass
 
 from evo_hpo.search.budget import Budget
 
@@ -15,20 +16,19 @@ LONGEST_LABEL = 100
 """Characters of what names files, rows of tables and curves of pictures."""
 
 
+def _numbers(value: object) -> object:
+    for each in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(each, bool | str):  # pydantic takes true for 1 and "2" for 2
+            raise ValueError(f"{each!r:.40} must be a number")
+    return value
+
+
 class Strict(BaseModel):
     """A part of a plan: unknown keys are refused, and what is no number where one is due."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @field_validator(
-        "tokens", "evaluations", "seconds", "seeds", "workers", "checkpoints", mode="before", check_fields=False
-    )
-    @classmethod
-    def _numbers(cls, value: object) -> object:
-        for each in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(each, bool | str):  # pydantic takes true for 1 and "2" for 2
-                raise ValueError(f"{each!r:.40} must be a number")
-        return value
+    numbers = field_validator("seeds", "workers", "checkpoints", mode="before", check_fields=False)(_numbers)
 
 
 def _label(value: str) -> str:
@@ -40,21 +40,11 @@ def _label(value: str) -> str:
 Label = Annotated[str, Field(max_length=LONGEST_LABEL), AfterValidator(_label)]
 
 
-class BudgetEntry(Strict):
-    """What each search may spend: exactly one of the three."""
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class BudgetEntry(Budget):
+    """What each search may spend, with the plan's own rules for keys and numbers."""
 
-    tokens: int | None = None
-    evaluations: int | None = None
-    seconds: float | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> BudgetEntry:
-        self.budget()
-        return self
-
-    def budget(self) -> Budget:
-        """As the loop takes it."""
-        return Budget(tokens=self.tokens, evaluations=self.evaluations, seconds=self.seconds)
+    numbers = field_validator("*", mode="before")(_numbers)
 
 
 class NamedEntry(Strict):

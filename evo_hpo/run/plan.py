@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from evo_hpo.errors import EvoHpoError, PlanError
 from evo_hpo.record.comparison import PlannedSearch
@@ -164,8 +165,13 @@ class Plan(Strict):
                     raise PlanError("instance = 'seed' is for problems with a setting 'seed', and gives its values")
 
 
-PARTS: dict[str, type[BaseModel]] = {"budget": BudgetEntry, "problems": ProblemEntry, "searchers": SearcherEntry}
-PARTS |= {"ablation": AblationEntry, "variants": VariantEntry}
+PARTS = {
+    "budget": BudgetEntry,
+    "problems": ProblemEntry,
+    "searchers": SearcherEntry,
+    "ablation": AblationEntry,
+    "variants": VariantEntry,
+}
 
 
 @contextmanager
@@ -196,19 +202,19 @@ def make_plan(data: dict[str, Any], source: str = "plan") -> Plan:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"]) or "plan"
-        if first["type"] == "extra_forbidden":
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             known = _fields_at(first["loc"])
             near = _near(str(first["loc"][-1]), dict.fromkeys(known))
             raise PlanError(f"{source}: unknown key {place!r}{near}; allowed here: {', '.join(known)}") from None
         message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        message = message.replace("valid tuple", "list").replace("valid dictionary", "table")
+        message = re.sub("(valid )?dictionary", "table", message.replace("valid tuple", "list"))
         raise PlanError(f"{source}: {place}: {message}") from None
     except EvoHpoError as error:
         raise PlanError(f"{source}: {error}") from None
 
 
 def _fields_at(place: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Plan
+    model: type = Plan
     for part in place[:-1]:
         model = PARTS.get(str(part), model)
-    return list(model.model_fields)
+    return list(inspect.signature(model).parameters)

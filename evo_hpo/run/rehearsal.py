@@ -17,7 +17,7 @@ def rehearse(plan: Plan, preview: Preview) -> None:
     Raises:
         PlanError: naming the searcher and the fault.
     """
-    budget, tokens = plan.budget.budget(), preview.tokens
+    budget, tokens = plan.budget, preview.tokens
     try:
         ledger = Ledger(budget, tokens)
         preview.check(tokens)

@@ -113,7 +113,7 @@ def _run(
         events.put(ProblemMade(ProblemRecord.of(key, problems[key][1], task.seed if entry.instance else None)))
     problem = problems[key][1]
     searcher = make_searcher(task.searcher, problem.space, seed=task.seed, **task.settings)
-    budget = plan.budget.budget()
+    budget = plan.budget
     header = search_header(
         task.id,
         task.searcher,

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from evo_hpo.errors import BudgetError
 
-__all__ = ["Allowance", "Budget", "Ledger"]
+__all__ = ["KINDS", "Allowance", "Budget", "Ledger"]
+
+KINDS = {"tokens": "calibration tokens spent", "evaluations": "trials scored", "seconds": "seconds of scoring"}
+"""What a budget may be of, and how the axis of a curve over it is labelled."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,13 @@ class Budget:
 
     @property
     def kind(self) -> str:
-        """``tokens``, ``evaluations`` or ``seconds``."""
+        """One of ``KINDS``."""
         return next(k for k, v in vars(self).items() if v is not None)
 
     @property
     def amount(self) -> float:
         """How much of it."""
-        return next(v for v in (self.tokens, self.evaluations, self.seconds) if v is not None)
+        return float(getattr(self, self.kind))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from evo_hpo.errors import UnknownNameError
 from evo_hpo.search.registry import searcher_class
-from evo_hpo.search.searcher import Searcher, settings_of
+from evo_hpo.search.searcher import Searcher, passes_on
 from evo_hpo.space.compression_space import CompressionSpace
 
-__all__ = ["WrappingFamily", "passes_on"]
-
-S = TypeVar("S", bound=Searcher)
-
-
-def passes_on(inner: type[Searcher], own: Sequence[str] = ()) -> Callable[[type[S]], type[S]]:
-    """Names a searcher's ``**settings``, which it passes on to ``inner``; without those that are its ``own``."""
-
-    def named(cls: type[S]) -> type[S]:
-        before = list(inspect.signature(cls.__init__).parameters.values())[:-1]
-        passed = [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=value)
-            for key, value in settings_of(inner).items()
-            if key not in (*own, *(p.name for p in before))
-        ]
-        cls.__init__.__signature__ = inspect.Signature([*before, *passed])  # type: ignore[attr-defined]
-        return cls
-
-    return named
+__all__ = ["WrappingFamily"]
 
 
 class WrappingFamily:

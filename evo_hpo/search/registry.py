@@ -203,8 +203,16 @@ def signature_kept(owner: str, target: Callable[..., Any], *given: Any, **settin
 def describe_searcher(name: str) -> Description:
     """Summary and settings of a searcher."""
     cls = searcher_class(name)
-    meanings = {k: v for base in reversed(cls.__mro__) for k, v in _meanings(base).items()}
-    return Description(name, _summary(cls), dict(settings_of(cls)), cls.random, meanings)
+    return Description(name, _summary(cls), dict(settings_of(cls)), cls.random, _explained(cls))
+
+
+def _explained(cls: type) -> dict[str, str]:
+    """What the docstrings say of settings: of a class, of its bases, and of what they pass settings on to."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        inner = vars(base).get("passes_on_to")
+        found |= (_explained(inner) if inner else {}) | _meanings(base)
+    return found
 
 
 def _summary(target: object) -> str:

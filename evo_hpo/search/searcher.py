@@ -11,19 +11,23 @@ import difflib
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 
 from evo_hpo.errors import InvalidSettingError, UnknownNameError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.sensitivities import Sensitivities
+from evo_hpo.search.setting_types import annotations_of
 from evo_hpo.search.trial import Batch, Draw, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["MANY", "Searcher", "boolean", "positive", "probability", "settings_of"]
+__all__ = ["MANY", "Searcher", "boolean", "passes_on", "positive", "probability", "settings_of"]
+
+
+S = TypeVar("S", bound="Searcher")
 
 
 class Searcher(ABC):
@@ -41,6 +45,8 @@ class Searcher(ABC):
     asks_for_sensitivities: bool = False
     """True: it searches no problem that has none."""
     batch: int = 1
+    passes_on_to: ClassVar[type | None] = None
+    """What explains settings that it only passes on."""
 
     def __init__(self, space: CompressionSpace, *, seed: int = 0) -> None:
         self.space = space
@@ -127,6 +133,26 @@ def settings_of(cls: type) -> Mapping[str, Any]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found
+
+
+def passes_on(inner: type, own: Sequence[str] = ()) -> Callable[[type[S]], type[S]]:
+    """Names a searcher's ``**settings``, which it passes on to ``inner``; without those that are its ``own``."""
+
+    def named(cls: type[S]) -> type[S]:
+        before = list(inspect.signature(cls.__init__).parameters.values())[:-1]
+        kinds = annotations_of(inner)
+        passed = [
+            inspect.Parameter(
+                key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kinds.get(key, Any) | None
+            )
+            for key, default in settings_of(inner).items()
+            if key not in (*own, *(p.name for p in before))
+        ]
+        cls.__init__.__signature__ = inspect.Signature([*before, *passed])  # type: ignore[attr-defined]
+        cls.passes_on_to = inner
+        return cls
+
+    return named
 
 
 def check_settings(owner: str, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

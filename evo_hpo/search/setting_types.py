@@ -41,7 +41,7 @@ def _annotated(function: Callable[..., Any]) -> dict[str, Any]:
         parameters = inspect.signature(function, eval_str=True).parameters.values()
     except (NameError, TypeError, ValueError):  # a name that is imported for type checkers only; not in Python
         return {}
-    return {p.name: p.annotation for p in parameters if p.annotation is not p.empty}
+    return {p.name: p.annotation for p in parameters if not (p.annotation is p.empty or isinstance(p.annotation, str))}
 
 
 def check_types(owner: str, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.procedure import Procedure, Steps
-from evo_hpo.search.searcher import positive, probability
 from evo_hpo.search.trial import Batch, Outcome
 from searchers.evopress.offspring import Candidate
 from searchers.evopress.racing import Differences, Race
@@ -31,10 +29,8 @@ class PairedAcceptance:
     """
 
     def __init__(self, doubt: float, minibatches: int) -> None:
-        if not 0 < probability("doubt", doubt) <= 0.5:
-            raise InvalidSettingError(f"doubt={doubt!r} must be above 0 and at most 0.5")
         self.doubt = doubt
-        self.minibatches = positive("minibatches", minibatches)
+        self.minibatches = minibatches
 
     def settle(self, owner: Procedure, scored: Scored, parent: Candidate) -> Steps[Scored]:
         """What is left of the last stage: the parent or the winner; all, where there are no sequences to compare."""

@@ -8,21 +8,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.procedure import Procedure, Steps
 from evo_hpo.search.registry import make_searcher
-from evo_hpo.search.searcher import MANY, Searcher, one_of, positive, probability
+from evo_hpo.search.searcher import Searcher
 from evo_hpo.search.trial import Batch, Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
+from searchers.evopress.settings import WARM_STARTS, Settings
 
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = ["WARM_STARTS", "Start", "initialisation", "random_and_spent", "rounded_up_and_decremented"]
-
-WARM_STARTS = ("dynamic_programming", "fisher", "trust_region")
-"""Searchers whose recommendation may be the start."""
+__all__ = ["Start", "initialisation", "random_and_spent", "rounded_up_and_decremented"]
 
 UNMEASURED = 4  # trials a unit of such a searcher where the budget, in seconds, gives no share of trials
 
@@ -124,26 +121,18 @@ def _without(allowance: Allowance, spared: Allowance, most: int) -> Allowance:
     return Allowance(tokens, evaluations, allowance.default_tokens)
 
 
-def initialisation(
-    rule: str, space: CompressionSpace, *, count: int, tokens: int | None, share: float, seed: int
-) -> Start:
-    """The start that a rule names: ``uniform``, ``decremented``, ``random``, or a searcher of ``WARM_STARTS``.
-
-    Raises:
-        InvalidSettingError: another rule, or a number outside its range.
-    """
-    if not 0 < probability("initial_share", share) < 1:
-        raise InvalidSettingError(f"initial_share={share!r} must be a share of the budget, above 0, below 1")
-    tokens = None if tokens is None else positive("initial_tokens", tokens)
-    if one_of("init", rule, "uniform", "decremented", "random", *WARM_STARTS) == "fisher":
-        return FisherStart(make_searcher(rule, space, seed=seed), tokens, share)
+def initialisation(space: CompressionSpace, settings: Settings, seed: int) -> Start:
+    """The start that the settings name."""
+    rule, tokens = settings.init, settings.initial_tokens or settings.selection.stages[0].tokens
+    if rule == "fisher":
+        return FisherStart(make_searcher(rule, space, seed=seed), tokens, settings.initial_share)
     if rule in WARM_STARTS:
-        return WarmStart(make_searcher(rule, space, seed=seed, tokens=tokens), tokens, share)
-    rng, count = np.random.default_rng([seed, 1]), positive("initial", count, most=MANY)
+        return WarmStart(make_searcher(rule, space, seed=seed, tokens=tokens), tokens, settings.initial_share)
+    rng = np.random.default_rng([seed, 1])
     if rule == "uniform":
         return Start((space.uniform(),), tokens)
     draw = rounded_up_and_decremented if rule == "decremented" else random_and_spent
-    return Start(tuple(dict.fromkeys(draw(space, rng) for _ in range(count))), tokens)
+    return Start(tuple(dict.fromkeys(draw(space, rng) for _ in range(settings.initial))), tokens)
 
 
 def random_and_spent(space: CompressionSpace, rng: Generator) -> Assignment:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-from searchers.evopress.mutation import Mutation, SwitchCount, Uniforms, heavy_tailed
+from searchers.evopress.mutation import SwitchCount, Uniforms, heavy_tailed, mutation, switch_counts
+from searchers.evopress.settings import Settings
 
 __all__ = ["Breeding", "Candidate", "Tried"]
 
@@ -51,20 +52,16 @@ class Breeding:
     Args:
         space: of the assignments.
         stream: the randomness.
-        mutate: makes a mutant of so many switches, or None.
-        switches: draws how many switches an offspring takes.
-        group: units between which neighbours differ by a switch.
+        settings: which mutation, and how many switches of it; their ``group`` says which units are neighbours.
     """
 
-    def __init__(
-        self, space: CompressionSpace, stream: Uniforms, mutate: Mutation, switches: SwitchCount, group: str
-    ) -> None:
+    def __init__(self, space: CompressionSpace, stream: Uniforms, settings: Settings) -> None:
         self.space = space
         self.stream = stream
-        self.mutate = mutate
-        self.switches = switches
+        self.mutate = mutation(space, settings.group, settings.cross_group)
+        self.switches = switch_counts(settings.switch_rule, settings.max_switches)
         self.far_switches = heavy_tailed(len(space))
-        self.group = group
+        self.group = settings.group
 
     def breed(
         self,

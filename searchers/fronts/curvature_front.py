@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from evo_hpo.search.budget import Allowance
-from evo_hpo.search.searcher import Searcher, one_of
+from evo_hpo.search.searcher import Searcher, one_of, passes_on
 from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Probe
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
@@ -19,7 +19,6 @@ from searchers.additive.informed import InformedModel
 from searchers.additive.model import Effects
 from searchers.additive.sweep import sweep
 from searchers.fronts.interleaved import Interleaved
-from searchers.wrapping import passes_on
 
 __all__ = ["CurvatureFront"]
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from evo_hpo.search.searcher import Searcher
+from evo_hpo.search.searcher import Searcher, passes_on
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.evopress.evopress import EvoPress
 from searchers.evopress.offspring import Candidate
 from searchers.fronts.interleaved import Interleaved
-from searchers.wrapping import passes_on
 
 __all__ = ["EvoPressFront"]
 

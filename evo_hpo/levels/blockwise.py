@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,15 +14,16 @@ import torch
 from torch import nn
 
 from evo_hpo.errors import InvalidSettingError, ModelError
-from evo_hpo.levels.compressor import Compressor, Inputs
+from evo_hpo.levels.compressor import Compressor
 from evo_hpo.levels.hessian import BlockCalls, InputStatistics, capture_calls, run_block
+from evo_hpo.levels.layer_jobs import Begun, LayerJobs, SharedInputs, rows_by_columns, usable_devices
 from evo_hpo.levels.manifest import Manifest, Recipe
 from evo_hpo.levels.writing import StoreWriter
 from evo_hpo.models.experts import fused_leftovers
 from evo_hpo.models.gates import GatedModel, example_tokens, output_head
 from evo_hpo.models.identity import tokens_identity
-from evo_hpo.models.loading import LoadedModel, refuse_non_finite
-from evo_hpo.models.structure import ROUTERS, decoder_blocks, is_transposed, linear_modules, outer_matrices
+from evo_hpo.models.loading import LoadedModel
+from evo_hpo.models.structure import ROUTERS, decoder_blocks, linear_modules, outer_matrices
 
 _log = logging.getLogger("evo_hpo")
 
@@ -42,16 +42,19 @@ def build_store(
     inputs: str | None = None,
     include: str = ".",
     exclude: str = ROUTERS,
-    device: str = "cpu",
+    device: str | Sequence[str] = "cpu",
     batch_tokens: int = 1024,
     text: Mapping[str, Any] | None = None,
     progress: BuildProgress | None = None,
 ) -> Manifest:
     """Compress every chosen linear layer of a model to every level and write the store.
 
-    The model waits on the CPU; one block at a time is on `device`. The model's own weights are unchanged afterwards.
+    The model waits on the CPU; one block at a time is on the device. The model's own weights are unchanged afterwards.
 
     Args:
+        device: or several, as "cuda:0,cuda:1" or a list of them. The calibration text runs on the first; a block's
+            layers are compressed on all of them at the same time and, where "dense" inputs need no levels of the
+            blocks before, while the text runs through the next block. Devices of one kind change no bit of the store.
         tokens: calibration tokens, sequences x length; not needed by data-free compressors.
         inputs: "dense" calibrates every block on the outputs of the uncompressed blocks before it; the label of a
             level calibrates sequentially, on the outputs of the blocks before it at that level.
@@ -72,16 +75,18 @@ def build_store(
         units=tuple(chosen),
         resource=compressor.resource,
     )
-    builder = _Builder(loaded.model, StoreWriter(folder, plan), compressor, chosen, inputs, usable_device(device))
-    builder.progress = progress or (lambda done, total, what: None)
+    devices, writer = usable_devices(device), StoreWriter(folder, plan)
     if (folder / "manifest.json").is_file():
         return Manifest.read(folder)
-    if compressor.needs == "nothing":
-        builder.without_data()
-    else:
-        assert tokens is not None
-        builder.with_data(torch.split(tokens, max(1, batch_tokens // tokens.shape[1])))
-    return builder.writer.finish()
+    with LayerJobs(compressor, writer, devices) as jobs:
+        builder = _Builder(loaded.model, writer, compressor, chosen, inputs, devices[0], jobs)
+        builder.progress = progress or (lambda done, total, what: None)
+        if compressor.needs == "nothing":
+            builder.without_data()
+        else:
+            assert tokens is not None
+            builder.with_data(torch.split(tokens, max(1, batch_tokens // tokens.shape[1])))
+    return writer.finish()
 
 
 def _offered(compressor: Compressor, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -90,7 +95,7 @@ def _offered(compressor: Compressor, modules: Mapping[str, nn.Module]) -> dict[s
     Raises:
         InvalidSettingError: none is offered any.
     """
-    columns = {name: _rows_by_columns(module).shape[1] for name, module in modules.items()}
+    columns = {name: rows_by_columns(module).shape[1] for name, module in modules.items()}
     for wide in sorted(set(columns.values())):
         missing = [label for label in compressor.labels if label not in compressor.offered(wide)]
         of = [name for name, found in columns.items() if found == wide]
@@ -107,21 +112,6 @@ def _offered(compressor: Compressor, modules: Mapping[str, nn.Module]) -> dict[s
             " blocks (Q8_0, Q5_0, Q4_0 and IQ4_NL have 32)"
         )
     return found
-
-
-def usable_device(name: str) -> torch.device:
-    """The device called `cpu`, `cuda`, `cuda:1`, ...
-
-    Raises:
-        InvalidSettingError: there is no such device here.
-    """
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        found = "cpu and cuda" if torch.cuda.is_available() else "only cpu"
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidSettingError(f"device={name!r} cannot be used, this machine has {found} ({reason})") from error
 
 
 def _refuse_leftovers(model: nn.Module, include: str, exclude: str) -> None:
@@ -174,19 +164,20 @@ class _Builder:
         chosen: Mapping[str, nn.Module],
         inputs: str | None,
         device: torch.device,
+        jobs: LayerJobs,
     ) -> None:
         self.model, self.writer, self.compressor, self.chosen = model, writer, compressor, chosen
         self.sequential = None if inputs in (None, "dense") else inputs
-        self.device = device
+        self.device, self.jobs = device, jobs
+        self._begun: Begun = []  # of the block before, while its layers are compressed
         self.outer = {name: module for name, module in outer_matrices(model).items() if name in chosen}
         self.progress: BuildProgress = lambda done, total, what: None
         self._finished = 0
 
     def without_data(self) -> None:
-        for name, module in self.chosen.items():
-            if not self.writer.done(name):
-                self._compress(name, module, None)
-            self._count(name)
+        missing = {name: module for name, module in self.chosen.items() if not self.writer.done(name)}
+        self._finished = len(self.chosen) - len(missing)
+        self._end(self.jobs.begin([(name, module, SharedInputs(name, None)) for name, module in missing.items()]))
 
     def with_data(self, batches: tuple[torch.Tensor, ...]) -> None:
         blocks = decoder_blocks(self.model)
@@ -201,6 +192,7 @@ class _Builder:
                 self._block(block, index, modules, calls, last=index == needed)
             finally:
                 block.to("cpu")
+        self._end(self._begun)
         if missing := {name: module for name, module in self.outer.items() if not self.writer.done(name)}:
             self._compress_outer(missing, batches, calls)
 
@@ -214,10 +206,10 @@ class _Builder:
             for ids, call in zip(batches, calls, strict=True):
                 final, _ = gated.final_hidden(ids, len(gated) - 1, call.hidden)
                 sums = sums + final.float().flatten(0, 1).square().sum(0)
-        for name, module in modules.items():
-            is_head = module.weight is head.weight
-            self._compress(name, module, self._inputs(sums, module) if is_head else None)
-            self._count(name)
+        known = {name: sums if module.weight is head.weight else None for name, module in modules.items()}
+        self._end(
+            self.jobs.begin([(name, module, SharedInputs(name, known[name])) for name, module in modules.items()])
+        )
 
     def _block(
         self, block: nn.Module, index: int, modules: dict[str, nn.Module], calls: list[BlockCalls], *, last: bool
@@ -231,7 +223,10 @@ class _Builder:
             diagonal = self.compressor.needs == "diagonal"
             with InputStatistics(missing, diagonal=diagonal, stop_early=not (once and onward)) as statistics:
                 run_block(block, index, calls, self.device, keep=once and onward)
-            self._compress_all(missing, statistics)
+            begun = self._begin(missing, statistics)
+            if once and self.jobs.several:
+                begun, self._begun = self._begun, begun
+            self._end(begun)
             onward = onward and not once
         self._finished += len(modules) - len(missing)
         if onward:
@@ -245,34 +240,16 @@ class _Builder:
                 for name, weight in dense.items():
                     modules[name].weight.data = weight
 
-    def _compress_all(self, modules: dict[str, nn.Module], statistics: InputStatistics) -> None:
-        shared: dict[str, Inputs] = {}
-        for name, module in modules.items():
-            leader = statistics.leader(name)
-            if leader not in shared:
-                sums = statistics.of(name)
-                if sums is not None and not bool(torch.isfinite(sums).all()):
-                    raise ModelError(
-                        f"the inputs of {name!r} are not finite on the calibration text (values beyond the range of the"
-                        " model's dtype): build with dtype=float32 or bfloat16"
-                    )
-                shared[leader] = self._inputs(sums, module)
-            self._compress(name, module, shared[leader])
-            self._count(name)
+    def _begin(self, modules: dict[str, nn.Module], statistics: InputStatistics) -> Begun:
+        shared = {leader: SharedInputs(leader, statistics.of(leader)) for leader in map(statistics.leader, modules)}
+        return self.jobs.begin([(name, m, shared[statistics.leader(name)]) for name, m in modules.items()])
 
-    def _inputs(self, sums: torch.Tensor | None, module: nn.Module) -> Inputs:
-        weight = _rows_by_columns(module)
-        settings = (self.compressor.damping, self.compressor.activation_order)
-        return Inputs(sums, weight.shape[1], *settings, device=weight.device)
-
-    def _compress(self, name: str, module: nn.Module, inputs: Inputs | None) -> None:
-        weight = _rows_by_columns(module)
-        refuse_non_finite(f"{name}.weight", weight)
-        levels = self.compressor.compress(weight, inputs or self._inputs(None, module))
-        for level in levels:
-            if not math.isfinite(level.error):
-                raise ModelError(f"level {level.label} of {name!r} is not finite: its weights or inputs are too large")
-        self.writer.write(name, tuple(weight.shape), is_transposed(module), levels)
+    def _end(self, begun: Begun) -> None:
+        """Waits for layers, in order, and counts them."""
+        for name, written in begun:
+            written()
+            self._finished += 1
+            self.progress(self._finished, len(self.chosen), name)
 
     def _set_level(self, modules: Mapping[str, nn.Module]) -> None:
         if self.sequential is None:
@@ -281,14 +258,3 @@ class _Builder:
             dense = module.weight
             assert isinstance(dense, torch.Tensor)
             dense.data = self.writer.decode(name, self.sequential, dense.dtype).to(dense.device)
-
-    def _count(self, name: str) -> None:
-        self._finished += 1
-        self.progress(self._finished, len(self.chosen), name)
-
-
-def _rows_by_columns(module: nn.Module) -> torch.Tensor:
-    """The weight as outputs x inputs."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.data.T if is_transposed(module) else weight.data

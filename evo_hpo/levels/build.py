@@ -38,7 +38,7 @@ def build(
     *,
     method: str = "gptq",
     levels: Sequence[float | int | str] | None = None,
-    device: str = "cpu",
+    device: str | Sequence[str] = "cpu",
     dtype: str = "float32",
     calibration: Spec = "pydoc",
     calibration_tokens: int = 32768,
@@ -57,6 +57,7 @@ def build(
         model: hub id, folder, .gguf file, or `pypi:<package>`.
         method: one of `METHODS`.
         levels: bits (gptq, rtn), types (ggml) or sparsities (sparsegpt, magnitude, wanda); default: the method's own.
+        device: where layers are compressed, or several, as "cuda:0,cuda:1"; see `build_store`.
         calibration, calibration_tokens, sequence_length, seed: the text (see `load_tokens`), its `calibration` split.
         inputs: "dense", or a level's label to calibrate on the outputs of earlier blocks at that level; default: the
             level nearest to 3 bits, "dense" for sparsity.

@@ -16,7 +16,12 @@ from torch.utils._pytree import tree_map
 from evo_hpo.errors import ModelError
 from evo_hpo.models.structure import decoder_blocks
 
-__all__ = ["Stages", "beside_blocks", "moved"]
+__all__ = ["Stages", "beside_blocks", "device_here", "moved"]
+
+
+def device_here(name: str) -> str:
+    """The device called so; ``auto`` is the GPU where this machine has one, else the CPU."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def moved(value: Any, device: torch.device | str) -> Any:

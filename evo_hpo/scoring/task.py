@@ -20,6 +20,7 @@ from evo_hpo.models.corpora import Spec, shares_of
 from evo_hpo.models.identity import tokenizer_identity
 from evo_hpo.models.loading import compute_dtype, load_tokenizer
 from evo_hpo.models.paths import user_path
+from evo_hpo.models.placing import device_here
 from evo_hpo.scoring.divergence import FITNESS
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.factory import Factory
@@ -85,7 +86,7 @@ class LanguageModelTask:
         seed: order of the texts.
         cache: SQLite file of losses that were paid for before; found ones are charged like all, and cost no time. Needs
             ``early_stopping = false``, or what is in the file would decide which trials are stopped.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda``, or ``auto``: the GPU where the machine has one.
         devices: of one machine, that a model's blocks are spread over instead, as ["cuda:0", "cuda:1"].
         dtype: float32, bfloat16, float16, or ``auto``: bfloat16 where a short measurement finds it 1.5 times as fast as
             float32 (CPUs with native bfloat16, GPUs), else float32; measured once a comparison, and recorded. Losses
@@ -235,7 +236,7 @@ class LanguageModelTask:
                 one.store_folder,
                 method=one.method,
                 levels=one.levels or None,
-                device=one.placement.main,
+                device=one.placement.devices or one.placement.main,
                 progress=progress,
                 **one.build_settings,
             )
@@ -243,7 +244,7 @@ class LanguageModelTask:
     @property
     def placement(self) -> Placement:
         """Where model and levels are."""
-        return Placement(self.device, self.devices, self.memory)
+        return Placement(device_here(self.device), tuple(map(device_here, self.devices)), self.memory)
 
     def open_store(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.compressor import Compressor
 from evo_hpo.levels.hessian import InputStatistics, capture_calls, run_block
 from evo_hpo.levels.pruners import SparseGPT, Wanda
-from evo_hpo.levels.quantizers import GPTQ
+from evo_hpo.levels.quantizers import GPTQ, RTN
 from evo_hpo.levels.store import open_store
 from evo_hpo.models.loading import LoadedModel
 from evo_hpo.models.structure import decoder_blocks, linear_modules
@@ -129,3 +131,77 @@ def test_models_of_every_dtype_are_solved_in_single_precision(
         errors = own.errors[number]
         assert list(errors) == sorted(errors, reverse=True)
         assert errors == pytest.approx(wide.errors[number], rel=0.15)  # the same weights, on inputs of another dtype
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(
+    ("compressor", "inputs"),
+    [
+        (GPTQ([2, 3], group_size=12), "3"),
+        (GPTQ([2, 3], group_size=12, activation_order=True), "dense"),
+        (SparseGPT([0.5]), "dense"),
+        (RTN([3]), None),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_several_devices_build_the_store_of_one(
+    compressor: Compressor, inputs: str | None, count: int, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """Also where the build is killed in the middle: what is written stays, and is whole."""
+    devices, where = ["cpu"] * count, (tmp_path / "one", tmp_path / "several")
+    told: list[tuple[int, str]] = []
+
+    def killer(done: int, total: int, what: str) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    given: dict[str, Any] = {"inputs": inputs}
+    build_store(mixtral(), where[0], compressor, tokens, **given)
+    with pytest.raises(KeyboardInterrupt):
+        build_store(mixtral(), where[1], compressor, tokens, device=devices, progress=killer, **given)
+    written = {path: path.stat().st_mtime_ns for path in (where[1] / "units").iterdir()}
+    assert len(written) >= 9
+    assert not [t for t in threading.enumerate() if t.name.startswith("device")]
+    hear = lambda done, total, what: told.append((done, what))  # noqa: E731
+    build_store(mixtral(), where[1], compressor, tokens, device=",".join(devices), progress=hear, **given)
+    one, several = (open_store(folder) for folder in where)
+    assert [done for done, what in told if what.endswith(("proj", "w1", "w2", "w3"))] == list(
+        range(len(written) + 1, len(one.units) + 1)
+    )
+    assert several.fingerprint == one.fingerprint
+    assert (where[1] / "manifest.json").read_bytes() == (where[0] / "manifest.json").read_bytes()
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+
+
+def test_layers_are_compressed_at_the_same_time_and_while_the_text_goes_on(
+    llama: LoadedModel, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers that wait for each other are compressed on two devices, and the last one of a block for the next."""
+    together, passed, threads = threading.Barrier(2, timeout=60), threading.Event(), set[int]()
+    second = list(decoder_blocks(llama.model).values())[1]
+    second.register_forward_pre_hook(lambda block, _: None if "forward" in vars(block) else passed.set())
+
+    class Waiting(Wanda):
+        def compress(self, weight: torch.Tensor, inputs: Any) -> list[Any]:
+            threads.add(threading.get_ident())
+            if not passed.is_set():
+                together.wait()
+                assert passed.wait(60)
+            return super().compress(weight, inputs)
+
+    only = {"include": r"layers\.[01]\.self_attn\.[qk]_proj", "inputs": "dense"}
+    build_store(llama, tmp_path, Waiting([0.5]), tokens, device="cpu,cpu", **only)
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
+
+
+def test_a_layer_that_fails_on_one_of_several_devices_is_named(tokens: torch.Tensor, tmp_path: Path) -> None:
+    model: Any = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(ModelError, match=r"'model.layers.1.mlp.up_proj.weight' holds values that are not finite"):
+        build_store(
+            LoadedModel.from_model(model), tmp_path / "a", Wanda([0.5]), tokens, inputs="dense", device="cpu,cpu"
+        )
+    with pytest.raises(InvalidSettingError, match="device='tpu' cannot be used"):
+        build_store(LoadedModel.from_model(model), tmp_path / "b", RTN([3]), device="cpu,tpu")
+    assert not (tmp_path / "b").exists()

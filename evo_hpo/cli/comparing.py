@@ -16,9 +16,8 @@ from evo_hpo.errors import EvoHpoError
 from evo_hpo.models.paths import writable_folder
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.run.plan import Plan
-from evo_hpo.run.rehearsal import rehearse
+from evo_hpo.run.preparing import prepare
 from evo_hpo.run.schedule import ComparisonFailed, compare, comparison_folder
-from evo_hpo.search.registry import prepare_problem, preview_problem
 
 __all__ = ["run", "show_report"]
 
@@ -47,11 +46,9 @@ def run(
     """
     command = shlex.join(["evo-hpo", *(w for w in words if w != "--resume"), "--resume"])
     plan.check()
-    for problem in plan.problems:
-        kept = "no search was started; the units that were built are kept, and the same command goes on from there"
-        with safe(kept, KeyboardInterrupt), BuildProgress(problem.key, console) as progress:
-            rehearse(plan, preview_problem(problem.name, problem.settings))
-            prepare_problem(problem.name, problem.settings, progress)
+    kept = "no search was started; the units that were built are kept, and the same command goes on from there"
+    with safe(kept, KeyboardInterrupt), BuildProgress("", console) as bars:
+        prepare(plan, lambda key, *counted: bars(*counted, title=key))
     folder = comparison_folder(plan, root, resume=resume)
     writable_folder(folder)
     say(console, f"comparison: {folder}")

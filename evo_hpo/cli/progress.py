@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -137,32 +138,35 @@ class ComparisonProgress:
 
 
 class BuildProgress:
-    """One bar (or a line every tenth) for something that counts up, such as the layers of a level store."""
+    """A bar (or a line every tenth) for each thing that counts up, such as the layers of a level store."""
 
     def __init__(self, title: str, console: Console) -> None:
         self.title = title
         self.console = console
-        self._bar: TaskID | None = None
-        self._said = -1
+        self._shown: dict[str, TaskID] = {}
+        self._said: dict[str, int] = {}
         self._started = time.monotonic()
         self._bars: Progress | None = None
+        self._lock = threading.Lock()
 
-    def __call__(self, done: int, total: int, what: str = "") -> None:
-        """``done`` of ``total`` are finished; ``what`` is being worked on."""
-        if self.console.is_terminal:
-            if self._bars is None:
-                self._bars = _bars(self.console, "{task.completed:g}/{task.total:g} {task.fields[what]}")
-                self._bars.start()
-                self._bar = self._bars.add_task(self.title, total=total, what="")
-            if self._bar is not None:
-                self._bars.update(self._bar, completed=done, total=total, what=what)
-        elif total and (tenth := 10 * done // total) > self._said:
-            self._said = tenth
-            elapsed = time.monotonic() - self._started
-            say(self.console, f"{self.title}: {done} of {total} {what} ({elapsed:.0f} s)")
+    def __call__(self, done: int, total: int, what: str = "", title: str | None = None) -> None:
+        """``done`` of ``total`` are finished; ``what`` is being worked on; ``title`` of another bar than its own."""
+        title = self.title if title is None else title
+        with self._lock:
+            if self.console.is_terminal:
+                if self._bars is None:
+                    self._bars = _bars(self.console, "{task.completed:g}/{task.total:g} {task.fields[what]}")
+                    self._bars.start()
+                if title not in self._shown:
+                    self._shown[title] = self._bars.add_task(title, total=total, what="")
+                self._bars.update(self._shown[title], completed=done, total=total, what=what)
+            elif total and (tenth := 10 * done // total) > self._said.get(title, -1):
+                self._said[title] = tenth
+                elapsed = time.monotonic() - self._started
+                say(self.console, f"{title}: {done} of {total} {what} ({elapsed:.0f} s)")
 
     def close(self) -> None:
-        """Removes the bar."""
+        """Removes the bars."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None

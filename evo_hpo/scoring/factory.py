@@ -10,7 +10,7 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.build import check_settings
 from evo_hpo.scoring.recipes import beside
 from evo_hpo.scoring.tuning import fastest_dtype
-from evo_hpo.search.registry import Preview
+from evo_hpo.search.registry import Claims, Preview
 
 __all__ = ["Factory"]
 
@@ -57,6 +57,13 @@ class Factory(Generic[T]):
         for one in (task, *beside(task)):
             check_settings(one.method, one.levels or None, dict(one.build))
         return Preview(task.stand_in(), task.tokens, task.check_minibatch)
+
+    def claims(self, settings: dict[str, Any]) -> Claims:
+        """The devices of its placement, and its level stores."""
+        task = self.task(settings)
+        devices = task.placement.devices or (task.placement.main,)
+        names = tuple("cuda:0" if name == "cuda" else name for name in devices)
+        return Claims(names, tuple(one.store_folder for one in (task, *beside(task))))
 
     def settle(self, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """The dtype that ``auto`` chose when the fingerprint was recorded, also on another machine, or chooses now."""

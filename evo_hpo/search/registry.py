@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from evo_hpo.errors import EvoHpoError, InvalidSettingError, UnknownNameError
@@ -25,12 +26,14 @@ from evo_hpo.search.setting_types import annotations_of, check_types
 from evo_hpo.space.compression_space import CompressionSpace
 
 __all__ = [
+    "Claims",
     "Description",
     "Family",
     "Prepared",
     "Preview",
     "available_problems",
     "available_searchers",
+    "claims_of",
     "describe_problem",
     "describe_searcher",
     "make_problem",
@@ -81,12 +84,28 @@ class Preview:
     check: Callable[[int], None]
 
 
+@dataclass(frozen=True)
+class Claims:
+    """What a problem is built with and made from.
+
+    Attributes:
+        devices: names of those that work on it while it is built.
+        folders: level stores, that are built or must be there.
+    """
+
+    devices: tuple[str, ...] = ()
+    folders: tuple[Path, ...] = ()
+
+
 @runtime_checkable
 class Prepared(Protocol):
     """A problem's factory that has something to build (a level store) before the problem can be made."""
 
     def preview(self, settings: dict[str, Any]) -> Preview:
         """What can be checked without building; raises an EvoHpoError for settings that cannot work."""
+
+    def claims(self, settings: dict[str, Any]) -> Claims:
+        """What building it takes on this machine."""
 
     def settle(self, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         """What the settings leave to a measurement: as this fingerprint recorded it, else measured now."""
@@ -274,6 +293,12 @@ def prepare_problem(name: str, settings: dict[str, Any], progress: Callable[...,
     factory: object = problem_factory(name)
     if isinstance(factory, Prepared):
         factory.prepare(settings, progress)
+
+
+def claims_of(name: str, settings: dict[str, Any]) -> Claims:
+    """What a problem is built with and made from; nothing where it has nothing to build."""
+    factory: object = problem_factory(name)
+    return factory.claims(settings) if isinstance(factory, Prepared) else Claims()
 
 
 def settled(name: str, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""What is built before searches: beside each other where nothing is shared, and no build goes on beside a failed one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evo_hpo.errors import InfeasibleError, StoreError
+from evo_hpo.levels.store import open_store
+from evo_hpo.run import preparing
+from evo_hpo.run.plan import Plan, make_plan
+from evo_hpo.run.preparing import prepare
+from evo_hpo.scoring.task import language_model
+from evo_hpo.search.registry import Claims
+from tests.scoring.test_task import model_folder, plan_of, settings
+
+__all__ = ["model_folder"]
+
+Build = Callable[[str, dict[str, Any], Callable[..., None]], None]
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
+    """A plan of problems that claim the devices that they are called after, and are built by a function."""
+
+    def of(*devices: str, build: Build) -> Plan:
+        problems = [
+            {"name": "additive", "label": f"{n}-{d}", "settings": {"units": 8 + n}} for n, d in enumerate(devices)
+        ]
+        named = {8 + n: d for n, d in enumerate(devices)}
+        claims = lambda name, settings: Claims(tuple(named[settings["units"]].split("+")))  # noqa: E731
+        monkeypatch.setattr(preparing, "claims_of", claims)
+        monkeypatch.setattr(preparing, "prepare_problem", build)
+        searchers = [{"name": "uniform"}]
+        return make_plan(
+            {"name": "p", "seeds": [0], "budget": {"evaluations": 9}, "problems": problems, "searchers": searchers}
+        )
+
+    return of
+
+
+def test_problems_on_devices_of_their_own_are_built_at_the_same_time(plan: Callable[..., Plan]) -> None:
+    together = threading.Barrier(2, timeout=60)
+    built: list[int] = []
+    heard: list[tuple[Any, ...]] = []
+
+    def build(_: str, settings: dict[str, Any], progress: Callable[..., None]) -> None:
+        if settings["units"] < 10:
+            together.wait()
+        progress(1, 1, "layer")
+        built.append(settings["units"])
+
+    prepare(plan("a", "b", "b+c", "c", build=build), lambda *counted: heard.append(counted))
+    assert sorted(built) == [8, 9, 10, 11]
+    assert [number for number in built if number != 8] == [9, 10, 11]  # these share devices
+    assert {key for key, *_ in heard} == {"0-a", "1-b", "2-b+c", "3-c"}
+
+
+def test_a_build_that_fails_ends_the_others_at_their_next_layer(plan: Callable[..., Plan]) -> None:
+    failed, ended = threading.Event(), threading.Event()
+
+    def build(_: str, settings: dict[str, Any], progress: Callable[..., None]) -> None:
+        if settings["units"] == 8:
+            failed.set()
+            raise StoreError("no room")
+        failed.wait(60)
+        try:
+            while True:
+                progress(0, 1, "layer")
+        finally:
+            ended.set()
+
+    with pytest.raises(StoreError, match="no room"):
+        prepare(plan("a", "b", build=build), lambda *_: None)
+    assert ended.is_set()
+
+
+def test_nothing_is_built_where_another_problem_cannot_work(model_folder: Path, tmp_path: Path) -> None:
+    problem = settings(model_folder, tmp_path / "store")
+    data = plan_of(problem).plain()
+    data["problems"].append({**data["problems"][0], "label": "wrong", "settings": {**problem, "average": 9.0}})
+    with pytest.raises(InfeasibleError, match="average=9.0 bits is outside"):
+        prepare(make_plan(data), lambda *_: None)
+    assert not (tmp_path / "store").exists()
+
+
+def test_stores_of_two_problems_are_those_that_are_built_alone(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibrated, and on a CPU that claims to be two devices; problems with one store are no reason for two builds."""
+    own = {"build": {"group_size": 16, "calibration_tokens": 256, "sequence_length": 16}}
+
+    def problems(where: Path) -> list[dict[str, Any]]:
+        first, second = (settings(model_folder, where / name, **own) for name in ("first", "second"))
+        second["levels"] = [3, 4]
+        return [first, second, {**first, "average": 2.5}]
+
+    for problem in problems(tmp_path / "alone"):
+        language_model.prepare(problem, lambda *_: None)
+    task = language_model.task(problems(tmp_path)[0])
+    assert language_model.claims(problems(tmp_path)[0]) == Claims(("cpu",), (task.store_folder,))
+    real = preparing.claims_of
+    monkeypatch.setattr(preparing, "claims_of", lambda *given: Claims((), real(*given).folders))
+    data = plan_of({}).plain()
+    data["problems"] = [
+        {"name": "language_model", "label": str(n), "settings": s} for n, s in enumerate(problems(tmp_path / "beside"))
+    ]
+    done: list[str] = []
+    prepare(make_plan(data), lambda key, *_: done.append(key))
+    assert set(done) == {"0", "1"}  # the third problem's store is there by then
+    for name in ("first", "second"):
+        alone, beside = (open_store(tmp_path / where / name) for where in ("alone", "beside"))
+        assert alone.fingerprint == beside.fingerprint

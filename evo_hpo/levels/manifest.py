@@ -126,18 +126,21 @@ class Manifest:
                 f"no level store at {str(folder)!r}: "
                 + ("its build was not finished, run the same build again" if begun else "build one first")
             )
+        return cls.of(path.read_bytes(), repr(str(path)))
+
+    @classmethod
+    def of(cls, text: bytes, where: str) -> Manifest:
+        """The manifest with this text; errors, as those of :meth:`read`, say ``where`` it is from."""
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(text)
             if data["plan"]["format"] != FORMAT:
-                raise StoreError(
-                    f"{str(path)!r} has format {data['plan']['format']}, this version reads {FORMAT}: rebuild"
-                )
+                raise StoreError(f"{where} has format {data['plan']['format']}, this version reads {FORMAT}: rebuild")
             units = tuple(UnitRecord.from_json(unit) for unit in data["units"])
             return cls(Recipe.from_json(data["plan"]), units, data["versions"])
         except StoreError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise StoreError(f"damaged manifest {str(path)!r} ({error}): rebuild the store") from error
+            raise StoreError(f"damaged manifest {where} ({error}): rebuild the store") from error
 
 
 def versions() -> dict[str, str]:

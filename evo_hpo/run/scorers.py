@@ -24,12 +24,16 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayActorError, WorkerCrashedError
 
 from evo_hpo.errors import EvoHpoError, ScorersError
-from evo_hpo.search.registry import make_problem
+from evo_hpo.run.node_stores import bring, stock_here
+from evo_hpo.search.registry import claims_of, make_problem
 
 __all__ = ["Call", "Scorers", "connect", "disconnect"]
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 """A method of a problem, or an attribute, and its arguments."""
+
+Stores = tuple[Any, Sequence[str]] | None
+"""The actor that reads the driver's level stores, and the folders of a problem's."""
 
 LOST = (ActorDiedError, ActorUnavailableError, RayActorError, WorkerCrashedError, ObjectLostError)
 PATIENCE = 60.0  # seconds without a single scorer after which a search gives up
@@ -79,12 +83,14 @@ class Scorer:
         """Of what decides the last bits of a loss."""
         return {name: version(name) for name in VERSIONS}
 
-    def answer(self, name: str, settings: dict[str, Any], calls: Sequence[Call]) -> list[Any]:
-        """What the problem says to each call."""
-        key = json.dumps([name, settings], sort_keys=True, default=str)
+    def answer(self, name: str, settings: dict[str, Any], calls: Sequence[Call], stores: Stores = None) -> list[Any]:
+        """What the problem says to each call; ``stores`` are brought here first where this node lacks them."""
+        key = _key(name, settings)
         try:
             problem = self.problems.get(key)
             if problem is None:
+                if stores:
+                    bring(claims_of(name, settings).folders, *stores)
                 problem = self.problems[key] = make_problem(name, **settings)
             found = [getattr(problem, call[0]) for call in calls]
             return [f(*given, **named) if callable(f) else f for f, (_, given, named) in zip(found, calls, strict=True)]
@@ -117,6 +123,8 @@ class Scorers:
         self._coming: dict[Any, Any] = {}  # the answer that is waited for -> scorer
         self._looked = 0.0
         self._next = 0
+        self._stock: Any = None
+        self._stores: dict[str, Stores] = {}
         self._look(first=True)
 
     def __len__(self) -> int:
@@ -130,12 +138,13 @@ class Scorers:
             EvoHpoError: what the problem raised, with the node's name.
         """
         self._look()
+        stores = self._stores_of(name, settings)
         answers: list[Any] = [None] * len(questions)
         waiting: dict[Any, tuple[int, Any]] = {}
 
         def send(number: int) -> None:
             scorer = self._choose()
-            waiting[scorer.answer.remote(name, settings, questions[number])] = number, scorer
+            waiting[scorer.answer.remote(name, settings, questions[number], stores)] = number, scorer
 
         for number in range(len(questions)):
             send(number)
@@ -151,9 +160,20 @@ class Scorers:
 
     def close(self) -> None:
         """Ends them."""
-        for scorer in [*self._alive, *self._coming.values()]:
-            ray.kill(scorer)
-        self._alive, self._coming = [], {}
+        for actor in [*self._alive, *self._coming.values(), *filter(None, [self._stock])]:
+            ray.kill(actor)
+        self._alive, self._coming, self._stock, self._stores = [], {}, None, {}
+
+    def _stores_of(self, name: str, settings: dict[str, Any]) -> Stores:
+        """Where nodes get a problem's level stores from; None: it has none."""
+        key = _key(name, settings)
+        with self._lock:
+            if key not in self._stores:
+                folders = [str(folder.absolute()) for folder in claims_of(name, settings).folders]
+                if folders and self._stock is None:
+                    self._stock = stock_here()
+                self._stores[key] = (self._stock, folders) if folders else None
+            return self._stores[key]
 
     # ------------------------------------------------------------------ who is there
 
@@ -206,3 +226,7 @@ class Scorers:
                 if other := [f"{n} {there[n]} (here {here[n]})" for n in VERSIONS if there[n] != here[n]]:
                     raise ScorersError(f"a node of the cluster has {', '.join(other)}: install the same on all nodes")
                 self._alive.append(scorer)
+
+
+def _key(name: str, settings: dict[str, Any]) -> str:
+    return json.dumps([name, settings], sort_keys=True, default=str)

@@ -14,12 +14,21 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evo_hpo.errors import ScorersError
+from evo_hpo.levels.blockwise import build_store
+from evo_hpo.levels.quantizers import RTN
+from evo_hpo.levels.store import open_store
+from evo_hpo.models.loading import LoadedModel
+from evo_hpo.models.paths import cache_folder
 from evo_hpo.run.events import BatchScored, Event, ScorersUp
+from evo_hpo.run.node_stores import bring, stock_here
 from evo_hpo.run.plan import Plan, make_plan
 from evo_hpo.run.schedule import ComparisonFailed, compare
+from evo_hpo.run.scorers import connect, disconnect
 from evo_hpo.run.spread_problem import SpreadProblem
 from evo_hpo.scoring.language_model_problem import LanguageModelProblem
 from evo_hpo.search.budget import Budget
@@ -40,11 +49,22 @@ SOON = {
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
+    """Of the head, and of the other nodes."""
+    return tmp_path_factory.mktemp("head"), tmp_path_factory.mktemp("node")
+
+
+def node(cache: Path) -> dict[str, Any]:
+    """Of two cores, with a cache of its own."""
+    return {"num_cpus": 2, "object_store_memory": STORE, "env_vars": {"EVO_HPO_CACHE": str(cache)}}
+
+
+@pytest.fixture(scope="module")
+def cluster(caches: Sequence[Path]) -> Iterator[Any]:
     """A head and a node of two cores each."""
-    head = {"num_cpus": 2, "object_store_memory": STORE, "include_log_monitor": False, "_system_config": SOON}
+    head = {**node(caches[0]), "include_log_monitor": False, "_system_config": SOON}
     made = Cluster(initialize_head=True, head_node_args=head)
-    made.add_node(num_cpus=2, object_store_memory=STORE)
+    made.add_node(**node(caches[1]))
     yield made
     made.shutdown()
 
@@ -87,7 +107,7 @@ def disturbed(after: int, disturb: Callable[[], object], heard: list[Event]) -> 
 
 
 def test_a_scorer_and_a_node_that_die_change_no_trial_and_one_that_comes_back_is_used(
-    cluster: Any, alone: dict[str, Any], tmp_path: Path
+    cluster: Any, caches: Sequence[Path], alone: dict[str, Any], tmp_path: Path
 ) -> None:
     heard: list[Event] = []
     folder = compare(
@@ -99,10 +119,10 @@ def test_a_scorer_and_a_node_that_die_change_no_trial_and_one_that_comes_back_is
     assert trials(folder) == alone
     assert ScorersUp(4) in heard
 
-    node = next(n for n in cluster.worker_nodes)
-    lost = disturbed(3, lambda: cluster.remove_node(node, allow_graceful=False), heard := [])
+    gone = next(n for n in cluster.worker_nodes)
+    lost = disturbed(3, lambda: cluster.remove_node(gone, allow_graceful=False), heard := [])
     assert trials(compare(plan(), root=tmp_path / "lost", ray=cluster.address, listener=lost)) == alone
-    back = disturbed(3, lambda: cluster.add_node(num_cpus=2, object_store_memory=STORE), heard := [])
+    back = disturbed(3, lambda: cluster.add_node(**node(caches[1])), heard := [])
     assert trials(compare(plan(), root=tmp_path / "back", ray=cluster.address, listener=back)) == alone
     assert ScorersUp(2) in heard
 
@@ -130,6 +150,27 @@ def test_a_driver_that_is_killed_is_resumed_to_the_same_trials(
     assert journal.stat().st_size > 20_000
     folder = compare(plan(), root=tmp_path / "runs", ray=cluster.address, resume=True)
     assert trials(folder) == alone
+
+
+def test_nodes_that_lack_the_drivers_store_copy_it(cluster: Any, caches: Sequence[Path], tmp_path: Path) -> None:
+    """Each has a cache of its own, and none of them is the driver's."""
+    build_store(LoadedModel.from_model(tiny_model("llama")), tmp_path, RTN([2, 3], group_size=16))
+    connect(cluster.address)
+    try:
+        stock = stock_here()
+
+        def work() -> str:
+            bring([folder := cache_folder() / "stores" / "s"], stock, [str(tmp_path)])
+            return str(folder)
+
+        where = [NodeAffinitySchedulingStrategy(n["NodeID"], soft=False) for n in ray.nodes() if n["Alive"]]
+        made = ray.get([ray.remote(work).options(scheduling_strategy=node).remote() for node in where])
+    finally:
+        disconnect()
+    assert set(made) == {str(cache / "stores" / "s") for cache in caches}
+    for folder in made:
+        open_store(folder).verify()
+        assert open_store(folder).fingerprint == open_store(tmp_path).fingerprint
 
 
 def test_an_address_without_a_cluster_is_refused(tmp_path: Path) -> None:

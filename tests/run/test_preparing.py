@@ -1,4 +1,4 @@
-"""What is built before searches: beside each other where nothing is shared, and no build goes on beside a failed one."""
+"""What is built before searches: side by side where nothing is shared, and no build goes on beside a failed one."""
 
 from __future__ import annotations
 

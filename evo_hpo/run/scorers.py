@@ -13,11 +13,12 @@ import json
 import logging
 import os
 import platform
+import re
 import socket
 import threading
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import ray
@@ -79,9 +80,9 @@ class Scorer:
         os.environ["EVO_HPO_THREADS"] = str(cores)
         self.problems: dict[str, Any] = {}
 
-    def versions(self) -> dict[str, str]:
-        """Of what decides the last bits of a loss."""
-        return {name: version(name) for name in VERSIONS}
+    def versions(self) -> tuple[str, dict[str, str]]:
+        """The node, and the versions there of what decides the last bits of a loss."""
+        return platform.node(), _versions()
 
     def answer(self, name: str, settings: dict[str, Any], calls: Sequence[Call], stores: Stores = None) -> list[Any]:
         """What the problem says to each call; ``stores`` are brought here first where this node lacks them."""
@@ -215,17 +216,38 @@ class Scorers:
                 self._coming[scorer.versions.remote()] = scorer
             if first and self._coming and not self._alive:
                 ray.wait(list(self._coming), num_returns=len(self._coming), timeout=PATIENCE)
-            here = {name: version(name) for name in VERSIONS}
+            here = _versions()
             ready = ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0)[0] if self._coming else []
             for answer in ready:
                 scorer = self._coming.pop(answer)
                 try:
-                    there = ray.get(answer)
-                except LOST:
+                    node, there = ray.get(answer)
+                except LOST as error:
+                    _refuse_unable(str(error))
                     continue
                 if other := [f"{n} {there[n]} (here {here[n]})" for n in VERSIONS if there[n] != here[n]]:
-                    raise ScorersError(f"a node of the cluster has {', '.join(other)}: install the same on all nodes")
+                    raise ScorersError(f"node {node} has {', '.join(other)}: install the same on all nodes")
                 self._alive.append(scorer)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def _refuse_unable(message: str) -> None:
+    """Raises ScorersError where a scorer was not lost, but cannot start on its node."""
+    if "error raised in its creation task" in message:
+        node = re.search(r"ip=([^,)]+)", message)
+        raise ScorersError(
+            f"no scorer can start on node {node[1] if node else '?'} ({message.strip().splitlines()[-1]}): install"
+            " evo-hpo[ray] there as it is here"
+        )
 
 
 def _key(name: str, settings: dict[str, Any]) -> str:

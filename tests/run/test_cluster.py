@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -24,11 +26,12 @@ from evo_hpo.levels.quantizers import RTN
 from evo_hpo.levels.store import open_store
 from evo_hpo.models.loading import LoadedModel
 from evo_hpo.models.paths import cache_folder
+from evo_hpo.run import scorers
 from evo_hpo.run.events import BatchScored, Event, ScorersUp
 from evo_hpo.run.node_stores import bring, stock_here
 from evo_hpo.run.plan import Plan, make_plan
 from evo_hpo.run.schedule import ComparisonFailed, compare
-from evo_hpo.run.scorers import connect, disconnect
+from evo_hpo.run.scorers import Scorers, connect, disconnect
 from evo_hpo.run.spread_problem import SpreadProblem
 from evo_hpo.scoring.language_model_problem import LanguageModelProblem
 from evo_hpo.search.budget import Budget
@@ -150,6 +153,26 @@ def test_a_driver_that_is_killed_is_resumed_to_the_same_trials(
     assert journal.stat().st_size > 20_000
     folder = compare(plan(), root=tmp_path / "runs", ray=cluster.address, resume=True)
     assert trials(folder) == alone
+
+
+def test_nodes_that_lack_a_package_or_have_another_version_are_told(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("from evo_hpo.run import scorers\nclass Scorer(scorers.Scorer): pass\n")
+    connect(cluster.address)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(scorers, "version", lambda name: "0.0.1")
+            with pytest.raises(ScorersError, match=rf"node {platform.node()} has evo-hpo .* \(here 0.0.1\), torch"):
+                Scorers(1)
+            patch.syspath_prepend(str(tmp_path))
+            patch.setattr(scorers, "Scorer", importlib.import_module("only_here").Scorer)
+            with pytest.raises(
+                ScorersError, match=r"no scorer can start on node .*'only_here'.*install evo-hpo\[ray\]"
+            ):
+                Scorers(1)
+    finally:
+        disconnect()
 
 
 def test_nodes_that_lack_the_drivers_store_copy_it(cluster: Any, caches: Sequence[Path], tmp_path: Path) -> None:

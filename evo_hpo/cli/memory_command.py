@@ -58,8 +58,7 @@ def plan_memory(
             "on_cpu": cpu > 0,
             "replicas": max(1, cpu),
         }
-        kinds = KINDS[:2] if cpu else KINDS
-        needs = {str(kind): footprint(shape, wanted, memory=str(kind), **given) for kind in kinds}
+        needs = {str(kind): footprint(shape, wanted, memory=str(kind), **given) for kind in KINDS}
         fits = {kind: one.total <= room for kind, one in needs.items()}
         for kind, one in needs.items():
             cells = [f"{size / 1e9:.1f}" for _, size in one.rows()]
@@ -85,7 +84,7 @@ def _verdict(kind: str, needs: Footprint, fits: Mapping[str, bool], room: int) -
         return "needs packed levels"
     if kind == "streamed":
         return "does not fit"
-    streamed = ", or streamed" if fits.get("streamed") else ""
+    streamed = ", or streamed" if fits["streamed"] else ""
     return f"needs {-(-needs.total // room)} devices{streamed}"
 
 

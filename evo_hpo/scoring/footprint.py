@@ -171,7 +171,8 @@ def footprint(
     Args:
         levels: bits, or sparsities.
         memory: ``resident``: levels decoded; ``packed``: as on disk; ``streamed``: of a GPU, which has two blocks at a
-            time, and levels of none; the rest waits in main memory. On a CPU that is ``packed``.
+            time, and levels of none; the rest waits in main memory, so on a CPU two decoded blocks of each core are
+            all that it has beside it.
         number: bytes of a number in the compute dtype; packed copies of 32-bit weights (``packed_bytes``) not counted.
         replicas: passes at the same time (one a core; on a GPU one).
         on_cpu: one sequence in a pass and small chunks of logits, not 8192 tokens; and the process is counted.
@@ -185,12 +186,13 @@ def footprint(
     packed = sum(_packed(shape.linear, level, method, group_size) for level in levels)
     logits = chunk[0] * min(chunk[1], shape.vocabulary) * 4
     at_a_time = min(shape.largest, AT_A_TIME) if on_cpu else shape.largest
-    streamed = memory == "streamed" and not on_cpu
-    there = shape.parameters - shape.linear + 2 * -(-shape.linear // shape.blocks) if streamed else shape.parameters
-    in_place = 0 if streamed else replicas * shape.linear * number
+    streamed, two_blocks = memory == "streamed", 2 * -(-shape.linear // shape.blocks)
+    brought = streamed and not on_cpu
+    there = shape.parameters - shape.linear + two_blocks if brought else shape.parameters
+    in_place = 0 if brought else replicas * (two_blocks if streamed else shape.linear) * number
     return Footprint(
         weights=there * number,
-        levels=decoded if memory == "resident" else 0 if streamed else packed,
+        levels=decoded if memory == "resident" else 0 if brought else packed,
         decoding=0 if memory == "resident" else in_place + at_a_time * (number + 2 * 4),
         dense=2 * shape.hidden * (calibration_tokens + held_out_tokens),
         kept=replicas * min(state_bytes, path) + min(reference_bytes, 2 * path),

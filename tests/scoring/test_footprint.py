@@ -76,7 +76,8 @@ def test_of_a_streamed_model_two_blocks_are_on_the_device() -> None:
     block = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
     assert streamed.weights == 2 * (embedding_head_and_norms + 2 * block)
     assert streamed.levels == 0
-    assert footprint(shape, [2], memory="streamed", on_cpu=True) == footprint(shape, [2], memory="packed", on_cpu=True)
+    on_cpu, packed = (footprint(shape, [2], memory=m, on_cpu=True, replicas=3) for m in ("streamed", "packed"))
+    assert packed.total - on_cpu.total == 2 * 3 * (80 - 2) * block  # of a CPU's memory blocks and levels take some too
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,17 @@
 Nodes are simulated on one machine: what takes time is a problem that sleeps, so that any number of scorers fits.
 
     python -m benchmarks.measurements.performance.cluster              # both tables
+    python -m benchmarks.measurements.performance.cluster --smollm2    # what a batch costs on the real model; 3 GB
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import ray
@@ -16,7 +21,8 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from rich.table import Table
 
-from evo_hpo.run.scorers import Scorers, connect
+from evo_hpo.run import scorers as on_cluster
+from evo_hpo.run.scorers import Scorer, Scorers, connect
 from evo_hpo.run.spread_problem import SpreadProblem
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.registry import make_problem
@@ -27,17 +33,65 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64)
 DELAY = 0.1
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smollm2", action="store_true", help="only the overhead on SmolLM2, whose levels are built")
+    options = parser.parse_args(arguments)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": COUNTS[-1], "object_store_memory": STORE})
     connect(cluster.address)
     try:
         console = Console()
-        console.print(_overhead())
-        console.print(_scaling())
+        for table in [_on_smollm2] if options.smollm2 else [_overhead, _scaling]:
+            console.print(table())
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+class TimedScorer(Scorer):
+    """Says how long its answers took, without what is around them."""
+
+    def __init__(self, cores: int) -> None:
+        super().__init__(cores)
+        self.seconds = 0.0
+
+    def answer(self, name: str, settings: dict[str, Any], calls: Any, stores: Any = None) -> list[Any]:
+        start = time.perf_counter()
+        found = super().answer(name, settings, calls, stores)
+        self.seconds = time.perf_counter() - start
+        return found
+
+    def last(self) -> float:
+        """Seconds of the last answer."""
+        return self.seconds
+
+
+def _on_smollm2(batches: int = 7) -> Table:
+    """A batch is one round: each scorer is asked once; what Ray adds is the batch's time less the longest answer's."""
+    os.environ["EVO_HPO_THREADS"] = "1"
+    settings = {"memory": "packed", "held_out_tokens": 256, "calibration_tokens": 8192}
+    table = Table(
+        "scorers", "batch of 16, here (s)", "over Ray (s)", "beside scoring (ms)", title="SmolLM2, 256 tokens"
+    )
+    here = make_problem("smollm2", **settings)
+    batch = [here.space.sample(np.random.default_rng(i)) for i in range(16)]
+    seeds = itertools.count()
+    alone = _median(lambda: here.score(batch, Minibatch(next(seeds), 256)), batches)
+    on_cluster.Scorer = TimedScorer  # type: ignore[misc]
+    for count in (1, 2, 4):
+        scorers = Scorers(count)
+        spread = SpreadProblem(scorers, "smollm2", settings)
+        times, beside = [], []
+        for _ in range(batches + 2):
+            start = time.perf_counter()
+            spread.score(batch, Minibatch(next(seeds), 256))
+            times.append(time.perf_counter() - start)
+            beside.append(times[-1] - max(ray.get([scorer.last.remote() for scorer in scorers._alive])))
+        row = (f"{alone:.2f}", f"{np.median(times[2:]):.2f}", f"{1000 * np.median(beside[2:]):.1f}")
+        table.add_row(str(count), *row)
+        scorers.close()
+    return table
 
 
 def _overhead() -> Table:

@@ -29,6 +29,7 @@ from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.loading import load_model
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.footprint import ModelShape, footprint
+from evo_hpo.scoring.placement import KINDS
 from evo_hpo.search.problem import Minibatch
 
 SIZES = {"32M": (512, 8, 1408, 8192), "123M": (1024, 9, 2816, 8192), "362M": (1536, 12, 4096, 16384)}
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Makes the models, measures, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "MEMORY"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs="+", choices=KINDS, default=KINDS, help="how levels are held")
     options = parser.parse_args(arguments)
     if options.one:
         return _one(Path(options.one[0]), options.one[1])
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, shape in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
             _make(Path(folder), *shape)
-            for memory in ("resident", "packed"):
+            for memory in options.memory:
                 command = [sys.executable, "-m", __spec__.name, "--one", folder, memory]
                 measured = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
                 predicted = footprint(
@@ -94,11 +96,8 @@ def _one(folder: Path, memory: str) -> None:
     store = LevelStore.open(folder / "store", torch.bfloat16, memory)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     pool, text = (torch.randint(0, 8192, (count, LENGTH), generator=generator) for count in (POOL, HELD_OUT))
-    evaluator, chosen, units = (
-        Evaluator(loaded.model, store, pool, threads=1),
-        np.random.default_rng(0),
-        len(store.units),
-    )
+    evaluator = Evaluator(loaded.model, store, pool, threads=1, stream=memory == "streamed")
+    chosen, units = np.random.default_rng(0), len(store.units)
     evaluator.prepare()
     for level in range(len(LEVELS)):
         evaluator.score([(level,) * units], Minibatch(0, 4 * LENGTH))

@@ -47,6 +47,16 @@ def test_memory_modes_give_the_same_weights(folder: Path) -> None:
     assert modes[2]._bytes <= 20_000
 
 
+def test_packed_levels_are_the_mapped_files(folder: Path) -> None:
+    """So processes of a machine that hold the same store share its memory."""
+    store = open_store(folder / "rtn", memory="packed")
+    file = folder / "rtn" / store.manifest.units[0].file
+    at = store.encoded(0, 1)[store.units[0].name].tensors()["codes"].data_ptr()
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+    ends = [[int(end, 16) for end in line[0].split("-")] for line in maps]
+    assert any(start <= at < end for start, end in ends)
+
+
 def test_weights_come_in_the_compute_dtype(folder: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight = next(iter(open_store(folder / "magnitude", dtype=dtype).weights(3, 1).values()))

@@ -189,6 +189,7 @@ def default_folder(
         if compressor.needs != "nothing":
             parts = shares_of(settings.get("calibration", own["calibration"]))
             texts = [(text_identity(spec, local_files(spec)), share) for spec, share in parts.items()]
+            text["inputs"] = None if text["inputs"] is None else str(text["inputs"])  # 3 and "3" are the same level
             decides |= text | {"text": texts if len(texts) > 1 else texts[0][0]}
             decides |= {"tokenizer": tokenizer_identity(load_tokenizer(model))}
     identity = folder_identity(resolve_folder(model))

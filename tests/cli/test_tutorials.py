@@ -9,13 +9,18 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from evo_hpo.levels.build import default_folder
 from evo_hpo.run.plan_file import PlanFile
+from evo_hpo.scoring.task import LanguageModelTask
 from tests.cli.test_cli import run as command
+from tests.tiny import save_tiny
 
 TUTORIALS = Path(__file__).parents[2] / "docs" / "tutorials"
 README = Path(__file__).parents[2] / "README.md"
@@ -83,6 +88,21 @@ def test_the_plan_for_a_large_model_is_valid(tmp_path: Path) -> None:
     plan = next(b for b in blocks(TUTORIALS / "seven-billion.md") if b.file)
     (tmp_path / plan.file).write_text(plan.text, encoding="utf-8")
     PlanFile.read(tmp_path / plan.file).plan().check()
+
+
+def test_the_store_that_is_built_by_hand_for_a_large_model_is_the_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = blocks(TUTORIALS / "seven-billion.md")
+    settings = tomllib.loads(next(b for b in page if b.file).text)["problems"][0]["settings"]
+    line = next(b.text for b in page if b.language == "sh" and b.text.startswith("evo-hpo build"))
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("evo_hpo.cli.building.build_from_cli", lambda _, **named: given.update(named))
+    assert command(*shlex.split(line.replace("\\\n", ""))[1:]) == 0
+    assert given["model"] == settings["model"]
+    model = str(save_tiny(tmp_path))
+    task = LanguageModelTask(**settings | {"model": model})
+    assert task.store_folder == default_folder(model, given["method"], given["levels"].split(","), given["settings"])
 
 
 def test_the_example_in_the_readme_runs_and_is_short(tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ def _processes(
             for process in processes:
                 process.start()
                 started.append(process)
-        yield _stream(events, processes)
+        why = ("is Ray's head gone?", "start Ray again") if ray else ("out of memory?", "lower `workers`")
+        yield _stream(events, processes, *why)
     finally:
         for process in started:
             if process.is_alive():
@@ -174,7 +175,7 @@ def _main_left_out() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _stream(events: Any, processes: Sequence[Any]) -> Iterator[Event]:
+def _stream(events: Any, processes: Sequence[Any], why: str, remedy: str) -> Iterator[Event]:
     running = len(processes)
     while running:
         try:
@@ -183,8 +184,8 @@ def _stream(events: Any, processes: Sequence[Any]) -> Iterator[Event]:
             dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
             if dead:
                 raise ComparisonFailed(
-                    f"a worker process ended with code {dead[0]} (out of memory?): what it scored is in the journals;"
-                    " lower `workers` and resume"
+                    f"a worker process ended with code {dead[0]} ({why}): what it scored is in the journals; {remedy}"
+                    " and resume"
                 ) from None
             if not any(p.is_alive() for p in processes):
                 return

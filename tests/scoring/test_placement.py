@@ -188,6 +188,15 @@ def test_a_task_takes_devices_or_streams(folder: Path) -> None:
     assert found[0] == found[1] == found[2]
 
 
+def test_a_task_finds_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = LanguageModelTask(model="any", device="auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert task.placement.main == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert task.placement.main == "cuda"
+    assert LanguageModelTask(model="any").placement.main == "cpu"
+
+
 def test_placements_that_mean_nothing_are_refused() -> None:
     with pytest.raises(InvalidSettingError, match="memory='remote' must be one of: resident, packed, streamed"):
         Placement("cpu", (), "remote")

@@ -48,7 +48,7 @@ def run(
     plan.check()
     kept = "no search was started; the units that were built are kept, and the same command goes on from there"
     with safe(kept, KeyboardInterrupt), BuildProgress("", console) as bars:
-        prepare(plan, lambda key, *counted: bars(*counted, title=key))
+        prepare(plan, lambda key, done, total, what: bars(done, total, what, key))
     folder = comparison_folder(plan, root, resume=resume)
     writable_folder(folder)
     say(console, f"comparison: {folder}")

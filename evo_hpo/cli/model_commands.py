@@ -20,7 +20,7 @@ def build(
     output: Annotated[Path | None, typer.Option(help="Folder of the store; default: under the cache.")] = None,
     levels: Annotated[str | None, typer.Option(help="Bits, ggml types, or sparsities, separated by commas.")] = None,
     device: Annotated[
-        str, typer.Option(help="Where layers are compressed: cpu, cuda, auto, or several, as cuda:0,cuda:1.")
+        str, typer.Option(help="Where layers are compressed: cpu, cuda, auto (all GPUs), or as cuda:0,cuda:1.")
     ] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
     settings: SetOption = None,

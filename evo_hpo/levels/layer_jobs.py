@@ -21,7 +21,7 @@ from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.levels.compressor import Compressor, Inputs
 from evo_hpo.levels.writing import StoreWriter
 from evo_hpo.models.loading import refuse_non_finite
-from evo_hpo.models.placing import device_here
+from evo_hpo.models.placing import devices_here
 from evo_hpo.models.structure import is_transposed
 
 __all__ = ["LayerJobs", "SharedInputs", "rows_by_columns", "usable_devices"]
@@ -139,12 +139,13 @@ def rows_by_columns(module: nn.Module) -> torch.Tensor:
 
 
 def usable_devices(names: str | Sequence[str]) -> list[torch.device]:
-    """The devices called `cpu`, `cuda`, `cuda:1`, `auto` (the GPU where there is one), or several: `cuda:0,cuda:1`.
+    """The devices called `cpu`, `cuda`, `cuda:1`, `auto` (all GPUs, or the CPU), or several: `cuda:0,cuda:1`.
 
     Raises:
         InvalidSettingError: there is no such device here.
     """
-    return [_usable(device_here(name.strip())) for name in (names.split(",") if isinstance(names, str) else names)]
+    given = names.split(",") if isinstance(names, str) else names
+    return [_usable(found) for name in given for found in devices_here(name.strip())]
 
 
 def _usable(name: str) -> torch.device:

@@ -16,12 +16,14 @@ from torch.utils._pytree import tree_map
 from evo_hpo.errors import ModelError
 from evo_hpo.models.structure import decoder_blocks
 
-__all__ = ["Stages", "beside_blocks", "device_here", "moved"]
+__all__ = ["Stages", "beside_blocks", "devices_here", "moved"]
 
 
-def device_here(name: str) -> str:
-    """The device called so; ``auto`` is the GPU where this machine has one, else the CPU."""
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def devices_here(name: str) -> tuple[str, ...]:
+    """The device called so; ``auto``: every GPU of this machine, or where it has none the CPU."""
+    if name != "auto":
+        return (name,)
+    return tuple(f"cuda:{n}" for n in range(torch.cuda.device_count())) or ("cpu",)
 
 
 def moved(value: Any, device: torch.device | str) -> Any:

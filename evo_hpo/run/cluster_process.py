@@ -14,6 +14,7 @@ from evo_hpo.run.events import ScorersUp, SearchFailed
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.search_process import begin_process, run_tasks
 from evo_hpo.run.spread_problem import SpreadProblem
+from evo_hpo.search.registry import claims_of
 
 __all__ = ["run_on_cluster"]
 
@@ -28,7 +29,8 @@ def run_on_cluster(plan: Plan, folder: Path, resume: bool, address: str, tasks: 
     begin_process(1)
     try:
         connect(address)
-        scorers = Scorers()
+        devices = [len(claims_of(entry.name, entry.settings).devices) for entry in plan.problems]
+        scorers = Scorers(gpus=max(1, *devices))
     except EvoHpoError as error:
         events.put(SearchFailed("", str(error)))
         events.put(None)

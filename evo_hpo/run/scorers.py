@@ -105,19 +105,22 @@ class Scorers:
     Safe to share between threads.
 
     Args:
-        count: the most scorers; 0: one for each GPU of the cluster, or where it has none one for each core.
+        count: the most scorers; 0: as many as the cluster has GPUs for, or where it has none, cores.
         cores: of each, where there is no GPU.
+        gpus: of each, of one node, where there are; a model spread over several needs as many.
 
     Raises:
         ScorersError: no scorer came up.
     """
 
-    def __init__(self, count: int = 0, cores: int = 1) -> None:
+    def __init__(self, count: int = 0, cores: int = 1, gpus: int = 1) -> None:
         total = ray.cluster_resources()
         self._kind = "GPU" if total.get("GPU") else "CPU"
-        self._each = 1 if self._kind == "GPU" else cores
+        self._each = gpus if self._kind == "GPU" else cores
         self._most = count
-        self._options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": cores}
+        self._options: dict[str, Any] = (
+            {"num_gpus": gpus, "num_cpus": 0} if self._kind == "GPU" else {"num_cpus": cores}
+        )
         self._cores = cores
         self._lock = threading.Lock()
         self._alive: list[Any] = []

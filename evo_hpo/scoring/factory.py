@@ -59,10 +59,9 @@ class Factory(Generic[T]):
         return Preview(task.stand_in(), task.tokens, task.check_minibatch)
 
     def claims(self, settings: dict[str, Any]) -> Claims:
-        """The devices of its placement, and its level stores."""
+        """The devices that its store is built on, and its stores."""
         task = self.task(settings)
-        devices = task.placement.devices or (task.placement.main,)
-        names = tuple("cuda:0" if name == "cuda" else name for name in devices)
+        names = tuple("cuda:0" if name == "cuda" else name for name in task.builders)
         return Claims(names, tuple(one.store_folder for one in (task, *beside(task))))
 
     def settle(self, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from evo_hpo.models.corpora import Spec, shares_of
 from evo_hpo.models.identity import tokenizer_identity
 from evo_hpo.models.loading import compute_dtype, load_tokenizer
 from evo_hpo.models.paths import user_path
-from evo_hpo.models.placing import device_here
+from evo_hpo.models.placing import devices_here
 from evo_hpo.scoring.divergence import FITNESS
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.factory import Factory
@@ -86,7 +86,7 @@ class LanguageModelTask:
         seed: order of the texts.
         cache: SQLite file of losses that were paid for before; found ones are charged like all, and cost no time. Needs
             ``early_stopping = false``, or what is in the file would decide which trials are stopped.
-        device: ``cpu``, ``cuda``, or ``auto``: the GPU where the machine has one.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one; levels are built on all of them.
         devices: of one machine, that a model's blocks are spread over instead, as ["cuda:0", "cuda:1"].
         dtype: float32, bfloat16, float16, or ``auto``: bfloat16 where a short measurement finds it 1.5 times as fast as
             float32 (CPUs with native bfloat16, GPUs), else float32; measured once a comparison, and recorded. Losses
@@ -231,20 +231,18 @@ class LanguageModelTask:
         for other in (other for given, other in others if isinstance(given, str)):
             other.open_store()
         for one in (self, *(other for given, other in others if not isinstance(given, str))):
-            build(
-                one.model,
-                one.store_folder,
-                method=one.method,
-                levels=one.levels or None,
-                device=one.placement.devices or one.placement.main,
-                progress=progress,
-                **one.build_settings,
-            )
+            how: dict[str, Any] = {"method": one.method, "levels": one.levels or None, "device": one.builders}
+            build(one.model, one.store_folder, progress=progress, **how, **one.build_settings)
+
+    @property
+    def builders(self) -> tuple[str, ...]:
+        """Devices that the store is built on."""
+        return self.devices or devices_here(self.device)
 
     @property
     def placement(self) -> Placement:
         """Where model and levels are."""
-        return Placement(device_here(self.device), tuple(map(device_here, self.devices)), self.memory)
+        return Placement(devices_here(self.device)[0], self.devices, self.memory)
 
     def open_store(
         self,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
@@ -286,3 +287,21 @@ def test_no_scorer_is_an_error() -> None:
 
     with pytest.raises(ScorersError):
         SpreadProblem(Nobody(), "noisy", {}).score([], Minibatch(0, 64))
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(1, 8), (3, 2)])
+def test_a_model_on_several_gpus_gets_scorers_with_as_many(
+    gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stand-in for Ray that has eight GPUs; what remains of three each stays idle."""
+    asked: list[dict[str, Any]] = []
+    stand_in = MagicMock()
+    stand_in.cluster_resources.return_value = {"GPU": 8.0, "CPU": 2.0}
+    stand_in.available_resources.side_effect = lambda: {"GPU": 8.0 - sum(o["num_gpus"] for o in asked), "CPU": 2.0}
+    stand_in.remote.return_value.options.side_effect = lambda **options: asked.append(options) or MagicMock()
+    stand_in.wait.side_effect = lambda answers, **_: (answers, [])
+    stand_in.get.return_value = ("node", dict.fromkeys(scorers.VERSIONS, "1"))
+    monkeypatch.setattr(scorers, "version", lambda _: "1")
+    monkeypatch.setattr(scorers, "ray", stand_in)
+    assert len(Scorers(gpus=gpus)) == expected
+    assert [options["num_gpus"] for options in asked] == [gpus] * expected

@@ -49,7 +49,7 @@ class Near(Stock):
 @pytest.fixture(autouse=True)
 def near(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are there at once, and files have several parts."""
-    monkeypatch.setattr(node_stores.ray, "get", lambda answer: answer)
+    monkeypatch.setattr("evo_hpo.run.node_stores.ray.get", lambda answer: answer)
     monkeypatch.setattr(node_stores, "PART", 1000)
 
 
@@ -126,7 +126,7 @@ def test_a_scorer_on_a_node_without_the_store_scores_as_the_driver_would(
     theirs = [str(folder) for folder in claims_of("language_model", problem).folders]
     made = make_problem("language_model", **problem)
     monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "node"))
-    calls = [("score", ([(1,) * len(made.space.units)], Minibatch(0, 32)), {}), ("fingerprint", (), {})]
+    calls: list[Any] = [("score", ([(1,) * len(made.space.units)], Minibatch(0, 32)), {}), ("fingerprint", (), {})]
     with pytest.raises(StoreError, match=r"on node .*no level store at .*build one first"):
         Scorer(1).answer("language_model", problem, calls)
     scores, fingerprint = Scorer(1).answer("language_model", problem, calls, (Near(), theirs))

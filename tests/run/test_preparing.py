@@ -15,7 +15,7 @@ from evo_hpo.run import preparing
 from evo_hpo.run.plan import Plan, make_plan
 from evo_hpo.run.preparing import prepare
 from evo_hpo.scoring.task import language_model
-from evo_hpo.search.registry import Claims
+from evo_hpo.search.registry import Claims, claims_of
 from tests.scoring.test_task import model_folder, plan_of, settings
 
 __all__ = ["model_folder"]
@@ -103,8 +103,7 @@ def test_stores_of_two_problems_are_those_that_are_built_alone(
         language_model.prepare(problem, lambda *_: None)
     task = language_model.task(problems(tmp_path)[0])
     assert language_model.claims(problems(tmp_path)[0]) == Claims(("cpu",), (task.store_folder,))
-    real = preparing.claims_of
-    monkeypatch.setattr(preparing, "claims_of", lambda *given: Claims((), real(*given).folders))
+    monkeypatch.setattr(preparing, "claims_of", lambda *given: Claims((), claims_of(*given).folders))
     data = plan_of({}).plain()
     data["problems"] = [
         {"name": "language_model", "label": str(n), "settings": s} for n, s in enumerate(problems(tmp_path / "beside"))

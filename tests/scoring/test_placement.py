@@ -190,11 +190,12 @@ def test_a_task_takes_devices_or_streams(folder: Path) -> None:
 
 def test_a_task_finds_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     task = LanguageModelTask(model="any", device="auto")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert task.placement.main == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert task.placement.main == "cuda"
-    assert LanguageModelTask(model="any").placement.main == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert (task.placement.main, task.builders) == ("cpu", ("cpu",))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert (task.placement.main, task.builders) == ("cuda:0", ("cuda:0", "cuda:1"))
+    assert LanguageModelTask(model="any").builders == ("cpu",)
+    assert LanguageModelTask(model="any", devices=("cuda:1", "cpu")).builders == ("cuda:1", "cpu")
 
 
 def test_placements_that_mean_nothing_are_refused() -> None:

@@ -295,13 +295,18 @@ def test_a_model_on_several_gpus_gets_scorers_with_as_many(
 ) -> None:
     """On a stand-in for Ray that has eight GPUs; what remains of three each stays idle."""
     asked: list[dict[str, Any]] = []
+
+    def options(**given: Any) -> MagicMock:
+        asked.append(given)
+        return MagicMock()
+
     stand_in = MagicMock()
     stand_in.cluster_resources.return_value = {"GPU": 8.0, "CPU": 2.0}
     stand_in.available_resources.side_effect = lambda: {"GPU": 8.0 - sum(o["num_gpus"] for o in asked), "CPU": 2.0}
-    stand_in.remote.return_value.options.side_effect = lambda **options: asked.append(options) or MagicMock()
+    stand_in.remote.return_value.options = options
     stand_in.wait.side_effect = lambda answers, **_: (answers, [])
     stand_in.get.return_value = ("node", dict.fromkeys(scorers.VERSIONS, "1"))
     monkeypatch.setattr(scorers, "version", lambda _: "1")
     monkeypatch.setattr(scorers, "ray", stand_in)
     assert len(Scorers(gpus=gpus)) == expected
-    assert [options["num_gpus"] for options in asked] == [gpus] * expected
+    assert [given["num_gpus"] for given in asked] == [gpus] * expected

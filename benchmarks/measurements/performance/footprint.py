@@ -44,13 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "MEMORY"), help=argparse.SUPPRESS)
     parser.add_argument("--memory", nargs="+", choices=KINDS, default=KINDS, help="how levels are held")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="of the models")
     options = parser.parse_args(arguments)
     if options.one:
         return _one(Path(options.one[0]), options.one[1])
     table = Table("model", "levels", "predicted, MB", "measured, MB", "predicted / measured")
-    for name, shape in SIZES.items():
+    for name in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            _make(Path(folder), *shape)
+            _make(Path(folder), *SIZES[name])
             for memory in options.memory:
                 command = [sys.executable, "-m", __spec__.name, "--one", folder, memory]
                 measured = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])

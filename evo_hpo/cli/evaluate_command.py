@@ -31,6 +31,7 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="Of each text, from its start.")] = 32768,
     stride: Annotated[int, typer.Option(help="New tokens a window; 0: sequences do not overlap.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    arithmetic: Annotated[str, typer.Option(help="llama.cpp: round inputs as it does. Default: the plan's.")] = "",
     tasks: Annotated[str, typer.Option(help="Of lm-evaluation-harness, separated by commas.")] = "",
     task_folder: Annotated[Path | None, typer.Option(help="Task files of your own; only these are known then.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples a task.")] = None,
@@ -65,6 +66,7 @@ def evaluate(
             tokens=tokens,
             stride=stride,
             dtype=compute_dtype(dtype),
+            arithmetic=arithmetic,
             tasks=wanted,
             progress=lambda name: say(console, f"{name}: measuring"),
         )
@@ -107,6 +109,7 @@ def _kept_if_filled(folder: Path) -> Iterator[None]:
 
 def _show(data: dict[str, Any]) -> None:
     way = f"windows with {s} new tokens" if (s := data["protocol"]["stride"]) else "sequences that do not overlap"
+    way += f"; {a}'s arithmetic" if (a := data["protocol"]["arithmetic"]) else ""
     table = Table(
         title=f"{data['protocol']['sequence_length']} tokens a sequence, {way}; {data['protocol']['interval']}"
     )

@@ -40,7 +40,7 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder to make, or FILE.gguf for llama.cpp.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16. Default: the model's own.")] = "",
     format: Annotated[str, typer.Option(help="Of a folder: dense, or compressed-tensors for vLLM.")] = "dense",
-    check: Annotated[bool, typer.Option(help="Load a folder back and compare its KL with the search's.")] = True,
+    check: Annotated[bool, typer.Option(help="Load it back and compare its KL with the search's.")] = True,
     template: Annotated[Path | None, typer.Option(help="GGUF file of the model whose header a GGUF file gets.")] = None,
     embedding: Annotated[str, typer.Option(help="ggml type of the token embedding in a GGUF file.")] = "",
     head: Annotated[str, typer.Option(help="ggml type of the output matrix in a GGUF file.")] = "",
@@ -57,10 +57,9 @@ def export(
             what = f"dtype={dtype!r}" if dtype else f"format={format!r}"
             raise InvalidSettingError(f"{what} is of a folder: a GGUF file has the types of its levels")
         with safe(kept):
-            made = export_gguf(profile, output, template=template, embedding=embedding, head=head)
+            made = export_gguf(profile, output, template=template, embedding=embedding, head=head, check=check)
         console.print(
-            f"{output}: {made.bytes:,} bytes, held-out loss {made.profile['held_out']['loss']:.4g}; llama.cpp reads it,"
-            f" KL to the model here {made.divergence:.2g} nats a token",
+            f"{output}: {made.bytes:,} bytes, held-out loss {made.profile['held_out']['loss']:.4g}; {made.checked}",
             markup=False,
             soft_wrap=True,
         )

@@ -80,6 +80,11 @@ class Card:
                 f"{kinds['sparse']} sparse and {kinds['dropped']} dropped modules are dense, with zeros: the format has"
                 " no sparse weights (compressed-tensors and vLLM removed them), so nothing of these is smaller."
             )
+        elif self.format == "GGUF":
+            found.append(
+                "The types in the `.tensor-types.txt` beside it are for `llama-quantize --tensor-type-file`, which"
+                " makes blocks of its own from an F16 file: what calibration (or GPTQ) brought to these ones is lost."
+            )
         return found
 
     def _figures(self) -> str:
@@ -100,7 +105,10 @@ class Card:
         settings = "".join(f", {key} = {value}" for key, value in (data.get("settings") or {}).items())
         identity = (data.get("fingerprint") or {}).get("identity") or {}
         found = f"Searcher {data.get('searcher', '?')}{settings}, seed {data.get('seed', '?')}"
-        return f"{found}; held-out figures in {identity.get('dtype', 'float32')}, outside of the search's budget."
+        settings = data["problem"].get("settings", {})
+        arithmetic = f" with {own}'s arithmetic" if (own := settings.get("arithmetic")) else ""
+        kind = f"{identity.get('dtype', 'float32')}{arithmetic}"
+        return f"{found}; held-out figures in {kind}, outside of the search's budget."
 
     def _table(self) -> str:
         """Levels of a block's layers, a row a block, and of units outside of blocks, a row a unit."""

@@ -22,6 +22,7 @@ from evo_hpo.models.loading import LoadedModel, resolve_folder, source_gguf
 from evo_hpo.models.paths import user_path
 from evo_hpo.models.text import refuse_too_long, refuse_unknown, token_stream
 from evo_hpo.record.profiles import open_profile
+from evo_hpo.scoring.arithmetic import InputRounding, InputTypes, check_arithmetic, file_types
 from evo_hpo.scoring.file_size import FileSize
 
 __all__ = ["Evaluation", "EvaluatedModel", "TextFigures", "evaluate"]
@@ -68,7 +69,7 @@ class Evaluation:
     """The table, and how it was measured.
 
     Attributes:
-        protocol: tokens a sequence, tokens a text, stride (0: by chunk), dtype, original.
+        protocol: tokens a sequence, tokens a text, stride (0: by chunk), dtype, arithmetic, original.
         identities: of each text's tokens; ``read``: how many there were, at most as many as were asked for.
     """
 
@@ -91,6 +92,7 @@ def evaluate(
     tokens: int = 32768,
     stride: int = 0,
     dtype: torch.dtype = torch.float32,
+    arithmetic: str = "",
     tasks: HarnessTasks | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
@@ -102,6 +104,8 @@ def evaluate(
         original: the uncompressed model; default: that of the first profile. It is the table's first row.
         sequence_length: tokens a sequence or window.
         stride: new tokens a window; 0: by chunk. See :mod:`evo_hpo.export.figures`.
+        arithmetic: "llama.cpp": inputs of the matrices of profiles and GGUF files are rounded as llama.cpp rounds them,
+            those of the original and of folders are not; default: as the profiles' plans say.
         tasks: of lm-evaluation-harness.
 
     Raises:
@@ -116,12 +120,15 @@ def evaluate(
             " least 2 tokens, as many tokens as a sequence has or more, and a stride of at most as many"
         )
     known = None if tasks is None else check_tasks(tasks)
-    original = original or next((_original(s) for s in specs if s.endswith(".json")), "")
+    plans = [task_of(open_profile(Path(spec))[0]) for spec in specs if spec.endswith(".json")]
+    original = original or next((plan.model for plan in plans), "")
+    arithmetic = arithmetic or next((plan.arithmetic for plan in plans if plan.arithmetic), "")
+    check_arithmetic(arithmetic, "ggml")
     reference = load_served(original, dtype) if original else None
     measured: dict[str, SequenceFigures] = {}
     results, identities, read = [], dict[str, str](), dict[str, int]()
     first_read: tuple[str, Any] | None = None
-    for name, spec, subject in _subjects(specs, original, reference, dtype):
+    for name, spec, subject in _subjects(specs, original, reference, dtype, bool(arithmetic)):
         progress(name)
         first_read = first_read or (spec, subject.loaded.tokenizer)
         _refuse_apart(first_read, spec, subject.loaded, reference)
@@ -142,7 +149,8 @@ def evaluate(
             EvaluatedModel(name, spec, subject.bytes, subject.weights, found, scores, subject.search, subject.folder)
         )
     protocol = {"sequence_length": sequence_length, "tokens": tokens, "stride": stride, "original": original}
-    protocol |= {"dtype": str(dtype).removeprefix("torch."), "interval": "95 %, Student's t over sequences"}
+    protocol |= {"dtype": str(dtype).removeprefix("torch."), "arithmetic": arithmetic}
+    protocol["interval"] = "95 %, Student's t over sequences"
     return Evaluation(tuple(results), protocol, identities, read)
 
 
@@ -156,7 +164,7 @@ class _Subject:
 
 
 def _subjects(
-    specs: Sequence[str], original: str, reference: LoadedModel | None, dtype: torch.dtype
+    specs: Sequence[str], original: str, reference: LoadedModel | None, dtype: torch.dtype, rounds: bool
 ) -> Iterator[tuple[str, str, _Subject]]:
     """Name, spec and model of each row, one in memory at a time beside the original, which comes first."""
     if reference is not None:
@@ -164,10 +172,11 @@ def _subjects(
         yield "original", original, _Subject(reference, 2 * weights, weights)
     names = _names([spec for spec in specs if spec != original])
     for spec, name in names.items():
-        yield name, spec, _profile(Path(spec), dtype) if spec.endswith(".json") else _model(spec, dtype)
+        made = _profile(Path(spec), dtype, rounds) if spec.endswith(".json") else _model(spec, dtype, rounds)
+        yield name, spec, made
 
 
-def _profile(path: Path, dtype: torch.dtype) -> _Subject:
+def _profile(path: Path, dtype: torch.dtype, rounds: bool) -> _Subject:
     data, loaded, levels, assignment = read_profile(path, dtype)
     counted = levels.counted_in("bytes")
     size = FileSize.of(loaded.name, levels)
@@ -175,15 +184,20 @@ def _profile(path: Path, dtype: torch.dtype) -> _Subject:
     space = counted.space(budget=10**15)
     taken = size.rest + space.cost(space.from_labels({unit.name: unit.levels[level] for unit, level in labels}))
     weights = size.weights
-    place(loaded.model, levels, assignment)
+    place(loaded.model, levels, assignment, fuse=not rounds)
+    if rounds:
+        InputRounding(loaded.model, InputTypes.of(source_gguf(loaded.name), loaded.model, levels).at(assignment))
     folder = str(path.parent.parent) if path.parent.name == "profiles" else ""
     return _Subject(loaded, taken, weights, str(data.get("search", "")), folder)
 
 
-def _model(spec: str, dtype: torch.dtype) -> _Subject:
+def _model(spec: str, dtype: torch.dtype, rounds: bool) -> _Subject:
     loaded = load_served(spec, dtype)
     path = user_path(spec)
-    file = str(path) if path.is_dir() else str(source_gguf(spec) or resolve_folder(spec))
+    source = None if path.is_dir() else source_gguf(spec)
+    if rounds and source:
+        InputRounding(loaded.model, file_types(source, loaded.model))
+    file = str(path) if path.is_dir() else str(source or resolve_folder(spec))
     return _Subject(loaded, size_of(file), _weights(loaded))
 
 
@@ -217,11 +231,6 @@ def _weights(loaded: LoadedModel) -> int:
     """Of the model, shared ones once; what a packed folder stores beside codes is no weight."""
     named = loaded.model.named_parameters()
     return sum(p.numel() for name, p in named if name.rpartition(".")[2] not in PARTS)
-
-
-def _original(profile: str) -> str:
-    data, _ = open_profile(Path(profile))
-    return task_of(data).model
 
 
 def _names(specs: Sequence[str]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from evo_hpo.models.identity import differences, tokenizer_identity, warn_unchec
 from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model, quiet_transformers, refuse_non_finite
 from evo_hpo.models.paths import user_path, writable_folder
 from evo_hpo.record.profiles import open_profile
+from evo_hpo.scoring.arithmetic import InputRounding, inputs_of
 from evo_hpo.scoring.factory import Factory
 from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.search.registry import problem_factory, signature_kept
@@ -71,6 +72,7 @@ def export_profile(
         encoded = {n: e for u, level in enumerate(assignment) for n, e in levels.encoded(u, level).items()}
         if not dtype and model.dtype == torch.float32:
             model.to(torch.float16)
+    inputs = inputs_of(task.arithmetic, task.model, model, levels)
     place(model, levels, assignment)
     for name, tensor in model.state_dict().items():
         refuse_non_finite(name, tensor)
@@ -82,7 +84,8 @@ def export_profile(
             write_packed(folder, loaded, encoded)
         write_level_lines(folder / "profile.txt", levels, assignment)
         (folder / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
-        checked = _loaded_back(folder, data, task) if check else "not done"
+        types = {} if inputs is None else inputs.at(assignment)
+        checked = _loaded_back(folder, data, task, types) if check else "not done"
         size, weights = size_of(str(folder)), sum({id(p): p.numel() for p in model.parameters()}.values())
         kind = str(model.dtype).removeprefix("torch.")
         card = Card(data, profile, levels, assignment, format, kind, size, weights, checked)
@@ -90,8 +93,11 @@ def export_profile(
     return {**data, "bytes": size, "checked": checked}
 
 
-def _loaded_back(folder: Path, data: Mapping[str, Any], task: LanguageModelTask) -> str:
+def _loaded_back(folder: Path, data: Mapping[str, Any], task: LanguageModelTask, types: Mapping[str, str]) -> str:
     """Loads what was written and compares its KL on the first held-out text with what the search found.
+
+    Args:
+        types: what the search rounded inputs to.
 
     Raises:
         ModelError: they differ by more than the dtypes explain.
@@ -99,6 +105,7 @@ def _loaded_back(folder: Path, data: Mapping[str, Any], task: LanguageModelTask)
     recorded = ((data.get("fingerprint") or {}).get("identity") or {}).get("dtype", "float32")
     dtype = compute_dtype(recorded)
     original, again = load_model(task.model, dtype), load_served(str(folder), dtype)
+    InputRounding(again.model, types)
     text = next(iter(task.texts.judged(original.tokenizer, original.model).values()))
     found = Estimate.of(measure(again.model, text, original.model).divergence).mean
     wanted = float(data["held_out"]["loss"])
@@ -172,13 +179,18 @@ def _refuse_others(profile: Path, data: Mapping[str, Any], found: Mapping[str, s
         )
 
 
-def place(model: nn.Module, levels: Levels, assignment: Sequence[int]) -> None:
-    """Puts the weights of an assignment into a model, in its own layout: it can be saved."""
+def place(model: nn.Module, levels: Levels, assignment: Sequence[int], *, fuse: bool = True) -> None:
+    """Puts the weights of an assignment into a model, in its own layout: it can be saved.
+
+    Args:
+        fuse: experts too; else each is a module of its own, as in memory.
+    """
     modules = dict(model.named_modules())
     for unit, level in enumerate(assignment):
         for name, weight in levels.weights(unit, level).items():
             _set(name, modules[name], weight)
-    fuse_experts(model)
+    if fuse:
+        fuse_experts(model)
 
 
 def _set(name: str, module: nn.Module, weight: torch.Tensor | None) -> None:

@@ -15,10 +15,10 @@ from torch import nn
 
 from evo_hpo.errors import ModelError
 from evo_hpo.export.card import Card
-from evo_hpo.export.folder import opened, place
+from evo_hpo.export.folder import opened, place, task_of
+from evo_hpo.export.gguf_check import difference, searched_divergence
 from evo_hpo.export.gguf_header import architecture_of, copy_header, write_header
 from evo_hpo.export.gguf_tensors import kept_blocks, tensors_of, type_lines
-from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.files import made_whole
 from evo_hpo.levels.ggml import dequantize, ggml_type, library, quantize
 from evo_hpo.levels.level_set import LevelSet
@@ -26,12 +26,6 @@ from evo_hpo.models.loading import LoadedModel, one_line, source_gguf
 from evo_hpo.models.paths import user_path
 
 __all__ = ["Exported", "export_gguf", "write_gguf"]
-
-PROBE = "The first 1024 bytes aren't read: def size(path):\n    return path.stat().st_size  # naïve, 12,5 % of 3 °C\n"
-"""What is read by both programs: words, digits, code, other letters."""
-
-_FARTHEST = 0.1
-"""Divergence (nats a token) of llama.cpp's outputs from ours above which a file is wrong: its rounding is far below."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +35,22 @@ class Exported:
     Attributes:
         profile: what it was made from.
         bytes: of the file.
-        divergence: mean KL (nats a token) from the compressed model's outputs to llama.cpp's, on a short text.
+        checked: what llama.cpp showed when it read the file.
     """
 
     profile: dict[str, Any]
     bytes: int
-    divergence: float
+    checked: str
 
 
 def export_gguf(
-    profile: Path, output: Path, *, template: Path | None = None, embedding: str = "", head: str = ""
+    profile: Path,
+    output: Path,
+    *,
+    template: Path | None = None,
+    embedding: str = "",
+    head: str = "",
+    check: bool = True,
 ) -> Exported:
     """Write a profile's model as a GGUF file; beside it a model card, and its tensors' types for ``llama-quantize``.
 
@@ -60,6 +60,8 @@ def export_gguf(
         template: another GGUF file of the model (F16, say), whose header, tokenizer and tensors outside the search are
             taken over; default: the one that the model was read from, or one written here.
         embedding, head: ggml type of the token embedding and of the output matrix; default: as in the template, or F16.
+        check: where neither is given, compare llama.cpp's KL on the held-out text with the profile's; it reads a short
+            text in any case.
 
     Raises:
         PlanError: not a profile of a language model, the file exists, or is of another model: as for a folder.
@@ -76,10 +78,10 @@ def export_gguf(
         place(loaded.model, levels, assignment)
         for name, kind in types.items():
             _round(loaded.model, name, kind)
-        divergence = difference(output, loaded)
-        checked = (
-            f"llama.cpp reads it; its outputs are {divergence:.2g} nats a token from the model here, on a short text"
-        )
+        apart = difference(output, loaded)
+        checked = f"llama.cpp reads it, {apart:.2g} nats a token from the model here on a short text"
+        if check and not types:
+            checked = f"{checked}; {searched_divergence(output, data, task_of(data))}"
         weights = sum({id(p): p.numel() for p in loaded.model.parameters()}.values())
         card = Card(data, profile, levels, assignment, "GGUF", "ggml types", size, weights, checked)
         output.with_name(f"{output.name}.md").write_text(card.text(), encoding="utf-8")
@@ -88,7 +90,7 @@ def export_gguf(
             with suppress(OSError):
                 made.unlink()
         raise
-    return Exported(data, size, divergence)
+    return Exported(data, size, checked)
 
 
 def _round(model: Any, name: str, kind: str) -> None:
@@ -150,39 +152,6 @@ def _read(template: Path) -> GGUFReader:
 def type_file(output: Path) -> Path:
     """Where the types of a GGUF file's tensors are written for ``llama-quantize``."""
     return output.with_name(f"{output.name}.tensor-types.txt")
-
-
-def difference(path: Path, loaded: LoadedModel) -> float:
-    """Mean KL (nats a token) from a model's outputs to those of llama.cpp with this file, on a short text.
-
-    Raises:
-        ModelError: llama.cpp cannot load the file, cuts text into other tokens, or computes something else.
-    """
-    tokenizer, model = loaded.tokenizer, loaded.model
-    with LlamaCpp(path, threads=torch.get_num_threads()) as program:
-        ids = [7 * i % program.vocabulary for i in range(64)]
-        if tokenizer is not None:
-            ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-            if (theirs := program.tokens(PROBE)) != ids:
-                at = next((i for i, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b), len(theirs))
-                raise ModelError(
-                    f"llama.cpp cuts text into other tokens (from the {at + 1}th on): convert the model to F16 with"
-                    " llama.cpp's convert_hf_to_gguf.py and give that file as --template"
-                )
-        found = torch.from_numpy(program.logits(ids))
-    with torch.inference_mode():
-        ours = model(input_ids=torch.tensor([ids])).logits[0].float()
-    divergence = _divergence(ours, found)
-    if not divergence < _FARTHEST:
-        raise ModelError(
-            f"llama.cpp computes other outputs from {path} (KL {divergence:.3g} nats a token): not a file of this model"
-        )
-    return divergence
-
-
-def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    p, q = torch.log_softmax(ours, -1), torch.log_softmax(theirs[:, : ours.shape[1]], -1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def _padded(size: int) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,14 +15,13 @@ from torch import nn
 
 from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.export.gguf_header import Architecture
-from evo_hpo.levels.ggml import block_size, quantize, row_bytes
+from evo_hpo.levels.ggml import block_size, quantize, row_bytes, tensor_names
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.packing import GgmlBlocks
 from evo_hpo.models.structure import decoder_blocks
 
 __all__ = ["GgufTensor", "kept_blocks", "tensors_of"]
 
-_EXPERT = re.compile(r"(.*\.)?layers\.(\d+)\.\w+\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 
@@ -56,20 +54,19 @@ def tensors_of(
         ModelError: a tensor has no name in llama.cpp or another shape in the template; experts of a block differ.
     """
     chosen, silent = _chosen(levels, assignment)
-    blocks = list(decoder_blocks(model))
-    names = gguf.get_tensor_name_map(_number(architecture.name), len(blocks))
+    named = tensor_names(architecture.name, len(decoder_blocks(model)))
     source = {tensor.name: tensor for tensor in template.tensors} if template else {}
     kept = {old: new for new, old in enumerate(kept_blocks(model, levels, assignment))}
     experts: dict[str, list[GgufTensor]] = {}
     found: list[GgufTensor] = []
     for parameter_name, parameter in model.named_parameters():
         module = parameter_name.rpartition(".")[0]
-        expert = _EXPERT.match(parameter_name)
-        name = f"blk.{expert[2]}.ffn_{expert[3]}_exps.weight" if expert else names.get_name(parameter_name, _SUFFIXES)
+        name = named(parameter_name)
         if name is None:
             raise ModelError(
                 f"{parameter_name!r} has no name in llama.cpp's {architecture.name}: it cannot be exported"
             )
+        expert = name.endswith("_exps.weight")
         if (block := _BLOCK.match(name)) and int(block[1]) not in kept:
             continue
         level = chosen.get(module) if parameter_name.endswith(".weight") else None
@@ -89,9 +86,6 @@ def tensors_of(
     if other := sorted(name for name in missing if not name.startswith("rope_")):
         raise ModelError(f"the template holds {other[0]!r}, which the model has not: give the model's own file")
     return [replace(tensor, name=_renumbered(tensor.name, kept)) for tensor in found]
-
-
-_SUFFIXES = (".weight", ".bias")
 
 
 @dataclass(frozen=True)
@@ -202,10 +196,6 @@ def _dropped(name: str, kept: Mapping[int, int]) -> bool:
 
 def _renumbered(name: str, kept: Mapping[int, int]) -> str:
     return _BLOCK.sub(lambda found: f"blk.{kept[int(found[1])]}.", name)
-
-
-def _number(name: str) -> Any:
-    return next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
 
 
 def type_lines(tensors: Sequence[GgufTensor]) -> Iterator[str]:

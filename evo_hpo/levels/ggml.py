@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -26,11 +27,13 @@ __all__ = [
     "block_size",
     "dequantize",
     "fitting",
+    "ggml_inputs",
     "ggml_number",
     "ggml_type",
     "library",
     "quantize",
     "row_bytes",
+    "tensor_names",
 ]
 
 GGML_TYPES = (
@@ -40,6 +43,8 @@ GGML_TYPES = (
 """Types that can be levels, by rising bits a weight."""
 
 Blocks = npt.NDArray[np.uint8]
+
+_EXPERT = re.compile(r"(.*\.)?layers\.(\d+)\.\w+\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 
 
 def ggml_type(name: str) -> str:
@@ -59,6 +64,15 @@ def ggml_type(name: str) -> str:
 def block_size(name: str) -> int:
     """Weights that share a block: the columns of a matrix must be a multiple of it."""
     return int(gguf.GGML_QUANT_SIZES[ggml_number(name)][0])
+
+
+def ggml_inputs(name: str) -> str:
+    """The type that a CPU rounds the inputs of a matrix to before it multiplies; empty where it rounds nothing.
+
+    Q8_1, which types with minima take, is Q8_0 with each block's sum beside it.
+    """
+    size = block_size(name)
+    return "Q8_K" if size == 256 else "Q8_0" if size > 1 else name if name in ("F16", "BF16") else ""
 
 
 def row_bytes(name: str, columns: int) -> int:
@@ -160,6 +174,19 @@ def _decoder(name: str) -> Callable[[int, int, int], None] | None:
 def ggml_number(name: str) -> Any:
     """ggml's number of a type."""
     return gguf.GGMLQuantizationType[name]
+
+
+def tensor_names(architecture: str, blocks: int) -> Callable[[str], str | None]:
+    """Name of a parameter in transformers -> of its tensor in a GGUF file, which experts of a block share."""
+    number = next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
+    names = gguf.get_tensor_name_map(number, blocks)
+
+    def named(parameter: str) -> str | None:
+        if expert := _EXPERT.match(parameter):
+            return f"blk.{expert[2]}.ffn_{expert[3]}_exps.weight"
+        return names.get_name(parameter, (".weight", ".bias"))
+
+    return named
 
 
 def fitting(names: Sequence[str], columns: int) -> tuple[str, ...]:

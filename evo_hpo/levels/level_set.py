@@ -225,6 +225,17 @@ class LevelSet:
         levels = (row[1][level] for row, level in zip(self._rows, assignment, strict=True))
         return {member: choice for level in levels for choice in level for member in choice.unit.members}
 
+    def landmarks(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Name -> assignment and cost of the cheapest, of each level that all units have, of the dearest; ascending."""
+        units = self.units
+        found = {"lowest": tuple(0 for _ in units), "highest": tuple(len(unit.costs) - 1 for unit in units)}
+        for label in units[0].levels:
+            if all(label in unit.levels for unit in units):
+                found[f"uniform {label}"] = tuple(unit.levels.index(label) for unit in units)
+        counted = CompressionSpace(units, sum(unit.costs[-1] for unit in units))  # type: ignore[misc]
+        costs = ((name, (assignment, counted.cost(assignment))) for name, assignment in found.items())
+        return dict(sorted(costs, key=lambda row: row[1][1]))
+
     def rows(self) -> list[tuple[str, list[Sequence[Choice]]]]:
         """Unit names and their levels, cheapest first."""
         return [(name, list(levels)) for name, levels in self._rows]

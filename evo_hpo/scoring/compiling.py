@@ -138,6 +138,8 @@ def _chunk(replica: Replica, ids: Tensor) -> object:
 
 
 def _obstacle(pool: ReplicaPool, levels: Levels) -> str:
+    if pool.replicas[0].switch.rounding is not None:
+        return "the inputs of their layers are rounded, at each level in its own way"
     blocks = pool.replicas[0].gated.blocks
     for number in range(len(levels.units)):
         dropped = [name for name, weight in levels.weights(number, 0).items() if weight is None]

@@ -23,6 +23,7 @@ from evo_hpo.models.identity import digest, model_identity, tokens_identity
 from evo_hpo.models.structure import is_matrix, outer_matrices
 from evo_hpo.record.environment import cores
 from evo_hpo.scoring.allocator import keep_freed_memory
+from evo_hpo.scoring.arithmetic import InputTypes
 from evo_hpo.scoring.batch_scoring import BatchScorer
 from evo_hpo.scoring.compiling import Compiled, compile_parts
 from evo_hpo.scoring.dense import DenseSide, PackedSide
@@ -77,6 +78,7 @@ class Evaluator:
         cache: SQLite file of paid losses; None: in memory.
         identity: of the model, where it is known; default: computed from all of its weights and its configuration.
         stream: the decoder blocks wait on the CPU, and each comes to the model's device for its turn.
+        inputs: what the inputs of a candidate's matrices are rounded to; None: they are as they come.
 
     Raises:
         ModelError: a model that cannot be gated, or whose modules cannot be dropped as the levels want.
@@ -105,6 +107,7 @@ class Evaluator:
         cache: Path | None = None,
         identity: Mapping[str, str] | None = None,
         stream: bool = False,
+        inputs: InputTypes | None = None,
     ) -> None:
         if fitness not in FITNESS:
             raise InvalidSettingError(f"fitness {fitness!r} must be one of: {', '.join(FITNESS)}")
@@ -120,7 +123,7 @@ class Evaluator:
         self.stream = self.device if stream else None
         on_cpu = self.device.type == "cpu"
         self.keeps_memory = on_cpu and keep_freed_memory()
-        self.model, self.levels, self.fitness = model, levels, fitness
+        self.model, self.levels, self.fitness, self.inputs = model, levels, fitness, inputs
         self.tokens = calibration_tokens.to(self.device, torch.int64)
         self.length = int(self.tokens.shape[1])
         self.chunk = chunk or (Chunk() if on_cpu else Chunk(tokens=2048, vocabulary=16384))
@@ -151,6 +154,7 @@ class Evaluator:
             "store": levels.fingerprint,
             "calibration text": tokens_identity(self.tokens),
             "dtype": str(self.pool.replicas[0].head.weight.dtype).removeprefix("torch."),
+            **({} if inputs is None else {"arithmetic": inputs.fingerprint}),
         }
         self.cache = ScoreCache(cache, self.context())
         self.measured: Tuned | None = None
@@ -164,7 +168,7 @@ class Evaluator:
         gated = GatedModel(model, example, self.stream)
         head = OutputHead(gated, example, packed)
         head.chunk = self.chunk
-        switch = WeightSwitch(gated, self.levels, example, lock, packed)
+        switch = WeightSwitch(gated, self.levels, example, lock, packed, self.inputs)
         head.searched = any(getattr(m, "weight", None) is gated.head.weight for m in switch.modules.values())
         return Replica(gated, switch, head, self.fitness)
 

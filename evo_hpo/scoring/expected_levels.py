@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,11 @@ from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
 from evo_hpo.levels.quantizers import Ggml
 from evo_hpo.models.experts import unfuse_experts
-from evo_hpo.models.structure import ROUTERS, is_transposed, linear_modules
+from evo_hpo.models.structure import ROUTERS, is_transposed, linear_modules, outer_matrices
 from evo_hpo.scoring.footprint import SPARSE, configuration, empty_model
 from evo_hpo.scoring.recipes import beside
-from evo_hpo.scoring.task import LanguageModelTask
 
-__all__ = ["expected_levels"]
+__all__ = ["expected_levels", "refuse_impossible"]
 
 
 class Unbuilt:
@@ -33,8 +33,21 @@ class Unbuilt:
         return None
 
 
-def expected_levels(task: LanguageModelTask) -> LevelSet:
+def refuse_impossible(task: Any) -> None:
+    """Raises InfeasibleError where no assignment of levels that are still to be built will keep the task's budgets."""
+    stores = (
+        task,
+        *(other for given, other in zip(task.join, beside(task), strict=True) if not isinstance(given, str)),
+    )
+    if not all((one.store_folder / "manifest.json").is_file() for one in stores):
+        task.space(expected_levels(task))
+
+
+def expected_levels(task: Any) -> LevelSet:
     """The levels of a task: those of its stores that are there, and those that will be built.
+
+    Args:
+        task: a :class:`~evo_hpo.scoring.task.LanguageModelTask`.
 
     Raises:
         StoreError: a store is not there, and its sizes are not known before it is built.
@@ -45,14 +58,15 @@ def expected_levels(task: LanguageModelTask) -> LevelSet:
         store = other.open_store() if isinstance(given, str) else None
         sets.append(store.levels if store else _own_levels(other))
         methods.append(store.manifest.plan.method if store else other.method)
-    return task.arranged(sets, methods)
+    arranged: LevelSet = task.arranged(sets, methods)
+    return arranged
 
 
-def _own_levels(task: LanguageModelTask) -> LevelSet:
+def _own_levels(task: Any) -> LevelSet:
     """Those of a task's own store."""
-    embedding = task.build_settings.get("embedding", False)  # embedding and head are no linear layers
-    if embedding or (task.store_folder / "manifest.json").is_file():
-        return task.open_store().levels
+    if (task.store_folder / "manifest.json").is_file():
+        opened: LevelSet = task.open_store().levels
+        return opened
     check_settings(task.method, task.levels or None, dict(task.build))
     model = empty_model(configuration(task.model))
     unfuse_experts(model)
@@ -60,7 +74,10 @@ def _own_levels(task: LanguageModelTask) -> LevelSet:
         records = records_of(model, **dropped(task.levels or None, dict(task.build)))
         return LevelSet([(r.name, [[Choice(Unbuilt(), r, level)] for level in r.levels]) for r in records], "modules")
     built = task.build_settings
-    found = linear_modules(model, built.get("include", "."), built.get("exclude", ROUTERS) or "")
+    exclude = built.get("exclude", ROUTERS) or ""
+    outer = outer_matrices(model) if built.get("embedding", False) else {}
+    outer = {name: module for name, module in outer.items() if not (exclude and re.search(exclude, name))}
+    found = {**outer, **linear_modules(model, built.get("include", "."), exclude)}
     rows = []
     for name, module in found.items():
         weight = module.weight
@@ -74,13 +91,13 @@ def _own_levels(task: LanguageModelTask) -> LevelSet:
     return LevelSet(rows, "weights" if task.method in SPARSE else "bits")
 
 
-def _quantized(task: LanguageModelTask, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
+def _quantized(task: Any, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
     built = task.build_settings
     size, zeros = int(built.get("group_size", 64)) or shape[1], not built.get("symmetric", False)
     return tuple(_level(int(bits), shape, size, zeros) for bits in sorted(task.levels))
 
 
-def _ggml(task: LanguageModelTask, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
+def _ggml(task: Any, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
     kinds = Ggml(task.levels) if task.levels else Ggml()
     weights, rows = shape[0] * shape[1], shape[0]
     found = {kind: 8 * rows * row_bytes(kind, shape[1]) for kind in kinds.offered(shape[1])}
@@ -90,7 +107,7 @@ def _ggml(task: LanguageModelTask, shape: tuple[int, int]) -> tuple[LevelRecord,
     )
 
 
-def _sparse(task: LanguageModelTask, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
+def _sparse(task: Any, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
     pruner: Any = make_compressor(task.method, task.levels or None, dict(task.build))
     size, width = shape[0] * shape[1], 32 if pruner.values == "float32" else 16
     kept = {level.label: size - level.removed(size) for level in pruner.levels}

@@ -74,29 +74,26 @@ class FileSize:
             raise InfeasibleError(
                 f"size={size!r} is outside what the levels allow: the file takes {shown(smallest)} to {shown(largest)}"
                 f" ({self.bits(smallest):.3f} to {self.bits(largest):.3f} bits a weight), {shown(self.rest)} of it"
-                " embedding, head and norms"
+                f" embedding, head and norms{self._uniform(levels)}"
             )
         return CompressionSpace(levels.units, budget, resources=("bytes",))
+
+    def _uniform(self, levels: LevelSet) -> str:
+        """What each level that all units have takes."""
+        return "".join(f"; {n}: {shown(taken)}" for n, taken, _ in self.rows(levels) if n.startswith("uniform"))
 
     def bits(self, size: int) -> float:
         """Bits a weight of a file of so many bytes, over all weights of the model."""
         return 8 * size / self.weights
 
     def rows(self, levels: LevelSet) -> Iterator[tuple[str, int, Assignment]]:
-        """What it takes, smallest first: the cheapest level everywhere, each level that all units have, the dearest.
+        """What the landmarks of the levels take, smallest first.
 
         Yields:
             Name, bytes of the file, assignment.
         """
-        counted = levels.counted_in("bytes")
-        units = counted.units
-        whole = CompressionSpace(units, sum(unit.costs[-1] for unit in units))  # type: ignore[misc]
-        found = [("lowest", whole.lowest), ("highest", whole.highest)]
-        for label in units[0].levels:
-            if all(label in unit.levels for unit in units):
-                found.append((f"uniform {label}", tuple(unit.levels.index(label) for unit in units)))
-        for name, assignment in sorted(found, key=lambda row: whole.cost(row[1])):
-            yield name, self.rest + whole.cost(assignment), assignment
+        for name, (assignment, cost) in levels.counted_in("bytes").landmarks().items():
+            yield name, self.rest + cost, assignment
 
 
 def _rest_of_gguf(model: str, searched: int, outer: Sequence[str]) -> int:

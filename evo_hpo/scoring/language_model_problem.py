@@ -107,7 +107,8 @@ class LanguageModelProblem(Problem):
     @cached_property
     def _gradients(self) -> SensitivityPass:
         evaluator = self.evaluator
-        return SensitivityPass(evaluator.model, evaluator.levels, evaluator.tokens, stream=evaluator.stream)
+        found, stream, inputs = evaluator, evaluator.stream, evaluator.inputs
+        return SensitivityPass(found.model, found.levels, found.tokens, stream=stream, inputs=inputs)
 
     def validate(self, assignment: Assignment) -> dict[str, float]:
         """Held-out ``loss`` (KL from the uncompressed model, nats a token), ``cross_entropy`` and ``perplexity``.

@@ -36,7 +36,7 @@ def beside(task: T) -> list[T]:
                 f"join={one} must name a method of levels of weights; for dropped ones set dropped = true, and tie for"
                 " whole modules"
             )
-        found.append(replace(task, **given, **budgets, resource="", tie=(), join=(), dropped=False))
+        found.append(replace(task, **given, **budgets, resource="", arithmetic="", tie=(), join=(), dropped=False))
     return found
 
 

@@ -25,6 +25,7 @@ from evo_hpo.models.experts import LinearExperts
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.models.text import sample_from_model
 from evo_hpo.scoring.allocator import give_back_freed_memory
+from evo_hpo.scoring.arithmetic import InputTypes
 from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.output_gradient import (
     Reference,
@@ -74,6 +75,7 @@ class SensitivityPass:
         graph_bytes: memory for the graphs of blocks; blocks beyond it run a second time.
         group: most sequences in one pass; levels are decoded once for each. A mixture of experts takes one at a time.
         stream: device that each block comes to for its turn; no graph outlives a turn. None: blocks are where they run.
+        inputs: as of the evaluator; a gradient passes a rounding as if it were not there.
     """
 
     def __init__(
@@ -86,12 +88,13 @@ class SensitivityPass:
         graph_bytes: int = 1 << 31,
         group: int = 16,
         stream: torch.device | None = None,
+        inputs: InputTypes | None = None,
     ) -> None:
         example = tokens[:1, : min(tokens.shape[1], 16)]
         self._model, self._gated = model, GatedModel(model, example, stream)
         self._head = OutputHead(self._gated, example)
         self._head.chunk = chunk or self._head.chunk
-        self._switch = WeightSwitch(self._gated, levels, example, threading.Lock())
+        self._switch = WeightSwitch(self._gated, levels, example, threading.Lock(), inputs=inputs)
         self._tokens, self._graph_bytes = tokens, 0 if stream else graph_bytes
         self._numbers = {name: number for number, name in enumerate(self._gated.blocks)}
         modules = dict(self._gated.model.named_modules())

@@ -17,6 +17,7 @@ from evo_hpo.models.experts import LinearExperts
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.models.streaming import Source
 from evo_hpo.models.structure import is_matrix, is_transposed
+from evo_hpo.scoring.arithmetic import InputRounding, InputTypes
 from evo_hpo.scoring.prepacking import Prepacked, use_prepacked
 from evo_hpo.space.compression_space import Assignment, Unit
 
@@ -32,10 +33,12 @@ class WeightSwitch:
         example: token ids for one pass that learns what stands for members that may be dropped.
         lock: held while the store is read (the store need not be thread-safe).
         packed_bytes: memory for packed copies of weights (see :mod:`evo_hpo.scoring.prepacking`).
+        inputs: what inputs are rounded to at each level; None: they are as they come.
 
     Attributes:
         modules: name -> module of every unit's members.
         silent: names of the members that are dropped and are no whole blocks.
+        rounding: of inputs, where they are rounded.
 
     Raises:
         StoreError: a unit's member is not in the model, or a level's weight has another shape.
@@ -43,9 +46,16 @@ class WeightSwitch:
     """
 
     def __init__(
-        self, gated: GatedModel, levels: Levels, example: Tensor, lock: threading.Lock, packed_bytes: int = 0
+        self,
+        gated: GatedModel,
+        levels: Levels,
+        example: Tensor,
+        lock: threading.Lock,
+        packed_bytes: int = 0,
+        inputs: InputTypes | None = None,
     ) -> None:
         self.levels, self._gated, self._lock = levels, gated, lock
+        self._inputs, self.rounding = inputs, None if inputs is None else InputRounding(gated.model)
         modules = dict(gated.model.named_modules())
         self.modules: dict[str, nn.Module] = {}
         for unit in levels.units:
@@ -85,6 +95,8 @@ class WeightSwitch:
             elif pack and unit in self._new:
                 self._pack(unit)
                 self._new.discard(unit)
+        if self._inputs is not None and self.rounding is not None:
+            self.rounding.types = self._inputs.at(assignment)
 
     def _switch(self, unit: int, level: int) -> None:
         weights: Mapping[str, Tensor | Encoded | None] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +20,17 @@ from evo_hpo.models.identity import tokenizer_identity
 from evo_hpo.models.loading import compute_dtype, load_tokenizer
 from evo_hpo.models.paths import user_path
 from evo_hpo.models.placing import devices_here
+from evo_hpo.scoring.arithmetic import check_arithmetic, inputs_of
 from evo_hpo.scoring.divergence import FITNESS
 from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.expected_levels import refuse_impossible
 from evo_hpo.scoring.factory import Factory
 from evo_hpo.scoring.language_model_problem import LanguageModelProblem, check_names
 from evo_hpo.scoring.limits import Limits
 from evo_hpo.scoring.placement import Placement
 from evo_hpo.scoring.recipes import beside, read_by
 from evo_hpo.scoring.sampling import check_tokens
-from evo_hpo.scoring.spaces import budgeted
+from evo_hpo.scoring.spaces import budgeted, tied
 from evo_hpo.scoring.stand_in import stand_in, unknown
 from evo_hpo.scoring.texts import Texts
 from evo_hpo.scoring.tuning import fastest_dtype
@@ -60,6 +61,7 @@ class LanguageModelTask:
         serve: ``vllm``, ``transformers`` or ``llama.cpp``: only levels that it loads are offered, and what it fuses
             shares a level. GPTQ and RTN are then built without zero points.
         tensor_parallel: devices that vLLM divides a layer over.
+        arithmetic: ``llama.cpp``: inputs of each matrix, the head's too, are rounded to 8 bits as it does on a CPU.
         resource: what the budget counts; empty: what the method is about (nominal bits, weights kept, modules kept);
             ``storage``: bits on disk, scales, zero points and masks included, and ``average`` in storage bits a weight.
         drop: modules dropped of each group instead, as {"attention": 6, "mlp": 6}.
@@ -107,6 +109,7 @@ class LanguageModelTask:
     parts: Mapping[str, Any] = field(default_factory=dict)
     serve: str = ""
     tensor_parallel: int = 1
+    arithmetic: str = ""
     resource: str = ""
     drop: tuple[tuple[str, int], ...] | dict[str, int] = ()
     store: str = ""
@@ -152,6 +155,7 @@ class LanguageModelTask:
             raise InvalidSettingError(f"resource={self.resource!r} must be empty or 'storage', and empty for drop")
         if self.drop and self.method != "drop":
             raise InvalidSettingError(f"drop={dict(self.drop)} needs method = 'drop', not {self.method!r}")
+        check_arithmetic(self.arithmetic, self.method)
         if self.fitness not in FITNESS:
             raise InvalidSettingError(f"fitness={self.fitness!r} must be one of: {', '.join(FITNESS)}")
         if self.placement.streamed and (self.method == "drop" or self.compile):
@@ -223,9 +227,10 @@ class LanguageModelTask:
         """Builds the store, or checks that the one that is there belongs to the model.
 
         Raises:
-            TextError: a text is missing or too short. StoreError: another store is there, or a folder to join is not.
+            InfeasibleError: nothing will keep the budgets. TextError, StoreError: a text or store is not as it must be.
         """
         self.limits.check(self.model)
+        refuse_impossible(self)
         self.texts.check(load_tokenizer(self.model))
         others = list(zip(self.join, beside(self), strict=True))
         for other in (other for given, other in others if isinstance(given, str)):
@@ -291,12 +296,7 @@ class LanguageModelTask:
         levels = joined(sets, self.resource or "bits", prefixes) if methods else sets[0]
         if self.dropped:
             levels = levels.with_dropped()
-        for names in self.tie:
-            before, pattern = len(levels.units), "|".join(map(re.escape, names))
-            levels = levels.tied({"+".join(names): rf"(.*)\.(?:{pattern})$"})
-            if len(levels.units) == before:
-                found = ", ".join(dict.fromkeys(unit.name.rpartition(".")[2] for unit in levels.units))
-                raise InvalidSettingError(f"tie={list(names)} ties nothing: the units are called {found}")
+        levels = tied(levels, self.tie)
         if self.serve:
             levels = server_named(self.serve).served(levels, self.tensor_parallel)
         counted = "bytes" if self.size else self.resource
@@ -325,6 +325,7 @@ class LanguageModelTask:
             cache=user_path(self.cache) if self.cache else None,
             identity={**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)},
             stream=self.placement.streamed,
+            inputs=inputs_of(self.arithmetic, self.model, loaded.model, levels),
         )
         name, space, errors = f"{loaded.name} {self.method}", self.space(levels), levels.errors
         return LanguageModelProblem(evaluator, space, judged, tokens=self.tokens, name=name, errors=errors)

@@ -1,28 +1,17 @@
-"""What the measurements of ggml types compute: rounding as llama.cpp's, and GPTQ's codes on a type's own grid."""
+"""What the measurements of ggml types compute: GPTQ's codes on a type's own grid."""
 
 from __future__ import annotations
 
-import gguf
 import pytest
 import torch
 
 from benchmarks.measurements.compression.ggml_feedback import BITS, with_feedback
-from benchmarks.measurements.compression.gguf_agreement import rounded
 from evo_hpo.levels.factor import factorise, output_error
 from evo_hpo.levels.ggml import dequantize, quantize
 
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def test_inputs_are_rounded_to_the_type_that_llama_cpp_multiplies_with() -> None:
-    values = random(3, 64)
-    kind = gguf.GGMLQuantizationType.Q8_0
-    expected = gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), kind), kind)
-    assert float((rounded(values, "Q4_0") - torch.from_numpy(expected)).abs().max()) < 1e-5
-    coarse = rounded(random(3, 256), "Q4_K") - random(3, 256)
-    assert 0 < float(coarse.abs().max()) <= float(random(3, 256).abs().max()) / 254 * 1.001
 
 
 @pytest.mark.parametrize("name", BITS)

@@ -17,14 +17,17 @@ from torch import nn
 
 from evo_hpo.cli.commands import main
 from evo_hpo.errors import InvalidSettingError, ModelError
-from evo_hpo.export.gguf_file import difference, export_gguf, write_gguf
+from evo_hpo.export.gguf_check import difference
+from evo_hpo.export.gguf_file import export_gguf, write_gguf
 from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.drop import build_drop_store
 from evo_hpo.levels.ggml import GGML_TYPES
 from evo_hpo.levels.quantizers import GPTQ
 from evo_hpo.levels.store import open_store
+from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.models.loading import LoadedModel
+from evo_hpo.scoring.arithmetic import InputRounding, InputTypes, file_types
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.file_size import FileSize
 from evo_hpo.search.registry import make_problem, problem_factory
@@ -73,12 +76,20 @@ def test_every_type_in_one_file(name: str, tmp_path: Path) -> None:
     held = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert set(GGML_TYPES) <= set(held.values())
     model = compressed(loaded, levels, assignment).model
-    assert distance(tmp_path / "m.gguf", model) < 5e-3 < 0.02 * distance(tmp_path / "m.gguf", loaded.model)
+    apart = distance(tmp_path / "m.gguf", model)
+    assert apart < 5e-3 < 0.02 * distance(tmp_path / "m.gguf", loaded.model)
+    unfuse_experts(model)
+    inputs = InputTypes.of(None, loaded.model, levels)
+    assert file_types(tmp_path / "m.gguf", loaded.model).items() <= inputs.at(assignment).items()
+    InputRounding(model, inputs.at(assignment))
+    assert distance(tmp_path / "m.gguf", model) < min(3e-3, 0.8 * apart)  # a sum in another order may round otherwise
     text = tiny_tokens(4, 32, seed=3)
-    expected = Evaluator(loaded.model, levels, text, threads=1).evaluate_held_out(tuple(assignment), text)
     divergence, loss = losses(tmp_path / "m.gguf", loaded.model, text)
-    assert divergence == pytest.approx(expected["loss"], rel=0.01)
-    assert math.exp(loss) == pytest.approx(expected["perplexity"], rel=0.01)
+    for each, bound in ((None, 0.01), (inputs, 0.003)):
+        evaluator = Evaluator(loaded.model, levels, text, threads=1, inputs=each)
+        expected = evaluator.evaluate_held_out(tuple(assignment), text)
+        assert divergence == pytest.approx(expected["loss"], rel=bound)
+        assert math.exp(loss) == pytest.approx(expected["perplexity"], rel=0.01)
 
 
 def losses(path: Path, dense: nn.Module, text: torch.Tensor) -> tuple[float, float]:
@@ -129,6 +140,23 @@ def test_every_type_is_read_by_llama_cpp(tmp_path: Path) -> None:
         assert first == {name: kind.lower() for name, kind in held.items()}  # llama-quantize takes the first found
         seen |= set(held.values())
     assert set(types) <= seen
+
+
+def test_llama_cpp_goes_on_with_a_text_as_the_model_does(tmp_path: Path) -> None:
+    """Greedily, one token after the other."""
+    loaded = made(transformers.LlamaConfig(**SIZES))
+    build_drop_store(loaded, tmp_path / "none", kinds=("block",))
+    kept = open_store(tmp_path / "none").levels
+    write_gguf(tmp_path / "m.gguf", loaded, kept, [1] * len(kept.units))
+    model: Any = loaded.model
+    prompt = tiny_tokens(1, 12, seed=3)
+    settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[0].tolist()
+    written = prompt[0].tolist()
+    with LlamaCpp(tmp_path / "m.gguf") as program:
+        while len(written) < len(expected):
+            written.append(int(program.logits(written)[-1].argmax()))
+    assert written == expected
 
 
 def test_dropped_blocks_leave_the_file_and_dropped_parts_say_nothing(tmp_path: Path) -> None:

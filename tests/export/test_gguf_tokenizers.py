@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 
 from evo_hpo.errors import ModelError
 from evo_hpo.export.evaluation import evaluate
-from evo_hpo.export.gguf_file import difference, write_gguf
+from evo_hpo.export.gguf_check import difference
+from evo_hpo.export.gguf_file import write_gguf
 from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.models.loading import LoadedModel, load_model
 from tests.export.gguf_models import (

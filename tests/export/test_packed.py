@@ -50,7 +50,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = MixtralConfig(
         vocab_size=280,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -292,6 +292,45 @@ def test_sizes_are_told_before_anything_is_built_as_they_are_built(
         with pytest.raises(InvalidSettingError, match=next(iter(wrong))):
             task_of({"problem": {"name": "language_model", "settings": task_settings}})
     assert "cache: 0.0128 MB" in told  # keys and values of 2 blocks, 1 head of 16: 64 numbers, 2 bytes, 100 tokens
+
+
+@pytest.mark.parametrize(
+    ("method", "build", "own", "message"),
+    [
+        (
+            "gptq",
+            {"group_size": 16},
+            {"size": "1 kB", "levels": [3, 4, 8]},
+            r"size='1 kB' is outside .* 0\.\d+ MB to 0.* MB .*; uniform 3: 0.*; uniform 4: 0.*; uniform 8: 0",
+        ),
+        (
+            "rtn",
+            {"group_size": 16},
+            {"average": 12.0, "levels": [3, 4], "resource": "storage"},
+            r"average=12.0 .*: lowest 4.5, uniform 3 4.5, highest 5.5, uniform 4 5.5$",
+        ),
+        (
+            "ggml",
+            {"calibration_tokens": 64, "sequence_length": 16, "embedding": True},
+            {"average": 2, "levels": ["Q4_0", "Q8_0"]},
+            r"average=2 is not what the levels allow .*: lowest 4.5, uniform Q4_0 4.5, highest 8.5, uniform Q8_0 8.5$",
+        ),
+    ],
+)
+def test_a_budget_that_the_levels_will_not_allow_is_told_before_they_are_built(
+    method: str, build: dict[str, Any], own: dict[str, Any], message: str, mixtral: Path, tmp_path: Path
+) -> None:
+    """Of levels that become those that were expected."""
+    problem = settings(mixtral, method=method, build=build, store=str(tmp_path / "store"), **own)
+    with pytest.raises(InfeasibleError, match=message):
+        prepare_problem("language_model", problem, lambda *_: None)
+    assert not (tmp_path / "store").exists()
+    if method == "ggml":
+        task = language_model.task(problem | {"average": 5})
+        ahead = expected_levels(task).units
+        task.ensure_store(lambda *_: None)
+        assert ahead == task.open_levels().units
+        assert ahead[0].name == "model.embed_tokens"
 
 
 def test_llama_cpp_is_offered_ggml_types_and_one_type_for_all_experts_of_a_projection() -> None:

@@ -1,51 +1,30 @@
 """Whether llama.cpp computes from an exported GGUF file what the search scored, and what its arithmetic adds.
 
-python -m benchmarks.measurements.compression.gguf_agreement PROFILE.json FILE.gguf [--text pydoc] [--tokens 2048]
+python -m benchmarks.measurements.compression.gguf_agreement PROFILE.json FILE.gguf [--texts pydoc ...] [--tokens 2048]
 
-Perplexity, and KL from the uncompressed model in float32, of three on the same tokens: the profile's model here, which
-is what the evaluator scores; the same with the inputs of its quantized layers rounded to 8 bits, as llama.cpp does
-before it multiplies (blocks of 32, or of 256 for K- and I-quants, which share a scale); and llama.cpp with the file.
+Perplexity, and KL from the uncompressed model in float32, on the same tokens: the evaluator's, without and with
+``arithmetic = "llama.cpp"``, and llama.cpp's with the file; how far the evaluator's KL is from llama.cpp's, with its
+95 % interval over sequences, and processor seconds of the evaluator's passes.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
-from torch import Tensor, nn
+from torch import Tensor
 
 from evo_hpo.export.figures import Estimate
-from evo_hpo.export.folder import place, read_profile
+from evo_hpo.export.folder import read_profile
 from evo_hpo.export.llama_cpp import LlamaCpp
-from evo_hpo.levels.ggml import block_size
-from evo_hpo.models.structure import is_linear
+from evo_hpo.models.loading import source_gguf
 from evo_hpo.models.text import load_tokens
-
-
-def rounded(values: Tensor, kind: str) -> Tensor:
-    """As llama.cpp rounds what it multiplies with blocks of a type."""
-    if kind in ("F16", "BF16"):
-        return values.to(torch.float16 if kind == "F16" else torch.bfloat16).to(values.dtype)
-    large = block_size(kind) == 256
-    blocks = values.view(*values.shape[:-1], -1, 256 if large else 32)
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    whole = (blocks / scale.clamp_min(1e-30)).round()
-    return (whole * (scale if large else scale.half().float())).view(values.shape)
-
-
-def round_inputs(model: nn.Module, types: Mapping[str, str]) -> None:
-    """Rounds the inputs of layers (name -> ggml type) in every pass to come."""
-    for name, kind in types.items():
-
-        def hook(_: nn.Module, args: tuple[Tensor], kind: str = kind) -> tuple[Tensor]:
-            return (rounded(args[0], kind),)
-
-        model.get_submodule(name).register_forward_pre_hook(hook)
+from evo_hpo.scoring.arithmetic import InputTypes
+from evo_hpo.scoring.evaluator import Evaluator
 
 
 def logits_of(model: Any) -> Callable[[Tensor], Tensor]:
@@ -59,40 +38,61 @@ def logits_of(model: Any) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def figures(logits: Callable[[Tensor], Tensor], dense: Callable[[Tensor], Tensor], text: Tensor) -> tuple[float, float]:
-    """Perplexity, and KL from the dense model in nats a token."""
+Figures = tuple[list[float], list[float]]
+"""KL from the uncompressed model and cross-entropy of each sequence, nats a token."""
+
+
+def figures(logits: Callable[[Tensor], Tensor], dense: Callable[[Tensor], Tensor], text: Tensor) -> Figures:
+    """Of whatever gives logits."""
     divergences, losses = [], []
     for ids in text:
         log_p, log_q = (torch.log_softmax(each(ids)[:-1].double(), -1) for each in (dense, logits))
         divergences.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
         losses.append(float(-log_q.gather(1, ids[1:, None]).mean()))
-    return Estimate.of(losses).exp().mean, Estimate.of(divergences).mean
+    return divergences, losses
+
+
+def row(text: str, what: str, found: Figures, wanted: Figures | None = None, seconds: float | None = None) -> str:
+    """A line of the table."""
+    divergences, losses = found
+    told = [f"{Estimate.of(losses).exp().mean:.3f}", f"{Estimate.of(divergences).mean:.5f}", "", ""]
+    if wanted is not None:
+        apart = Estimate.of([a - b for a, b in zip(divergences, wanted[0], strict=True)])
+        told[2] = f"{apart.mean:+.5f} ± {apart.high - apart.mean:.5f}"
+    if seconds is not None:
+        told[3] = f"{seconds:.1f}"
+    return f"| {' | '.join([text, what, *told])} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("profile", type=Path)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--text", default="pydoc")
+    parser.add_argument("--texts", nargs="+", default=["pydoc", "encyclopedia"])
     parser.add_argument("--tokens", type=int, default=2048)
     arguments = parser.parse_args()
     _, loaded, levels, assignment = read_profile(arguments.profile, torch.float32)
-    text = load_tokens(arguments.text, loaded.tokenizer, 256, arguments.tokens, 0, "held_out")
-    own = copy.deepcopy(loaded.model)
-    place(own, levels, assignment)
-    dense = logits_of(loaded.model)
-    print("| | perplexity | KL to the uncompressed model, nats a token |\n|---|---|---|")
-    print("| uncompressed | {:.3f} | {:.5f} |".format(*figures(dense, dense, text)), flush=True)
-    print("| the evaluator's model | {:.3f} | {:.5f} |".format(*figures(logits_of(own), dense, text)), flush=True)
-    inside = {name: choice for name, choice in levels.chosen(assignment).items() if is_linear(own.get_submodule(name))}
-    held = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(arguments.file).tensors}
-    head = held.get("output.weight", held["token_embd.weight"])
-    round_inputs(own, {n: str(c.level.settings["type"]) for n, c in inside.items()} | {"lm_head": head})
-    told = figures(logits_of(own), dense, text)
-    print("| the same, inputs of layers in 8 bits | {:.3f} | {:.5f} |".format(*told), flush=True)
-    with LlamaCpp(arguments.file, context=256, threads=torch.get_num_threads()) as program:
-        told = figures(lambda ids: torch.from_numpy(program.logits(ids.tolist())), dense, text)
-    print("| llama.cpp | {:.3f} | {:.5f} |".format(*told))
+    threads = torch.get_num_threads()
+    print("| text | | perplexity | KL, nats a token | from llama.cpp | seconds |\n|---|---|---|---|---|---|")
+    for name in arguments.texts:
+        text = load_tokens(name, loaded.tokenizer, 256, arguments.tokens, 0, "held_out", apart_from=["pydoc"])
+        with LlamaCpp(arguments.file, context=256, threads=threads) as program:
+
+            def logits(ids: Tensor, program: LlamaCpp = program) -> Tensor:
+                return torch.from_numpy(program.logits(ids.tolist()))
+
+            wanted = figures(logits, logits_of(loaded.model), text)
+        print(row(name, "llama.cpp", wanted), flush=True)
+        for what, inputs in (
+            ('`arithmetic = "llama.cpp"`', InputTypes.of(source_gguf(loaded.name), loaded.model, levels)),
+            ("inputs as they come", None),
+        ):
+            evaluator = Evaluator(loaded.model, levels, text, threads=threads, inputs=inputs)
+            evaluator.evaluate_held_out(None, text)  # what is kept of the uncompressed model is made then
+            start = time.process_time()
+            found = evaluator.evaluate_held_out(assignment, text)
+            seconds = time.process_time() - start
+            print(row(name, what, (found["losses"], found["cross_entropies"]), wanted, seconds), flush=True)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,7 @@ class Unbuilt:
 
 def refuse_impossible(task: Any) -> None:
     """Raises InfeasibleError where no assignment of levels that are still to be built will keep the task's budgets."""
-    stores = (
-        task,
-        *(other for given, other in zip(task.join, beside(task), strict=True) if not isinstance(given, str)),
-    )
-    if not all((one.store_folder / "manifest.json").is_file() for one in stores):
+    if not all((one.store_folder / "manifest.json").is_file() for one in (task, *beside(task))):
         task.space(expected_levels(task))
 
 

@@ -118,9 +118,7 @@ def check_settings(method: str, levels: Sequence[float | int | str] | None, sett
     """
     from evo_hpo.models.corpora import shares_of
 
-    named = {name: p for name, p in inspect.signature(build).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    own = set(named) - {"method", "levels", "device", "progress"}
-    further = {name: value for name, value in settings.items() if name not in own}
+    further = method_settings(settings)
     check_types(method, _TYPES, settings)
     shares_of(settings.get("calibration", "pydoc"))
     if settings.get("seed", 0) < 0:
@@ -136,6 +134,13 @@ def check_settings(method: str, levels: Sequence[float | int | str] | None, sett
         check_kinds(dropped(levels, further)["kinds"])
     else:
         _inputs(settings.get("inputs"), make_compressor(method, levels, further))
+
+
+def method_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of a build's settings those that are a method's own."""
+    named = {name for name, p in inspect.signature(build).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    own = named - {"method", "levels", "device", "progress"}
+    return {name: value for name, value in settings.items() if name not in own}
 
 
 def make_compressor(method: str, levels: Sequence[float | int | str] | None, settings: dict[str, Any]) -> Compressor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from evo_hpo.errors import StoreError
-from evo_hpo.levels.build import check_settings, dropped, make_compressor
+from evo_hpo.levels.build import check_settings, dropped, make_compressor, method_settings
 from evo_hpo.levels.drop import records_of
 from evo_hpo.levels.ggml import row_bytes
 from evo_hpo.levels.level_set import Choice, LevelSet
@@ -67,7 +67,7 @@ def _own_levels(task: Any) -> LevelSet:
     model = empty_model(configuration(task.model))
     unfuse_experts(model)
     if task.method == "drop":
-        records = records_of(model, **dropped(task.levels or None, dict(task.build)))
+        records = records_of(model, **dropped(task.levels or None, method_settings(dict(task.build))))
         return LevelSet([(r.name, [[Choice(Unbuilt(), r, level)] for level in r.levels]) for r in records], "modules")
     built = task.build_settings
     exclude = built.get("exclude", ROUTERS) or ""
@@ -90,7 +90,8 @@ def _own_levels(task: Any) -> LevelSet:
 def _quantized(task: Any, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
     built = task.build_settings
     size, zeros = int(built.get("group_size", 64)) or shape[1], not built.get("symmetric", False)
-    return tuple(_level(int(bits), shape, size, zeros) for bits in sorted(task.levels))
+    quantizer: Any = make_compressor(task.method, task.levels or None, {})
+    return tuple(_level(bits, shape, size, zeros) for bits in quantizer.bits)
 
 
 def _ggml(task: Any, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
@@ -104,7 +105,7 @@ def _ggml(task: Any, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
 
 
 def _sparse(task: Any, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
-    pruner: Any = make_compressor(task.method, task.levels or None, dict(task.build))
+    pruner: Any = make_compressor(task.method, task.levels or None, method_settings(dict(task.build)))
     size, width = shape[0] * shape[1], 32 if pruner.values == "float32" else 16
     kept = {level.label: size - level.removed(size) for level in pruner.levels}
     return tuple(

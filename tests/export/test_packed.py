@@ -333,6 +333,18 @@ def test_a_budget_that_the_levels_will_not_allow_is_told_before_they_are_built(
         assert ahead[0].name == "model.embed_tokens"
 
 
+@pytest.mark.parametrize(("method", "levels", "average"), [("wanda", [0.25, 0.5], 0.4), ("drop", [], 1)])
+def test_levels_are_expected_whatever_else_their_build_is_told(
+    method: str, levels: list[float], average: float, model: Path, tmp_path: Path
+) -> None:
+    build = {} if method == "drop" else {"calibration_tokens": 64, "sequence_length": 16, "seed": 3}
+    problem = settings(model, method=method, levels=levels, average=average, build=build, store=str(tmp_path / "store"))
+    task = language_model.task(problem)
+    ahead = expected_levels(task).units
+    task.ensure_store(lambda *_: None)
+    assert ahead == task.open_levels().units
+
+
 def test_llama_cpp_is_offered_ggml_types_and_one_type_for_all_experts_of_a_projection() -> None:
     shape = UnitRecord("", (), (48, 32), 1536, False, ())
     levels = {kind: LevelRecord(kind, 1, 1, 1, 1, 0.0, {"kind": kind, "type": "Q4_0"}) for kind in ("ggml", "sparse")}

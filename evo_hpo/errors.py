@@ -20,23 +20,6 @@ A message gives the value found, the allowed range, and what to do, in one line.
 
 from __future__ import annotations
 
-__all__ = [
-    "BudgetError",
-    "EvoHpoError",
-    "InfeasibleError",
-    "InvalidSettingError",
-    "InvalidSpaceError",
-    "JournalError",
-    "MissingPackageError",
-    "ScorersError",
-    "ModelError",
-    "PlanError",
-    "StoreError",
-    "TextError",
-    "TrackingError",
-    "UnknownNameError",
-]
-
 
 class EvoHpoError(Exception):
     """Base of every error that this project raises on purpose.

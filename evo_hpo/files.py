@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["made_whole", "write_whole"]
-
 
 @contextmanager
 def made_whole(path: Path) -> Iterator[Path]:

@@ -10,8 +10,6 @@ from evo_hpo.search.searcher import MANY, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.moves import Moves
 
-__all__ = ["BestOfRandom"]
-
 TRIES = 200
 
 

@@ -9,8 +9,6 @@ from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import positive
 from evo_hpo.space.compression_space import CompressionSpace
 
-__all__ = ["BruteForce"]
-
 
 class BruteForce(OneFidelity):
     """Scores every feasible assignment once, in lexicographic order, on one minibatch; the best is the optimum there.

@@ -9,8 +9,6 @@ from evo_hpo.search.searcher import MANY, positive, probability
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.moves import Moves
 
-__all__ = ["Genetic"]
-
 TRIES = 50
 
 

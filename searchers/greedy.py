@@ -10,8 +10,6 @@ from evo_hpo.search.searcher import one_of, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.moves import Moves
 
-__all__ = ["Greedy"]
-
 
 class Greedy(OneFidelity):
     """Lowers the unit of least measured harm for the cost it frees, raises that of most measured gain, and so on.

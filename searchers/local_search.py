@@ -10,9 +10,6 @@ from evo_hpo.search.searcher import MANY, one_of, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.moves import Moves
 
-__all__ = ["LocalSearch"]
-
-
 VAIN = 200
 """Descents in a row that measure nothing new, before the search ends."""
 

@@ -11,8 +11,6 @@ from numpy.random import Generator
 
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["Moves"]
-
 TRIES = 20
 
 

@@ -15,8 +15,6 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.evopress.selection import Selection
 from searchers.wrapping import WrappingFamily
 
-__all__ = ["MultiStep", "family"]
-
 MEMBERS = ("best_of_random", "genetic", "local_search", "random", "simulated_annealing")
 OWN = ("survivors", "tokens", "minibatch", "elitism")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from evo_hpo.search.procedure import Sampling
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["RandomSearch"]
-
 
 class RandomSearch(Sampling):
     """Independent draws, exactly uniform over all feasible assignments; recommends the best.

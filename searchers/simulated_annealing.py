@@ -13,8 +13,6 @@ from evo_hpo.search.searcher import number, positive
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.moves import Moves
 
-__all__ = ["SimulatedAnnealing"]
-
 COOLEST = 1e-3  # last temperature, as a share of the first
 FROZEN = 400  # proposals in a row that were scored before, after which the next cooling begins
 

@@ -6,8 +6,6 @@ from evo_hpo.search.procedure import Procedure, Steps
 from evo_hpo.space.compression_space import Assignment
 from evo_hpo.space.ranges import uniform_at
 
-__all__ = ["Uniform"]
-
 
 class Uniform(Procedure):
     """Scores the uniform assignment once; where the budget is fractional, the rest is spread evenly over the depth.

@@ -11,8 +11,6 @@ from evo_hpo.search.registry import searcher_class
 from evo_hpo.search.searcher import Searcher, passes_on
 from evo_hpo.space.compression_space import CompressionSpace
 
-__all__ = ["WrappingFamily"]
-
 
 class WrappingFamily:
     """``PREFIX:NAME``: a searcher around any searcher NAME, which is its class attribute ``wrapped``.

@@ -45,8 +45,6 @@ from evo_hpo.models.structure import decoder_blocks, is_linear
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.search.problem import Minibatch
 
-__all__ = ["KINDS", "Examined", "examine"]
-
 KINDS = ("quantized", "sparse", "parts", "blocks")
 TOLERANCE = 1e-4
 _SECONDS = 60.0

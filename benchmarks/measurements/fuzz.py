@@ -35,8 +35,6 @@ from evo_hpo.errors import EvoHpoError
 from evo_hpo.models.corpora import read_documents
 from evo_hpo.record.profiles import open_profile
 
-__all__ = ["KINDS", "fuzz"]
-
 SPACE = CompressionSpace([Unit(f"layers.{i}.q_proj", (2, 3, 4), levels=("2", "3", "4")) for i in range(4)], 12)
 
 PLAN: dict[str, Any] = {

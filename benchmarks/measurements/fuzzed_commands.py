@@ -22,8 +22,6 @@ from evo_hpo.run.plan import Plan
 from evo_hpo.run.schedule import compare
 from evo_hpo.run.search_process import run_searches
 
-__all__ = ["exit_code", "search_case", "write_model"]
-
 LARGEST = 64
 """Trials, and searches of a plan, up to which a plan goes through its searches."""
 

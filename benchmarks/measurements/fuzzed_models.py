@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 
 from benchmarks.measurements.fuzzed_commands import exit_code, write_model
 
-__all__ = ["SIZED", "command_case", "option_words"]
-
 Command = tuple[list[str], bytes]
 
 SETTINGS: dict[str, Any] = {

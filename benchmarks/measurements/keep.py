@@ -19,8 +19,6 @@ from evo_hpo.report.summary import Standing, Summary, summarise
 from evo_hpo.report.tables import columns, figure_text, interval_note, interval_text, rows
 from evo_hpo.report.texts import text_columns
 
-__all__ = ["keep", "main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the report anew and keeps it."""

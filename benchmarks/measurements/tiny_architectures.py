@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["VARIANTS", "VOCABULARY", "architectures", "other_inputs", "tiny_architecture", "tiny_settings"]
-
 VOCABULARY = 128
 
 # What a setting's name says about its size; the first expression that matches decides.

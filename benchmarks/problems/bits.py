@@ -7,8 +7,6 @@ from numpy.random import Generator
 
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 
-__all__ = ["bits_space", "exchanged", "random_design"]
-
 SIZES = {  # weights of each linear layer of a block
     "self_attn.q_proj": 331776,
     "self_attn.k_proj": 110592,

@@ -16,8 +16,6 @@ from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.sensitivities import READS, Form, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["SEQUENCE", "Quality", "closed_form"]
-
 Array = np.ndarray[Any, Any]
 
 Quality = Literal["exact", "noisy", "misleading"]

@@ -11,8 +11,6 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DropBlocks", "depth_space", "dropped", "ways_to_drop"]
-
 
 def depth_space(blocks: int, size: int, drop: int, prefix: str = "model.layers") -> CompressionSpace:
     """Exactly ``drop`` of the units are dropped; a unit is ``size`` consecutive blocks, its levels dropped and kept.

@@ -28,8 +28,6 @@ from evo_hpo.search.problem import FunctionProblem
 from evo_hpo.search.searcher import one_of
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["LANDSCAPES", "RecordedProblem", "read", "tabular"]
-
 LANDSCAPES = ("pairs-3", "pairs-4", "pairs-5", "smollm2-3bit")
 LOSS = "Loss: KL(dense || compressed) on {tokens} tokens of Python's documentation, nats a token"
 

@@ -16,8 +16,6 @@ from evo_hpo.search.problem import Minibatch, Problem, Score
 from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["NoisyProblem"]
-
 MOST_DRAWS = 10_000_000
 """Factors of a minibatch: sequences times units."""
 

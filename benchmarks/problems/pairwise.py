@@ -8,8 +8,6 @@ import numpy as np
 
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Landscape"]
-
 
 class Landscape:
     """Loss of level vectors: ``sum_u g_u e_u + sum_{u<v} z_uv sqrt(e_u e_v)``, e the error of the unit's level.

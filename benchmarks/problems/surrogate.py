@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["Array", "Features", "Fit"]
-
 Array = NDArray[np.float64]
 
 

@@ -12,8 +12,6 @@ from evo_hpo.cli.progress import BuildProgress
 from evo_hpo.cli.unexpected import safe
 from evo_hpo.levels.build import build, default_folder, summary
 
-__all__ = ["build_from_cli"]
-
 
 def build_from_cli(
     console: Console,

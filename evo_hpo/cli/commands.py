@@ -30,8 +30,6 @@ from evo_hpo.cli.streams import usable_streams
 from evo_hpo.cli.unexpected import unexpected
 from evo_hpo.errors import EvoHpoError
 
-__all__ = ["app", "main"]
-
 # typer carries its own copy of click and exports only the subclass
 UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 

@@ -19,8 +19,6 @@ from evo_hpo.run.plan import Plan
 from evo_hpo.run.preparing import prepare
 from evo_hpo.run.schedule import ComparisonFailed, compare, comparison_folder
 
-__all__ = ["run", "show_report"]
-
 
 def run(
     plan: Plan,

@@ -13,8 +13,6 @@ from evo_hpo.run.rehearsal import rehearse
 from evo_hpo.search.registry import preview_problem, problem_factory
 from evo_hpo.space.amounts import shown
 
-__all__ = ["dry_run"]
-
 
 def dry_run(plan: Plan, console: Console) -> None:
     """Checks a plan as if it were run, measures a short pass of each of its language models, and prints the table.

@@ -20,8 +20,6 @@ from evo_hpo.files import write_whole
 from evo_hpo.models.paths import writable_folder
 from evo_hpo.space.amounts import shown
 
-__all__ = ["evaluate"]
-
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Models (hub id, folder, FILE.gguf) and profiles (.json).")],

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from evo_hpo.export.latency import Program
     from evo_hpo.scoring.latency_table import LatencyTable
 
-__all__ = ["latency"]
-
 
 def latency(
     plan: Annotated[Path, typer.Argument(help="A plan (.toml) whose layers and levels are measured.")],

@@ -13,8 +13,6 @@ from rich.table import Table
 from evo_hpo.errors import EvoHpoError
 from evo_hpo.search import registry
 
-__all__ = ["show_names", "show_settings"]
-
 
 def show_settings(name: str, console: Console) -> None:
     """Settings of a searcher or problem with defaults and meanings; of a family, its members."""

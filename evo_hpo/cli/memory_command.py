@@ -15,8 +15,6 @@ from evo_hpo.space.amounts import Amount
 if TYPE_CHECKING:
     from evo_hpo.scoring.footprint import Footprint
 
-__all__ = ["plan_memory"]
-
 
 def plan_memory(
     model: Annotated[

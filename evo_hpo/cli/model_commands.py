@@ -11,8 +11,6 @@ from evo_hpo.cli.options import SetOption, console, parse_settings
 from evo_hpo.cli.unexpected import safe
 from evo_hpo.errors import InvalidSettingError
 
-__all__ = ["build", "export"]
-
 
 def build(
     model: Annotated[str, typer.Option(help="Hub id, folder, .gguf file, or pypi:<package>.")],

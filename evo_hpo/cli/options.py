@@ -13,19 +13,6 @@ import typer
 from evo_hpo.cli.streams import LastingConsole
 from evo_hpo.errors import PlanError
 
-__all__ = [
-    "DEFAULT_ROOT",
-    "RayOption",
-    "RootOption",
-    "SetOption",
-    "TrackOption",
-    "UriOption",
-    "WorkersOption",
-    "console",
-    "errors",
-    "parse_settings",
-]
-
 console = LastingConsole(width=None if sys.stdout and sys.stdout.isatty() else 150)  # files and pipes get whole tables
 errors = LastingConsole(stderr=True)
 

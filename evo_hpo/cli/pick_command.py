@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from evo_hpo.search.checkpoint import FrontPoint
     from evo_hpo.space.compression_space import CompressionSpace
 
-__all__ = ["pick"]
-
 
 def pick(
     comparison: Annotated[Path, typer.Argument(help="Folder of a comparison whose plan has a range of budgets.")],

@@ -15,8 +15,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from evo_hpo.run import events
 from evo_hpo.run.plan import Plan
 
-__all__ = ["BuildProgress", "ComparisonProgress", "say"]
-
 
 def say(console: Console, line: str) -> None:
     """One line as it is: no markup, no colours, not broken; at once, also into a pipe."""

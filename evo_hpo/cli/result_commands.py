@@ -9,8 +9,6 @@ import typer
 
 from evo_hpo.cli.options import UriOption, console
 
-__all__ = ["list_names", "report", "track", "ui"]
-
 
 def report(
     folder: Annotated[Path, typer.Argument(help="A comparison's folder; finished or still running.")],

@@ -23,8 +23,6 @@ from evo_hpo.errors import PlanError
 if TYPE_CHECKING:
     from evo_hpo.run.plan_file import PlanFile
 
-__all__ = ["ablate", "compare", "search"]
-
 
 def compare(
     context: typer.Context,

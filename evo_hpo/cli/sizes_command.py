@@ -14,8 +14,6 @@ from evo_hpo.errors import PlanError
 from evo_hpo.space.amounts import Amount, milliseconds, shown
 from evo_hpo.space.ranges import each
 
-__all__ = ["problems_of", "sizes"]
-
 
 def sizes(
     plan: Annotated[Path, typer.Argument(help="A plan (.toml), or a profile (.json) of a comparison.")],

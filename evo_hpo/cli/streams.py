@@ -13,8 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-__all__ = ["LastingConsole", "usable_streams"]
-
 
 class LastingConsole(Console):
     """A console that falls silent where its stream cannot be written any more, instead of ending the command."""

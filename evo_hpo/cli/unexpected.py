@@ -9,8 +9,6 @@ from collections.abc import Iterator
 
 from evo_hpo.errors import EvoHpoError
 
-__all__ = ["safe", "unexpected"]
-
 LONGEST = 300
 """Characters of an error's own text in the line; the trace has all of it."""
 

@@ -12,8 +12,6 @@ from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.record.environment import versions
 from evo_hpo.space.amounts import shown
 
-__all__ = ["Card"]
-
 
 @dataclass(frozen=True)
 class Card:

@@ -25,8 +25,6 @@ from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.arithmetic import InputRounding, InputTypes, check_arithmetic, file_types
 from evo_hpo.scoring.file_size import FileSize
 
-__all__ = ["Evaluation", "EvaluatedModel", "TextFigures", "evaluate"]
-
 
 @dataclass(frozen=True)
 class TextFigures:

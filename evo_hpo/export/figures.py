@@ -18,8 +18,6 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-__all__ = ["Estimate", "SequenceFigures", "measure"]
-
 POSITIONS = 128
 """Rows of logits that exist in single precision at one time."""
 

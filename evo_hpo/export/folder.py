@@ -31,8 +31,6 @@ from evo_hpo.scoring.factory import Factory
 from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.search.registry import problem_factory, signature_kept
 
-__all__ = ["export_profile", "opened", "place", "read_profile", "task_of"]
-
 
 def export_profile(
     profile: Path, output: Path, dtype: str = "", format: str = "dense", *, check: bool = True

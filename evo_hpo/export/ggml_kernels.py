@@ -20,8 +20,6 @@ import torch
 from evo_hpo.export.llama_cpp import declared
 from evo_hpo.levels.ggml import ggml_number, quantize, row_bytes
 
-__all__ = ["Kernel", "any_blocks"]
-
 _Pointer = ctypes.c_void_p
 _ROWS = 64  # that are quantized, and repeated: how long a product takes does not depend on what is in it
 

@@ -15,8 +15,6 @@ from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.models.loading import LoadedModel, load_model
 from evo_hpo.scoring.task import LanguageModelTask
 
-__all__ = ["difference", "divergence", "searched_divergence"]
-
 PROBE = "The first 1024 bytes aren't read: def size(path):\n    return path.stat().st_size  # naïve, 12,5 % of 3 °C\n"
 """What is read by both programs: words, digits, code, other letters."""
 

@@ -25,8 +25,6 @@ from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.models.loading import LoadedModel, one_line, source_gguf
 from evo_hpo.models.paths import user_path
 
-__all__ = ["Exported", "export_gguf", "write_gguf"]
-
 
 @dataclass(frozen=True)
 class Exported:

@@ -13,8 +13,6 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, TokenType
 
 from evo_hpo.errors import ModelError
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "copy_header", "write_header"]
-
 
 @dataclass(frozen=True)
 class Architecture:

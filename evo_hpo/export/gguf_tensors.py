@@ -20,8 +20,6 @@ from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.packing import GgmlBlocks
 from evo_hpo.models.structure import decoder_blocks
 
-__all__ = ["GgufTensor", "kept_blocks", "tensors_of"]
-
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 

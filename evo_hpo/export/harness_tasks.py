@@ -9,8 +9,6 @@ from typing import Any
 from evo_hpo.errors import InvalidSettingError, MissingPackageError
 from evo_hpo.models.loading import LoadedModel
 
-__all__ = ["HarnessTasks", "check_tasks", "task_scores"]
-
 
 @dataclass(frozen=True)
 class HarnessTasks:

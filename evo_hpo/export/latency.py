@@ -19,8 +19,6 @@ from evo_hpo.scoring.footprint import ModelShape, configuration
 from evo_hpo.scoring.latency_table import LatencyTable, Layer, agreement, check_blocks, layer_of, sizes_of
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Program", "Timer", "layers_of", "measured", "random_profiles"]
-
 RUNS = 3
 """A turn of a product or a model; the first finds the last one's data in the cache and does not count."""
 

@@ -19,8 +19,6 @@ import numpy.typing as npt
 from evo_hpo.errors import ModelError
 from evo_hpo.levels.ggml import library
 
-__all__ = ["LlamaCpp", "declared"]
-
 _Pointer = ctypes.c_void_p
 _Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, _Pointer)
 _said: list[str] = []  # what llama.cpp logs as an error

@@ -20,8 +20,6 @@ from evo_hpo.levels.packing import GgmlBlocks
 from evo_hpo.models.loading import load_model, source_gguf
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["SPAN", "Decoding", "LlamaCppProgram"]
-
 SPAN = 32
 """Tokens that are decoded before it starts again: with each, attention looks at one more."""
 

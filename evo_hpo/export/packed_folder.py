@@ -26,8 +26,6 @@ from evo_hpo.models.identity import digest
 from evo_hpo.models.loading import LoadedModel
 from evo_hpo.models.structure import is_linear
 
-__all__ = ["pack_words", "refuse_unservable", "rewrite_index", "write_packed"]
-
 
 def refuse_unservable(profile: Path, levels: LevelSet, assignment: Sequence[int], serve: str) -> None:
     """Raises PlanError where a profile cannot be served from this format, with the reason.

@@ -19,8 +19,6 @@ from evo_hpo.levels.manifest import LevelRecord, UnitRecord, checksum
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.structure import is_linear
 
-__all__ = ["PublishedFolder", "open_published", "read_level_lines", "write_level_lines", "write_published"]
-
 
 class PublishedFolder:
     """Decodes levels from `<layer>/<level>.pth`, loaded at first use."""

@@ -22,8 +22,6 @@ from evo_hpo.models.identity import folder_identity, weight_files
 from evo_hpo.models.loading import LoadedModel, load_model, one_line, quiet_transformers
 from evo_hpo.models.paths import user_path
 
-__all__ = ["PARTS", "load_served", "size_of"]
-
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 """What the format stores of a module."""
 

@@ -17,8 +17,6 @@ from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.models.loading import load_model
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["TorchProgram"]
-
 DTYPE = torch.bfloat16
 GROUPS = (128, 64, 32)
 """Columns that may share a scale at 4 bits."""

@@ -27,8 +27,6 @@ from evo_hpo.models.structure import ROUTERS, decoder_blocks, linear_modules, ou
 
 _log = logging.getLogger("evo_hpo")
 
-__all__ = ["BuildProgress", "build_store"]
-
 BuildProgress = Callable[[int, int, str], None]
 """Called with (layers done, layers in all, what is being worked on)."""
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from evo_hpo.levels.store import LevelStore
     from evo_hpo.models.corpora import Spec
 
-__all__ = ["METHODS", "build", "check_settings", "default_folder", "dropped", "summary"]
-
 METHODS = ("gptq", "ggml", "sparsegpt", "rtn", "magnitude", "wanda", "drop")
 
 _TYPES: dict[str, Any] = {

@@ -11,8 +11,6 @@ import torch
 from evo_hpo.levels.factor import Factor, factorise
 from evo_hpo.levels.packing import Encoded
 
-__all__ = ["CompressedLevel", "Compressor", "Inputs"]
-
 Needs = Literal["nothing", "diagonal", "hessian"]
 
 

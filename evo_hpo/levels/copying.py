@@ -10,8 +10,6 @@ from evo_hpo.files import made_whole
 from evo_hpo.levels.manifest import Manifest, UnitRecord, checksum
 from evo_hpo.levels.writing import StoreWriter
 
-__all__ = ["copied"]
-
 
 def copied(folder: Path, manifest: bytes, read: Callable[[UnitRecord], Iterable[bytes]]) -> Manifest:
     """Makes the store in `folder` the one with this manifest; a copy that was cut off goes on where it stopped.

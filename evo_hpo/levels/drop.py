@@ -16,8 +16,6 @@ from evo_hpo.models.gates import example_tokens
 from evo_hpo.models.loading import LoadedModel
 from evo_hpo.models.structure import droppable_modules
 
-__all__ = ["KINDS", "build_drop_store", "check_kinds", "records_of"]
-
 KINDS = ("attention", "mlp", "block", "pair")
 
 

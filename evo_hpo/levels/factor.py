@@ -11,8 +11,6 @@ from evo_hpo.errors import InvalidSettingError, ModelError
 _RAISED = 20
 """Times that damping is raised tenfold: far beyond what rounding of H can ask for."""
 
-__all__ = ["Factor", "factorise", "output_error", "output_energy"]
-
 
 @dataclass(frozen=True)
 class Factor:

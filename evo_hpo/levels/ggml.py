@@ -22,20 +22,6 @@ import torch
 
 from evo_hpo.errors import InvalidSettingError, MissingPackageError
 
-__all__ = [
-    "GGML_TYPES",
-    "block_size",
-    "dequantize",
-    "fitting",
-    "ggml_inputs",
-    "ggml_number",
-    "ggml_type",
-    "library",
-    "quantize",
-    "row_bytes",
-    "tensor_names",
-]
-
 GGML_TYPES = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "MXFP4", "IQ4_NL"),
     *("NVFP4", "Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0", "BF16", "F16"),

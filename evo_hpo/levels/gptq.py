@@ -16,8 +16,6 @@ from evo_hpo.levels.factor import Factor
 from evo_hpo.levels.grid import Grid, GridSettings, column_groups, fit_grid, scale_exponent
 from evo_hpo.levels.packing import Quantized
 
-__all__ = ["GPTQSettings", "check_bits", "gptq"]
-
 
 @dataclass(frozen=True)
 class GPTQSettings:

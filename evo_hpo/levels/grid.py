@@ -13,8 +13,6 @@ import torch
 
 from evo_hpo.errors import InvalidSettingError
 
-__all__ = ["Grid", "GridSettings", "column_groups", "fit_grid", "storable_scale"]
-
 LARGEST_GROUP = 1 << 20
 """Columns that share a scale: no layer has more."""
 

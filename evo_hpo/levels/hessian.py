@@ -16,8 +16,6 @@ from torch import nn
 
 from evo_hpo.errors import ModelError
 
-__all__ = ["BlockCalls", "InputStatistics", "capture_calls", "run_block"]
-
 
 class _Enough(Exception):
     """Raised inside a forward pass once everything that was wanted has been seen."""

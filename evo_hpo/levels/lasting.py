@@ -12,8 +12,6 @@ import weakref
 import numpy as np
 import torch
 
-__all__ = ["lasting"]
-
 SMALLEST = 1 << 18
 """Bytes from which on weights get a mapping of their own: a process may have 65530 of them."""
 

@@ -24,8 +24,6 @@ from evo_hpo.models.loading import refuse_non_finite
 from evo_hpo.models.placing import devices_here
 from evo_hpo.models.structure import is_transposed
 
-__all__ = ["LayerJobs", "SharedInputs", "rows_by_columns", "usable_devices"]
-
 Begun = list[tuple[str, Callable[[], None]]]
 """Names of layers, and what returns once a layer's file is written."""
 

@@ -18,8 +18,6 @@ from evo_hpo.levels.packed_size import file_bytes
 from evo_hpo.levels.packing import Encoded
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 
-__all__ = ["Choice", "LevelSet", "ModuleWeights", "bundled", "joined"]
-
 RESOURCES = ("bits", "weights", "modules", "storage", "bytes")
 
 

@@ -10,8 +10,6 @@ import torch
 from evo_hpo.levels.packing import Encoded
 from evo_hpo.space.compression_space import Unit
 
-__all__ = ["Levels", "StoredLevels"]
-
 
 class Levels(Protocol):
     """Weights of every level of every unit, ready to be swapped in by reference."""

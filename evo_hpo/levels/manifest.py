@@ -13,8 +13,6 @@ from evo_hpo.errors import StoreError
 from evo_hpo.files import write_whole
 from evo_hpo.models.identity import differences
 
-__all__ = ["FORMAT", "LevelRecord", "Manifest", "Recipe", "UnitRecord", "checksum"]
-
 FORMAT = 1
 
 

@@ -12,8 +12,6 @@ import torch
 
 from evo_hpo.errors import InvalidSettingError
 
-__all__ = ["Pattern", "Sparsity", "lowest", "lowest_in_each_row", "lowest_n_of_m", "parse_sparsities"]
-
 
 @dataclass(frozen=True)
 class Pattern:

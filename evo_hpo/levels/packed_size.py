@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
 
-__all__ = ["HEADER", "file_bytes", "follows_columns", "has_zero_points", "scheme"]
-
 HEADER = 90
 """Bytes that a tensor takes in a file beside its data and its name, at most."""
 

@@ -16,11 +16,6 @@ from evo_hpo.errors import StoreError
 from evo_hpo.levels.ggml import dequantize
 from evo_hpo.levels.lasting import lasting
 
-__all__ = [
-    *("Encoded", "GgmlBlocks", "PackedQuantized", "PackedSparse"),
-    *("Quantized", "decode_record", "pack_bits", "unpack_bits"),
-]
-
 AT_A_TIME = 1 << 18
 """Weights that a CPU decodes at a time: what lies between codes and weights stays in its cache, and off the heap."""
 

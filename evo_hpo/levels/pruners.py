@@ -14,8 +14,6 @@ from evo_hpo.levels.masks import Sparsity, lowest, lowest_in_each_row, lowest_n_
 from evo_hpo.levels.packing import PackedSparse
 from evo_hpo.levels.sparsegpt import sparsegpt
 
-__all__ = ["Magnitude", "SparseGPT", "Wanda"]
-
 _VALUES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

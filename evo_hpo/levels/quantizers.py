@@ -17,8 +17,6 @@ from evo_hpo.levels.grid import GridSettings
 from evo_hpo.levels.packing import GgmlBlocks, Quantized
 from evo_hpo.levels.rtn import round_to_nearest
 
-__all__ = ["GPTQ", "RTN", "Ggml"]
-
 
 class GPTQ(Compressor):
     """GPTQ at several bit-widths from one factorisation.

@@ -8,8 +8,6 @@ from evo_hpo.levels.gptq import check_bits
 from evo_hpo.levels.grid import GridSettings, column_groups, fit_grid, scale_exponent
 from evo_hpo.levels.packing import Quantized
 
-__all__ = ["round_to_nearest"]
-
 
 @torch.inference_mode()
 def round_to_nearest(weight: torch.Tensor, bits: int, settings: GridSettings | None = None) -> Quantized:

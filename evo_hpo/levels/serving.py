@@ -17,8 +17,6 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.level_set import Choice, LevelSet, bundled
 from evo_hpo.levels.packed_size import follows_columns, has_zero_points, scheme
 
-__all__ = ["FUSED", "SERVERS", "Server", "check_levels", "server_named"]
-
 _log = logging.getLogger("evo_hpo")
 
 FUSED: Mapping[str, str] = {

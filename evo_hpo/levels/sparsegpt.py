@@ -15,8 +15,6 @@ from evo_hpo.levels.factor import Factor
 from evo_hpo.levels.grid import column_groups
 from evo_hpo.levels.masks import Pattern, Sparsity, lowest, lowest_n_of_m
 
-__all__ = ["sparsegpt"]
-
 
 @torch.inference_mode()
 def sparsegpt(

@@ -23,8 +23,6 @@ from evo_hpo.models.identity import differences, warn_unchecked
 from evo_hpo.models.paths import user_path
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 
-__all__ = ["LevelStore", "open_store"]
-
 Memory = Literal["resident", "packed", "streamed"] | int
 
 

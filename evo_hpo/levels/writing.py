@@ -18,8 +18,6 @@ from evo_hpo.levels.manifest import LevelRecord, Manifest, Recipe, UnitRecord, c
 from evo_hpo.levels.packing import Encoded, decode_record
 from evo_hpo.models.paths import made_folder
 
-__all__ = ["StoreWriter"]
-
 
 class StoreWriter:
     """The store under construction in `folder`.

@@ -21,8 +21,6 @@ from evo_hpo.errors import ModelError
 from evo_hpo.models.gates import replicate
 from evo_hpo.models.structure import decoder_blocks, is_linear
 
-__all__ = ["Absent", "absent", "check_droppable", "first_of", "zero_parameters"]
-
 Absent = Callable[..., Any]
 """Called like a module that is dropped, it returns what that module would with all its parameters zero."""
 

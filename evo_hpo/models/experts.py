@@ -14,8 +14,6 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["LinearExpert", "LinearExperts", "fuse_experts", "fused_leftovers", "unfuse_experts"]
-
 
 class LinearExpert(nn.Module):
     """One expert: down(gated(gate(x), up(x))), or down(gated(up(x))) where it has no gate."""

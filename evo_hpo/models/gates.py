@@ -20,8 +20,6 @@ from evo_hpo.errors import EvoHpoError, ModelError
 from evo_hpo.models.streaming import BlockStream
 from evo_hpo.models.structure import decoder_blocks
 
-__all__ = ["GatedModel", "example_tokens", "output_head", "replicate"]
-
 
 def replicate(model: nn.Module) -> nn.Module:
     """A copy with its own module objects and parameters that share the memory of the model's weights."""

@@ -19,21 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = [
-    "CONFIGURATION",
-    "WEIGHTS",
-    "differences",
-    "digest",
-    "file_digest",
-    "folder_identity",
-    "model_identity",
-    "text_identity",
-    "tokenizer_identity",
-    "tokens_identity",
-    "warn_unchecked",
-    "weight_files",
-]
-
 WEIGHTS, CONFIGURATION = "model weights", "model configuration"
 
 _NO_OUTPUT = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}

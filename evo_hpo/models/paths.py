@@ -7,8 +7,6 @@ from pathlib import Path
 
 from evo_hpo.errors import InvalidSettingError
 
-__all__ = ["LONGEST_NAME", "cache_folder", "made_folder", "user_path", "writable_folder"]
-
 LONGEST_NAME = 255
 """Bytes of a file's or folder's name that file systems take."""
 

@@ -16,8 +16,6 @@ from torch.utils._pytree import tree_map
 from evo_hpo.errors import ModelError
 from evo_hpo.models.structure import decoder_blocks
 
-__all__ = ["Stages", "beside_blocks", "devices_here", "moved"]
-
 
 def devices_here(name: str) -> tuple[str, ...]:
     """The device called so; ``auto``: every GPU of this machine, or where it has none the CPU."""

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BlockStream", "Source"]
-
 Source = Callable[[torch.device], Tensor]
 """Makes a weight on a device."""
 

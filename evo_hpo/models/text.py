@@ -20,8 +20,6 @@ from evo_hpo.models.paths import cache_folder, made_folder, user_path
 
 _log = logging.getLogger("evo_hpo")
 
-__all__ = ["load_tokens", "refuse_too_long", "refuse_unknown", "sample_from_model", "token_stream"]
-
 
 def load_tokens(
     spec: Spec,

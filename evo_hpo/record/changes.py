@@ -6,8 +6,6 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["changes", "comparable", "flat", "told"]
-
 _log = logging.getLogger("evo_hpo")
 
 

@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cores", "environment", "git_state", "machine", "versions"]
-
 PACKAGES = (
     "evo-hpo", "numpy", "scipy", "torch", "transformers", "safetensors", "optuna", "cmaes", "nevergrad", "mlflow",
 )  # fmt: skip

@@ -25,8 +25,6 @@ from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.search.checkpoint import Checkpoint, FrontPoint
 from evo_hpo.space.ranges import foot, marks
 
-__all__ = ["Measure", "front_files", "judged", "loss_keys", "measures", "picked"]
-
 LEAST = 1e-12
 """Nats a token that count as such on a scale of logarithms: no loss at all has none."""
 

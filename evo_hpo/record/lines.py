@@ -13,22 +13,6 @@ from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Measured, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = [
-    "decode_checkpoint",
-    "decode_levels",
-    "decode_outcome",
-    "decode_point",
-    "decode_probe",
-    "dump",
-    "encode_checkpoint",
-    "encode_figures",
-    "encode_levels",
-    "encode_number",
-    "encode_outcome",
-    "encode_point",
-    "encode_probe",
-]
-
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _VALUES = {c: i for i, c in enumerate(DIGITS)}
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["PlannedSearch", "disambiguate", "planned"]
-
 
 @dataclass(frozen=True)
 class PlannedSearch:

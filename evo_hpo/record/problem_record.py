@@ -11,8 +11,6 @@ from evo_hpo.record.changes import changes, comparable, told
 from evo_hpo.search.problem import Problem
 from evo_hpo.space.compression_space import CompressionSpace
 
-__all__ = ["ProblemRecord"]
-
 
 @dataclass(frozen=True)
 class ProblemRecord:

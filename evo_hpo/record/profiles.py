@@ -10,8 +10,6 @@ from evo_hpo.errors import PlanError
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.unit import integer
 
-__all__ = ["open_profile"]
-
 
 def open_profile(path: Path, space: CompressionSpace | None = None) -> tuple[dict[str, Any], Assignment]:
     """A profile file and its assignment, checked against ``space`` where one is given.

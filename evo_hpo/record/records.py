@@ -22,8 +22,6 @@ from evo_hpo.search.loop import Checkpoint
 from evo_hpo.search.trial import Measured, Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["JournalTail", "SearchRecord", "read_journal", "read_journals"]
-
 FORMAT = 1
 
 

@@ -13,19 +13,6 @@ from evo_hpo.report.results import Results
 from evo_hpo.report.search_run import SearchRun
 from evo_hpo.report.statistics import FEW, Interval, spread
 
-__all__ = [
-    "Band",
-    "Curve",
-    "area",
-    "attainment",
-    "band",
-    "curve",
-    "expected_running_time",
-    "speed_up",
-    "targets",
-    "time_to",
-]
-
 Floats = npt.NDArray[np.float64]
 
 

@@ -14,8 +14,6 @@ from evo_hpo.report.results import Results
 from evo_hpo.report.tables import Column, columns, interval_note, rows
 from evo_hpo.report.texts import text_columns
 
-__all__ = ["FinalTable", "final_table"]
-
 LAST = 7
 """The greatest priority of a column."""
 

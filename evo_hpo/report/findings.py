@@ -9,8 +9,6 @@ from evo_hpo.report.plots import anytime_figure
 from evo_hpo.report.results import Results
 from evo_hpo.report.summary import Summary, summarise
 
-__all__ = ["Findings"]
-
 
 class Findings(Results):
     """Results to look at; :meth:`load` reads a folder."""

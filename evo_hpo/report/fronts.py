@@ -25,8 +25,6 @@ from evo_hpo.report.style import FAINT, INK, clean, figure, line_styles
 from evo_hpo.report.tables import figure_text, interval_text
 from evo_hpo.space.ranges import foot, marks
 
-__all__ = ["attained", "front_figure", "front_sheets", "write_fronts"]
-
 Floats = npt.NDArray[np.float64]
 BUDGETS = 5
 POINTS = 400

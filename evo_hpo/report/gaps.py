@@ -10,8 +10,6 @@ from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.report.search_run import SearchRun
 from evo_hpo.search.loop import Checkpoint
 
-__all__ = ["as_gaps"]
-
 EXACT = 1e-9
 """Percent; what is below it is a rounding error of the loss."""
 

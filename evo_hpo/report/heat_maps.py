@@ -20,8 +20,6 @@ from evo_hpo.report.style import FAINT, INK, clean, figure
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 from evo_hpo.space.spending import spent
 
-__all__ = ["Layout", "layout_of", "level_values", "places_of", "profile_figure", "profiles_figure", "winner_figure"]
-
 Floats = npt.NDArray[np.float64]
 
 

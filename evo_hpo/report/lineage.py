@@ -12,8 +12,6 @@ from evo_hpo.report.style import INK, clean, figure, thousands
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["Step", "lineage", "lineage_figure"]
-
 
 @dataclass(frozen=True)
 class Step:

@@ -20,17 +20,6 @@ from evo_hpo.report.tables import Column, columns, figure_text, interval_note, i
 from evo_hpo.report.texts import text_columns
 from evo_hpo.search.budget import KINDS
 
-__all__ = [
-    "Picture",
-    "Section",
-    "Sheet",
-    "lineage_sheet",
-    "medians_sheet",
-    "problem_sheets",
-    "render",
-    "standing_sheets",
-]
-
 
 @dataclass(frozen=True)
 class Picture:

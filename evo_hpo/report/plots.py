@@ -15,8 +15,6 @@ from evo_hpo.report.style import FAINT, INK, LineStyle, clean, figure, line_styl
 from evo_hpo.report.tables import figure_text
 from evo_hpo.search.budget import KINDS
 
-__all__ = ["anytime_figure", "cost_figure", "ecdf_figure", "shown_labels"]
-
 SHOWN = 14
 """Most lines in one picture; tables hold all searchers."""
 

@@ -13,8 +13,6 @@ from evo_hpo.report.statistics import wins_ties_losses
 from evo_hpo.report.style import FAINT, INK, clean, figure
 from evo_hpo.report.summary import Summary
 
-__all__ = ["rank_figure", "wins_figure"]
-
 
 def rank_figure(summary: Summary) -> Figure:
     """Critical-difference diagram: average ranks (1 is best), bars join what the Nemenyi test cannot tell apart."""

@@ -37,8 +37,6 @@ from evo_hpo.report.tables import rows, write_tables
 from evo_hpo.report.texts import gains_figure
 from evo_hpo.search.budget import KINDS
 
-__all__ = ["write_report"]
-
 Drawing = tuple[str, str, Figure, str]
 """File name without suffix, title, figure, caption."""
 

@@ -18,8 +18,6 @@ from evo_hpo.report.gaps import as_gaps
 from evo_hpo.report.search_run import SearchRun
 from evo_hpo.search.budget import KINDS
 
-__all__ = ["Results"]
-
 
 @dataclass(frozen=True)
 class Results:

@@ -8,8 +8,6 @@ from typing import Any
 from evo_hpo.report.page import Sheet
 from evo_hpo.report.results import Results
 
-__all__ = ["scoring_sheet"]
-
 SETTINGS = ("device", "dtype", "threads", "batch_size", "chunk", "compiled")
 COUNTS = {"cached": "found in the cache", "stopped": "stopped early", "non_finite": "not finite",
           "out_of_memory": "out of memory"}  # fmt: skip

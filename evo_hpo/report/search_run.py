@@ -15,8 +15,6 @@ from evo_hpo.search.loop import Checkpoint
 from evo_hpo.search.sensitivities import READS
 from evo_hpo.search.trial import Measured, Outcome
 
-__all__ = ["SearchRun"]
-
 
 @dataclass(frozen=True)
 class SearchRun:

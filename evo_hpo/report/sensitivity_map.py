@@ -16,8 +16,6 @@ from evo_hpo.report.tables import figure_text
 from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.space.compression_space import CompressionSpace
 
-__all__ = ["level_shown", "measured_best", "search_figure", "sensitivity_figure"]
-
 Floats = npt.NDArray[np.float64]
 
 

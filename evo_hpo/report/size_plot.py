@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 
 from evo_hpo.report.style import COLOURS, INK, MARKERS, clean, figure
 
-__all__ = ["size_figure"]
-
 
 def size_figure(results: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Figure:
     """The rows of an evaluation (as :meth:`Evaluation.to_json` gives them), bytes to the right, perplexity up."""

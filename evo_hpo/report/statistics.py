@@ -18,25 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import chdtrc, ndtr
 
-__all__ = [
-    "Interval",
-    "PairedTest",
-    "average_ranks",
-    "bootstrap",
-    "cliques",
-    "compare_pairs",
-    "critical_difference",
-    "friedman",
-    "holm",
-    "interquartile_mean",
-    "least_p",
-    "pairs_needed",
-    "rank_biserial",
-    "spread",
-    "superiority",
-    "wins_ties_losses",
-]
-
 Floats = npt.NDArray[np.float64]
 Statistic = Callable[..., Any]
 RESAMPLES = 10_000

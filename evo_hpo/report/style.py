@@ -17,8 +17,6 @@ from PIL import Image
 
 from evo_hpo.report.results import Results
 
-__all__ = ["LineStyle", "clean", "figure", "line_styles", "save"]
-
 # Okabe and Ito's colours for every kind of colour vision; black is kept for uniform, yellow is too light for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4F9E")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")

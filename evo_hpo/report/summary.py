@@ -25,8 +25,6 @@ from evo_hpo.report.statistics import (
 )
 from evo_hpo.report.texts import elsewhere
 
-__all__ = ["Standing", "Summary", "summarise"]
-
 GOALS = (50.0, 25.0, 10.0, 0.0)
 """Targets of expected running times: percent of the way from the best known loss (0) to uniform's (100)."""
 

@@ -14,20 +14,6 @@ import pandas as pd
 from evo_hpo.report.results import Results
 from evo_hpo.report.statistics import NOTHING, Interval, spread
 
-__all__ = [
-    "Column",
-    "Row",
-    "columns",
-    "figure_text",
-    "interval_text",
-    "percent_text",
-    "rows",
-    "rows_by_text",
-    "table_frame",
-    "wins_text",
-    "write_tables",
-]
-
 
 @dataclass(frozen=True)
 class Row:

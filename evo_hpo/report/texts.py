@@ -12,8 +12,6 @@ from evo_hpo.report.results import Results
 from evo_hpo.report.style import COLOURS, FAINT, INK, MARKERS, clean, figure
 from evo_hpo.report.tables import Column, Row, figure_text, interval_text, percent_text, rows_by_text, wins_text
 
-__all__ = ["elsewhere", "gains_figure", "text_columns"]
-
 
 def text_columns(results: Results, problem: str) -> list[Column]:
     """The table of searchers with their figures on each text side by side; empty where there is one text."""

@@ -10,8 +10,6 @@ from typing import Any
 from evo_hpo.errors import PlanError
 from evo_hpo.run.entries import AblationEntry, SearcherEntry
 
-__all__ = ["expand", "written_out"]
-
 MOST_VARIANTS = 1000
 """Combinations of one entry's values."""
 

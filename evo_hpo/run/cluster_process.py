@@ -16,8 +16,6 @@ from evo_hpo.run.search_process import begin_process, run_tasks
 from evo_hpo.run.spread_problem import SpreadProblem
 from evo_hpo.search.registry import claims_of
 
-__all__ = ["run_on_cluster"]
-
 
 def run_on_cluster(plan: Plan, folder: Path, resume: bool, address: str, tasks: Any, events: Any) -> None:
     """Entry point of the process: takes tasks until it has got None once for each of its threads.

@@ -10,8 +10,6 @@ from pydantic.dataclasses import dataclass
 
 from evo_hpo.search.budget import Budget
 
-__all__ = ["AblationEntry", "BudgetEntry", "ProblemEntry", "SearcherEntry", "Strict", "VariantEntry"]
-
 LONGEST_LABEL = 100
 """Characters of what names files, rows of tables and curves of pictures."""
 

@@ -7,19 +7,6 @@ from dataclasses import dataclass
 
 from evo_hpo.record.problem_record import ProblemRecord
 
-__all__ = [
-    "BatchScored",
-    "CheckpointTaken",
-    "Event",
-    "Listener",
-    "ProblemLoading",
-    "ProblemMade",
-    "ScorersUp",
-    "SearchEnded",
-    "SearchFailed",
-    "SearchStarted",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class ProblemLoading:

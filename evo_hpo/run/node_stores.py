@@ -17,8 +17,6 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["Stock", "bring", "stock_here"]
-
 PART = 1 << 24
 """Bytes of a file that pass through Ray's object store at a time."""
 AHEAD = 3

@@ -29,8 +29,6 @@ from evo_hpo.search.registry import describe_problem, make_searcher, searcher_cl
 from evo_hpo.search.searcher import check_settings
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 
-__all__ = ["SAFE_NAME", "Plan", "make_plan"]
-
 SAFE_NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 LONGEST_FILE = 200  # characters of a journal's name: file systems take 255
 MOST_SEEDS = 10_000

@@ -13,8 +13,6 @@ import tomlkit
 from evo_hpo.errors import PlanError
 from evo_hpo.run.plan import Plan, make_plan
 
-__all__ = ["PlanFile"]
-
 
 @dataclass(frozen=True)
 class PlanFile:

@@ -12,8 +12,6 @@ from evo_hpo.run.plan import Plan
 from evo_hpo.run.rehearsal import rehearse
 from evo_hpo.search.registry import claims_of, prepare_problem, preview_problem
 
-__all__ = ["Progress", "prepare"]
-
 Progress = Callable[[str, int, int, str], None]
 """Called with (key of the problem, done, total, what is being worked on), from any thread."""
 

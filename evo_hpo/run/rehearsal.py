@@ -8,8 +8,6 @@ from evo_hpo.search.budget import Ledger
 from evo_hpo.search.registry import Preview, make_searcher
 from evo_hpo.search.trial import Probe
 
-__all__ = ["rehearse"]
-
 
 def rehearse(plan: Plan, preview: Preview) -> None:
     """Makes every searcher of the plan, asks it once, and checks that its first batch can be drawn and paid.

@@ -20,8 +20,6 @@ from evo_hpo.run.plan import Plan
 from evo_hpo.run.search_process import run_searches
 from evo_hpo.search.registry import settled
 
-__all__ = ["DEFAULT_ROOT", "ComparisonFailed", "compare", "comparison_folder"]
-
 DEFAULT_ROOT = Path("mlruns") / "comparisons"
 PROCESSES: Any = multiprocessing.get_context("spawn")  # nothing of this process may leak into those of searches
 

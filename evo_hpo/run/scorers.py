@@ -28,8 +28,6 @@ from evo_hpo.errors import EvoHpoError, ScorersError
 from evo_hpo.run.node_stores import bring, stock_here
 from evo_hpo.search.registry import claims_of, make_problem
 
-__all__ = ["Call", "Scorers", "connect", "disconnect"]
-
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 """A method of a problem, or an attribute, and its arguments."""
 

@@ -36,9 +36,6 @@ from evo_hpo.search.problem import Problem
 from evo_hpo.search.registry import make_problem, make_searcher
 from evo_hpo.search.trial import Measured, Outcome
 
-__all__ = ["Maker", "begin_process", "run_searches", "run_tasks"]
-
-
 Maker = Callable[[str, dict[str, Any]], Problem]
 """Makes a problem from its name and settings."""
 

@@ -14,8 +14,6 @@ from evo_hpo.search.problem import Minibatch, Problem, Score
 from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Asked", "SpreadProblem"]
-
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 TOLD = ("name", "space", "tokens", "pool_tokens", "optimum", "notes", "has_sensitivities", "reading", "texts")

@@ -10,8 +10,6 @@ import ctypes
 import sys
 from typing import Any
 
-__all__ = ["give_back_freed_memory", "keep_freed_memory"]
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, see malloc.h
 LARGEST_KEPT = 32 << 20
 MOST_KEPT = 256 << 20

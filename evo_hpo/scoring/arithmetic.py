@@ -23,8 +23,6 @@ from evo_hpo.models.identity import digest
 from evo_hpo.models.loading import source_gguf
 from evo_hpo.models.structure import decoder_blocks, linear_modules, outer_matrices
 
-__all__ = ["InputRounding", "InputTypes", "check_arithmetic", "file_types", "inputs_of", "rounded"]
-
 Types = Mapping[str, str]
 """Name of a matrix -> the type that its inputs are rounded to: Q8_0, Q8_K, F16 or BF16; missing: they are not."""
 

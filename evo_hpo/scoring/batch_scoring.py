@@ -17,8 +17,6 @@ from evo_hpo.scoring.replica import Replica
 from evo_hpo.scoring.rounds import Group, Rounds, Sums, groups_of
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["BatchScorer"]
-
 GroupSums = tuple[list[int], Group, Tensor, dict[int, KeptPath]]
 
 

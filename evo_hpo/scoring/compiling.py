@@ -18,8 +18,6 @@ from evo_hpo.scoring.kernels import Kernels
 from evo_hpo.scoring.pool import ReplicaPool
 from evo_hpo.scoring.replica import Replica
 
-__all__ = ["Compiled", "compile_parts"]
-
 _log = logging.getLogger(__name__)
 
 GAIN = 1.02

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DenseSide", "PackedSide", "joined", "pack"]
-
 RIDERS = 32
 """Codes whose last bit holds one bit of the token's constant (float32)."""
 

@@ -21,8 +21,6 @@ from torch import Tensor
 from evo_hpo.scoring.dense import DenseSide, PackedSide, pack
 from evo_hpo.scoring.head import OutputHead
 
-__all__ = ["FITNESS", "Fitness", "cross_entropies", "dense_side", "divergences"]
-
 Fitness = Literal["kl", "perplexity", "topk_kl"]
 FITNESS: tuple[Fitness, ...] = get_args(Fitness)
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["complete_best"]
-
 Run = Callable[[Sequence[int], Sequence[int]], None]
 """Fills the sums of some candidates on some batches."""
 

@@ -40,8 +40,6 @@ from evo_hpo.scoring.tuning import Tuned, measure_settings
 from evo_hpo.search.problem import Minibatch, Reading, Score
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Evaluator"]
-
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)

@@ -20,8 +20,6 @@ from evo_hpo.models.structure import ROUTERS, is_transposed, linear_modules, out
 from evo_hpo.scoring.footprint import SPARSE, configuration, empty_model
 from evo_hpo.scoring.recipes import beside
 
-__all__ = ["expected_levels", "refuse_impossible"]
-
 
 class Unbuilt:
     """Has no weights to give."""

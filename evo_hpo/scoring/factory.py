@@ -12,9 +12,6 @@ from evo_hpo.scoring.recipes import beside
 from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.registry import Claims, Preview
 
-__all__ = ["Factory"]
-
-
 T = TypeVar("T", bound=Any)
 
 

@@ -15,8 +15,6 @@ from evo_hpo.scoring.footprint import configuration, empty_model
 from evo_hpo.space.amounts import Amount, shown
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["FileSize"]
-
 SEARCHED = r"blk\.\d+\.(attn_[qkv]|attn_output|ffn_(gate|up|down)(_exps)?)\.weight"
 """Tensors of a GGUF file's blocks that are searched."""
 

@@ -15,8 +15,6 @@ from evo_hpo.models.loading import resolve_folder
 from evo_hpo.models.paths import user_path
 from evo_hpo.models.structure import decoder_blocks, linear_modules
 
-__all__ = ["TYPICAL", "Footprint", "ModelShape", "configuration", "empty_model", "footprint"]
-
 TYPICAL: dict[str, dict[str, Any]] = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},

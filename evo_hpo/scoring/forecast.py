@@ -22,8 +22,6 @@ from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.scoring.tuning import fastest_dtype, own_seconds
 from evo_hpo.space.unit import Unit
 
-__all__ = ["Forecast", "forecast", "scoring_rate"]
-
 VOCABULARY = 4096
 """Most entries of the small model's vocabulary; the head's time is in proportion to it."""
 

@@ -15,8 +15,6 @@ from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.kernels import Kernels, Part, logits_of
 from evo_hpo.scoring.prepacking import Prepacked
 
-__all__ = ["Chunk", "OutputHead"]
-
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

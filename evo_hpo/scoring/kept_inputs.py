@@ -13,8 +13,6 @@ from torch import Tensor
 
 from evo_hpo.scoring.prefixes import Signature
 
-__all__ = ["Path", "KeptPath", "KeptPaths"]
-
 Path = Mapping[int, Tensor]
 """Block number -> its input (sequences x length x hidden); every number from 1 on, or none."""
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from evo_hpo.scoring.prepacking import linear
 
-__all__ = ["Kernels", "Part", "logits_of"]
-
 Part = tuple[Tensor, Tensor | None, float | None]
 """Some rows of the head: weight (entries x hidden), bias (entries), soft cap."""
 

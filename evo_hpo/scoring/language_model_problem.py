@@ -20,8 +20,6 @@ from evo_hpo.search.problem import Minibatch, Problem, Score
 from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["LanguageModelProblem", "check_names"]
-
 FIGURES = ("loss", "cross_entropy", "perplexity", "average", "gap")
 """What is said of a held-out text, and so the name of none."""
 

@@ -12,8 +12,6 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.scoring.footprint import ModelShape
 
-__all__ = ["LatencyTable", "Layer", "check_blocks", "layer_of"]
-
 FORMAT = 1
 
 Layer = tuple[int, int, str]

@@ -16,8 +16,6 @@ from evo_hpo.scoring.latency_table import LatencyTable
 from evo_hpo.space.amounts import Amount, milliseconds, nanoseconds, shown
 from evo_hpo.space.compression_space import CompressionSpace
 
-__all__ = ["Part", "Limits"]
-
 TIME = "nanoseconds a token in searched layers"
 
 

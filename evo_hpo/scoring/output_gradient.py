@@ -14,8 +14,6 @@ from torch import Tensor
 
 from evo_hpo.scoring.head import OutputHead
 
-__all__ = ["Reference", "divergence_gradient", "likelihood_gradient", "logit_gradients", "sampled_labels"]
-
 Reference = tuple[OutputHead, Tensor]
 """The uncompressed model's head and final hidden states, tokens x hidden."""
 

@@ -13,8 +13,6 @@ from evo_hpo.models.loading import LoadedModel, load_model
 from evo_hpo.models.placing import Stages, beside_blocks
 from evo_hpo.models.structure import decoder_blocks
 
-__all__ = ["KINDS", "Placement"]
-
 KINDS: tuple[Memory, ...] = ("resident", "packed", "streamed")
 """How a task's levels are held."""
 

@@ -11,8 +11,6 @@ import torch
 
 from evo_hpo.scoring.replica import Replica, Timing
 
-__all__ = ["ReplicaPool"]
-
 T = TypeVar("T")
 
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Signature", "Visit", "plan_visits", "shared_prefix", "signature"]
-
 Signature = tuple[tuple[int, ...], ...]
 """For each block, the levels of its units."""
 

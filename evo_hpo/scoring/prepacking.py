@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Prepacked", "PrepackedLinear", "linear", "use_prepacked"]
-
 _packed: WeakValueDictionary[tuple[int, torch.Size, int], Tensor] = WeakValueDictionary()
 """(Address and shape of a weight, rows of the other factor) -> packed weight, while a :class:`Prepacked` has it."""
 

@@ -18,8 +18,6 @@ from evo_hpo.models.structure import is_linear, is_matrix, is_transposed
 from evo_hpo.scoring.weight_changes import output_changes, row_changes, squared_lengths, weight_changes
 from evo_hpo.search.sensitivities import Form
 
-__all__ = ["Projector"]
-
 PART = 32
 """Positions of a part of a sequence."""
 

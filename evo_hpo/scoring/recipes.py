@@ -11,8 +11,6 @@ from evo_hpo.models.corpora import Spec, shares_of
 from evo_hpo.search.searcher import check_settings
 from evo_hpo.search.setting_types import annotations_of, check_types
 
-__all__ = ["beside", "read_by"]
-
 T = TypeVar("T", bound=Any)  # a task of a language model
 
 RECIPE: dict[str, Any] = {"method": "", "levels": (), "build": {}, "store": ""}

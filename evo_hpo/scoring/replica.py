@@ -18,8 +18,6 @@ from evo_hpo.scoring.prefixes import Signature, plan_visits, shared_prefix
 from evo_hpo.scoring.switching import WeightSwitch
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Timing", "Replica"]
-
 
 @dataclass
 class Timing:

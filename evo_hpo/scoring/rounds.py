@@ -18,8 +18,6 @@ from evo_hpo.scoring.early_stopping import complete_best
 from evo_hpo.search.problem import Score
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Group", "Read", "Rounds", "Sums", "groups_of", "scored"]
-
 Sums = NDArray[np.float64]
 """Sums over positions of each sequence, nats; NaN: not read; infinite: not finite. Lower is better."""
 

@@ -7,8 +7,6 @@ import numpy as np
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.problem import Minibatch
 
-__all__ = ["check_tokens", "sequences_of"]
-
 
 def check_tokens(tokens: int, pool_sequences: int, length: int) -> None:
     """Raises InvalidSettingError unless the pool can give exactly this many tokens in whole sequences."""

@@ -16,8 +16,6 @@ from evo_hpo.models.paths import made_folder
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["ScoreCache"]
-
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS scores (
     context TEXT NOT NULL, seed INTEGER NOT NULL, tokens INTEGER NOT NULL, levels BLOB NOT NULL, sums BLOB NOT NULL,

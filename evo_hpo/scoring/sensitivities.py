@@ -41,8 +41,6 @@ from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.sensitivities import READS, Form, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["SensitivityPass"]
-
 
 @dataclass
 class _Segment:

@@ -13,8 +13,6 @@ from evo_hpo.scoring.limits import Limits
 from evo_hpo.space.compression_space import CompressionSpace
 from evo_hpo.space.ranges import over
 
-__all__ = ["budgeted", "tied"]
-
 
 def budgeted(
     model: str, levels: LevelSet, average: Any, size: Any, drop: Mapping[str, int], limits: Limits

@@ -9,8 +9,6 @@ from evo_hpo.errors import InfeasibleError
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 from evo_hpo.space.ranges import spanning
 
-__all__ = ["stand_in", "unknown"]
-
 
 def unknown(*, ranged: bool = False, further: int = 0) -> CompressionSpace:
     """For levels whose costs are known once they are built; ``ranged``: over a range of budgets.

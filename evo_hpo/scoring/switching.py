@@ -21,8 +21,6 @@ from evo_hpo.scoring.arithmetic import InputRounding, InputTypes
 from evo_hpo.scoring.prepacking import Prepacked, use_prepacked
 from evo_hpo.space.compression_space import Assignment, Unit
 
-__all__ = ["WeightSwitch", "blocks_of_units"]
-
 
 class WeightSwitch:
     """Sets the levels of a gated model's units.

@@ -38,8 +38,6 @@ from evo_hpo.space.amounts import Amount
 from evo_hpo.space.compression_space import CompressionSpace
 from evo_hpo.space.ranges import each, over
 
-__all__ = ["LanguageModelTask", "language_model"]
-
 
 @dataclass(frozen=True)
 class LanguageModelTask:

@@ -11,8 +11,6 @@ import torch
 from evo_hpo.models.corpora import Spec, Split, shares_of
 from evo_hpo.models.text import load_tokens
 
-__all__ = ["Texts"]
-
 
 @dataclass(frozen=True)
 class Texts:

@@ -13,8 +13,6 @@ from evo_hpo.scoring.head import Chunk
 from evo_hpo.scoring.pool import ReplicaPool
 from evo_hpo.scoring.replica import Replica
 
-__all__ = ["Tuned", "fastest_dtype", "measure_settings", "own_seconds"]
-
 GAIN = 1.05
 """A larger setting must be this much faster than the smaller one."""
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from evo_hpo.search.sensitivities import Form
 
-__all__ = ["output_changes", "row_changes", "squared_lengths", "weight_changes"]
-
 ELEMENTS = 1 << 20
 """Numbers of the per-sequence gradients that exist at one time: rows of a weight are taken by so many."""
 

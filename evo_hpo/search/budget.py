@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from evo_hpo.errors import BudgetError
 
-__all__ = ["KINDS", "Allowance", "Budget", "Ledger"]
-
 KINDS = {"tokens": "calibration tokens spent", "evaluations": "trials scored", "seconds": "seconds of scoring"}
 """What a budget may be of, and how the axis of a curve over it is labelled."""
 

@@ -11,8 +11,6 @@ from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.ranges import marks
 
-__all__ = ["Checkpoint", "FrontPoint", "front_of", "not_dominated", "thinned"]
-
 
 @dataclass(frozen=True, slots=True)
 class FrontPoint:

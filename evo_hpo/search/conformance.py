@@ -32,9 +32,6 @@ from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.search.trial import Batch, Measured, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 
-__all__ = ["SPACES", "SearcherConformance", "TokenProblem", "loss"]
-
-
 Fact = tuple[Trial, Terms, float, tuple[float, ...] | None, int]
 """What a trial, its terms and its minibatch gave."""
 

@@ -16,8 +16,6 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["FunctionProblem", "Minibatch", "Problem", "Reading", "Score"]
-
 
 @dataclass(frozen=True, slots=True)
 class Minibatch:

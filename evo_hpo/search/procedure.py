@@ -14,8 +14,6 @@ from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Batch, Outcome, Probe
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["OneFidelity", "Procedure", "Sampling", "Steps"]
-
 Returned = TypeVar("Returned")
 Steps = Generator[Batch | Probe | None, Any, Returned]
 """Yields batches, is sent the outcomes of each (a list, shorter where the budget ends in it), returns a result. It may

@@ -25,27 +25,6 @@ from evo_hpo.search.searcher import Searcher, check_settings, settings_of
 from evo_hpo.search.setting_types import annotations_of, check_types
 from evo_hpo.space.compression_space import CompressionSpace
 
-__all__ = [
-    "Claims",
-    "Description",
-    "Family",
-    "Prepared",
-    "Preview",
-    "available_problems",
-    "available_searchers",
-    "claims_of",
-    "describe_problem",
-    "describe_searcher",
-    "make_problem",
-    "make_searcher",
-    "prepare_problem",
-    "preview_problem",
-    "problem_factory",
-    "searcher_class",
-    "settled",
-    "signature_kept",
-]
-
 
 @dataclass(frozen=True)
 class Description:

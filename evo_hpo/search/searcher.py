@@ -24,9 +24,6 @@ from evo_hpo.search.setting_types import annotations_of
 from evo_hpo.search.trial import Batch, Draw, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["MANY", "Searcher", "boolean", "passes_on", "positive", "probability", "settings_of"]
-
-
 S = TypeVar("S", bound="Searcher")
 
 

@@ -32,8 +32,6 @@ from numpy.typing import NDArray
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["READS", "Form", "Kind", "Sensitivities", "check_kind"]
-
 Kind = Literal["sampled", "true", "kl", "layerwise"]
 """Which gradient is projected; see the module."""
 

@@ -13,8 +13,6 @@ import numpy as np
 
 from evo_hpo.errors import InvalidSettingError
 
-__all__ = ["annotations_of", "check_types", "fits"]
-
 _PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool, np.bool_), "true or false"),
     int: ((numbers.Integral,), "an integer"),

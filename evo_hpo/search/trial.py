@@ -11,8 +11,6 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.search.sensitivities import READS, Form, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Batch", "Draw", "Measured", "Outcome", "Probe", "Status", "Terms", "Trial"]
-
 Draw = Literal["fresh", "same", "fixed"]
 """Which minibatch a batch is scored on: a fresh one; the one before (with more tokens: a superset of it, nested);
 or the search's one fixed minibatch, on which all trials of the search are comparable."""

@@ -8,8 +8,6 @@ from fractions import Fraction
 
 from evo_hpo.errors import InvalidSettingError
 
-__all__ = ["Amount", "milliseconds", "nanoseconds", "shown"]
-
 UNITS = {
     "b": 1,
     "kb": 10**3,

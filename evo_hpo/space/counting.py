@@ -22,8 +22,6 @@ from evo_hpo.errors import InfeasibleError, InvalidSpaceError
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = ["Counter"]
-
 MOST_BITS = 4_000_000_000  # of the packed polynomial: 500 MB
 MOST_CELLS = 60_000_000  # of the sampling table: 480 MB
 STEPS = 2**20  # cost steps where costs are too fine for the table

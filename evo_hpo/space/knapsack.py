@@ -19,8 +19,6 @@ import numpy as np
 
 from evo_hpo.space.counting import Counter
 
-__all__ = ["Assignment", "Cursor", "Knapsack"]
-
 Assignment = tuple[int, ...]
 """One level index per unit, 0 = cheapest."""
 

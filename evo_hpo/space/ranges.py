@@ -8,8 +8,6 @@ from typing import Any
 from evo_hpo.errors import InfeasibleError, InvalidSettingError
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["MARKS", "at", "each", "foot", "marks", "over", "spanning", "uniform_at"]
-
 MARKS = 20
 """Steps from the foot of a range to its budget at which a front is looked at."""
 

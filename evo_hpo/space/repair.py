@@ -21,8 +21,6 @@ from evo_hpo.space.knapsack import Assignment, Cursor, Knapsack
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = ["repair"]
-
 MOST_PAIRS = 20
 """Pairs of changes that are tried before the table."""
 

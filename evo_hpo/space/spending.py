@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["spent"]
-
 
 def spent(space: CompressionSpace, levels: Assignment) -> dict[str, dict[str, int]]:
     """Cost and budget of each resource."""

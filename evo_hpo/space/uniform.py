@@ -8,8 +8,6 @@ from fractions import Fraction
 from evo_hpo.space.knapsack import Assignment, Knapsack
 from evo_hpo.space.repair import repair
 
-__all__ = ["uniform"]
-
 
 def uniform(knapsack: Knapsack, sizes: Sequence[int], groups: Iterable[Sequence[int]]) -> Assignment:
     """The highest cost a weight that all units can share within the budget, one resource.

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from evo_hpo.errors import InvalidSpaceError
 
-__all__ = ["Unit", "integer"]
-
 LARGEST = 10**100
 
 

@@ -13,8 +13,6 @@ from types import TracebackType
 from evo_hpo.errors import TrackingError
 from evo_hpo.tracking.location import database_path, default_uri, quiet_environment, refuse_no_store
 
-__all__ = ["BackgroundTracker"]
-
 
 def _to_stderr(message: str) -> None:
     sys.stderr.write(message + "\n")

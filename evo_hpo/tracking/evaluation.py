@@ -9,8 +9,6 @@ from typing import Any
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.tracking.runs import LONGEST_NAME, LONGEST_PARAM, LONGEST_TAG, safe_key, shown
 
-__all__ = ["upload_evaluation"]
-
 
 def upload_evaluation(folder: Path, uri: str, evaluation: Mapping[str, Any], files: Sequence[Path]) -> None:
     """See :func:`evo_hpo.tracking.log_evaluation`."""

@@ -17,16 +17,6 @@ from pathlib import Path
 
 from evo_hpo.errors import TrackingError
 
-__all__ = [
-    "artifact_root",
-    "database_path",
-    "default_uri",
-    "experiment_location",
-    "file_lock",
-    "quiet_environment",
-    "refuse_no_store",
-]
-
 SIGN_OF_LIFE = 5.0
 """Seconds within which a tracking server must answer to be tried at all, unless MLflow's own setting is lower."""
 

@@ -23,8 +23,6 @@ from evo_hpo.errors import MissingPackageError, TrackingError
 from evo_hpo.files import made_whole
 from evo_hpo.tracking.location import artifact_root, database_path, file_lock, refuse_no_store
 
-__all__ = ["comparisons", "connect", "prepare_store", "translated"]
-
 OUR_LOCATIONS = """
     SELECT e.artifact_location, e.experiment_id FROM experiments e JOIN experiment_tags t USING (experiment_id)
     WHERE t.key = 'evo_hpo.comparison' AND e.artifact_location IS NOT NULL

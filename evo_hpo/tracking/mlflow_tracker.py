@@ -23,8 +23,6 @@ from evo_hpo.tracking.rows import RowWriter
 from evo_hpo.tracking.runs import LONGEST_NAME, ChildRun, Point, SearchRuns, milliseconds
 from evo_hpo.tracking.views import trials_link
 
-__all__ = ["MlflowSearch", "MlflowTracker", "experiment_name"]
-
 COMMITTED = "evo_hpo.committed"
 KEY = "evo_hpo.key"
 EXPERIMENT_TAGS = {"evo_hpo.comparison": "true", "mlflow.experimentKind": "custom_model_development"}

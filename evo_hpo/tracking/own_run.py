@@ -16,8 +16,6 @@ from evo_hpo.record.records import SearchRecord, read_journals
 from evo_hpo.tracking.runs import LONGEST_NAME, LONGEST_PARAM, safe_key, shown
 from evo_hpo.tracking.views import note, views
 
-__all__ = ["upload"]
-
 Winners = Mapping[str, Mapping[str, Any]]
 """Problem -> profile of its winner."""
 

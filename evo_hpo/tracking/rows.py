@@ -16,8 +16,6 @@ from pathlib import Path
 
 from evo_hpo.tracking.runs import ChildRun, Point
 
-__all__ = ["SCHEMAS", "RowWriter"]
-
 SCHEMAS = frozenset({"dc11669786a5"})
 """Schema versions (MLflow 3.17) whose tables are written."""
 

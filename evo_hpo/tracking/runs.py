@@ -16,8 +16,6 @@ from evo_hpo.search.checkpoint import FrontPoint
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import CompressionSpace
 
-__all__ = ["ChildRun", "Point", "SearchRuns", "safe_key", "shown"]
-
 UNITS_SHOWN = 40
 """Spaces of at most this many units have a parameter for each unit on every trial; larger ones only ``levels``."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-__all__ = ["SearchTracker", "Tracker"]
-
 
 class SearchTracker(Protocol):
     """Takes in the lines of one journal, in order. Not thread-safe.

@@ -21,8 +21,6 @@ from evo_hpo.errors import TrackingError
 from evo_hpo.tracking.location import artifact_root, database_path, default_uri, quiet_environment
 from evo_hpo.tracking.views import link
 
-__all__ = ["launch_ui", "server_command"]
-
 HOST = "127.0.0.1"
 
 _to_stdout = partial(print, flush=True)

@@ -21,8 +21,6 @@ from evo_hpo.record.comparison import winner
 from evo_hpo.record.records import SearchRecord
 from evo_hpo.tracking.runs import UNITS_SHOWN, safe_key
 
-__all__ = ["View", "differing_units", "link", "note", "trials_link", "views"]
-
 PREFIX = "mlflow.sharedViewState."
 NAMEABLE = r"[\w.:() -]+"
 """Names that a filter can hold between its quotes."""

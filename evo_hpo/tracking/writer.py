@@ -28,8 +28,6 @@ from evo_hpo.record.records import JournalTail, check_header, journal_paths
 from evo_hpo.tracking.location import file_lock, refuse_no_store
 from evo_hpo.tracking.tracker import SearchTracker, Tracker
 
-__all__ = ["JournalReplay", "Replayer", "replay"]
-
 CHUNK = 200
 """Lines that are committed together."""
 

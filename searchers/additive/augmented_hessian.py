@@ -23,8 +23,6 @@ from searchers.additive.one_shot import OneShot, effects_of
 from searchers.additive.quadratic import Quadratic, minimise
 from searchers.additive.solvers import solve
 
-__all__ = ["AugmentedHessian", "curvature_with_cross_terms", "noise_of_pairs"]
-
 
 class AugmentedHessian(OneShot):
     """Measures the Fisher information once, keeps its cross terms, and solves the quadratic knapsack by local search.

@@ -18,8 +18,6 @@ from searchers.additive.one_shot import effects_of
 from searchers.additive.solvers import solve_many
 from searchers.evopress.mutation import Uniforms, mutation, switch_counts
 
-__all__ = ["CurvatureRegion", "expected"]
-
 FIRST_PASS = 2048  # tokens that the first pass reads at most, and half of the budget
 SLOPE_SHARE = 0.6  # of what is left, that one look at the slope may cost
 GROWTH, SHRINKAGE = 1.6, 0.6

@@ -17,8 +17,6 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.one_shot import OneShot
 from searchers.additive.solvers import solve
 
-__all__ = ["DeltaLoss"]
-
 
 class DeltaLoss(OneShot):
     """Puts all units at each level in turn, takes the first-order scores there, and solves the knapsack that they make.

@@ -7,8 +7,6 @@ from searchers.additive.model import Effects
 from searchers.additive.probing import Probing
 from searchers.additive.solvers import solve
 
-__all__ = ["DynamicProgramming"]
-
 
 class DynamicProgramming(Probing):
     """Solves the additive model of single-unit probes exactly, by dynamic programming over costs.

@@ -21,8 +21,6 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.one_shot import OneShot, effects_of
 from searchers.additive.solvers import solve
 
-__all__ = ["Fisher"]
-
 FORMS: dict[str, Form] = {"projection": "inner", "trace": "trace", "output": "output"}
 
 

@@ -15,8 +15,6 @@ from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.model import Array
 
-__all__ = ["Forecast", "smoothed"]
-
 UNKNOWN = 0.5  # relative variance of one sequence's curvature, where a single one was read
 BEND = 0.5  # relative error of what the curvature at the uncompressed model says of a move elsewhere
 SCALES = (0.5, 4.0)  # of the curvature, that are believed

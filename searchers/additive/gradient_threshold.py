@@ -21,8 +21,6 @@ from evo_hpo.search.trial import Probe
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.one_shot import OneShot, effects_of
 
-__all__ = ["GradientThreshold"]
-
 
 class GradientThreshold(OneShot):
     """Thresholds each unit's first-order gain, seen from all units at their cheapest, at what the budget allows.

@@ -15,8 +15,6 @@ import numpy as np
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.model import SHARES, AdditiveModel, Array
 
-__all__ = ["InformedModel"]
-
 BLENDS = ((0.0, 1.0, 0.02), (0.0, 1.0, 0.2), (0.05, 1.0, 0.2), (0.2, 1.0, 0.2), (0.5, 0.2, 0.0))
 """Shares of the black-box prior, of the table as a whole, and of the deviations from it."""
 

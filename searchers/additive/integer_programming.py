@@ -7,8 +7,6 @@ from searchers.additive.model import Effects
 from searchers.additive.probing import Probing
 from searchers.additive.solvers import solve_by_integer_programming
 
-__all__ = ["IntegerProgramming"]
-
 
 class IntegerProgramming(Probing):
     """Solves the additive model of single-unit probes exactly, by a mixed-integer solver; any number of resources.

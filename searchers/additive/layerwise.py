@@ -19,8 +19,6 @@ from evo_hpo.space.compression_space import CompressionSpace
 from searchers.additive.one_shot import effects_of
 from searchers.additive.solvers import solve, solve_many
 
-__all__ = ["Layerwise"]
-
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 FIRST = 100  # draws of all coefficients, and draws of each neighbourhood's size

@@ -14,8 +14,6 @@ from evo_hpo.search.procedure import OneFidelity, Steps
 from evo_hpo.search.searcher import number, positive
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["MeasuredGreedy"]
-
 UNKNOWN = math.inf  # change of the loss that was not measured
 EVERYTHING = 10**6  # trials where the budget is in seconds
 

@@ -14,8 +14,6 @@ from evo_hpo.search.sensitivities import READS
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["OneShot", "effects_of"]
-
 
 class OneShot(Procedure):
     """Asks for no loss before its solution is there, and for one then: that of the solution.

@@ -12,8 +12,6 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.model import AdditiveModel, Effects, within_reach
 from searchers.moves import Moves
 
-__all__ = ["Probing"]
-
 PROBE_SHARE = 0.6  # of the budget, at most, for the probes that come first
 
 

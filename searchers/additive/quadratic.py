@@ -15,8 +15,6 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.solvers import solve
 from searchers.moves import Moves
 
-__all__ = ["Quadratic", "minimise"]
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LEAST = 1e-12  # of the model's scale: a gain below it is rounding

@@ -21,8 +21,6 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.quadratic import Quadratic, minimise
 from searchers.moves import Moves
 
-__all__ = ["QuadraticSurrogate"]
-
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 SCALES = (0.0, 0.1, 1.0, 10.0)  # prior variance of squares and of products, over that of linear terms

@@ -19,8 +19,6 @@ from scipy.sparse import coo_array
 
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
-__all__ = ["solve_with_prices"]
-
 Array = np.ndarray[Any, Any]
 
 FIRST = 32

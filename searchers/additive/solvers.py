@@ -16,8 +16,6 @@ from evo_hpo.errors import InvalidSpaceError
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.several import solve_with_prices
 
-__all__ = ["solve", "solve_by_dynamic_programming", "solve_by_integer_programming"]
-
 Effects = Sequence[Sequence[float]]
 """Loss of each unit's levels; ``inf`` forbids a level."""
 

@@ -15,8 +15,6 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.ranges import at, marks
 from searchers.additive.solvers import MOST_CELLS, Effects, solve
 
-__all__ = ["sweep"]
-
 
 def sweep(space: CompressionSpace, effects: Effects) -> list[Assignment]:
     """Of all feasible assignments those that lose less than every cheaper one, ascending in cost.

@@ -12,8 +12,6 @@ from searchers.additive.model import AdditiveModel, within_reach
 from searchers.additive.solvers import solve_many
 from searchers.moves import Moves
 
-__all__ = ["TrustRegion"]
-
 PROBE_SHARE = 0.15
 LARGEST = 4  # a region never holds more than one in this many units
 SUCCESS, FAILURE = 0.5, 0.1  # measured over predicted gain above which the region grows, below which it shrinks

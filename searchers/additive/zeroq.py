@@ -16,8 +16,6 @@ from evo_hpo.space.compression_space import Assignment
 from searchers.additive.one_shot import OneShot, effects_of
 from searchers.additive.solvers import solve
 
-__all__ = ["ZeroQ"]
-
 
 class ZeroQ(OneShot):
     """Lets the model write, measures the Fisher information on that, and solves the knapsack that it makes.

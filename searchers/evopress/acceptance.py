@@ -9,8 +9,6 @@ from evo_hpo.search.trial import Batch, Outcome
 from searchers.evopress.offspring import Candidate
 from searchers.evopress.racing import Differences, Race
 
-__all__ = ["PairedAcceptance", "Scored"]
-
 Scored = list[tuple[Outcome, Candidate]]
 """Outcomes of the last stage with their candidates, best first."""
 

@@ -22,8 +22,6 @@ from searchers.evopress.offspring import Breeding, Candidate, Tried
 from searchers.evopress.selection import rank
 from searchers.evopress.settings import Settings, resolved
 
-__all__ = ["EvoPress"]
-
 RESTARTS = 20  # new starts in a row, each without a mutant to measure, before the search gives up
 
 

@@ -19,8 +19,6 @@ from searchers.evopress.settings import WARM_STARTS, Settings
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = ["Start", "initialisation", "random_and_spent", "rounded_up_and_decremented"]
-
 UNMEASURED = 4  # trials a unit of such a searcher where the budget, in seconds, gives no share of trials
 
 

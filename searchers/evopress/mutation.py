@@ -18,8 +18,6 @@ from evo_hpo.space.knapsack import Cursor, Knapsack
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-__all__ = ["Exchange", "LevelSwitch", "Uniforms", "UnrestrictedSwitch", "heavy_tailed", "mutation", "switch_counts"]
-
 ATTEMPTS = 64  # random picks before looking at every unit
 MOST_CHANGES = 10  # of the unrestricted switch, as published
 TAIL = 2.5  # exponent of the heavy-tailed number of switches

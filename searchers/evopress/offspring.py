@@ -10,8 +10,6 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.evopress.mutation import SwitchCount, Uniforms, heavy_tailed, mutation, switch_counts
 from searchers.evopress.settings import Settings
 
-__all__ = ["Breeding", "Candidate", "Tried"]
-
 PATIENCE = 100_000  # draws in vain of one generation, whatever the number of offspring
 PERSISTENCE = 1000  # draws of any number of switches before the search gives up
 

@@ -14,8 +14,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit
 
-__all__ = ["Differences", "Race"]
-
 
 @dataclass(frozen=True, slots=True)
 class Differences:

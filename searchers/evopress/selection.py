@@ -11,8 +11,6 @@ from evo_hpo.search.budget import Allowance
 from evo_hpo.search.searcher import one_of, positive
 from evo_hpo.search.trial import Outcome
 
-__all__ = ["Selection", "Stage", "rank"]
-
 
 @dataclass(frozen=True)
 class Stage:

@@ -13,8 +13,6 @@ from evo_hpo.search.searcher import MANY, boolean, one_of, positive, probability
 from evo_hpo.space.compression_space import CompressionSpace
 from searchers.evopress.selection import Selection
 
-__all__ = ["PRESETS", "WARM_STARTS", "Settings", "resolved"]
-
 DEPTH_RULE = "k(n-k)/1.5"  # generations, where k of n units are dropped
 WARM_STARTS = ("dynamic_programming", "fisher", "trust_region")  # searchers whose recommendation may be the start
 UNDRAWN = ("uniform", *WARM_STARTS)  # starts that are one point

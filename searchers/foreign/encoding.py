@@ -32,8 +32,6 @@ from evo_hpo.search.searcher import one_of
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.knapsack import Cursor
 
-__all__ = ["ENCODINGS", "Decoded", "Encoding", "make_encoding"]
-
 Point = tuple[float, ...]
 """One coordinate a unit that may change."""
 

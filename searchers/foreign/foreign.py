@@ -15,8 +15,6 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.ranges import uniform_at
 from searchers.foreign.encoding import Decoded, Encoding, make_encoding
 
-__all__ = ["ForeignSearcher"]
-
 STARTS = 4
 """Steps between the starts over a range of budgets."""
 

@@ -26,9 +26,6 @@ from searchers.foreign.encoding import ENCODINGS, Decoded
 from searchers.foreign.foreign import ForeignSearcher
 from searchers.foreign.nevergrad_limits import why_not
 
-__all__ = ["NevergradFamily", "NevergradSearcher", "family", "load"]
-
-
 SIGMA = 0.5
 TWO_LEVEL_SIGMA = 2.0  # of CMA: with less, what it draws between 0 and 1 is hardly ever anything but the start
 

@@ -6,8 +6,6 @@ from importlib.util import find_spec
 
 import numpy as np
 
-__all__ = ["why_not"]
-
 _PACKAGES: dict[str, tuple[str, ...]] = {
     "ax": ("AX", "AXP"),
     "bayes_optim": ("BayesOptimBO", "PCABO", "PCABO80", "PCABO95DoE20"),

@@ -35,8 +35,6 @@ from optuna.trial import FrozenTrial, TrialState
 if TYPE_CHECKING:
     from optuna.trial import Trial as OptunaTrial
 
-__all__ = ["OptunaFamily", "OptunaSearcher", "family"]
-
 
 @contextmanager
 def quiet() -> Iterator[None]:

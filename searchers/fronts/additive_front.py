@@ -14,8 +14,6 @@ from searchers.additive.probing import PROBE_SHARE
 from searchers.additive.solvers import solve
 from searchers.additive.sweep import sweep
 
-__all__ = ["AdditiveFront"]
-
 
 class AdditiveFront(OneFidelity):
     """Probes every level of every unit once, solves all budgets in one pass, and measures the solutions.

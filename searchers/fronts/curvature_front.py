@@ -20,8 +20,6 @@ from searchers.additive.model import Effects
 from searchers.additive.sweep import sweep
 from searchers.fronts.interleaved import Interleaved
 
-__all__ = ["CurvatureFront"]
-
 PASS_SHARE = 0.25  # of the budget, that the one pass at the uncompressed model may cost
 LEAST = (
     1e-6  # of the greatest modelled loss, that all of the cost counts as where the model tells assignments not apart

@@ -10,8 +10,6 @@ from searchers.evopress.evopress import EvoPress
 from searchers.evopress.offspring import Candidate
 from searchers.fronts.interleaved import Interleaved
 
-__all__ = ["EvoPressFront"]
-
 OWN = 6
 """Offspring of its own parent for one of each neighbour's, on average (on two synthetic problems, 8 seeds: 1 and 2 are
 worse than no neighbours, 6 and 14 better)."""

@@ -15,8 +15,6 @@ from evo_hpo.search.trial import Batch, Outcome, Probe, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from evo_hpo.space.ranges import at, marks
 
-__all__ = ["Interleaved"]
-
 
 class Interleaved(Searcher):
     """Base of searchers that run an inner search at each of several budgets; who has spent least is asked next.

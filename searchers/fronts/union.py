@@ -9,8 +9,6 @@ from evo_hpo.space.compression_space import CompressionSpace
 from searchers.fronts.interleaved import Interleaved
 from searchers.wrapping import WrappingFamily
 
-__all__ = ["Union", "family"]
-
 MEMBERS = ("curvature_region", "evopress", "fisher", "local_search", "trust_region")
 
 

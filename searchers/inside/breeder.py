@@ -12,8 +12,6 @@ from evo_hpo.search.searcher import probability
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 from searchers.evopress.mutation import Exchange, Uniforms, mutation, switch_counts
 
-__all__ = ["Breeder", "budget_space"]
-
 LONG = 32  # levels from which single steps would take too long
 TRIES = 200
 

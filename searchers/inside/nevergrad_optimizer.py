@@ -28,8 +28,6 @@ ng: Any = load()
 _Optimizer: Any = ng.optimizers.base.Optimizer
 _ConfiguredOptimizer: Any = ng.optimizers.base.ConfiguredOptimizer
 
-__all__ = ["ConfiguredEvoPress", "EvoPressOptimizer"]
-
 STEPS = 1024  # steps of a continuous coordinate
 REACH = 5.0  # range of an unbounded coordinate, in its mutation widths on either side of its first value
 LEVELS = "evopress_levels"

@@ -35,8 +35,6 @@ from optuna.trial import FrozenTrial, TrialState
 if TYPE_CHECKING:
     from optuna.search_space import IntersectionSearchSpace
 
-__all__ = ["EvoPressSampler"]
-
 GENERATION = "evopress:generation"
 STEPS = 1024  # steps of a continuous parameter
 

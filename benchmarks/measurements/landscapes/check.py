@@ -22,8 +22,6 @@ from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.search.problem import Minibatch
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the largest relative difference over randomly chosen rows of each landscape."""

@@ -21,8 +21,6 @@ from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers import make_searcher
 
-__all__ = ["Exploration"]
-
 Measure = Callable[[Sequence[Assignment]], Sequence[Losses]]
 SEARCHES = (("evopress", 300), ("local_search", 1000), ("evopress", 1500), ("simulated_annealing", 2500))
 """Searchers that run on each fit, and their evaluations."""

@@ -11,8 +11,6 @@ from scipy.optimize import minimize
 
 from benchmarks.problems.surrogate import Array, Features, Fit
 
-__all__ = ["fit", "optimise"]
-
 NONE = -60.0
 """Logarithm of the weight of interactions where there are none."""
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from evo_hpo.errors import JournalError
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["Losses", "KeptLosses"]
-
 Losses = tuple[float, ...]
 """KL(dense || compressed) of each sequence, mean over its predicted positions, nats a token; lower is better.
 

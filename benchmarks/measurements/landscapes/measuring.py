@@ -15,8 +15,6 @@ from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["LandscapeRecorder"]
-
 
 class LandscapeRecorder:
     """Measures assignments that the file does not have yet, a batch at a time.

@@ -22,8 +22,6 @@ from evo_hpo.errors import JournalError
 from evo_hpo.record.environment import machine
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["main"]
-
 BLOCKS, LENGTH = 30, 64
 DATA = Path(__file__).parents[2] / "problems" / "data"
 

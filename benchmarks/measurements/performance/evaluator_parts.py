@@ -14,8 +14,6 @@ from evo_hpo.models.structure import linear_modules
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 from searchers.evopress.mutation import LevelSwitch, Uniforms, switch_counts
 
-__all__ = ["RoundedLevels", "Straightforward", "bare", "offspring", "plain_losses"]
-
 GROUP = 64
 
 

@@ -18,8 +18,6 @@ from benchmarks.measurements.performance.ways import Job, Setup, Way
 from evo_hpo.models.structure import decoder_blocks
 from evo_hpo.search.problem import Minibatch
 
-__all__ = ["SpeedPlan", "peak", "speed"]
-
 
 @dataclass(frozen=True)
 class SpeedPlan:

@@ -22,8 +22,6 @@ from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import Assignment
 
-__all__ = ["KINDS", "Job", "Setup", "Way"]
-
 KINDS = ("straightforward", "bare, batch 1", "bare, batch 4", "evaluator", "evaluator, compiled")
 
 

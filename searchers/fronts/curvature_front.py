@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from evo_hpo.search.budget import Allowance
 from evo_hpo.search.searcher import Searcher, one_of, passes_on
@@ -21,9 +22,7 @@ from searchers.additive.sweep import sweep
 from searchers.fronts.interleaved import Interleaved
 
 PASS_SHARE = 0.25  # of the budget, that the one pass at the uncompressed model may cost
-LEAST = (
-    1e-6  # of the greatest modelled loss, that all of the cost counts as where the model tells assignments not apart
-)
+LEAST = 1e-6  # of the greatest modelled loss, that all of the cost counts as where the model tells levels not apart
 
 
 @passes_on(CurvatureRegion)
@@ -90,8 +89,9 @@ class CurvatureFront(Interleaved):
         """The front of a region's model between a cheaper assignment and its own, with the levels between theirs.
 
         What is learnt at an assignment holds for less compression rather than for more, and tells least where the
-        model is broken; so the dearer of two regions is asked. Where it sees no loss at all in what lies between, less
-        compression counts as better.
+        model is broken; so the dearer of two regions is asked. No level counts as better than one of the same unit that
+        costs more, whatever noise says, and of two that lose the same the costlier one is better: so there is an
+        assignment for every budget between the two.
         """
         higher = region.incumbent
         space, low, high = self.space, self.space.cost(lower), self.space.cost(higher)
@@ -99,20 +99,28 @@ class CurvatureFront(Interleaved):
             return
         model = copy.copy(region.model)  # to look at the front changes no search
         told = expected(region.forecast, model, higher)
+        least = max(1.0, max(float(np.abs(unit).max()) for unit in told)) * LEAST / high
         effects: Effects = [
             [loss if min(a, b) <= k <= max(a, b) else float("inf") for k, loss in enumerate(unit)]
-            for unit, a, b in zip(told, lower, higher, strict=True)
+            for unit, a, b in zip(no_worse(told, space, least), lower, higher, strict=True)
         ]
         within = CompressionSpace(
             space.units, (high, *space.budgets[1:]), floor=(low, *space.floors[1:]), resources=space.resources
         )
-        found = [levels for levels in sweep(within, effects) if low < space.cost(levels) < high]
-        if not found:
-            share = LEAST * max(1.0, *(abs(x) for unit in effects for x in unit if math.isfinite(x))) / high
-            saved = [
-                [share * (costs[b] - cost) for cost in costs]
-                for costs, b in zip(space.knapsack.first_costs, higher, strict=True)
-            ]
-            effects = [[x + y for x, y in zip(*rows, strict=True)] for rows in zip(effects, saved, strict=True)]
-            found = [levels for levels in sweep(within, effects) if low < space.cost(levels) < high]
-        yield from found
+        for levels in sweep(within, effects):
+            if low < space.cost(levels) < high:
+                yield levels
+
+
+def no_worse(told: Effects, space: CompressionSpace, least: float) -> Effects:
+    """Losses (units x levels, nats a token), none below that of a level of the unit that costs more.
+
+    Where they are alike, the costlier level has ``least`` less for each unit of cost.
+    """
+    found = []
+    for losses, costs in zip(told, space.knapsack.first_costs, strict=True):
+        kept = list(losses)
+        for dearer, k in itertools.pairwise(sorted(range(len(costs)), key=lambda k: -costs[k])):
+            kept[k] = max(kept[k], kept[dearer])
+        found.append([loss - least * cost for loss, cost in zip(kept, costs, strict=True)])
+    return found

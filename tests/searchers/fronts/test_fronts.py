@@ -124,12 +124,16 @@ def test_between_measured_assignments_the_front_takes_levels_of_the_two_only() -
         assert all(min(a, b) <= k <= max(a, b) for k, a, b in zip(levels, below, above, strict=True))
 
 
-def test_where_the_model_sees_no_loss_less_compression_counts_as_better(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("signs", [(0.0,), (1.0,), (1.0, -1.0)], ids=["sees no loss", "sees gains", "sees both"])
+def test_a_model_that_is_wrong_leaves_no_budget_without_an_assignment(
+    monkeypatch: pytest.MonkeyPatch, signs: tuple[float, ...]
+) -> None:
     problem = noisy(units=28, tightness=0.2, tightest=0.9, unequal=True)
     searcher = CurvatureFront(problem.space, budgets=3)
     search(searcher, problem, budget=Budget(tokens=80 * 1024), seed=0)
-    blind = [[0.0] * len(unit.costs) for unit in problem.space.units]
-    monkeypatch.setattr(curvature_front, "expected", lambda *_: blind)
+    costs_of = problem.space.knapsack.first_costs
+    told = [[signs[u % len(signs)] * cost for cost in costs] for u, costs in enumerate(costs_of)]
+    monkeypatch.setattr(curvature_front, "expected", lambda *_: told)
     costs = sorted(problem.space.cost(levels) for levels in searcher.front())
     measured = [problem.space.cost(levels) for levels in searcher.recommended()]
     for low, high in itertools.pairwise(measured):

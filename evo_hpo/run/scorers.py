@@ -139,7 +139,6 @@ class Scorers:
             ScorersError: no scorer is left.
             EvoHpoError: what the problem raised, with the node's name.
         """
-        self._look()
         stores = self._stores_of(name, settings)
         answers: list[Any] = [None] * len(questions)
         waiting: dict[Any, tuple[int, Any]] = {}
@@ -150,6 +149,7 @@ class Scorers:
 
         for number in range(len(questions)):
             send(number)
+        self._look()  # while they are at work
         while waiting:
             done, _ = ray.wait(list(waiting), num_returns=1)
             number, scorer = waiting.pop(done[0])

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from evo_hpo.run import events
 from evo_hpo.run.plan import Plan
+from evo_hpo.search.checkpoint import losses_by_text
 
 
 def say(console: Console, line: str) -> None:
@@ -131,8 +132,8 @@ class ComparisonProgress:
 
     def _loss(self, running: _Running) -> str:
         best = "" if running.best is None else f"best {running.best:.4g}"
-        names = {"held-out": "loss", **{k.rpartition("/")[0]: k for k in running.held_out if k.endswith("/loss")}}
-        return " ".join([best, *(f"{n} {running.held_out[k]:.4g}" for n, k in names.items() if k in running.held_out)])
+        losses = losses_by_text(running.held_out)
+        return " ".join([best, *(f"{text or 'held-out'} {loss:.4g}" for text, loss in losses.items())])
 
 
 class BuildProgress:

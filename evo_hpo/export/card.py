@@ -10,6 +10,7 @@ from typing import Any
 
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.record.environment import versions
+from evo_hpo.search.checkpoint import losses_by_text
 from evo_hpo.space.amounts import shown
 
 
@@ -88,7 +89,7 @@ class Card:
     def _figures(self) -> str:
         """Held-out figures, a row a text."""
         held_out = self.profile["held_out"]
-        names = [key.rpartition("/")[0] for key in held_out if key == "loss" or key.endswith("/loss")]
+        names = losses_by_text(held_out)
         texts = self.profile["problem"].get("settings", {}).get("held_out", "")
         first = next(iter(texts)) if isinstance(texts, Mapping) else texts or "held-out text"
         rows = ["| text | KL to the uncompressed model, nats a token | perplexity |", "|---|---|---|"]

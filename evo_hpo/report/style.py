@@ -22,7 +22,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 DPI = 150
-MOST_COLOURS = 4096  # of a picture of lines and letters; photographs have more
 INK, FAINT = "#222222", "#8a8a8a"
 
 
@@ -96,19 +95,9 @@ def save(drawn: Figure, stem: Path, formats: Sequence[str] = ("png", "svg")) -> 
 
 
 def _save_reduced(drawn: Figure, path: Path) -> None:
-    """A palette of the 256 most frequent colours: a third of the bytes, and no difference to be seen."""
+    """A palette of 128 colours: a third of the bytes, and no difference to be seen."""
     canvas: Any = FigureCanvasAgg(drawn)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())
-    image = Image.fromarray(pixels).convert("RGB")
-    colours = sorted(image.getcolors(MOST_COLOURS) or (), reverse=True)
-    if not colours:
-        image = image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    else:  # by a table of all colours: a tenth of Pillow's time
-        every = np.array([colour for _, colour in colours], dtype=np.int32)
-        nearest = np.square(every[:, None] - every[:256]).sum(axis=2).argmin(axis=1)
-        table = np.zeros(1 << 24, dtype=np.uint8)
-        table[every @ (1, 1 << 8, 1 << 16)] = nearest
-        image = Image.fromarray(table[pixels.view("<u4")[..., 0] & 0xFFFFFF])
-        image.putpalette(every[:256].astype(np.uint8).tobytes())
-    image.save(path, compress_level=8)
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    small = image.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)

@@ -84,3 +84,9 @@ def thinned(space: CompressionSpace, front: Iterable[Assignment]) -> list[Assign
     costs = [space.cost(levels) for levels in ordered]
     taken = (bisect.bisect_right(costs, mark) for mark in marks(space))
     return list(dict.fromkeys(ordered[count - 1] for count in taken if count))
+
+
+def losses_by_text(figures: Mapping[str, float]) -> dict[str, float]:
+    """Held-out losses among a problem's figures: ``loss``, the first text's, under "", ``TEXT/loss`` under TEXT."""
+    split = ((*key.rpartition("/")[::2], value) for key, value in figures.items())
+    return {text: value for text, figure, value in split if figure == "loss"}

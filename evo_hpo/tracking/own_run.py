@@ -13,6 +13,7 @@ from evo_hpo.record.changes import flat
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.fronts import judged
 from evo_hpo.record.records import SearchRecord, read_journals
+from evo_hpo.search.checkpoint import losses_by_text
 from evo_hpo.tracking.runs import LONGEST_NAME, LONGEST_PARAM, safe_key, shown
 from evo_hpo.tracking.views import note, views
 
@@ -66,8 +67,8 @@ def upload(folder: Path, uri: str) -> str:
 def _mean_losses(record: SearchRecord) -> dict[str, float]:
     """Mean loss of a search over all budgets of its range, on each text; of a search as it is judged."""
     figures = record.checkpoints[-1].held_out if record.checkpoints else {}
-    means = {k.rpartition("loss")[0]: v for k, v in figures.items() if k.rpartition("/")[2] == "loss"}
-    return {safe_key(f"front/{text}mean_loss"): v for text, v in means.items() if math.isfinite(v)}
+    means = losses_by_text(figures).items()
+    return {safe_key("/".join(filter(None, ("front", k, "mean_loss")))): v for k, v in means if math.isfinite(v)}
 
 
 def _unplanned(folder: Path) -> list[SearchRecord]:
@@ -103,8 +104,9 @@ def _details(
         details["budget of each search"] = ", ".join(f"{v} {k}" for k, v in json.loads(budgets.pop()).items())
     for problem, profile in winners.items():
         held_out = profile.get("held_out") or {}
-        parts = {"held-out loss": held_out.get("loss")}
-        parts |= {f"on {k.rpartition('/')[0]}": v for k, v in held_out.items() if k.endswith("/loss")}
+        parts: dict[str, float | None] = {
+            f"on {k}" if k else "held-out loss": v for k, v in losses_by_text(held_out).items()
+        }
         if means := of_fronts.get(str(profile.get("search"))):
             parts = {"mean held-out loss over the range": means.get("front/mean_loss")}
         figure = "".join(f", {name} {loss:.6g}" for name, loss in parts.items() if loss is not None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from evo_hpo.record.changes import flat
 from evo_hpo.record.lines import decode_checkpoint, decode_levels, decode_outcome, encode_levels
-from evo_hpo.search.checkpoint import FrontPoint
+from evo_hpo.search.checkpoint import FrontPoint, losses_by_text
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import CompressionSpace
 
@@ -147,8 +147,8 @@ class SearchRuns:
             return []
         for point in points:
             step = round(point.cost / 1000 if space.resources[0] == "bytes" else 1000 * space.average(point.levels))
-            losses = ((k, v) for k, v in point.held_out.items() if k.rpartition("/")[2] == "loss" and math.isfinite(v))
-            found |= {(safe_key(f"front/{k}"), step): v for k, v in losses}
+            losses = ((k, v) for k, v in losses_by_text(point.held_out).items() if math.isfinite(v))
+            found |= {(safe_key("/".join(filter(None, ("front", k, "loss")))), step): v for k, v in losses}
         return [Point(key, value, when, step) for (key, step), value in found.items()]
 
     def end(self, line: Mapping[str, Any]) -> tuple[list[Point], dict[str, str], dict[str, str]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from evo_hpo.record.comparison import winner
 from evo_hpo.record.records import SearchRecord
+from evo_hpo.search.checkpoint import losses_by_text
 from evo_hpo.tracking.runs import UNITS_SHOWN, safe_key
 
 PREFIX = "mlflow.sharedViewState."
@@ -241,8 +242,8 @@ def _front_view(records: Sequence[SearchRecord], only: str, mark: str, name: str
 
 def _texts(records: Sequence[SearchRecord]) -> list[str]:
     """Held-out texts after the first."""
-    names = dict.fromkeys(name for r in records for c in r.checkpoints for name in c.held_out)
-    return [name.rpartition("/")[0] for name in names if name.endswith("/loss")]
+    found = dict.fromkeys(text for r in records for c in r.checkpoints for text in losses_by_text(c.held_out))
+    return list(filter(None, found))
 
 
 def trials_link(experiment: str, search: str) -> str:

@@ -77,7 +77,7 @@ class Comparison:
         plan: what was asked, as plain data.
         problems: what was searched, by key; a problem is there once it was made.
         searches: in the plan's order.
-        choices: key of a problem -> settings that were measured, for all who make it (the dtype for ``auto``).
+        choices: key of a problem -> settings that were settled, for all who make it (the dtype for ``auto``).
         created: seconds since the epoch (text in old folders).
         versions, git, machine: what it ran on.
     """

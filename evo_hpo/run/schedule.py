@@ -109,7 +109,7 @@ def compare(
 
 
 def _settled(comparison: Comparison, plan: Plan) -> Comparison:
-    """The comparison with what its problems' settings leave to a measurement: measured once, whoever makes them."""
+    """The comparison with what its problems' settings leave to the machine: settled once, whoever makes them."""
     choices = dict(comparison.choices)
     for entry in plan.problems:
         known = comparison.problems.get(entry.key)

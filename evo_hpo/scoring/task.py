@@ -88,9 +88,8 @@ class LanguageModelTask:
             ``early_stopping = false``, or what is in the file would decide which trials are stopped.
         device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one; levels are built on all of them.
         devices: of one machine, that a model's blocks are spread over instead, as ["cuda:0", "cuda:1"].
-        dtype: float32, bfloat16, float16, or ``auto``: bfloat16 where a short measurement finds it 1.5 times as fast as
-            float32 (CPUs with native bfloat16, GPUs), else float32; measured once a comparison, and recorded. Losses
-            are exact to five digits in float32 only.
+        dtype: float32, bfloat16, float16, or ``auto``: bfloat16 on CPUs and GPUs that multiply it natively, else
+            float32; settled once a comparison, and recorded. Losses are exact to five digits in float32 only.
         compile: compile the decoder blocks and the steps on logits, and keep what is measured faster; takes half a
             minute a process, so it pays from about five minutes of scoring.
         measure: choose sequences a batch, chunk of logits and threads by a few forward passes instead of fixed rules;

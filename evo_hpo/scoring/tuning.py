@@ -1,4 +1,7 @@
-"""Short measurements that choose settings for a machine; opt-in, because settings decide the last bits of a loss."""
+"""What suits a machine: its dtype, by what it is; other settings by short measurements, which are opt-in.
+
+Settings decide the last bits of a loss.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from evo_hpo.scoring.replica import Replica
 
 GAIN = 1.05
 """A larger setting must be this much faster than the smaller one."""
+
+NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""Instructions that multiply bfloat16 on a CPU (x86, ARM), by their names in torch."""
 
 CHUNKS = (Chunk(512, 1024), Chunk(256, 2048), Chunk(512, 4096), Chunk(2048, 16384))
 
@@ -115,13 +121,15 @@ def _wait(like: Tensor) -> None:
         torch.cuda.synchronize(like.device)
 
 
-def fastest_dtype(device: str = "cpu", size: int = 512) -> torch.dtype:
-    """bfloat16 where a short matrix product in it is at least 1.5 times as fast as in float32, else float32.
+def fastest_dtype(device: str = "cpu") -> torch.dtype:
+    """bfloat16 where the device multiplies it natively, else float32.
 
-    A CPU without native bfloat16 arithmetic emulates it, several times slower: measured, never assumed.
+    The device is asked, not measured: beside other programs a measurement comes out otherwise, and all losses with it.
+    A CPU without such instructions emulates bfloat16, several times slower.
     """
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(size, size, dtype=dtype, device=device)
-        rates[dtype] = 1 / _seconds(lambda matrix=matrix: matrix @ matrix, matrix, repeats=5)  # type: ignore[misc]
-    return torch.bfloat16 if rates[torch.bfloat16] > 1.5 * rates[torch.float32] else torch.float32
+    kind, native = torch.device(device).type, False
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        native = any(torch.cpu.get_capabilities().get(name) for name in NATIVE)
+    return torch.bfloat16 if native else torch.float32

@@ -44,8 +44,19 @@ def test_measured_settings_are_kept_so_that_bits_stay(llama: Parts, tmp_path: Pa
     np.testing.assert_allclose(losses_of(second, candidates), losses_of(make_evaluator(llama), candidates), rtol=1e-6)
 
 
-def test_the_compute_dtype_is_one_that_this_machine_multiplies_fast() -> None:
+def test_the_compute_dtype_is_one_that_this_machine_multiplies_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy it is: the processor's instructions decide, as the kernel lists them."""
     assert fastest_dtype() in (torch.float32, torch.bfloat16)
+    if (listed := Path("/proc/cpuinfo")).is_file():
+        native = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"} & set(listed.read_text().split())
+        assert fastest_dtype() == (torch.bfloat16 if native else torch.float32)
+    for names, dtype in (((), torch.float32), (("amx_bf16",), torch.bfloat16), (("bf16",), torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda names=names: dict.fromkeys(names, True))
+        assert fastest_dtype("cpu") == dtype
+    assert fastest_dtype("mps") == torch.float32
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert fastest_dtype("cuda:1") == (torch.bfloat16 if native else torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -42,11 +42,11 @@ def one_thread() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def quick_processes() -> Iterator[None]:
     """Processes of searches that tests start here are forked from one that has imported what each would import."""
-    from evo_hpo.run import schedule
+    from evo_hpo.run import processes
     from tests.forking import Forking
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "PROCESSES", Forking())
+        patch.setattr(processes, "PROCESSES", Forking())
         yield
 
 

@@ -74,7 +74,7 @@ def _here(plan: Plan, folder: Path, resume: bool, tasks: list[PlannedSearch], *_
         for task in tasks:
             waiting.put(task)
         waiting.put(None)
-        with patch("evo_hpo.run.search_process._die_with_parent"), patch("signal.signal"):
+        with patch("evo_hpo.run.search_process.follow_parent"):
             run_searches(plan, folder, resume, 1, waiting, heard)
         while (event := heard.get()) is not None:
             yield event

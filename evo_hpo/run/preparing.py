@@ -2,53 +2,72 @@
 
 from __future__ import annotations
 
-import threading
+import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
+from typing import Any
 
+from evo_hpo.errors import StoreError
+from evo_hpo.run import processes
 from evo_hpo.run.entries import ProblemEntry
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.rehearsal import rehearse
 from evo_hpo.search.registry import claims_of, prepare_problem, preview_problem
 
 Progress = Callable[[str, int, int, str], None]
-"""Called with (key of the problem, done, total, what is being worked on), from any thread."""
+"""Called with (key of the problem, done, total, what is being worked on)."""
+
+Build = Callable[[str, dict[str, Any], Callable[..., None]], None]
+"""Builds what a problem of this name and these settings needs, and tells (done, total, what is being worked on)."""
 
 
-class _Stopped(Exception):
-    """Ends a build beside one that failed."""
-
-
-def prepare(plan: Plan, progress: Progress) -> None:
+def prepare(plan: Plan, progress: Progress, build: Build = prepare_problem) -> None:
     """Checks every problem of the plan, then builds what is missing.
 
     Raises:
-        EvoHpoError: a problem or searcher that cannot work, before anything is built; or a build failed. Others end at
-            their next layer then, and what they wrote stays.
+        EvoHpoError: a problem or searcher that cannot work, before anything is built; or a build failed. Others are
+            ended then, and what they wrote stays.
     """
     for entry in plan.problems:
         rehearse(plan, preview_problem(entry.name, entry.settings))
-    groups, stop = _apart(plan.problems), threading.Event()
-
-    def hear(key: str, done: int, total: int, what: str = "") -> None:
-        if stop.is_set():
-            raise _Stopped
-        progress(key, done, total, what)
-
-    def build(entries: Sequence[ProblemEntry]) -> None:
-        for entry in entries:
-            prepare_problem(entry.name, entry.settings, partial(hear, entry.key))
-
+    groups = _apart(plan.problems)
     if len(groups) < 2:
-        return build(plan.problems)
-    with ThreadPoolExecutor(len(groups)) as threads:
-        builds = [threads.submit(build, group) for group in groups]
-        try:
-            for done in wait(builds, return_when=FIRST_EXCEPTION).done:
-                done.result()
-        finally:
-            stop.set()
+        _build(plan.problems, build, progress)
+    else:
+        _build_groups(groups, build, progress)
+
+
+def _build_groups(groups: Sequence[Sequence[ProblemEntry]], build: Build, progress: Progress) -> None:
+    events = processes.PROCESSES.Queue()
+    workers = [(_build_beside, (group, build, events)) for group in groups]
+    with processes.running(workers, events, _ended) as stream:
+        for event in stream:
+            if isinstance(event, Exception):
+                raise event
+            progress(*event)
+
+
+def _build(entries: Sequence[ProblemEntry], build: Build, progress: Progress) -> None:
+    for entry in entries:
+        build(entry.name, entry.settings, partial(progress, entry.key))
+
+
+def _build_beside(entries: Sequence[ProblemEntry], build: Build, events: Any) -> None:
+    """Entry point of a process: to load a model changes what others in a process load (dtype, ties) at that moment."""
+    processes.follow_parent()
+    try:
+        _build(entries, build, lambda *told: events.put(told))
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        events.put(error)
+    events.put(None)
+
+
+def _ended(code: int | None) -> StoreError:
+    return StoreError(
+        f"a process that built levels ended with code {code} (out of memory?): what it wrote is kept; free memory, or"
+        " build one store at a time with evo-hpo build, and start again"
+    )
 
 
 def _apart(entries: Sequence[ProblemEntry]) -> list[list[ProblemEntry]]:

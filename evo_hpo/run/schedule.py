@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import queue
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from evo_hpo.errors import EvoHpoError, JournalError, PlanError
 from evo_hpo.record.comparison import ERRORS, Comparison, PlannedSearch
 from evo_hpo.record.environment import cores
+from evo_hpo.run import processes
 from evo_hpo.run.cluster_process import run_on_cluster
 from evo_hpo.run.events import Event, Listener, ProblemMade, SearchFailed
 from evo_hpo.run.plan import Plan
@@ -21,7 +17,6 @@ from evo_hpo.run.search_process import run_searches
 from evo_hpo.search.registry import settled
 
 DEFAULT_ROOT = Path("mlruns") / "comparisons"
-PROCESSES: Any = multiprocessing.get_context("spawn")  # nothing of this process may leak into those of searches
 
 
 class ComparisonFailed(EvoHpoError):
@@ -131,64 +126,28 @@ def _processes(
     plan: Plan, folder: Path, resume: bool, tasks: Sequence[PlannedSearch], ray: str | None
 ) -> Iterator[Iterator[Event]]:
     """Starts the processes, hands out the tasks, gives the stream of events; leaves no process behind."""
-    waiting, events = PROCESSES.Queue(), PROCESSES.Queue()
+    waiting, events = processes.PROCESSES.Queue(), processes.PROCESSES.Queue()
     for task in tasks:
         waiting.put(task)
-    workers: list[tuple[Callable[..., None], tuple[Any, ...]]]
+    workers: list[processes.Worker]
     if ray:
         workers = [(run_on_cluster, (plan, folder, resume, ray, waiting, events))]
+        why, remedy = "is Ray's head gone?", "start Ray again"
     else:
         count, cores = process_count(plan, len(tasks))
         workers = [(run_searches, (plan, folder, resume, cores, waiting, events))] * count
         for _ in range(count):
             waiting.put(None)
+        why, remedy = "out of memory?", "lower `workers`"
+
+    def ended(code: int | None) -> ComparisonFailed:
+        return ComparisonFailed(
+            f"a worker process ended with code {code} ({why}): what it scored is in the journals; {remedy} and resume"
+        )
+
     # a cluster's process may start Ray here, so it may have children
-    processes = [PROCESSES.Process(target=target, args=args, daemon=not ray) for target, args in workers]
-    started = []
     try:
-        with _main_left_out():
-            for process in processes:
-                process.start()
-                started.append(process)
-        why = ("is Ray's head gone?", "start Ray again") if ray else ("out of memory?", "lower `workers`")
-        yield _stream(events, processes, *why)
+        with processes.running(workers, events, ended, children=bool(ray)) as stream:
+            yield stream
     finally:
-        for process in started:
-            if process.is_alive():
-                process.terminate()
-        for process in started:
-            process.join(timeout=10)
         waiting.cancel_join_thread()
-        events.cancel_join_thread()
-
-
-@contextmanager
-def _main_left_out() -> Iterator[None]:
-    """Processes that start meanwhile do not run the user's script, or import the command line, once more."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _stream(events: Any, processes: Sequence[Any], why: str, remedy: str) -> Iterator[Event]:
-    running = len(processes)
-    while running:
-        try:
-            event: Event | None = events.get(timeout=1.0)
-        except queue.Empty:
-            dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
-            if dead:
-                raise ComparisonFailed(
-                    f"a worker process ended with code {dead[0]} ({why}): what it scored is in the journals; {remedy}"
-                    " and resume"
-                ) from None
-            if not any(p.is_alive() for p in processes):
-                return
-            continue
-        if event is None:
-            running -= 1
-        else:
-            yield event

@@ -8,9 +8,6 @@ which it writes itself.
 from __future__ import annotations
 
 import os
-import signal
-import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +27,7 @@ from evo_hpo.run.events import (
     SearchStarted,
 )
 from evo_hpo.run.plan import Plan
+from evo_hpo.run.processes import follow_parent
 from evo_hpo.search.budget import Ledger
 from evo_hpo.search.loop import Checkpoint, search
 from evo_hpo.search.problem import Problem
@@ -72,8 +70,7 @@ def run_searches(plan: Plan, folder: Path, resume: bool, cores: int, tasks: _Que
 
 def begin_process(cores: int) -> None:
     """Leaves interrupts to the parent, ends with it, and keeps numeric libraries to one thread each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-    _die_with_parent()
+    follow_parent()
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = "1"  # an evaluator runs one single-threaded replica a core
     os.environ["EVO_HPO_THREADS"] = str(cores)
@@ -136,15 +133,3 @@ def _run(
             checkpoints=plan.checkpoints,
         )
     events.put(SearchEnded(task.id, result.stop_reason))
-
-
-def _die_with_parent() -> None:
-    """Ends this process when its parent is gone, also when that was killed."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,92 @@
+"""Processes that work beside this one, end with it, and tell what happens through one queue."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+PROCESSES: Any = multiprocessing.get_context("spawn")  # nothing of this process may leak into those that it starts
+
+Worker = tuple[Callable[..., None], tuple[Any, ...]]
+"""A function and its arguments; what it puts into the last one, the queue of events, is heard: None when it is done."""
+
+
+@contextmanager
+def running(
+    workers: Sequence[Worker], events: Any, ended: Callable[[int | None], Exception], *, children: bool = False
+) -> Iterator[Iterator[Any]]:
+    """Starts a process for each worker and gives the stream of their events; leaves no process behind.
+
+    Args:
+        events: a queue of `PROCESSES`.
+        ended: the error of a process that ended without a word, by its exit code.
+        children: whether they may start processes themselves.
+    """
+    processes = [PROCESSES.Process(target=target, args=args, daemon=not children) for target, args in workers]
+    started = []
+    try:
+        with _main_left_out():
+            for process in processes:
+                process.start()
+                started.append(process)
+        yield _stream(events, processes, ended)
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.terminate()
+        for process in started:
+            process.join(timeout=10)
+        events.cancel_join_thread()
+
+
+def follow_parent() -> None:
+    """Leaves interrupts to this process's parent, and ends it when the parent is gone, also when that was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _main_left_out() -> Iterator[None]:
+    """Processes that start meanwhile do not run the user's script, or import the command line, once more."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _stream(events: Any, processes: Sequence[Any], ended: Callable[[int | None], Exception]) -> Iterator[Any]:
+    working, end = len(processes), math.inf
+    while working:
+        try:
+            event = events.get(timeout=0.2)
+        except queue.Empty:
+            lost = not any(p.is_alive() for p in processes)
+        else:
+            lost = False
+            working -= event is None
+            if event is not None:
+                yield event
+        codes = [p.exitcode for p in processes if p.exitcode]
+        if codes or lost:
+            end = min(end, time.monotonic() + 0.5)  # time for last words, not for those of others
+            if working and time.monotonic() >= end:
+                raise ended(codes[0] if codes else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ def over(value: Any, what: str, make: Callable[[Any], CompressionSpace]) -> Comp
 def spanning(one: CompressionSpace, other: CompressionSpace) -> CompressionSpace:
     """All assignments between the budgets of two spaces, which differ in nothing else.
 
-    Its floor is what uniform compression costs at the lower of them, or it would be out of reach there. Further
+    Its :func:`foot` is what uniform compression costs at the lower of them, or it would be out of reach there. Further
     resources keep the budgets of the higher one.
 
     Raises:
@@ -51,13 +52,25 @@ def spanning(one: CompressionSpace, other: CompressionSpace) -> CompressionSpace
         raise InfeasibleError(
             f"a range from {low.budget} to {high.budget} {high.resources[0]} holds one uniform assignment: widen it"
         )
-    floor = (least, *high.floors[1:])
+    floor = (max(0, least - _unspent(high)), *high.floors[1:])
     return CompressionSpace(high.units, high.budgets, floor=floor, resources=high.resources, ranged=True)
 
 
+def _unspent(space: CompressionSpace) -> int:
+    """What an assignment may leave of a budget where costs are finer than steps, so that few spend it to the end.
+
+    The median step of a level to the next dearer one; 0 where all costs are multiples of the smallest step.
+    """
+    counter = space.knapsack.counter
+    costs = [sorted({cost[0] for cost in unit}) for unit in counter.options]  # in what all have in common
+    steps = sorted(after - before for unit in costs for before, after in itertools.pairwise(unit))
+    return steps[len(steps) // 2] * counter.steps[0] if steps and steps[0] > 1 else 0
+
+
 def foot(space: CompressionSpace) -> int:
-    """The least cost of the first resource that an assignment of the space may have."""
-    return max(space.floor, space.cost(space.lowest))
+    """The least budget of a range, and the least cost of the first resource in other spaces."""
+    floor = space.floor + (_unspent(space) if space.ranged and space.floor else 0)
+    return max(floor, space.cost(space.lowest))
 
 
 def marks(space: CompressionSpace, steps: int = MARKS) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Minimisation of an additive loss under several budgets: prices from a linear programme, then labels.
+"""Minimisation of an additive loss under any number of budgets: prices from a linear programme, then labels.
 
 The dual of the linear relaxation gives a bound and a price a resource. At these prices every level of a unit costs so
 much more than the unit's best one (its reduced cost), and the reduced costs of an assignment add up to at most what it
@@ -17,6 +17,7 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
+from evo_hpo.errors import InvalidSpaceError
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
 Array = np.ndarray[Any, Any]
@@ -29,6 +30,24 @@ MANY = 2000
 
 MOST_LABELS = 5_000
 """Partial assignments that are kept; where there are more, those of least reduced cost."""
+
+
+LARGEST_EXACT = 2**50
+"""Of doubles, with room for sums."""
+
+
+def held(costs: Sequence[int], budget: int) -> Sequence[int]:
+    """A row of costs that doubles hold.
+
+    Raises:
+        InvalidSpaceError: they do not.
+    """
+    if (largest := max(*costs, budget)) > LARGEST_EXACT:
+        raise InvalidSpaceError(
+            f"costs of up to {largest} after division by what they have in common are beyond what the solver holds "
+            f"exactly, {LARGEST_EXACT}: count in larger units"
+        )
+    return costs
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,8 @@ def _relaxed(
     counter = space.knapsack.counter
     units = np.array([u for u, _ in pairs])
     losses = np.array([effects[u][k] for u, k in pairs])
-    costs = np.array([counter.options[u][k - space.lowest[u]] for u, k in pairs], dtype=float)
+    options = [counter.options[u][k - space.lowest[u]] for u, k in pairs]
+    costs = np.array([*map(held, zip(*options, strict=True), counter.budgets)], dtype=float).T
     low, high = np.array(counter.floors, dtype=float), np.array(counter.budgets, dtype=float)
     if changes is not None and start is not None:
         costs = np.column_stack([costs, [float(start[u] != k) for u, k in pairs]])

@@ -1,8 +1,9 @@
 """Exact minimisation of an additive loss under the budget, and within a number of changed units of a start.
 
 ``minimise sum_u effects[u][level_u]`` over feasible assignments is a multiple-choice knapsack problem. Dynamic
-programming over cost (and number of changes) solves one resource, labels at the prices of a linear programme solve
-several; HiGHS, a mixed-integer solver, solves any number, in seconds where several are tight.
+programming over cost (and number of changes) solves one resource on a coarse grid of costs, labels at the prices of a
+linear programme solve finer grids and several resources; HiGHS, a mixed-integer solver, solves any, in seconds where
+several are tight, and in hours where costs are fine and the floor is near the budget.
 """
 
 from __future__ import annotations
@@ -12,15 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from evo_hpo.errors import InvalidSpaceError
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-from searchers.additive.several import solve_with_prices
+from searchers.additive.several import held, solve_with_prices
 
 Effects = Sequence[Sequence[float]]
 """Loss of each unit's levels; ``inf`` forbids a level."""
 
 NODES = 100_000  # of the branch and bound tree: a limit in seconds would give other trials on another machine
-LARGEST_EXACT = 2**50  # of the solver's doubles, with room for sums
 MOST_CELLS = 40_000_000  # of the table of choices, a byte each (two above 256 levels)
 
 
@@ -32,9 +31,9 @@ def solve(
     changes: int | None = None,
     exact: bool = True,
 ) -> Assignment | None:
-    """By dynamic programming where the costs are on a coarse enough grid, else by integer programming.
+    """By dynamic programming where costs are one resource's and on a coarse enough grid.
 
-    Several resources: from prices, see :mod:`searchers.additive.several`; without ``exact``, the first that is found.
+    Else from prices, see :mod:`searchers.additive.several`; without ``exact``, the first that is found.
     """
     return solve_many(space, [effects], start=start, changes=changes, exact=exact)[0]
 
@@ -54,7 +53,6 @@ def solve_many(
         low, high = _range(space, batch, start, changes)
         if (high - low + 1) * (1 if changes is None else changes + 1) * len(space) * len(batch) <= MOST_CELLS:
             return _tabulate(space, batch, start, changes)
-        return [solve_by_integer_programming(space, e, start=start, changes=changes) for e in batch]
     return [solve_with_prices(space, e, start=start, changes=changes, exact=exact) for e in batch]
 
 
@@ -153,20 +151,6 @@ def _trace(
     return tuple(levels)
 
 
-def _held(costs: Sequence[int], budget: int) -> Sequence[int]:
-    """A row of costs that the solver's doubles hold.
-
-    Raises:
-        InvalidSpaceError: they do not.
-    """
-    if (largest := max(*costs, budget)) > LARGEST_EXACT:
-        raise InvalidSpaceError(
-            f"costs of up to {largest} after division by what they have in common are beyond what the solver holds "
-            f"exactly, {LARGEST_EXACT}: count in larger units"
-        )
-    return costs
-
-
 def solve_by_integer_programming(
     space: CompressionSpace, effects: Effects, *, start: Assignment | None = None, changes: int | None = None
 ) -> Assignment | None:
@@ -183,7 +167,7 @@ def solve_by_integer_programming(
     units = np.array([u for u, _ in pairs])
     counter = space.knapsack.counter
     options = zip(*(counter.options[u][k - space.lowest[u]] for u, k in pairs), strict=True)
-    rows_of_costs = zip(map(_held, options, counter.budgets), counter.floors, counter.budgets, strict=True)
+    rows_of_costs = zip(map(held, options, counter.budgets), counter.floors, counter.budgets, strict=True)
     columns = np.arange(len(pairs))
     one_level = coo_array((np.ones(len(pairs)), (units, columns)), shape=(len(space), len(pairs)))
     rows = [LinearConstraint(one_level, 1, 1)]

@@ -54,9 +54,9 @@ def test_the_compute_dtype_is_one_that_this_machine_multiplies_fast(monkeypatch:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda names=names: dict.fromkeys(names, True))
         assert fastest_dtype("cpu") == dtype
     assert fastest_dtype("mps") == torch.float32
-    for native in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        assert fastest_dtype("cuda:1") == (torch.bfloat16 if native else torch.float32)
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, found=supported: found)
+        assert fastest_dtype("cuda:1") == (torch.bfloat16 if supported else torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore")

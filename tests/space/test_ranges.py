@@ -31,6 +31,22 @@ def test_a_range_holds_what_costs_at_least_uniform_at_its_foot_and_at_most_its_b
     assert f"at least {space.floor} (" in space.describe()
 
 
+def test_where_costs_are_finer_than_steps_an_assignment_may_leave_a_typical_step_of_its_foot() -> None:
+    """Or next to nothing but uniform compression would cost so much and no more."""
+    units = [Unit(f"u{i}", (1000 + i, 2003 + i * i, 3001 + 7 * i)) for i in range(5)]
+    ends = CompressionSpace(units, 9000), CompressionSpace(units, 12_000)
+    space, steps = spanning(*ends), [1003, 998, 1003, 1004, 1005, 1008, 1009, 1010, 1015, 1010]
+    uniform = ends[0].cost(ends[0].uniform())
+    assert (foot(space), space.floor) == (uniform, uniform - sorted(steps)[5])
+    assert marks(space)[0] == uniform
+    inside = at(space, uniform)
+    found = {inside.cost(levels) for levels in inside.enumerate()}
+    assert len(found) > 10
+    assert max(found) == uniform
+    again = CompressionSpace.from_json(space.to_json())
+    assert (foot(again), again) == (uniform, space)
+
+
 def test_a_range_survives_its_description_and_a_single_budget_says_nothing_of_ranges() -> None:
     space = spanning(single(2.4), single(3.5))
     again = CompressionSpace.from_json(space.to_json())

@@ -82,7 +82,7 @@ def test_solving_many_at_once_is_solving_each() -> None:
     assert solve_many(space, batch, start=start, changes=3) == [solve(space, e, start=start, changes=3) for e in batch]
 
 
-def test_costs_too_fine_for_a_table_go_to_the_integer_program() -> None:
+def test_costs_too_fine_for_a_table_are_solved_from_prices() -> None:
     rng = np.random.default_rng(1)
     units = [Unit(f"m{i}", tuple(int(c) for c in np.cumsum(rng.integers(10**5, 10**6, 3)))) for i in range(12)]
     space = CompressionSpace(units, sum(u.costs[1] for u in units))  # type: ignore[misc]
@@ -216,7 +216,7 @@ def test_random_exchanges_move_budget_between_units_of_different_size() -> None:
 
 def test_more_changes_than_units_cost_no_more_than_all_units(monkeypatch: pytest.MonkeyPatch) -> None:
     space = CompressionSpace([Unit(f"u{i}", (0, 1, 2)) for i in range(30)], 30)
-    monkeypatch.setattr("searchers.additive.solvers.solve_by_integer_programming", None)
+    monkeypatch.setattr("searchers.additive.solvers.solve_with_prices", None)
     effects = [[0.0, -float(i), -2.0 * i] for i in range(30)]
     assert solve_many(space, [effects], changes=10**5) == solve_many(space, [effects], changes=30)
 
@@ -238,5 +238,6 @@ def test_costs_beyond_64_bits_are_solved_as_the_same_costs_on_a_small_scale() ->
 def test_costs_that_no_solver_here_holds_exactly_are_refused() -> None:
     units = [Unit(f"u{i}", (2**62 + i, 2**63 + 17 * i, 2**64 + i * i)) for i in range(9)]
     space = CompressionSpace(units, 2**66 + 12345)
-    with pytest.raises(InvalidSpaceError, match="count in larger units"):
-        solve_by_integer_programming(space, [[0.0, -1.0, -2.0]] * 9)
+    for solver in (solve_by_integer_programming, solve):
+        with pytest.raises(InvalidSpaceError, match="count in larger units"):
+            solver(space, [[0.0, -1.0, -2.0]] * 9)

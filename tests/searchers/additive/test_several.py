@@ -1,4 +1,4 @@
-"""Additive losses under several budgets: against listing every assignment, and against a mixed-integer solver."""
+"""Additive losses from prices, under any number of budgets: against listing every assignment, and an integer solver."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def total(effects: list[list[float]], levels: tuple[int, ...]) -> float:
 
 
 @settings(max_examples=80)
-@given(spaces(resources=2), st.data())
+@given(spaces(resources=1) | spaces(resources=2), st.data())
 def test_no_feasible_assignment_is_better(space: CompressionSpace, data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 999)))
     effects = [rng.normal(size=len(u.costs)).round(1).tolist() for u in space.units]
@@ -71,6 +71,24 @@ def test_many_units_are_solved_as_a_mixed_integer_solver_does(exact: bool, chang
         other = solve_by_integer_programming(space, effects, start=start, changes=changes)
         assert found is not None
         assert other is not None
+        assert total(effects, found) == pytest.approx(total(effects, other), rel=1e-9)
+
+
+@pytest.mark.parametrize("changes", [None, 6])
+def test_fine_costs_are_solved_as_a_mixed_integer_solver_does(changes: int | None) -> None:
+    """One resource whose costs have nothing in common, so that a table of them would be too long."""
+    rng = np.random.default_rng(0)
+    costs = np.sort(rng.integers(1, 10**6, (60, 11)), 1)
+    space = CompressionSpace([Unit(f"u{i}", tuple(map(int, row))) for i, row in enumerate(costs)], 24 * 10**6)
+    start = space.uniform()
+    for floor in (0, 24 * 10**6 - 50_000):
+        space = CompressionSpace(space.units, space.budget, floor=floor)
+        effects = (np.exp(rng.normal(0, 1.2, (60, 1))) * np.exp(-5e-6 * costs)).tolist()
+        found, other = solve(space, effects, start=start, changes=changes), None
+        other = solve_by_integer_programming(space, effects, start=start, changes=changes)
+        assert found is not None
+        assert other is not None
+        assert space.feasible(found)
         assert total(effects, found) == pytest.approx(total(effects, other), rel=1e-9)
 
 

@@ -68,7 +68,7 @@ class Measure:
     def hypervolume(self, points: Points) -> float:
         """Area between a front and the reference point; the range is 1 wide. More is better."""
         width = max(self.budget - self.foot, 1)
-        known = [((c - self.foot) / width, self._scaled(x)) for c, x in points if math.isfinite(x)]
+        known = [(max(0, c - self.foot) / width, self._scaled(x)) for c, x in points if math.isfinite(x)]
         reference = [1.0, self._scaled(self.loss)]
         below = [point for point in known if point[0] <= 1 and point[1] < reference[1]]
         return float(moocore.hypervolume(np.array(below), ref=reference)) if below else 0.0

@@ -37,7 +37,9 @@ def by_hand(points: list[tuple[int, float]], measure: Measure) -> float:
 
 
 @pytest.mark.parametrize("geometric", [False, True])
-@pytest.mark.parametrize("points", [POINTS, POINTS[1:], POINTS[:1], [(100, 11.0)], [], [(110, math.nan), (160, 3.0)]])
+@pytest.mark.parametrize(
+    "points", [POINTS, POINTS[1:], POINTS[:1], [(90, 7.0), *POINTS], [(100, 11.0)], [], [(110, math.nan), (160, 3.0)]]
+)
 def test_the_mean_loss_over_all_budgets_is_what_a_sum_over_them_gives(
     points: list[tuple[int, float]], geometric: bool
 ) -> None:

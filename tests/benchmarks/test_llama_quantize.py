@@ -7,17 +7,20 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 import transformers
 
 from benchmarks.measurements.compression.llama_quantize import differences, importance_matrix, types, write_importance
+from evo_hpo.errors import ModelError
 from evo_hpo.export.gguf_file import write_gguf
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.ggml import quantize
 from evo_hpo.levels.packing import GgmlBlocks
 from evo_hpo.levels.quantizers import Ggml
 from evo_hpo.levels.store import open_store
-from tests.export.gguf_models import SIZES, levels_of, made
+from evo_hpo.models.structure import linear_modules
+from tests.export.gguf_models import MODELS, SIZES, levels_of, made
 from tests.tiny import tiny_tokens
 
 
@@ -49,6 +52,14 @@ def test_an_importance_matrix_file_holds_the_weights_that_a_store_is_built_with(
         (blocks,) = levels.encoded(unit, 0).values()
         assert isinstance(blocks, GgmlBlocks)
         assert torch.equal(blocks.blocks, quantize(block.get_submodule(layer).weight, "Q4_K", found))
+
+
+def test_experts_whose_names_are_one_in_llama_cpp_are_refused(tmp_path: Path) -> None:
+    loaded = made(MODELS["mixtral"]())
+    weights = {name: torch.ones(256) for name in linear_modules(loaded.model)}
+    with pytest.raises(ModelError, match=r"'model.layers.0.mlp.experts.0.gate_proj' has no name of its own"):
+        write_importance(tmp_path / "i.gguf", loaded, weights, "some text")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_are_compared_block_by_block(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from evo_hpo.errors import ModelError
 from evo_hpo.export.gguf_header import architecture_of
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.compressor import CompressedLevel, Inputs
+from evo_hpo.levels.ggml import tensor_names
 from evo_hpo.levels.quantizers import Ggml, importance
 from evo_hpo.models.loading import LoadedModel, load_model
 from evo_hpo.models.structure import decoder_blocks
@@ -57,22 +59,23 @@ def write_importance(path: Path, loaded: LoadedModel, weights: Mapping[str, torc
     """An importance matrix file of llama.cpp: sums of squares, here of one token that has the mean squares.
 
     Raises:
-        ModelError: a layer has no name in llama.cpp, as single experts have not.
+        ModelError: a layer has no name of its own in llama.cpp, as single experts have not.
     """
     config: Any = loaded.model.config
-    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture_of(config).name)
-    names = gguf.get_tensor_name_map(number, len(decoder_blocks(loaded.model)))
+    named = tensor_names(architecture_of(config).name, len(decoder_blocks(loaded.model)))
+    names = {layer: named(f"{layer}.weight") for layer in weights}
+    shared = Counter(names.values())
+    for layer, name in names.items():
+        if name is None or shared[name] > 1:
+            raise ModelError(f"{layer!r} has no name of its own in llama.cpp: its importance cannot be written")
     writer = GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [text])
     writer.add_uint32("imatrix.chunk_count", 1)
     writer.add_uint32("imatrix.chunk_size", 1)
     for layer, weight in weights.items():
-        name = names.get_name(f"{layer}.weight", (".weight",))
-        if name is None:
-            raise ModelError(f"{layer!r} has no name in llama.cpp: its importance cannot be written")
-        writer.add_tensor(f"{name}.in_sum2", weight.numpy()[None])
-        writer.add_tensor(f"{name}.counts", np.ones((1, 1), np.float32))
+        writer.add_tensor(f"{names[layer]}.in_sum2", weight.numpy()[None])
+        writer.add_tensor(f"{names[layer]}.counts", np.ones((1, 1), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -65,6 +65,11 @@ class Inputs:
         return self._sums if self._sums.dim() == 1 else self._sums.diagonal()
 
     @property
+    def correlated(self) -> bool:
+        """Whether H is known, not its diagonal alone."""
+        return self._sums is not None and self._sums.dim() == 2
+
+    @property
     def factor(self) -> Factor:
         """Factor of H; of the identity where nothing is known (then every correction vanishes)."""
         if self._factor is None:
@@ -77,7 +82,7 @@ class Compressor(ABC):
     """A method with its settings."""
 
     name: ClassVar[str]
-    needs: ClassVar[Needs]
+    needs: Needs
     resource: ClassVar[str] = "bits"  # what a budget counts by default
     damping: float = 0.01
     activation_order: bool = False

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from evo_hpo.errors import InvalidSettingError
-from evo_hpo.levels.compressor import CompressedLevel, Compressor, Inputs
+from evo_hpo.levels.compressor import CompressedLevel, Compressor, Inputs, Needs
 from evo_hpo.levels.factor import output_energy
 from evo_hpo.levels.ggml import GGML_TYPES, fitting, ggml_type, library, quantize
+from evo_hpo.levels.ggml_feedback import GRIDS, with_feedback
 from evo_hpo.levels.gptq import GPTQSettings, check_bits, gptq
 from evo_hpo.levels.grid import GridSettings
 from evo_hpo.levels.packing import GgmlBlocks, Quantized
@@ -98,23 +99,28 @@ class Ggml(Compressor):
         types: Q4_K, IQ4_NL, ...; a layer gets those whose blocks divide its columns.
         embedding: the token embedding and the output head are units too; one, where they are one matrix. Columns of the
             head are weighted by its inputs, those of an embedding that is no head are not.
+        feedback: codes of IQ4_NL, Q4_0, Q4_1, Q5_0 and Q5_1 by GPTQ's error feedback, in llama.cpp's scales, in layers;
+            see :mod:`evo_hpo.levels.ggml_feedback`.
 
     Raises:
         MissingPackageError: the extra `gguf` is not installed.
     """
 
     name = "ggml"
-    needs = "diagonal"
+    needs: Needs = "diagonal"
 
     def __init__(
         self,
         types: Sequence[str] = ("Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q5_0", "Q6_K", "Q8_0"),
         *,
         embedding: bool = False,
+        feedback: bool = False,
     ) -> None:
-        if not isinstance(embedding, bool):
-            raise InvalidSettingError(f"embedding={embedding!r} must be true or false")
-        self.embedding = embedding
+        for name, value in (("embedding", embedding), ("feedback", feedback)):
+            if not isinstance(value, bool):
+                raise InvalidSettingError(f"{name}={value!r} must be true or false")
+        self.embedding, self.feedback, self.activation_order = embedding, feedback, feedback
+        self.needs = "hessian" if feedback else "diagonal"
         self.types = tuple(sorted({ggml_type(name) for name in types}, key=GGML_TYPES.index))
         if not self.types:
             raise InvalidSettingError(f"types=[] must be some of {', '.join(GGML_TYPES)}")
@@ -133,17 +139,27 @@ class Ggml(Compressor):
 
     def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
         weight, squares = weight.float(), importance(inputs)
-        energy = float((weight.square() * squares).double().sum()) or 1.0
+        known = self.feedback and inputs.correlated
+
+        def energy(values: torch.Tensor) -> float:
+            if known:
+                return output_energy(values, inputs.factor.hessian)
+            return float((values.square() * squares).double().sum())
+
+        whole = energy(weight) or 1.0
         found = []
         for name in self.offered(weight.shape[1]):
-            blocks = GgmlBlocks(name, quantize(weight, name, squares))
-            difference = weight - blocks.decode().to(weight.device)
-            error = float((difference.square() * squares).double().sum()) / energy
+            data = quantize(weight, name, squares)
+            if known and name in GRIDS:
+                data = with_feedback(weight, data, name, inputs.factor)
+            blocks = GgmlBlocks(name, data)
+            error = energy(weight - blocks.decode().to(weight.device)) / whole
             found.append(CompressedLevel(name, blocks, blocks.storage_bits, weight.numel(), error))
         return found
 
     def settings(self) -> dict[str, Any]:
-        return {"types": list(self.types)} | ({"embedding": True} if self.embedding else {})
+        own = {"embedding": self.embedding, "feedback": self.feedback}
+        return {"types": list(self.types)} | {name: True for name, chosen in own.items() if chosen}
 
 
 def importance(inputs: Inputs) -> torch.Tensor:

@@ -12,7 +12,7 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.compressor import CompressedLevel, Compressor, Inputs, Needs
 from evo_hpo.levels.factor import output_energy
 from evo_hpo.levels.ggml import GGML_TYPES, fitting, ggml_type, library, quantize
-from evo_hpo.levels.ggml_feedback import GRIDS, with_feedback
+from evo_hpo.levels.ggml_feedback import BITS, with_feedback
 from evo_hpo.levels.gptq import GPTQSettings, check_bits, gptq
 from evo_hpo.levels.grid import GridSettings
 from evo_hpo.levels.packing import GgmlBlocks, Quantized
@@ -99,7 +99,7 @@ class Ggml(Compressor):
         types: Q4_K, IQ4_NL, ...; a layer gets those whose blocks divide its columns.
         embedding: the token embedding and the output head are units too; one, where they are one matrix. Columns of the
             head are weighted by its inputs, those of an embedding that is no head are not.
-        feedback: codes of IQ4_NL, Q4_0, Q4_1, Q5_0 and Q5_1 by GPTQ's error feedback, in llama.cpp's scales, in layers;
+        feedback: codes of Q4_0 and Q5_0 in layers by GPTQ's error feedback, in llama.cpp's scales;
             see :mod:`evo_hpo.levels.ggml_feedback`.
 
     Raises:
@@ -124,6 +124,11 @@ class Ggml(Compressor):
         self.types = tuple(sorted({ggml_type(name) for name in types}, key=GGML_TYPES.index))
         if not self.types:
             raise InvalidSettingError(f"types=[] must be some of {', '.join(GGML_TYPES)}")
+        if feedback and not BITS.keys() & set(self.types):
+            raise InvalidSettingError(
+                f"feedback=True changes {' and '.join(BITS)} alone, and the types are {', '.join(self.types)}: add"
+                " one of them, or leave it out"
+            )
         library()
 
     @property
@@ -150,7 +155,7 @@ class Ggml(Compressor):
         found = []
         for name in self.offered(weight.shape[1]):
             data = quantize(weight, name, squares)
-            if known and name in GRIDS:
+            if known and name in BITS:
                 data = with_feedback(weight, data, name, inputs.factor)
             blocks = GgmlBlocks(name, data)
             error = energy(weight - blocks.decode().to(weight.device)) / whole

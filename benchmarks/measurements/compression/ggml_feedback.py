@@ -1,6 +1,6 @@
 """GPTQ's error feedback on ggml's own grids against llama.cpp's rounding, at equal bytes, on SmolLM2.
 
-python -m benchmarks.measurements.compression.ggml_feedback FOLDER [--types IQ4_NL Q4_0 Q5_0] [--tokens 4096]
+python -m benchmarks.measurements.compression.ggml_feedback FOLDER [--types Q4_0 Q5_0] [--tokens 4096]
 
 Every layer gets one type, as llama.cpp quantizes it with importance weights, and with `feedback` of the same
 calibration text. KL from the uncompressed model and perplexity on held-out text; differences of KL in nats a token with
@@ -21,7 +21,7 @@ from evo_hpo.export.figures import Estimate, SequenceFigures, measure
 from evo_hpo.export.folder import place
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.compressor import CompressedLevel, Inputs
-from evo_hpo.levels.ggml_feedback import GRIDS
+from evo_hpo.levels.ggml_feedback import BITS
 from evo_hpo.levels.quantizers import Ggml
 from evo_hpo.levels.store import open_store
 from evo_hpo.models.loading import load_model
@@ -41,7 +41,7 @@ class Both(Ggml):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="for the store of levels")
-    parser.add_argument("--types", nargs="+", default=["IQ4_NL", "Q4_0", "Q5_0"], choices=GRIDS)
+    parser.add_argument("--types", nargs="+", default=list(BITS), choices=BITS)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--calibration", type=int, default=32768)
     arguments = parser.parse_args()

@@ -30,8 +30,8 @@ def with_feedback(weight: torch.Tensor, blocks: torch.Tensor, name: str, factor:
     parts = blocks.view(len(blocks), weight.shape[1] // 32, -1).clone()
     scale = parts[..., :2].contiguous().view(torch.float16)[..., 0].float().to(weight.device).T.contiguous()
     divisor = torch.where(scale == 0, 1, scale)  # groups x rows
-    order = range(weight.shape[1]) if factor.order is None else factor.order.tolist()
-    current = weight.T[list(order)]
+    order = list(range(weight.shape[1])) if factor.order is None else factor.order.tolist()
+    current = weight.T[order]
     codes = torch.empty(current.shape, dtype=torch.uint8, device=weight.device)
     errors = torch.empty(32, len(weight), device=weight.device)
     inverse = (1.0 / upper.diagonal()).tolist()

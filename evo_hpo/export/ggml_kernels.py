@@ -1,6 +1,7 @@
 """How long llama.cpp's product of a matrix with one token's vector takes, on the CPU (extra `gguf`).
 
-The matrices lie where llama.cpp would put them when it loads a model, repacked where it has faster kernels for that.
+The matrices lie where llama.cpp has them when it has loaded a model: repacked in memory of its own where it has faster
+kernels for that, otherwise in the pages of a file. A product may take half as long again elsewhere.
 Each is read once a run, and all of them together are more than a processor's cache holds: decoding reads every weight
 once a token, from memory.
 """
@@ -8,19 +9,23 @@ once a token, from memory.
 from __future__ import annotations
 
 import ctypes
+import mmap
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from evo_hpo.export.llama_cpp import declared
+from evo_hpo.export.llama_cpp import declared, forget
 from evo_hpo.levels.ggml import ggml_number, quantize, row_bytes
 
 _Pointer = ctypes.c_void_p
+_ALIGNED = 32  # bytes, where a tensor begins in a GGUF file
 _ROWS = 64  # that are quantized, and repeated: how long a product takes does not depend on what is in it
 
 
@@ -48,10 +53,14 @@ class Kernel:
         shared.ggml_backend_cpu_set_n_threads(self._backend, threads)
         self._rooms: list[Any] = []
         self._buffers: list[Any] = []
+        blocks = any_blocks(rows, columns, kind)
         for place in _places(self._backend):
             matrices = self._room(self.copies)
             made = [shared.ggml_new_tensor_2d(matrices, ggml_number(kind), columns, rows) for _ in range(self.copies)]
-            buffer = shared.ggml_backend_alloc_ctx_tensors_from_buft(matrices, place)
+            if mapped := place == shared.ggml_backend_cpu_buffer_type():
+                buffer = self._mapped(made, blocks)
+            else:
+                buffer = shared.ggml_backend_alloc_ctx_tensors_from_buft(matrices, place)
             self._buffers.append(buffer)
             vectors = self._room(2 * self.copies, graph=True)
             vector = shared.ggml_new_tensor_2d(vectors, 0, columns, 1)
@@ -67,8 +76,7 @@ class Kernel:
         self._buffers.append(
             shared.ggml_backend_alloc_ctx_tensors_from_buft(vectors, shared.ggml_backend_cpu_buffer_type())
         )
-        blocks = any_blocks(rows, columns, kind)
-        for matrix in made:
+        for matrix in () if mapped else made:
             shared.ggml_backend_tensor_set(matrix, blocks.ctypes.data, 0, blocks.nbytes)
         self.vector = np.random.default_rng(0).standard_normal(columns).astype(np.float32)
         shared.ggml_backend_tensor_set(vector, self.vector.ctypes.data, 0, self.vector.nbytes)
@@ -83,6 +91,22 @@ class Kernel:
         for room in self._rooms:
             self._shared.ggml_free(room)
         self._shared.ggml_backend_free(self._backend)
+
+    def _mapped(self, matrices: Sequence[Any], blocks: npt.NDArray[np.uint8]) -> Any:
+        """A buffer that is a file's pages, with a matrix's blocks again and again, as llama.cpp has a model's."""
+        step = -(-blocks.nbytes // _ALIGNED) * _ALIGNED
+        padded = blocks.tobytes().ljust(step, b"\0")
+        with tempfile.NamedTemporaryFile() as file:
+            for _ in matrices:
+                file.write(padded)
+            file.flush()
+            forget(Path(file.name))
+            self._file = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        start = self._file.ctypes.data
+        buffer = self._shared.ggml_backend_cpu_buffer_from_ptr(start, self._file.nbytes)
+        for number, matrix in enumerate(matrices):
+            self._shared.ggml_backend_tensor_alloc(buffer, matrix, start + number * step)
+        return buffer
 
     def nanoseconds(self) -> float:
         """Of one product, the mean over a run of all of them."""
@@ -148,6 +172,8 @@ def _kernels() -> Any:
         ("ggml_backend_cpu_buffer_type", pointer, []),
         ("ggml_backend_buft_name", ctypes.c_char_p, [pointer]),
         ("ggml_backend_alloc_ctx_tensors_from_buft", pointer, [pointer, pointer]),
+        ("ggml_backend_cpu_buffer_from_ptr", pointer, [pointer, size]),
+        ("ggml_backend_tensor_alloc", integer, [pointer, pointer, pointer]),
         ("ggml_backend_buffer_free", None, [pointer]),
         ("ggml_backend_tensor_set", None, [pointer, pointer, size, size]),
         ("ggml_backend_tensor_get", None, [pointer, pointer, size, size]),

@@ -19,6 +19,7 @@ from evo_hpo.export.folder import opened, place, task_of
 from evo_hpo.export.gguf_check import difference, searched_divergence
 from evo_hpo.export.gguf_header import architecture_of, copy_header, write_header
 from evo_hpo.export.gguf_tensors import kept_blocks, tensors_of, type_lines
+from evo_hpo.export.llama_cpp import forget
 from evo_hpo.files import made_whole
 from evo_hpo.levels.ggml import dequantize, ggml_type, library, quantize
 from evo_hpo.levels.level_set import LevelSet
@@ -73,6 +74,7 @@ def export_gguf(
     source = template or source_gguf(loaded.name)
     try:
         size = write_gguf(output, loaded, levels, assignment, template=source, types=types)
+        forget(output)  # it would be decoded more slowly from the pages that it was written to
         place(loaded.model, levels, assignment)
         for name, kind in types.items():
             _round(loaded.model, name, kind)

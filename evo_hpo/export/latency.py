@@ -122,8 +122,9 @@ def measured(
     alone = [_sum(levels, one, usual) for one in (*known, *drawn)]
     taken = [usual[number] for number in range(len(alone))]
     rest = float(np.mean([w - a for w, a in zip(taken[: len(known)], alone, strict=False)]))
-    predicted = [rest + a for a in alone[len(known) :]]
-    rows = [{"predicted": round(p), "measured": round(m)} for p, m in zip(predicted, taken[len(known) :], strict=True)]
+    predicted = [rest + a for a in alone]
+    rows = [{"predicted": round(p), "measured": round(m)} for p, m in zip(predicted, taken, strict=True)]
+    told = {"profiles": rows[len(known) :], "references": rows[: len(known)]}
     return LatencyTable(
         machine,
         program.name,
@@ -133,7 +134,7 @@ def measured(
         sizes_of(ModelShape.of(configuration(model))),
         round(rest),
         {layer: round(usual[layer]) for layer in layers},
-        {**agreement(predicted, taken[len(known) :]), "profiles": rows},
+        {**agreement(predicted[len(known) :], taken[len(known) :]), **told},
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from evo_hpo.export.folder import task_of
 from evo_hpo.export.ggml_kernels import Kernel
 from evo_hpo.export.latency import READ, RUNS
-from evo_hpo.export.llama_cpp import LlamaCpp
+from evo_hpo.export.llama_cpp import LlamaCpp, forget
 from evo_hpo.export.llama_cpp_timing import SPAN, Decoding
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.expected_levels import expected_levels
@@ -44,6 +44,8 @@ def main() -> None:
     table: LatencyTable = arguments.table
     pairs = [(Path(profile), Path(file)) for profile, file in (pair.split("=") for pair in arguments.files)]
     layers = [layers_in(profile) for profile, _ in pairs]
+    for _, file in pairs:
+        forget(file)
     with contextlib.ExitStack() as stack:
         files = [
             Decoding(stack.enter_context(LlamaCpp(file, table.depth + SPAN + 1, table.threads)), table.depth)

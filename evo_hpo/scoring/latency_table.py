@@ -136,12 +136,13 @@ def sizes_of(shape: ModelShape) -> dict[str, int]:
 
 
 def agreement(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float]:
-    """Spearman's rank correlation, and relative errors of predictions: mean and largest, of their size."""
+    """Spearman's rank correlation (0 where all are alike), and relative errors: mean and largest, of their size."""
     from scipy.stats import spearmanr
 
+    alike = min(predicted) == max(predicted) or min(measured) == max(measured)
     errors = [abs(p - m) / m for p, m in zip(predicted, measured, strict=True)]
     return {
-        "rank_correlation": round(float(spearmanr(predicted, measured).statistic), 4),
+        "rank_correlation": 0.0 if alike else round(float(spearmanr(predicted, measured).statistic), 4),
         "mean_error": round(sum(errors) / len(errors), 4),
         "largest_error": round(max(errors), 4),
     }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
+import mmap
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from evo_hpo.cli.commands import main
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.export.ggml_kernels import Kernel, any_blocks
 from evo_hpo.export.latency import layers_of, measured, random_profiles, references
+from evo_hpo.export.llama_cpp import forget
 from evo_hpo.export.llama_cpp_timing import LlamaCppProgram
 from evo_hpo.export.torch_timing import TorchProgram, _Bits4, _Bits8
 from evo_hpo.levels.ggml import dequantize
@@ -97,9 +101,17 @@ def test_times_that_are_known_are_found_among_disturbed_ones(model: str) -> None
         for rows, columns in ((32, 64), (64, 64))
         for label, speed in (("Q4_0", 2.0), ("Q5_0", 4.0), ("Q8_0", 3.0))
     }
+    assert [row["measured"] for row in found.checked["references"]] == [5000 + 8192 * speed for speed in (2, 4, 3)]
+    assert all(row["predicted"] == row["measured"] for row in found.checked["references"])
     assert len(found.checked["profiles"]) == 10
     assert found.checked["mean_error"] < 1e-3
     assert found.checked["rank_correlation"] > 0.99
+
+
+def test_one_type_alone_has_its_rest_and_no_error(model: str) -> None:
+    found = measured(_Fake(5000), model, made([(32, 64)] * 3, ["Q4_0"]), machine="here", depth=0, rounds=30, profiles=2)
+    assert (found.rest, found.times) == (5000, {(32, 64, "Q4_0"): 4096})
+    assert (found.checked["largest_error"], found.checked["rank_correlation"]) == (0, 0)
 
 
 def test_the_error_of_whole_models_that_are_no_sums_is_stated(model: str) -> None:
@@ -135,6 +147,26 @@ def test_what_is_timed_is_the_product_of_the_matrix(kind: str) -> None:
         expected = weights @ kernel.vector
         assert np.square(kernel.outputs() - expected).sum() < 1e-3 * np.square(expected).sum()
         assert kernel.copies * any_blocks(96, 256, kind).nbytes >= 1 << 20
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux is asked to forget")
+def test_a_file_that_is_forgotten_is_whole_and_no_longer_in_memory(tmp_path: Path) -> None:
+    (path := tmp_path / "file").write_bytes(data := os.urandom(1 << 20))
+
+    def held() -> int:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+            start, told = np.frombuffer(pages, dtype=np.uint8), np.zeros(len(pages) // mmap.PAGESIZE, dtype=np.uint8)
+            asked = [ctypes.c_void_p(start.ctypes.data), ctypes.c_size_t(len(pages)), ctypes.c_void_p(told.ctypes.data)]
+            assert ctypes.CDLL(None).mincore(*asked) == 0
+            del start
+            return int((told & 1).sum())
+
+    before = held()
+    forget(path)
+    if held() == before:
+        pytest.skip("this file system keeps its files in memory")
+    assert (before, held()) == ((1 << 20) // mmap.PAGESIZE, 0)
+    assert path.read_bytes() == data
 
 
 def test_torch_products_have_the_shape_of_the_layer() -> None:

@@ -88,8 +88,10 @@ def _show(table: LatencyTable, path: Path) -> None:
         shown.add_row(label, *("" if time is None else f"{time / 1000:.1f}" for time in times))
     console.print(shown)
     checked = table.checked
+    apart = max(abs(row["predicted"] / row["measured"] - 1) for row in checked["references"])
     console.print(
-        f"attention, norms, embedding and head: {table.rest / 1e6:.3f} ms a token, after {table.depth} others\n"
+        f"attention, norms, embedding and head: {table.rest / 1e6:.3f} ms a token, after {table.depth} others;"
+        f" the {len(checked['references'])} models that tell it are {100 * apart:.1f} % off at most\n"
         f"{len(checked['profiles'])} whole models of random levels: rank correlation {checked['rank_correlation']:.3f},"
         f" error {100 * checked['mean_error']:.1f} % on average, {100 * checked['largest_error']:.1f} % at most\n"
         f'{path}: latency_table = "{path}" beside latency = "12 ms" in the plan',

@@ -34,7 +34,8 @@ class LatencyTable:
         model: sizes of the model that `rest` is of.
         rest: all that is not searched: attention, norms, embedding, head.
         times: of each layer.
-        checked: predictions against whole models of random levels; what :func:`agreement` tells, and each of them.
+        checked: predictions against whole models of random levels: what :func:`agreement` tells, and each of them;
+            and against those that `rest` is the mean of (`references`).
     """
 
     machine: str

@@ -236,6 +236,7 @@ def test_from_a_plan_to_a_table_to_a_space(
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "microseconds a token, mine, llama.cpp of xllamacpp" in said
+    assert "after 4 others; the 2 models that tell it are " in said
     assert "2 whole models of random levels: rank correlation" in said
     assert json.loads(Path("t.json").read_text())["machine"] == "mine"
     own = task(model, average=None, latency="1 s", latency_table="t.json")

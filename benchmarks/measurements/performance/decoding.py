@@ -44,8 +44,8 @@ def main() -> None:
     table: LatencyTable = arguments.table
     pairs = [(Path(profile), Path(file)) for profile, file in (pair.split("=") for pair in arguments.files)]
     layers = [layers_in(profile) for profile, _ in pairs]
-    for _, file in pairs:
-        forget(file)
+    for _, path in pairs:
+        forget(path)
     with contextlib.ExitStack() as stack:
         files = [
             Decoding(stack.enter_context(LlamaCpp(file, table.depth + SPAN + 1, table.threads)), table.depth)

@@ -101,13 +101,13 @@ def scorers_of(cluster: Any) -> list[psutil.Process]:
     return [p for p in found if cluster.address in command(p.parent())]
 
 
-def disturbed(after: int, disturb: Callable[[], object], heard: list[Event]) -> Callable[[Event], None]:
+def disturbed(disturbances: dict[int, Callable[[], object]], heard: list[Event]) -> Callable[[Event], None]:
     """A listener that does something after so many batches."""
 
     def listen(event: Event) -> None:
         heard.append(event)
-        if sum(isinstance(e, BatchScored) for e in heard) == after and isinstance(event, BatchScored):
-            disturb()
+        if isinstance(event, BatchScored):
+            disturbances.get(sum(isinstance(e, BatchScored) for e in heard), bool)()
 
     return listen
 
@@ -115,20 +115,16 @@ def disturbed(after: int, disturb: Callable[[], object], heard: list[Event]) -> 
 def test_a_scorer_and_a_node_that_die_change_no_trial_and_one_that_comes_back_is_used(
     cluster: Any, caches: Sequence[Path], alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    heard: list[Event] = []
-    folder = compare(
-        plan(),
-        root=tmp_path / "killed",
-        ray=cluster.address,
-        listener=disturbed(3, lambda: scorers_of(cluster)[0].kill(), heard),
-    )
-    assert trials(folder) == alone
-    assert ScorersUp(4) in heard
-
     gone = next(n for n in cluster.worker_nodes)
-    lost = disturbed(3, lambda: cluster.remove_node(gone, allow_graceful=False), heard := [])
+    lost = disturbed(
+        {3: lambda: scorers_of(cluster)[0].kill(), 9: lambda: cluster.remove_node(gone, allow_graceful=False)},
+        heard := [],
+    )
     assert trials(compare(plan(), root=tmp_path / "lost", ray=cluster.address, listener=lost)) == alone
-    back = disturbed(3, lambda: cluster.add_node(**node(caches[1])), heard := [])
+    assert ScorersUp(4) in heard
+    assert sum(isinstance(e, BatchScored) for e in heard) > 50  # much is scored after both
+
+    back = disturbed({3: lambda: cluster.add_node(**node(caches[1]))}, heard := [])
     assert trials(compare(plan(), root=tmp_path / "back", ray=cluster.address, listener=back)) == alone
     assert ScorersUp(2) in heard
 
@@ -205,7 +201,7 @@ def test_a_head_that_dies_is_told_and_resumed_also_without_it(
     """Ends the cluster, so it is the last test on it."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1")  # a minute, if nothing is said
     heard: list[Event] = []
-    dies = disturbed(3, lambda: cluster.remove_node(cluster.head_node, allow_graceful=False), heard)
+    dies = disturbed({3: lambda: cluster.remove_node(cluster.head_node, allow_graceful=False)}, heard)
     with pytest.raises(ComparisonFailed, match=r"is Ray's head gone\?.*is in the journals; start Ray again and resume"):
         compare(plan(), root=tmp_path, ray=cluster.address, listener=dies)
     assert len([e for e in heard if isinstance(e, BatchScored)]) < 100

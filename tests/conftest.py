@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from evo_hpo.models.loading import LoadedModel
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, and of pytest's own workers
+
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**32:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # databases and journals wait for no disk
 
 
 @pytest.hookimpl(wrapper=True)

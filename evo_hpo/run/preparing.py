@@ -28,8 +28,7 @@ def prepare(plan: Plan, progress: Progress, build: Build = prepare_problem) -> N
         EvoHpoError: a problem or searcher that cannot work, before anything is built; or a build failed. Others are
             ended then, and what they wrote stays.
     """
-    for entry in plan.problems:
-        rehearse(plan, preview_problem(entry.name, entry.settings))
+    rehearse(plan, *(preview_problem(entry.name, entry.settings) for entry in plan.problems))
     groups = _apart(plan.problems)
     if len(groups) < 2:
         _build(plan.problems, build, progress)

@@ -244,8 +244,7 @@ def test_every_plan_that_ships_is_rehearsed(text: str) -> None:
     plan = PlanFile(text).plan()
     plan.check()
     assert plan.problems
-    for problem in plan.problems:
-        rehearse(plan, preview_problem(problem.name, problem.settings_of(plan.seeds[0])))
+    rehearse(plan, *(preview_problem(p.name, p.settings_of(plan.seeds[0])) for p in plan.problems))
 
 
 @pytest.mark.parametrize("exclude", [r"lm_head|\.gate$", ""])

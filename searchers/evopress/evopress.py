@@ -17,6 +17,7 @@ from evo_hpo.search.trial import Batch, Draw, Outcome, Terms
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.evopress.acceptance import PairedAcceptance
 from searchers.evopress.initialisation import initialisation, random_and_spent
+from searchers.evopress.inversion import inverted
 from searchers.evopress.mutation import Uniforms
 from searchers.evopress.offspring import Breeding, Candidate, Tried
 from searchers.evopress.selection import rank
@@ -55,12 +56,6 @@ class EvoPress(Procedure):
     def fidelities(self) -> tuple[int | None, ...]:
         return tuple(stage.tokens for stage in self.selection.stages)
 
-    def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """Inverted, the worst has the least loss from here on."""
-        if self.settings.invert:
-            outcomes = [o if o.status == "failed" else _inverted(o) for o in outcomes]
-        super().tell(outcomes)
-
     def recommend(self) -> Assignment:
         """The champion of earlier starts, or else the parent; before the first generation, the starting point."""
         if self.champion is not None:
@@ -68,6 +63,10 @@ class EvoPress(Procedure):
         return self.parents[0].levels if self.parents else self.start.best()
 
     def steps(self) -> Steps[None]:
+        return inverted(self._evolve()) if self.settings.invert else self._evolve()
+
+    def _evolve(self) -> Steps[None]:
+        """From the start, generation after generation, towards the least loss that it is told."""
         if not self.allowance.default_tokens:
             self._exact = self._noiseless = True  # a loss stays what it was, and nothing needs a second look
             self.selection = self.selection.in_one_stage()
@@ -133,9 +132,8 @@ class EvoPress(Procedure):
             elders = [e for e in joining if not self._remembered(e)]
             if elders and elders[0].number is None:  # a starting point, first scored by the next trial
                 offspring = [replace(c, parent=self._asked) if c.parent is None else c for c in offspring]
-            # A trial that is stopped early has only a lower bound: no use where the worst are wanted; and a champion
-            # must not take the place of the offspring that would be the next parent.
-            keep = None if self.settings.invert else stage.survivors + any(e is self.champion for e in elders)
+            # A champion must not take the place of the offspring that would be the next parent.
+            keep = stage.survivors + any(e is self.champion for e in elders)
             trials = [self.trial(e.levels, e.parent if e.number is None else e.number, "parent") for e in elders]
             trials += [self.trial(c.levels, c.parent) for c in offspring]
             decides = number == last and self.settings.acceptance == "paired" and not self._noiseless
@@ -224,8 +222,3 @@ class EvoPress(Procedure):
             return "no feasible mutant of the parent exists" + (": cross_group may give some" if several else "")
         advice = ": restart_after would go on from elsewhere" if self.settings.restart_after is None else ""
         return f"no mutant was found that has not been measured{advice}"
-
-
-def _inverted(outcome: Outcome) -> Outcome:
-    parts = outcome.by_sequence
-    return replace(outcome, loss=-outcome.loss, by_sequence=None if parts is None else tuple([-x for x in parts]))

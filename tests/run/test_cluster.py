@@ -115,10 +115,10 @@ def disturbed(disturbances: dict[int, Callable[[], object]], heard: list[Event])
 def test_a_scorer_and_a_node_that_die_change_no_trial_and_one_that_comes_back_is_used(
     cluster: Any, caches: Sequence[Path], alone: dict[str, Any], tmp_path: Path
 ) -> None:
+    heard: list[Event] = []
     gone = next(n for n in cluster.worker_nodes)
     lost = disturbed(
-        {3: lambda: scorers_of(cluster)[0].kill(), 9: lambda: cluster.remove_node(gone, allow_graceful=False)},
-        heard := [],
+        {3: lambda: scorers_of(cluster)[0].kill(), 9: lambda: cluster.remove_node(gone, allow_graceful=False)}, heard
     )
     assert trials(compare(plan(), root=tmp_path / "lost", ray=cluster.address, listener=lost)) == alone
     assert ScorersUp(4) in heard

@@ -45,6 +45,14 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def memory_given_back(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Temporary folders go at the end and not before, so that no path is used twice; unless a test failed."""
+    yield
+    if not request.session.testsfailed:
+        shutil.rmtree(tmp_path_factory.getbasetemp(), ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def quick_processes() -> Iterator[None]:
     """Processes of searches that tests start here are forked from one that has imported what each would import."""
     from evo_hpo.run import processes

@@ -132,20 +132,6 @@ class LevelStore:
         record = self._records[unit]
         return self._encoded(record).get(label) if record.file else None
 
-    def preload(self) -> None:
-        """Read (and, if resident, decode) everything now instead of at first use."""
-        for record in self.manifest.units:
-            if record.file:
-                self._encoded(record)
-                for level in record.levels if self._limit is None else ():
-                    self.unit_weights(record.name, level.label)
-
-    def verify(self) -> None:
-        """Read every file and compare its checksum."""
-        for record in self.manifest.units:
-            if record.file:
-                self._check_content(record)
-
     def _decode(self, record: UnitRecord, label: str) -> torch.Tensor:
         weight = self._encoded(record)[label].to(self._device(record.name)).decode(self.dtype)
         return weight.T.contiguous() if record.transposed else weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from evo_hpo.levels import joined, open_store
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.pruners import Magnitude
 from evo_hpo.levels.quantizers import RTN
+from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.loading import LoadedModel
 from tests.tiny import tiny_model
 
@@ -34,9 +36,16 @@ def copy(source: Path, target: Path) -> Path:
     return target
 
 
+def read_whole(store: LevelStore, read: Callable[[int, int], object] | None = None) -> None:
+    """Every level of every unit, so every file and its checksum."""
+    for unit, record in enumerate(store.manifest.units):
+        for level in range(len(record.levels)):
+            (read or store.encoded)(unit, level)
+
+
 def test_memory_modes_give_the_same_weights(folder: Path) -> None:
     modes = [open_store(folder / "rtn", memory=memory) for memory in ("resident", "packed", 20_000)]
-    modes[0].preload()
+    read_whole(modes[0], modes[0].weights)
     for unit in range(len(modes[0].units)):
         for level in (2, 0, 1, 2):
             found = [next(iter(store.weights(unit, level).values())) for store in modes]
@@ -82,10 +91,9 @@ def test_a_flipped_bit_is_refused_by_name_when_read(folder: Path, tmp_path: Path
     data[-3] ^= 4
     path.write_bytes(bytes(data))
     store = open_store(damaged)
-    with pytest.raises(StoreError, match=r"model\.layers\.0\.mlp\.up_proj"):
-        store.verify()
-    with pytest.raises(StoreError, match=r"model\.layers\.0\.mlp\.up_proj"):
-        store.preload()
+    for read in (store.encoded, store.weights):
+        with pytest.raises(StoreError, match=r"model\.layers\.0\.mlp\.up_proj"):
+            read_whole(store, read)
 
 
 def test_a_damaged_or_missing_manifest_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from evo_hpo.run.node_stores import Stock, bring
 from evo_hpo.run.scorers import Scorer
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.registry import claims_of, make_problem, prepare_problem
+from tests.levels.test_store import read_whole
 from tests.scoring.test_task import model_folder, settings
 from tests.tiny import tiny_model
 
@@ -95,7 +96,7 @@ def test_a_copy_that_was_cut_off_goes_on_and_shows_no_store_before_it_is_whole(s
     bring([tmp_path / "s"], again := Near(), [str(store)])
     assert whole
     assert not whole & {Path(file).name for file, _ in again.read}
-    open_store(tmp_path / "s").verify()
+    read_whole(open_store(tmp_path / "s"))
 
 
 def test_what_comes_damaged_or_lies_there_of_another_store_is_refused(store: Path, tmp_path: Path) -> None:

@@ -136,13 +136,6 @@ class Sensitivities:
             return self._samples()
         return np.asarray(self.squares.astype(np.float64) / 2 / self.positions)
 
-    def predict(self, assignment: Assignment) -> float:
-        """Change of the loss from the reference to an assignment, nats a token: first order, or all cross terms."""
-        rows = np.arange(len(assignment))
-        if self._linear or self.form != "inner":
-            return float(self.effects()[rows, list(assignment)].sum())
-        return float(np.square(self.factors()[:, rows, list(assignment)].sum(axis=1)).sum() / 2)
-
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON: the arrays as base64 of little-endian float32."""
         return {

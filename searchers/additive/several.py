@@ -70,6 +70,16 @@ class _Relaxed:
     reduced: Array
 
 
+def allowed(space: CompressionSpace, effects: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+    """Each unit with each of its levels, but those of infinite effect."""
+    return [
+        (u, k)
+        for u in range(len(space))
+        for k in range(space.lowest[u], space.highest[u] + 1)
+        if np.isfinite(effects[u][k])
+    ]
+
+
 def solve_with_prices(
     space: CompressionSpace,
     effects: Sequence[Sequence[float]],
@@ -83,12 +93,7 @@ def solve_with_prices(
     With ``exact`` it is the best unless more than :data:`MOST_LABELS` partial assignments are close to the bound,
     else the first that is found; None: none was.
     """
-    pairs = [
-        (u, k)
-        for u in range(len(space))
-        for k in range(space.lowest[u], space.highest[u] + 1)
-        if np.isfinite(effects[u][k])
-    ]
+    pairs = allowed(space, effects)
     relaxed = _relaxed(space, effects, pairs, start, changes)
     if relaxed is None:
         return None

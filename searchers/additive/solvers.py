@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-from searchers.additive.several import held, solve_with_prices
+from searchers.additive.several import allowed, held, solve_with_prices
 
 Effects = Sequence[Sequence[float]]
 """Loss of each unit's levels; ``inf`` forbids a level."""
@@ -158,12 +158,7 @@ def solve_by_integer_programming(
     from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import, and most processes never come here
     from scipy.sparse import coo_array
 
-    pairs = [
-        (u, k)
-        for u in range(len(space))
-        for k in range(space.lowest[u], space.highest[u] + 1)
-        if np.isfinite(effects[u][k])
-    ]
+    pairs = allowed(space, effects)
     units = np.array([u for u, _ in pairs])
     counter = space.knapsack.counter
     options = zip(*(counter.options[u][k - space.lowest[u]] for u, k in pairs), strict=True)

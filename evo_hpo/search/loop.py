@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from evo_hpo.errors import BudgetError, InvalidSettingError
 from evo_hpo.search.budget import Budget, Ledger
@@ -139,7 +141,8 @@ def search(
         )
     start = time.perf_counter()
     run = _Run(searcher, problem, budget, seed, journal, tuple(observers), sorted(checkpoints))
-    with threadpool_limits(1, "blas"):  # numpy rounds otherwise with other threads, and searchers then ask otherwise
+    # numpy rounds otherwise with other threads, and searchers then ask otherwise
+    with _libraries(len(sys.modules)).limit(limits=1, user_api="blas"):
         while not run.ledger.exhausted and (request := run.ask()) is not None:
             if isinstance(request, Probe):
                 run.measure(request)
@@ -152,6 +155,12 @@ def search(
     if journal:
         journal.finish(result)
     return result
+
+
+@lru_cache(maxsize=1)
+def _libraries(_: int) -> ThreadpoolController:
+    """The numeric libraries of this process; looked for anew (milliseconds) where more is imported since."""
+    return ThreadpoolController()
 
 
 class _Run:

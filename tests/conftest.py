@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from evo_hpo.models.loading import LoadedModel
 
@@ -42,6 +44,27 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def texts_tokenized_once() -> Iterator[None]:
+    """What a tokenizer has met it does not split again for a test that has a cache of its own."""
+    from evo_hpo.models import text
+    from evo_hpo.models.identity import digest, tokenizer_identity
+
+    split = text._tokenize
+    known: dict[str, NDArray[np.int32]] = {}
+
+    def once(documents: list[str], tokenizer: object) -> NDArray[np.int32]:
+        key = digest([tokenizer_identity(tokenizer), *documents])
+        if key not in known:
+            known[key] = split(documents, tokenizer)
+            known[key].setflags(write=False)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "_tokenize", once)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -150,8 +150,10 @@ def test_what_is_timed_is_the_product_of_the_matrix(kind: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="Linux is asked to forget")
-def test_a_file_that_is_forgotten_is_whole_and_no_longer_in_memory(tmp_path: Path) -> None:
-    (path := tmp_path / "file").write_bytes(data := os.urandom(1 << 20))
+def test_a_file_that_is_forgotten_is_whole_and_no_longer_in_memory(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.cache is not None
+    path = pytestconfig.cache.mkdir("forgotten") / f"file-{os.getpid()}"  # on a disk: temporary folders may not be
+    path.write_bytes(data := os.urandom(1 << 20))
 
     def held() -> int:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
@@ -167,6 +169,7 @@ def test_a_file_that_is_forgotten_is_whole_and_no_longer_in_memory(tmp_path: Pat
         pytest.skip("this file system keeps its files in memory")
     assert (before, held()) == ((1 << 20) // mmap.PAGESIZE, 0)
     assert path.read_bytes() == data
+    path.unlink()
 
 
 def test_torch_products_have_the_shape_of_the_layer() -> None:

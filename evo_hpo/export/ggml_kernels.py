@@ -1,7 +1,7 @@
 """How long llama.cpp's product of a matrix with one token's vector takes, on the CPU (extra `gguf`).
 
 The matrices lie where llama.cpp has them when it has loaded a model: repacked in memory of its own where it has faster
-kernels for that, otherwise in the pages of a file. A product may take half as long again elsewhere.
+kernels for that, otherwise in the pages of a file. A product may take a fifth longer elsewhere.
 Each is read once a run, and all of them together are more than a processor's cache holds: decoding reads every weight
 once a token, from memory.
 """

@@ -10,6 +10,7 @@ import ctypes
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,10 @@ class LlamaCpp:
 def forget(path: Path) -> None:
     """Has Linux forget what it holds of a file in memory: who maps it next gets it from the disk, in large pages.
 
-    A file that was just written lies in what small pages were free, and is read from there up to twice as slowly.
+    A file that was just written lies in what small pages were free, and is read from there up to half as slowly again.
     """
     if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as file:
+        with path.open("rb") as file, suppress(OSError):  # some file systems cannot
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

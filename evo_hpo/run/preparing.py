@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from evo_hpo.errors import StoreError
+from evo_hpo.errors import EvoHpoError, StoreError
 from evo_hpo.run import processes
 from evo_hpo.run.entries import ProblemEntry
 from evo_hpo.run.plan import Plan
@@ -41,8 +43,8 @@ def _build_groups(groups: Sequence[Sequence[ProblemEntry]], build: Build, progre
     workers = [(_build_beside, (group, build, events)) for group in groups]
     with processes.running(workers, events, _ended) as stream:
         for event in stream:
-            if isinstance(event, Exception):
-                raise event
+            if isinstance(event, _Failed):
+                raise event.error from event.trace
             progress(*event)
 
 
@@ -57,9 +59,32 @@ def _build_beside(entries: Sequence[ProblemEntry], build: Build, events: Any) ->
     try:
         _build(entries, build, lambda *told: events.put(told))
     except Exception as error:
-        error.add_note(traceback.format_exc())
-        events.put(error)
-    events.put(None)
+        events.put(
+            _Failed(_portable(error), None if isinstance(error, EvoHpoError) else _Trace(traceback.format_exc()))
+        )
+    else:
+        events.put(None)
+
+
+class _Trace(Exception):
+    """Where an error was raised in another process."""
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """The last event of a build that failed."""
+
+    error: Exception
+    trace: _Trace | None
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or where it cannot go from one process to another, one that says what it said."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return StoreError(f"a build failed: {type(error).__name__}: {error}")
+    return error
 
 
 def _ended(code: int | None) -> StoreError:

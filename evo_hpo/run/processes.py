@@ -17,6 +17,9 @@ from typing import Any
 
 PROCESSES: Any = multiprocessing.get_context("spawn")  # nothing of this process may leak into those that it starts
 
+PATIENCE = 5.0
+"""Seconds for what is left of a lost process's events, while others go on talking."""
+
 Worker = tuple[Callable[..., None], tuple[Any, ...]]
 """A function and its arguments; what it puts into the last one, the queue of events, is heard: None when it is done."""
 
@@ -46,18 +49,18 @@ def running(
                 process.terminate()
         for process in started:
             process.join(timeout=10)
+            process.kill()
         events.cancel_join_thread()
 
 
 def follow_parent() -> None:
     """Leaves interrupts to this process's parent, and ends it when the parent is gone, also when that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -76,17 +79,20 @@ def _main_left_out() -> Iterator[None]:
 def _stream(events: Any, processes: Sequence[Any], ended: Callable[[int | None], Exception]) -> Iterator[Any]:
     working, end = len(processes), math.inf
     while working:
+        codes = [p.exitcode for p in processes if p.exitcode is not None]
+        lost = len(codes) > len(processes) - working  # somebody went who had not said so
+        end = min(end, time.monotonic() + PATIENCE) if lost else math.inf
         try:
             event = events.get(timeout=0.2)
         except queue.Empty:
-            lost = not any(p.is_alive() for p in processes)
-        else:
-            lost = False
-            working -= event is None
-            if event is not None:
-                yield event
-        codes = [p.exitcode for p in processes if p.exitcode]
-        if codes or lost:
-            end = min(end, time.monotonic() + 0.5)  # time for last words, not for those of others
-            if working and time.monotonic() >= end:
-                raise ended(codes[0] if codes else None)
+            event = _Nothing
+        if lost and (event is _Nothing or time.monotonic() > end):
+            raise ended(max(codes, key=bool))
+        if event is None:
+            working -= 1
+        elif event is not _Nothing:
+            yield event
+
+
+class _Nothing:
+    """Stands for an event where there is none."""

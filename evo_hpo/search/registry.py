@@ -87,7 +87,7 @@ class Prepared(Protocol):
         """What building it takes on this machine."""
 
     def settle(self, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-        """What the settings leave to a measurement: as this fingerprint recorded it, else measured now."""
+        """What the settings leave to the machine: as this fingerprint recorded it, else settled now."""
 
     def prepare(self, settings: dict[str, Any], progress: Callable[..., None]) -> None:
         """Builds what is missing."""
@@ -281,9 +281,9 @@ def claims_of(name: str, settings: dict[str, Any]) -> Claims:
 
 
 def settled(name: str, settings: dict[str, Any], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """What the settings leave to a measurement, such as a dtype, to be used by all that make the problem.
+    """What the settings leave to the machine, such as a dtype, to be used by all that make the problem.
 
-    As it was chosen when the fingerprint was recorded, or else measured now; empty where they leave nothing.
+    As it was chosen when the fingerprint was recorded, or else settled now; empty where they leave nothing.
     """
     factory: object = problem_factory(name)
     return factory.settle(settings, fingerprint) if isinstance(factory, Prepared) else {}

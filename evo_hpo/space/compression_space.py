@@ -36,7 +36,7 @@ class CompressionSpace:
         budget: the most that an assignment may cost, one integer a resource.
         floor: the least that an assignment must cost (default 0); ``floor=budget`` demands the exact cost.
         resources: names of the resources, for messages and tables; None: "cost", or numbers where there are several.
-        ranged: every budget from floor to budget is searched, for a front; see :mod:`evo_hpo.space.ranges`.
+        ranged: every budget from `foot` (the floor) to budget is searched, see :mod:`evo_hpo.space.ranges`.
 
     Raises:
         InvalidSpaceError: duplicate names, a module in two units, or costs or names for another number of resources.
@@ -51,6 +51,7 @@ class CompressionSpace:
         floor: int | Sequence[int] = 0,
         resources: Sequence[str] | None = None,
         ranged: bool = False,
+        foot: int | None = None,
     ) -> None:
         self.ranged = ranged
         self.units: tuple[Unit, ...] = tuple(units)
@@ -84,6 +85,7 @@ class CompressionSpace:
             raise InvalidSpaceError(f"every unit needs costs for the same {count} resource(s)")
         self.budgets: tuple[int, ...] = self._limits(budget, "budget")
         self.floors: tuple[int, ...] = self._limits(floor, "floor") if floor != 0 else (0,) * count
+        self.foot = self.floor if foot is None else foot
         self.lowest: Assignment = tuple(0 if u.fixed is None else u.fixed for u in self.units)
         self.highest: Assignment = tuple(len(u.costs) - 1 if u.fixed is None else u.fixed for u in self.units)
         self.knapsack = Knapsack(self.vectors, self.lowest, self.highest, self.budgets, self.floors)
@@ -316,15 +318,15 @@ class CompressionSpace:
             "budget": list(self.budgets),
             "floor": list(self.floors),
             "resources": list(self.resources),
-            **({"ranged": True} if self.ranged else {}),
+            **({"ranged": True} if self.ranged else {}) | ({} if self.foot == self.floor else {"foot": self.foot}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CompressionSpace:
         """The space that :meth:`to_json` described."""
         units = [Unit(**entry) for entry in data["units"]]
-        ranged = data.get("ranged", False)
-        return cls(units, data["budget"], floor=data["floor"], resources=data["resources"], ranged=ranged)
+        given = {key: data[key] for key in ("floor", "resources", "ranged", "foot") if key in data}
+        return cls(units, data["budget"], **given)
 
     def describe(self) -> str:
         """A readable summary: units, levels, groups, budget."""

@@ -53,7 +53,7 @@ def spanning(one: CompressionSpace, other: CompressionSpace) -> CompressionSpace
             f"a range from {low.budget} to {high.budget} {high.resources[0]} holds one uniform assignment: widen it"
         )
     floor = (max(0, least - _unspent(high)), *high.floors[1:])
-    return CompressionSpace(high.units, high.budgets, floor=floor, resources=high.resources, ranged=True)
+    return CompressionSpace(high.units, high.budgets, floor=floor, resources=high.resources, ranged=True, foot=least)
 
 
 def _unspent(space: CompressionSpace) -> int:
@@ -69,8 +69,7 @@ def _unspent(space: CompressionSpace) -> int:
 
 def foot(space: CompressionSpace) -> int:
     """The least budget of a range, and the least cost of the first resource in other spaces."""
-    floor = space.floor + (_unspent(space) if space.ranged and space.floor else 0)
-    return max(floor, space.cost(space.lowest))
+    return max(space.foot, space.cost(space.lowest))
 
 
 def marks(space: CompressionSpace, steps: int = MARKS) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ class DynamicProgramming(Probing):
     """Solves the additive model of single-unit probes exactly, by dynamic programming over costs.
 
     Settings and probes are those of :class:`searchers.additive.probing.Probing`. Where costs are several or too fine
-    for a table, integer programming solves instead.
+    for a table, they are solved from the prices of a linear programme.
     """
 
     def solve(self, effects: Effects, start: Assignment) -> Assignment | None:

@@ -91,26 +91,29 @@ def solve_with_prices(
     """The best feasible assignment with at most ``changes`` units other than in ``start``, or nearly.
 
     With ``exact`` it is the best unless more than :data:`MOST_LABELS` partial assignments are close to the bound,
-    else the first that is found; None: none was.
+    else the first that is found; the start where that is feasible and no better one was found; None: none was.
     """
     pairs = allowed(space, effects)
     relaxed = _relaxed(space, effects, pairs, start, changes)
     if relaxed is None:
         return None
     ordered = np.sort(relaxed.reduced)
+    dearest = np.zeros(len(space))
+    np.maximum.at(dearest, relaxed.units, relaxed.reduced)
+    most = float(dearest.sum())  # that the reduced costs of an assignment add up to
     least = float(ordered[ordered > 1e-12].min(initial=np.inf))  # below it there is nothing but ties
-    within, best = float(ordered[min(len(space) + FIRST, len(ordered)) - 1]), _Found(None, np.inf, True)
+    within, best = float(ordered[min(len(space) + FIRST, len(ordered)) - 1]), _started(space, effects, pairs, start)
     while True:
         found = _labelled(relaxed, within)
         best = min(best, found, key=lambda one: one.loss)
         if (
             not found.whole
-            or (best.taken is not None and not exact)
+            or (found.taken is not None and not exact)
             or best.loss - relaxed.bound <= within
-            or within >= ordered[-1]
+            or within >= most
         ):
             break
-        within = min(float(ordered[-1]), max(1.5 * within + 1e-12, least), best.loss - relaxed.bound)
+        within = min(most, max(1.5 * within + 1e-12, least), best.loss - relaxed.bound)
     if best.taken is None:
         return None
     levels = [0] * len(space)
@@ -118,6 +121,20 @@ def solve_with_prices(
         u, k = pairs[pair]
         levels[u] = k
     return tuple(levels)
+
+
+def _started(
+    space: CompressionSpace,
+    effects: Sequence[Sequence[float]],
+    pairs: Sequence[tuple[int, int]],
+    start: Assignment | None,
+) -> _Found:
+    """The start, or nothing where it may not be taken."""
+    if start is None or not space.feasible(start) or not all(np.isfinite(effects[u][k]) for u, k in enumerate(start)):
+        return _Found(None, np.inf, True)
+    at = {pair: number for number, pair in enumerate(pairs)}
+    taken = np.array([at[pair] for pair in enumerate(start)])
+    return _Found(taken, float(sum(effects[u][k] for u, k in enumerate(start))), True)
 
 
 def _relaxed(
@@ -169,9 +186,9 @@ class _Found:
 
 def _labelled(relaxed: _Relaxed, within: float) -> _Found:
     """The best feasible assignment whose reduced costs add up to at most ``within``."""
-    allowed = np.flatnonzero(relaxed.reduced <= within + 1e-12)
-    ends = np.flatnonzero(np.diff(relaxed.units[allowed], append=-1)) + 1
-    every = np.split(allowed, ends[:-1])
+    near = np.flatnonzero(relaxed.reduced <= within + 1e-12)
+    ends = np.flatnonzero(np.diff(relaxed.units[near], append=-1)) + 1
+    every = np.split(near, ends[:-1])
     options, settled = [own for own in every if len(own) > 1], np.array([own[0] for own in every if len(own) == 1], int)
     none = np.zeros((1, len(relaxed.low)))
     least = np.concatenate([none, np.cumsum([relaxed.costs[own].min(0) for own in reversed(options)] or none, 0)])[::-1]

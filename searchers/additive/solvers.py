@@ -1,9 +1,10 @@
-"""Exact minimisation of an additive loss under the budget, and within a number of changed units of a start.
+"""Minimisation of an additive loss under the budget, and within a number of changed units of a start.
 
 ``minimise sum_u effects[u][level_u]`` over feasible assignments is a multiple-choice knapsack problem. Dynamic
 programming over cost (and number of changes) solves one resource on a coarse grid of costs, labels at the prices of a
-linear programme solve finer grids and several resources; HiGHS, a mixed-integer solver, solves any, in seconds where
-several are tight, and in hours where costs are fine and the floor is near the budget.
+linear programme solve finer grids and several resources (nearly, where the floor is close to the budget); HiGHS, a
+mixed-integer solver, solves any, in seconds where several are tight, in hours where costs are fine and the floor is
+close to the budget.
 """
 
 from __future__ import annotations

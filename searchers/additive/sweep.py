@@ -20,7 +20,7 @@ def sweep(space: CompressionSpace, effects: Effects) -> list[Assignment]:
     """Of all feasible assignments those that lose less than every cheaper one, ascending in cost.
 
     Exact where costs are on a grid that the table holds; finer costs are rounded up to it. With several resources, the
-    solutions at the marks of the range, by integer programming.
+    solutions at the marks of the range.
 
     Args:
         effects: loss of each unit's levels; ``inf`` forbids a level.

@@ -34,7 +34,6 @@ def meeting(_: str, settings: dict[str, Any], progress: Callable[..., None]) -> 
 def failing(_: str, settings: dict[str, Any], progress: Callable[..., None]) -> None:
     """The first ends as its file says, once the other is under way, which would never end."""
     if settings["units"] == 9:
-        Path("begun").touch()
         while True:
             progress(0, 1, "layer")
             time.sleep(0.01)
@@ -42,4 +41,13 @@ def failing(_: str, settings: dict[str, Any], progress: Callable[..., None]) -> 
     seen(Path("alive"))
     if (how := Path("how").read_text()) == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    raise StoreError(how)
+    if how == "strange":
+        raise Strange("neither", "pickled")
+    raise StoreError(how) if how == "no room" else RuntimeError(how)
+
+
+class Strange(Exception):
+    """Pickled as it is, it cannot be unpickled."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} {other}")

@@ -64,15 +64,21 @@ def test_problems_on_devices_of_their_own_are_built_at_the_same_time(
 
 @pytest.mark.parametrize(
     ("how", "told"),
-    [("no room", "no room"), ("killed", r"ended with code -9 \(out of memory\?\): what it wrote is kept; free memory")],
+    [
+        ("no room", "no room"),
+        ("unexpected", "unexpected"),
+        ("strange", "a build failed: Strange: neither pickled"),
+        ("killed", r"ended with code -9 \(out of memory\?\): what it wrote is kept; free memory"),
+    ],
 )
 def test_a_build_that_fails_ends_the_others(
     plan: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, told: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("how").write_text(how)
-    with pytest.raises(StoreError, match=told):
+    with pytest.raises(RuntimeError if how == "unexpected" else StoreError, match=told) as raised:
         prepare(plan("a", "b"), lambda *_: None, failing)
+    assert ("in failing" in str(raised.value.__cause__)) == (how in ("unexpected", "strange"))
     Path("alive").unlink()
     time.sleep(0.1)
     assert not Path("alive").exists()

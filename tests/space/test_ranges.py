@@ -45,6 +45,11 @@ def test_where_costs_are_finer_than_steps_an_assignment_may_leave_a_typical_step
     assert max(found) == uniform
     again = CompressionSpace.from_json(space.to_json())
     assert (foot(again), again) == (uniform, space)
+    older = {key: value for key, value in space.to_json().items() if key != "foot"}
+    assert foot(CompressionSpace.from_json(older)) == space.floor  # which was the foot
+    few = [Unit(f"u{i}", (0, 1001 + i)) for i in range(3)]
+    low = spanning(CompressionSpace(few, 1001), CompressionSpace(few, 3006))
+    assert (foot(low), low.floor) == (1001, 0)
 
 
 def test_a_range_survives_its_description_and_a_single_budget_says_nothing_of_ranges() -> None:

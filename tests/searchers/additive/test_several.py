@@ -92,6 +92,35 @@ def test_fine_costs_are_solved_as_a_mixed_integer_solver_does(changes: int | Non
         assert total(effects, found) == pytest.approx(total(effects, other), rel=1e-9)
 
 
+def test_what_deviates_in_several_units_is_found_where_the_floor_asks_for_it() -> None:
+    units = [*(Unit(f"a{i}", (0, 3)) for i in range(3)), Unit("b", (0, 10))]
+    effects = [[0.0, -10.0]] * 3 + [[0.0, -1.0]]
+    assert solve_with_prices(CompressionSpace(units, 10, floor=10), effects) == (0, 0, 0, 1)
+    rng = np.random.default_rng(0)
+    for gap in (0, 1, 5) * 20:
+        units = [Unit(f"u{i}", tuple(np.cumsum(rng.integers(1, 30, 4)).tolist())) for i in range(5)]
+        budget = sum(int(rng.choice(unit.costs)) for unit in units)
+        space = CompressionSpace(units, budget, floor=budget - gap)
+        effects = rng.normal(size=(5, 4)).tolist()
+        found = solve_with_prices(space, effects)
+        assert found is not None
+        assert total(effects, found) == pytest.approx(min(total(effects, a) for a in all_feasible(space)))
+
+
+def test_a_start_that_nothing_better_is_found_for_stays() -> None:
+    """Where costs are fine, exact sums of them are found by luck."""
+    rng = np.random.default_rng(0)
+    costs = np.cumsum(rng.integers(1, 10**6, (40, 6)), 1).tolist()
+    start = tuple(rng.integers(0, 6, 40).tolist())
+    budget = sum(row[k] for row, k in zip(costs, start, strict=True))
+    space = CompressionSpace([Unit(f"u{i}", tuple(row)) for i, row in enumerate(costs)], budget, floor=budget)
+    effects = rng.normal(size=(40, 6)).tolist()
+    found = solve_with_prices(space, effects, start=start, changes=6)
+    assert found is not None
+    assert space.feasible(found)
+    assert total(effects, found) <= total(effects, start)
+
+
 def test_few_labels_still_give_a_feasible_assignment_near_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     space, rng = many(60, exact=False), np.random.default_rng(1)
     effects = (rng.gamma(1.0, 1.0, (60, 1)) * 4.0 ** -np.arange(4)).tolist()

@@ -136,7 +136,9 @@ class ProblemRecord:
             return "modules kept,", "share"
         if resource in {unit.group for unit in self.space.units}:  # one resource a group: so many modules of it
             return f"{resource} kept,", "of all modules"
-        return ("weights kept,", "share") if resource == "weights" else (resource, "a weight")
+        if resource == "weights":
+            return "weights kept,", "share"
+        return "stored bits" if resource == "storage" else resource, "a weight"
 
     @property
     def average_name(self) -> str:

@@ -28,6 +28,7 @@ from evo_hpo.space.ranges import foot, marks
 Floats = npt.NDArray[np.float64]
 BUDGETS = 5
 POINTS = 400
+LABEL = 0.13  # of the axis, that the label of a level takes; nearer ones stand on two lines
 
 
 def _scale(problem: ProblemRecord) -> tuple[float, str]:
@@ -85,7 +86,7 @@ def front_figure(results: Results, problem: str) -> Figure:
         _draw(axes, results, problem, key)
     parts.flat[-1].set_xlabel(_scale(info)[1], color=INK)
     title = f"{problem}  ·  fronts, median over seeds  ·  lower is better"
-    parts.flat[0].set_title(title, loc="left", fontsize=10, color=INK, pad=18)
+    parts.flat[0].set_title(title, loc="left", fontsize=10, color=INK, pad=28)
     return drawn
 
 
@@ -110,10 +111,13 @@ def _draw(axes: Axes, results: Results, problem: str, key: str) -> None:
         if band.count > 1:
             high = np.where(np.isfinite(band.high[known]), band.high[known], band.middle[known])
             axes.fill_between(x, band.low[known], high, step="post", color=style.colour, alpha=0.16, linewidth=0)
-    for name, cost in _levels(info):
+    before, line = -math.inf, 0
+    for name, cost in sorted(_levels(info), key=lambda level: level[1]):
         axes.axvline(cost / unit, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
+        line = 1 - line if cost - before < LABEL * (info.space.budget - foot(info.space)) else 0
+        before = cost
         axes.annotate(
-            f"all {name}", (cost / unit, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
+            f"all {name}", (cost / unit, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3 + 11 * line),
             textcoords="offset points", ha="center", fontsize=8, color=FAINT,
         )  # fmt: skip
     dense = info.reference.get(key)

@@ -74,7 +74,6 @@ def export_gguf(
     source = template or source_gguf(loaded.name)
     try:
         size = write_gguf(output, loaded, levels, assignment, template=source, types=types)
-        forget(output)  # it would be decoded more slowly from the pages that it was written to
         place(loaded.model, levels, assignment)
         for name, kind in types.items():
             _round(loaded.model, name, kind)
@@ -138,6 +137,7 @@ def write_gguf(
         writer.close()
         if temporary.stat().st_size != size:
             raise ModelError(f"{output} has {temporary.stat().st_size} bytes, not {size}: the disk may be full")
+    forget(output)  # it would be decoded more slowly from the pages that it was written to
     type_file(output).write_text("".join(type_lines(tensors)), encoding="utf-8")
     return size
 

@@ -14,7 +14,7 @@ import torch
 from evo_hpo.errors import InvalidSettingError, StoreError
 from evo_hpo.export.ggml_kernels import Kernel, any_blocks
 from evo_hpo.export.gguf_file import write_gguf
-from evo_hpo.export.llama_cpp import LlamaCpp, forget
+from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.packing import GgmlBlocks
 from evo_hpo.models.loading import load_model, source_gguf
@@ -55,7 +55,6 @@ class LlamaCppProgram:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write_gguf(path, self._loaded, _made_up(levels), assignment, template=self._template)
-            forget(path)
             with LlamaCpp(path, context=depth + SPAN + 1, threads=self.threads) as program:
                 yield Decoding(program, depth)
 

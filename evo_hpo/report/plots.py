@@ -185,17 +185,20 @@ def ecdf_figure(results: Results, problem: str, axis: str | None = None) -> Figu
 
 
 def cost_figure(results: Results, problem: str) -> Figure:
-    """Where it went: tokens by selection stage, and seconds of model and searcher; means over searches."""
+    """Where it went: tokens of gradients and by selection stage, seconds of model and searcher; means over searches."""
     labels = shown_labels(results, problem, 2 * SHOWN)
     charged = axes(results, problem)[0] == "tokens"
     drawn, (left, right) = figure(11.0, 1.3 + 0.36 * len(labels), ncols=2, sharey=True)
     stages = sorted({o.terms.stage for r in results.of(problem) for o in r.outcomes})
     shades = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
     start = np.zeros(len(labels))
+    if charged and any(run.probes for run in results.of(problem)):
+        start = np.array([_gradient_tokens(results, problem, label) for label in labels])
+        left.barh(labels, start, color=FAINT, label="gradients")
     for stage in stages:
         width = np.array([_stage_cost(results, problem, label, stage, charged) for label in labels])
         left.barh(labels, width, left=start, color=shades[stage % len(shades)], label=f"stage {stage}")
-        start += width
+        start = start + width
     model = np.array([np.mean([r.model_seconds for r in results.of(problem, label)]) for label in labels])
     own = np.array([_own_seconds(results, problem, label) for label in labels])
     right.barh(labels, model, color="#0072B2", label="scoring (model)")
@@ -214,6 +217,11 @@ def _stage_cost(results: Results, problem: str, label: str, stage: int, charged:
     runs = results.of(problem, label)
     found = [o.tokens if charged else 1 for r in runs for o in r.outcomes if o.terms.stage == stage]
     return float(sum(found)) / len(runs)
+
+
+def _gradient_tokens(results: Results, problem: str, label: str) -> float:
+    runs = results.of(problem, label)
+    return sum(measured.sensitivities.tokens for run in runs for _, measured in run.probes) / len(runs)
 
 
 def _own_seconds(results: Results, problem: str, label: str) -> float:

@@ -182,5 +182,5 @@ def _drawings(results: Results, key: str, summary: Summary, suffix: str) -> Iter
     if measured is not None:
         caption = "What one backward pass predicts that each unit alone would cost, before any loss was asked."
         yield f"sensitivities{suffix}", "Which units matter", search_figure(space, measured), caption
-    caption = "What each search spent, by selection stage, and where its time went (means over seeds)."
+    caption = "What each search spent, on gradients and by selection stage, and where its time went (means over seeds)."
     yield f"cost{suffix}", "Cost", cost_figure(results, key), caption

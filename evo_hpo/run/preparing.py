@@ -87,7 +87,7 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _ended(code: int | None) -> StoreError:
+def _ended(code: int) -> StoreError:
     return StoreError(
         f"a process that built levels ended with code {code} (out of memory?): what it wrote is kept; free memory, or"
         " build one store at a time with evo-hpo build, and start again"

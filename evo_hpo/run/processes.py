@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import queue
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -17,16 +15,13 @@ from typing import Any
 
 PROCESSES: Any = multiprocessing.get_context("spawn")  # nothing of this process may leak into those that it starts
 
-PATIENCE = 5.0
-"""Seconds for what is left of a lost process's events, while others go on talking."""
-
 Worker = tuple[Callable[..., None], tuple[Any, ...]]
 """A function and its arguments; what it puts into the last one, the queue of events, is heard: None when it is done."""
 
 
 @contextmanager
 def running(
-    workers: Sequence[Worker], events: Any, ended: Callable[[int | None], Exception], *, children: bool = False
+    workers: Sequence[Worker], events: Any, ended: Callable[[int], Exception], *, children: bool = False
 ) -> Iterator[Iterator[Any]]:
     """Starts a process for each worker and gives the stream of their events; leaves no process behind.
 
@@ -76,23 +71,17 @@ def _main_left_out() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _stream(events: Any, processes: Sequence[Any], ended: Callable[[int | None], Exception]) -> Iterator[Any]:
-    working, end = len(processes), math.inf
+def _stream(events: Any, processes: Sequence[Any], ended: Callable[[int], Exception]) -> Iterator[Any]:
+    working = len(processes)
     while working:
         codes = [p.exitcode for p in processes if p.exitcode is not None]
-        lost = len(codes) > len(processes) - working  # somebody went who had not said so
-        end = min(end, time.monotonic() + PATIENCE) if lost else math.inf
+        if len(codes) > len(processes) - working and events.empty():  # one went without a word, and all is heard
+            raise ended(max(codes, key=bool))
         try:
             event = events.get(timeout=0.2)
         except queue.Empty:
-            event = _Nothing
-        if lost and (event is _Nothing or time.monotonic() > end):
-            raise ended(max(codes, key=bool))
+            continue
         if event is None:
             working -= 1
-        elif event is not _Nothing:
+        else:
             yield event
-
-
-class _Nothing:
-    """Stands for an event where there is none."""

@@ -140,7 +140,7 @@ def _processes(
             waiting.put(None)
         why, remedy = "out of memory?", "lower `workers`"
 
-    def ended(code: int | None) -> ComparisonFailed:
+    def ended(code: int) -> ComparisonFailed:
         return ComparisonFailed(
             f"a worker process ended with code {code} ({why}): what it scored is in the journals; {remedy} and resume"
         )

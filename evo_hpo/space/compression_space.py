@@ -36,7 +36,8 @@ class CompressionSpace:
         budget: the most that an assignment may cost, one integer a resource.
         floor: the least that an assignment must cost (default 0); ``floor=budget`` demands the exact cost.
         resources: names of the resources, for messages and tables; None: "cost", or numbers where there are several.
-        ranged: every budget from `foot` (the floor) to budget is searched, see :mod:`evo_hpo.space.ranges`.
+        ranged: every budget from foot to budget is searched, for a front; see :mod:`evo_hpo.space.ranges`.
+        foot: the least budget of a range, in the first resource's cost; None: its floor.
 
     Raises:
         InvalidSpaceError: duplicate names, a module in two units, or costs or names for another number of resources.
@@ -324,9 +325,8 @@ class CompressionSpace:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CompressionSpace:
         """The space that :meth:`to_json` described."""
-        units = [Unit(**entry) for entry in data["units"]]
         given = {key: data[key] for key in ("floor", "resources", "ranged", "foot") if key in data}
-        return cls(units, data["budget"], **given)
+        return cls([Unit(**entry) for entry in data["units"]], data["budget"], **given)
 
     def describe(self) -> str:
         """A readable summary: units, levels, groups, budget."""

@@ -15,7 +15,7 @@ from evo_hpo import Budget, CompressionSpace, Minibatch, Unit
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.report import Findings, write_report
 from evo_hpo.report.curves import curve
-from evo_hpo.report.plots import anytime_figure
+from evo_hpo.report.plots import anytime_figure, cost_figure
 from evo_hpo.report.sensitivity_map import level_shown, sensitivity_figure
 from evo_hpo.report.style import save
 from evo_hpo.report.summary import summarise
@@ -154,6 +154,21 @@ def test_page_pictures_and_files_show_each_text(folder: Path, written: Path) -> 
     assert table["text"].value_counts().to_dict() == {"docs": 5, "prose": 5}
     assert statistics["text"].value_counts().to_dict() == {"docs": 4, "prose": 4}
     assert "prose/gap" in pd.read_csv(path.parent / "checkpoints.csv").columns
+
+
+def test_the_picture_of_cost_has_every_token_gradients_included(folder: Path) -> None:
+    results = Findings.load(folder)
+    left = cost_figure(results, "stand-in").axes[0]
+    bars = dict.fromkeys((text.get_text() for text in left.get_yticklabels()), 0.0)
+    for part in left.containers:
+        for label, bar in zip(bars, part, strict=True):
+            bars[label] += bar.get_width()
+    runs = {label: results.of("stand-in", label) for label in bars}
+    assert bars == {label: pytest.approx(np.mean([r.tokens for r in found])) for label, found in runs.items()}
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["gradients", "stage 0", "stage 1"]
+    gradients = dict(zip(bars, (bar.get_width() for bar in left.containers[0]), strict=True))
+    assert gradients["fisher"] > 0
+    assert sum(gradients.values()) == gradients["fisher"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 150, 250])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.levels import Levels
+from evo_hpo.models.attention import attend_by_rows
 from evo_hpo.models.dropping import check_droppable
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.models.identity import digest, model_identity, tokens_identity
@@ -58,11 +59,12 @@ class Evaluator:
         fitness: "kl" (KL(dense || compressed), nats a token), "perplexity" (the loss is the mean cross-entropy in nats;
             its exponential is the perplexity) or "topk_kl" (KL over the dense model's top-k entries, the tail as one).
         batch_size: sequences in one forward pass; decides the last bits of a loss. Default: 1 on a CPU (more is
-            slower there), 8192 tokens on a GPU.
+            slower there), but 1024 tokens of compiled 16-bit models, 8192 tokens on a GPU.
         chunk: logits that exist at one time; default: measured ones.
         threads: replicas that work side by side, one core each; default: the cores available. On a GPU: 1.
         compile: torch.compile the decoder blocks and the steps on a chunk of logits, each kept where measured faster;
-            eager, with one logged line, where that fails. Takes half a minute, so it is for long searches.
+            eager, with one logged line, where that fails. Takes half a minute, so it is for long searches. In bfloat16
+            on a CPU attention goes by rows then, which decides the third digit of a loss, and not only the last bits.
         measure: choose batch_size, chunk and threads by a few forward passes where they are not given; the choice is
             kept in the cache file and used again, because it decides the last bits of a loss.
         dense_bits: of each number that is kept of the uncompressed model: 16 (hidden x 2 bytes a token in all), or 32,
@@ -134,13 +136,14 @@ class Evaluator:
         check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_matrix(m)}, example)
         self._packs = packed > 0
         self.pool = ReplicaPool([self._replica(model, example, lock, packed) for _ in range(count)], on_cpu)
+        by_rows = compile and all(attend_by_rows(replica.gated.model) for replica in self.pool.replicas)
         self.blocks = tuple(self.pool.replicas[0].gated.blocks)
         self._batches = BatchScorer(
             self.pool,
             self.tokens,
             fitness,
             blocks_of_units(levels.units, self.blocks, tuple(outer_matrices(model))),
-            batch_size or (1 if on_cpu else max(1, 8192 // self.length)),
+            batch_size or max(1, self._tokens_of_a_pass(compile) // self.length),
             dense_bits,
             top_k,
             state_bytes,
@@ -153,6 +156,7 @@ class Evaluator:
             "calibration text": tokens_identity(self.tokens),
             "dtype": str(self.pool.replicas[0].head.weight.dtype).removeprefix("torch."),
             **({} if inputs is None else {"arithmetic": inputs.fingerprint}),
+            **({"attention": "by rows"} if by_rows else {}),
         }
         self.cache = ScoreCache(cache, self.context())
         self.measured: Tuned | None = None
@@ -161,6 +165,11 @@ class Evaluator:
         self._expect_batches()
         self.compiled = self._compile() if compile else Compiled()
         self._held_out: dict[str, list[DenseSide | PackedSide]] = {}
+
+    def _tokens_of_a_pass(self, compile: bool) -> int:
+        if self.device.type != "cpu":
+            return 8192
+        return 1024 if compile and next(self.model.parameters()).dtype == torch.bfloat16 else 0
 
     def _replica(self, model: nn.Module, example: Tensor, lock: threading.Lock, packed: int) -> Replica:
         gated = GatedModel(model, example, self.stream)

@@ -165,7 +165,9 @@ def test_the_picture_of_cost_has_every_token_gradients_included(folder: Path) ->
             bars[label] += bar.get_width()
     runs = {label: results.of("stand-in", label) for label in bars}
     assert bars == {label: pytest.approx(np.mean([r.tokens for r in found])) for label, found in runs.items()}
-    assert [text.get_text() for text in left.get_legend().get_texts()] == ["gradients", "stage 0", "stage 1"]
+    legend = left.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["gradients", "stage 0", "stage 1"]
     gradients = dict(zip(bars, (bar.get_width() for bar in left.containers[0]), strict=True))
     assert gradients["fisher"] > 0
     assert sum(gradients.values()) == gradients["fisher"]

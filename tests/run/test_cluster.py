@@ -64,6 +64,11 @@ def node(cache: Path, cores: int = 1) -> dict[str, Any]:
     return {"num_cpus": cores, "object_store_memory": STORE, "env_vars": {"EVO_HPO_CACHE": str(cache)}}
 
 
+def lose_node(cluster: Any) -> None:
+    """At once: a node is given a second to leave, which one without its head does not."""
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+
+
 @pytest.fixture(scope="module")
 def cluster(caches: Sequence[Path]) -> Iterator[Any]:
     """A head of two cores and a node of one, and none of Ray's processes that searches do not need."""
@@ -74,6 +79,8 @@ def cluster(caches: Sequence[Path]) -> Iterator[Any]:
         made = Cluster(initialize_head=True, head_node_args=head)
         made.add_node(**node(caches[1]))
         yield made
+        while made.worker_nodes:
+            lose_node(made)
         made.shutdown()
 
 
@@ -118,10 +125,6 @@ def wait_until(reached: Callable[[], bool]) -> None:
     until = time.monotonic() + 60
     while time.monotonic() < until and not reached():
         time.sleep(0.01)
-
-
-def lose_node(cluster: Any) -> None:
-    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
 
 
 def test_a_scorer_and_a_node_that_die_change_no_trial(cluster: Any, alone: dict[str, Any], tmp_path: Path) -> None:

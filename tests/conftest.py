@@ -39,6 +39,16 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+LONG = ("run", "tracking", "cli", "report")
+"""Folders with tests that wait for processes, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests come first: of two workers none waits for the other's last one, and what a file starts starts once."""
+    rank = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.parent.name, len(LONG)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     import torch

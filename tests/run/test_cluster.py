@@ -72,9 +72,9 @@ def lose_node(cluster: Any) -> None:
 @pytest.fixture(scope="module")
 def cluster(caches: Sequence[Path]) -> Iterator[Any]:
     """A head of two cores and a node of one, and none of Ray's processes that searches do not need."""
-    left_out = {"include_log_monitor": False, "include_dashboard": False, "no_monitor": True}
-    head = {**node(caches[0], cores=2), **left_out, "_system_config": SOON}
+    head = {**node(caches[0], cores=2), "include_log_monitor": False, "no_monitor": True, "_system_config": SOON}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray._private.node.Node.start_api_server", lambda *_, **__: None)  # of the dashboard
         patch.setenv("RAY_raylet_start_wait_time_s", "120")  # of half a minute, which a busy machine may take
         made = Cluster(initialize_head=True, head_node_args=head)
         made.add_node(**node(caches[1]))

@@ -128,7 +128,8 @@ def wait_until(reached: Callable[[], bool]) -> None:
 
 
 def test_a_scorer_and_a_node_that_die_change_no_trial(cluster: Any, alone: dict[str, Any], tmp_path: Path) -> None:
-    lost = disturbed({3: lambda: scorers_of(cluster)[0].kill(), 9: lambda: lose_node(cluster)}, heard := [])
+    heard: list[Event] = []
+    lost = disturbed({3: lambda: scorers_of(cluster)[0].kill(), 9: lambda: lose_node(cluster)}, heard)
     assert trials(compare(plan(), root=tmp_path, ray=cluster.address, listener=lost)) == alone
     assert ScorersUp(3) in heard
     assert sum(isinstance(e, BatchScored) for e in heard) > 50  # much is scored after both
@@ -156,7 +157,8 @@ def test_a_driver_that_is_killed_is_resumed_to_the_same_trials_also_when_a_node_
     process.wait()
     assert journal.stat().st_size > 20_000
     wait_until(lambda: not scorers_of(cluster))  # Ray ends those of the killed driver
-    back = disturbed({3: lambda: cluster.add_node(**node(caches[1]))}, heard := [])
+    heard: list[Event] = []
+    back = disturbed({3: lambda: cluster.add_node(**node(caches[1]))}, heard)
     assert trials(compare(plan(), root=tmp_path / "runs", ray=cluster.address, resume=True, listener=back)) == alone
     assert ScorersUp(2) in heard
 

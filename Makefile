@@ -14,13 +14,17 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format ui clean
+.PHONY: demo test check suite format ui clean
 
 demo: $(STAMP)
 	$(BIN)/evo-hpo compare $(PLAN)
 
+# Side by side: types are checked on one core.
+test: $(TESTED)
+	$(MAKE) --jobs 2 check suite
+
 # What is compiled is kept, whatever the environment says: tests start many processes.
-test: $(TESTED) check
+suite: $(TESTED)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(TESTED)

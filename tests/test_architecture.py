@@ -6,7 +6,7 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -44,13 +44,21 @@ LONGEST = 350
 """Lines of a file of the product."""
 
 
-def imported(path: Path) -> Iterator[str]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imported(path: Path) -> Sequence[str]:
     """Every module that a file imports, anywhere in it; names of a package as if they were its modules."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    found: list[str] = []
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += (f"{node.module}.{alias.name}" for alias in node.names)
+    return found
 
 
 def top(name: str) -> str:
@@ -171,7 +179,7 @@ EXTRAS = {name: names_of(needed) for name, needed in PROJECT["optional-dependenc
 
 @pytest.mark.parametrize("path", FILES, ids=place)
 def test_a_file_imports_what_is_required_or_in_an_extra_that_it_names(path: Path) -> None:
-    named = re.findall(r"extra `([\w-]+)`", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+    named = re.findall(r"extra `([\w-]+)`", ast.get_docstring(parsed(path)) or "")
     assert packages(path) <= REQUIRED.union(*(EXTRAS[name] for name in named))
 
 

@@ -159,6 +159,7 @@ def replay(folder: Path, uri: str) -> int:
 
 
 def _mlflow(folder: Path, uri: str) -> Tracker:
+    refuse_no_store(uri)  # before MLflow is imported, which takes seconds
     from evo_hpo.tracking.mlflow_tracker import MlflowTracker, experiment_name
 
     return MlflowTracker(uri, experiment_name(folder))
@@ -194,14 +195,16 @@ def follow_until_closed(folder: Path, uri: str, grace: float) -> int:
             except Exception:  # whatever it is, the search goes on and the journal keeps everything
                 log.exception("tracking failed, trying again")
                 waiting, pause = 1, min(2 * pause, 10.0)
-            if deadline == float("inf") and _closed(0.0 if replayer.waiting and pause == 0.5 else pause):
-                deadline = time.monotonic() + grace
+            if deadline == float("inf"):
+                if _closed(0.0 if replayer.waiting and pause == 0.5 else pause):
+                    deadline = time.monotonic() + grace
+                    if pause > 0.5 and _hopeless(uri):
+                        break
                 continue
-            if deadline < float("inf"):
-                if not waiting or time.monotonic() > deadline or (pause > 0.5 and _hopeless(uri)):
-                    break
-                if pause > 0.5:
-                    time.sleep(min(pause, 1.0))
+            if not waiting or time.monotonic() > deadline or (pause > 0.5 and _hopeless(uri)):
+                break
+            if pause > 0.5:
+                time.sleep(max(0.0, min(pause, 1.0, deadline - time.monotonic())))
         try:
             replayer.leave()
         except (EvoHpoError, OSError) as error:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import coo_array
 
 from evo_hpo.errors import InvalidSpaceError
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
@@ -145,6 +143,9 @@ def _relaxed(
     changes: int | None,
 ) -> _Relaxed | None:
     """None: even the relaxation has no solution."""
+    from scipy.optimize import linprog  # slow to import, and most processes never come here
+    from scipy.sparse import coo_array
+
     counter = space.knapsack.counter
     units = np.array([u for u, _ in pairs])
     losses = np.array([effects[u][k] for u, k in pairs])

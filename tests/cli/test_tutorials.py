@@ -105,7 +105,9 @@ def test_the_store_that_is_built_by_hand_for_a_large_model_is_the_plans(
     assert task.store_folder == default_folder(model, given["method"], given["levels"].split(","), given["settings"])
 
 
-def test_the_example_in_the_readme_runs_and_is_short(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore")  # as a process of its own would
+def test_the_example_in_the_readme_runs_and_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     example = next(b for b in blocks(README) if b.language == "python")
     assert len(example.text.splitlines()) < 25
-    assert "evopress" in run([sys.executable, "-c", example.text], tmp_path)
+    exec(compile(example.text, README, "exec"), {"__name__": "__main__"})
+    assert "evopress" in capsys.readouterr().out

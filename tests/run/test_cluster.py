@@ -59,20 +59,28 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
     return tmp_path_factory.mktemp("head"), tmp_path_factory.mktemp("node")
 
 
-def node(cache: Path) -> dict[str, Any]:
-    """Of two cores, with a cache of its own."""
-    return {"num_cpus": 2, "object_store_memory": STORE, "env_vars": {"EVO_HPO_CACHE": str(cache)}}
+def node(cache: Path, cores: int = 1) -> dict[str, Any]:
+    """With a cache of its own."""
+    return {"num_cpus": cores, "object_store_memory": STORE, "env_vars": {"EVO_HPO_CACHE": str(cache)}}
+
+
+def lose_node(cluster: Any) -> None:
+    """At once: a node is given a second to leave, which one without its head does not."""
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
 
 
 @pytest.fixture(scope="module")
 def cluster(caches: Sequence[Path]) -> Iterator[Any]:
-    """A head and a node of two cores each."""
-    head = {**node(caches[0]), "include_log_monitor": False, "_system_config": SOON}
+    """A head of two cores and a node of one, and none of Ray's processes that searches do not need."""
+    head = {**node(caches[0], cores=2), "include_log_monitor": False, "no_monitor": True, "_system_config": SOON}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray._private.node.Node.start_api_server", lambda *_, **__: None)  # of the dashboard
         patch.setenv("RAY_raylet_start_wait_time_s", "120")  # of half a minute, which a busy machine may take
         made = Cluster(initialize_head=True, head_node_args=head)
         made.add_node(**node(caches[1]))
         yield made
+        while made.worker_nodes:
+            lose_node(made)
         made.shutdown()
 
 
@@ -113,26 +121,25 @@ def disturbed(disturbances: dict[int, Callable[[], object]], heard: list[Event])
     return listen
 
 
-def test_a_scorer_and_a_node_that_die_change_no_trial_and_one_that_comes_back_is_used(
-    cluster: Any, caches: Sequence[Path], alone: dict[str, Any], tmp_path: Path
-) -> None:
+def wait_until(reached: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not reached():
+        time.sleep(0.01)
+
+
+def test_a_scorer_and_a_node_that_die_change_no_trial(cluster: Any, alone: dict[str, Any], tmp_path: Path) -> None:
     heard: list[Event] = []
-    gone = next(n for n in cluster.worker_nodes)
-    lost = disturbed(
-        {3: lambda: scorers_of(cluster)[0].kill(), 9: lambda: cluster.remove_node(gone, allow_graceful=False)}, heard
-    )
-    assert trials(compare(plan(), root=tmp_path / "lost", ray=cluster.address, listener=lost)) == alone
-    assert ScorersUp(4) in heard
+    lost = disturbed({3: lambda: scorers_of(cluster)[0].kill(), 9: lambda: lose_node(cluster)}, heard)
+    assert trials(compare(plan(), root=tmp_path, ray=cluster.address, listener=lost)) == alone
+    assert ScorersUp(3) in heard
     assert sum(isinstance(e, BatchScored) for e in heard) > 50  # much is scored after both
 
-    back = disturbed({3: lambda: cluster.add_node(**node(caches[1]))}, heard := [])
-    assert trials(compare(plan(), root=tmp_path / "back", ray=cluster.address, listener=back)) == alone
-    assert ScorersUp(2) in heard
 
-
-def test_a_driver_that_is_killed_is_resumed_to_the_same_trials(
-    cluster: Any, alone: dict[str, Any], tmp_path: Path
+def test_a_driver_that_is_killed_is_resumed_to_the_same_trials_also_when_a_node_comes_back(
+    cluster: Any, caches: Sequence[Path], alone: dict[str, Any], tmp_path: Path
 ) -> None:
+    if cluster.worker_nodes:
+        lose_node(cluster)
     script = tmp_path / "run.py"
     script.write_text(
         "import json, sys; from pathlib import Path\n"
@@ -145,14 +152,15 @@ def test_a_driver_that_is_killed_is_resumed_to_the_same_trials(
     arguments = [sys.executable, str(script), str(tmp_path / "runs"), cluster.address, json.dumps(plan().plain())]
     process = subprocess.Popen(arguments, env=here, start_new_session=True)
     journal = tmp_path / "runs" / plan().name / "journals" / "evopress-s0.jsonl"
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (journal.exists() and journal.stat().st_size > 20_000):
-        time.sleep(0.01)
+    wait_until(lambda: journal.exists() and journal.stat().st_size > 20_000)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert journal.stat().st_size > 20_000
-    folder = compare(plan(), root=tmp_path / "runs", ray=cluster.address, resume=True)
-    assert trials(folder) == alone
+    wait_until(lambda: not scorers_of(cluster))  # Ray ends those of the killed driver
+    heard: list[Event] = []
+    back = disturbed({3: lambda: cluster.add_node(**node(caches[1]))}, heard)
+    assert trials(compare(plan(), root=tmp_path / "runs", ray=cluster.address, resume=True, listener=back)) == alone
+    assert ScorersUp(2) in heard
 
 
 def test_nodes_that_lack_a_package_or_have_another_version_are_told(
@@ -177,6 +185,8 @@ def test_nodes_that_lack_a_package_or_have_another_version_are_told(
 
 def test_a_node_that_lacks_the_drivers_store_copies_it(cluster: Any, caches: Sequence[Path], tmp_path: Path) -> None:
     """It has a cache of its own."""
+    if not cluster.worker_nodes:
+        cluster.add_node(**node(caches[1]))
     build_store(LoadedModel.from_model(tiny_model("llama")), tmp_path, RTN([2, 3], group_size=16))
     connect(cluster.address)
     try:
@@ -286,24 +296,50 @@ def test_no_scorer_is_an_error() -> None:
         SpreadProblem(Nobody(), "noisy", {}).score([], Minibatch(0, 64))
 
 
-@pytest.mark.parametrize(("gpus", "expected"), [(1, 8), (3, 2)])
-def test_a_model_on_several_gpus_gets_scorers_with_as_many(
-    gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a stand-in for Ray that has eight GPUs; what remains of three each stays idle."""
-    asked: list[dict[str, Any]] = []
+class Devices:
+    """Those of a stand-in for Ray, where scorers are up at once; what each scorer asked for."""
 
-    def options(**given: Any) -> MagicMock:
-        asked.append(given)
+    def __init__(self) -> None:
+        self.total: dict[str, float] = {}
+        self.asked: list[dict[str, Any]] = []
+
+    def options(self, **given: Any) -> MagicMock:
+        self.asked.append(given)
         return MagicMock()
 
-    stand_in = MagicMock()
-    stand_in.cluster_resources.return_value = {"GPU": 8.0, "CPU": 2.0}
-    stand_in.available_resources.side_effect = lambda: {"GPU": 8.0 - sum(o["num_gpus"] for o in asked), "CPU": 2.0}
-    stand_in.remote.return_value.options = options
+    def free(self) -> dict[str, float]:
+        taken = {kind: sum(given.get(f"num_{kind.lower()}s", 0) for given in self.asked) for kind in self.total}
+        return {kind: count - taken[kind] for kind, count in self.total.items()}
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> Devices:
+    found, stand_in = Devices(), MagicMock()
+    stand_in.cluster_resources.side_effect = lambda: found.total
+    stand_in.available_resources.side_effect = found.free
+    stand_in.remote.return_value.options = found.options
     stand_in.wait.side_effect = lambda answers, **_: (answers, [])
     stand_in.get.return_value = ("node", dict.fromkeys(scorers.VERSIONS, "1"))
     monkeypatch.setattr(scorers, "version", lambda _: "1")
     monkeypatch.setattr(scorers, "ray", stand_in)
+    return found
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(1, 8), (3, 2)])
+def test_a_model_on_several_gpus_gets_scorers_with_as_many(gpus: int, expected: int, devices: Devices) -> None:
+    """What remains of three each stays idle."""
+    devices.total = {"GPU": 8.0, "CPU": 2.0}
     assert len(Scorers(gpus=gpus)) == expected
-    assert [given["num_gpus"] for given in asked] == [gpus] * expected
+    assert [given["num_gpus"] for given in devices.asked] == [gpus] * expected
+
+
+def test_a_node_that_comes_back_is_used(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices.total = {"CPU": 1.0}
+    found = Scorers()
+    assert len(found) == 1
+    devices.total = {"CPU": 3.0}
+    found.ask("noisy", {"units": 5}, [[]])
+    assert len(found) == 1  # it is not looked for at every batch
+    monkeypatch.setattr(scorers, "LOOK_AGAIN", 0.0)
+    found.ask("noisy", {"units": 5}, [[]])
+    assert len(found) == 3

@@ -59,9 +59,9 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Path]:
     return tmp_path_factory.mktemp("head"), tmp_path_factory.mktemp("node")
 
 
-def node(cache: Path, cores: int = 1) -> dict[str, Any]:
-    """With a cache of its own."""
-    return {"num_cpus": cores, "object_store_memory": STORE, "env_vars": {"EVO_HPO_CACHE": str(cache)}}
+def node(cache: Path) -> dict[str, Any]:
+    """Of two cores, with a cache of its own."""
+    return {"num_cpus": 2, "object_store_memory": STORE, "env_vars": {"EVO_HPO_CACHE": str(cache)}}
 
 
 def lose_node(cluster: Any) -> None:
@@ -71,8 +71,8 @@ def lose_node(cluster: Any) -> None:
 
 @pytest.fixture(scope="module")
 def cluster(caches: Sequence[Path]) -> Iterator[Any]:
-    """A head of two cores and a node of one, and none of Ray's processes that searches do not need."""
-    head = {**node(caches[0], cores=2), "include_log_monitor": False, "no_monitor": True, "_system_config": SOON}
+    """A head and a node of two cores each, and none of Ray's processes that searches do not need."""
+    head = {**node(caches[0]), "include_log_monitor": False, "no_monitor": True, "_system_config": SOON}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray._private.node.Node.start_api_server", lambda *_, **__: None)  # of the dashboard
         patch.setenv("RAY_raylet_start_wait_time_s", "120")  # of half a minute, which a busy machine may take
@@ -131,7 +131,7 @@ def test_a_scorer_and_a_node_that_die_change_no_trial(cluster: Any, alone: dict[
     heard: list[Event] = []
     lost = disturbed({3: lambda: scorers_of(cluster)[0].kill(), 9: lambda: lose_node(cluster)}, heard)
     assert trials(compare(plan(), root=tmp_path, ray=cluster.address, listener=lost)) == alone
-    assert ScorersUp(3) in heard
+    assert ScorersUp(4) in heard
     assert sum(isinstance(e, BatchScored) for e in heard) > 50  # much is scored after both
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import queue
@@ -72,16 +73,27 @@ def _main_left_out() -> Iterator[None]:
 
 
 def _stream(events: Any, processes: Sequence[Any], ended: Callable[[int], Exception]) -> Iterator[Any]:
-    working = len(processes)
+    working, left = len(processes), math.inf  # events that a process which went without a word may have left behind
     while working:
         codes = [p.exitcode for p in processes if p.exitcode is not None]
-        if len(codes) > len(processes) - working and events.empty():  # one went without a word, and all is heard
+        lost = len(codes) > len(processes) - working
+        left = min(left, _queued(events)) if lost else math.inf
+        if lost and (left <= 0 or events.empty()):
             raise ended(max(codes, key=bool))
         try:
             event = events.get(timeout=0.2)
         except queue.Empty:
             continue
+        left -= 1
         if event is None:
             working -= 1
         else:
             yield event
+
+
+def _queued(events: Any) -> float:
+    """Events that wait, as far as the system counts them."""
+    try:
+        return float(events.qsize())
+    except NotImplementedError:  # macOS
+        return math.inf

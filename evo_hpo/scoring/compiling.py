@@ -25,6 +25,9 @@ GAIN = 1.02
 
 REPEATS = 3
 
+SHAPES = 64
+"""Shapes of a pass that are compiled, each for itself; torch stops at 8: then history decides what runs compiled."""
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -43,8 +46,9 @@ def compile_parts(pool: ReplicaPool, levels: Levels, ids: Tensor, known: Mapping
     """Compiles every replica's blocks and its steps on logits for batches of the shape of ``ids``.
 
     Weights are inputs of the compiled code, so switching levels does not compile again, and blocks that are alike share
-    one compilation. Dropped modules inside a block change the code itself: such a store's blocks stay eager. What stays
-    eager is logged, with the reason, in one line.
+    one compilation; a minibatch whose sequences do not fill a batch has another shape, and takes another. Dropped
+    modules inside a block change the code itself: such a store's blocks stay eager. What stays eager is logged, with
+    the reason, in one line.
 
     Args:
         known: earlier decisions ("compiled_blocks", "compiled_chunk": 0 or 1), which are followed without measuring.
@@ -58,6 +62,7 @@ def compile_parts(pool: ReplicaPool, levels: Levels, ids: Tensor, known: Mapping
         for replica in pool.replicas:
             replica.head.kernels = Kernels() if compiler is None else Kernels.compiled(compiler)
 
+    torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
     rows: list[tuple[str, float]] = []
     faster = {
         "blocks": _obstacle(pool, levels) or _try(pool, "blocks", blocks, _body, ids, known, rows),

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.levels import Levels
-from evo_hpo.models.attention import attend_by_rows
 from evo_hpo.models.dropping import check_droppable
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.models.identity import digest, model_identity, tokens_identity
@@ -59,12 +59,11 @@ class Evaluator:
         fitness: "kl" (KL(dense || compressed), nats a token), "perplexity" (the loss is the mean cross-entropy in nats;
             its exponential is the perplexity) or "topk_kl" (KL over the dense model's top-k entries, the tail as one).
         batch_size: sequences in one forward pass; decides the last bits of a loss. Default: 1 on a CPU (more is
-            slower there), but 1024 tokens of compiled 16-bit models, 8192 tokens on a GPU.
+            slower there), 8192 tokens on a GPU.
         chunk: logits that exist at one time; default: measured ones.
         threads: replicas that work side by side, one core each; default: the cores available. On a GPU: 1.
         compile: torch.compile the decoder blocks and the steps on a chunk of logits, each kept where measured faster;
-            eager, with one logged line, where that fails. Takes half a minute, so it is for long searches. In bfloat16
-            on a CPU attention goes by rows then, which decides the third digit of a loss, and not only the last bits.
+            eager, with one logged line, where that fails. Takes half a minute, so it is for long searches.
         measure: choose batch_size, chunk and threads by a few forward passes where they are not given; the choice is
             kept in the cache file and used again, because it decides the last bits of a loss.
         dense_bits: of each number that is kept of the uncompressed model: 16 (hidden x 2 bytes a token in all), or 32,
@@ -136,14 +135,13 @@ class Evaluator:
         check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_matrix(m)}, example)
         self._packs = packed > 0
         self.pool = ReplicaPool([self._replica(model, example, lock, packed) for _ in range(count)], on_cpu)
-        by_rows = compile and all(attend_by_rows(replica.gated.model) for replica in self.pool.replicas)
         self.blocks = tuple(self.pool.replicas[0].gated.blocks)
         self._batches = BatchScorer(
             self.pool,
             self.tokens,
             fitness,
             blocks_of_units(levels.units, self.blocks, tuple(outer_matrices(model))),
-            batch_size or max(1, self._tokens_of_a_pass(compile) // self.length),
+            batch_size or (1 if on_cpu else max(1, 8192 // self.length)),
             dense_bits,
             top_k,
             state_bytes,
@@ -156,7 +154,6 @@ class Evaluator:
             "calibration text": tokens_identity(self.tokens),
             "dtype": str(self.pool.replicas[0].head.weight.dtype).removeprefix("torch."),
             **({} if inputs is None else {"arithmetic": inputs.fingerprint}),
-            **({"attention": "by rows"} if by_rows else {}),
         }
         self.cache = ScoreCache(cache, self.context())
         self.measured: Tuned | None = None
@@ -164,12 +161,7 @@ class Evaluator:
             self._measure(batch_size, chunk, threads)
         self._expect_batches()
         self.compiled = self._compile() if compile else Compiled()
-        self._held_out: dict[str, list[DenseSide | PackedSide]] = {}
-
-    def _tokens_of_a_pass(self, compile: bool) -> int:
-        if self.device.type != "cpu":
-            return 8192
-        return 1024 if compile and next(self.model.parameters()).dtype == torch.bfloat16 else 0
+        self._held_out: dict[tuple[str, int], list[DenseSide | PackedSide]] = {}
 
     def _replica(self, model: nn.Module, example: Tensor, lock: threading.Lock, packed: int) -> Replica:
         gated = GatedModel(model, example, self.stream)
@@ -288,14 +280,7 @@ class Evaluator:
             means of each sequence: losses, cross_entropies (lists).
         """
         ids = tokens.to(self.device, torch.int64)
-        key = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
-        rows = torch.split(ids, self._batches.batch_size)
-        if key not in self._held_out:
-            make = [lambda w, r=row: w.dense(r, self._batches.dense_bits, self._batches.top_k, "kl") for row in rows]
-            self._held_out[key] = self.pool.map(make)
-        sides = self._held_out[key]
-        tasks = [lambda w, r=row, d=side: w.both(assignment, r, d) for row, side in zip(rows, sides, strict=True)]
-        sums = torch.cat(self.pool.map(tasks), dim=1).cpu().numpy() / (ids.shape[1] - 1)
+        sums = self._with_less_memory(lambda: self._held_out_sums(assignment, ids)) / (ids.shape[1] - 1)
         loss, entropy = (float(x) for x in sums.mean(axis=1))
         return {
             "loss": loss,
@@ -304,6 +289,17 @@ class Evaluator:
             "losses": sums[0].tolist(),
             "cross_entropies": sums[1].tolist(),
         }
+
+    def _held_out_sums(self, assignment: Assignment | None, ids: Tensor) -> NDArray[np.float64]:
+        """KL divergence and cross-entropy, summed over each sequence's positions, 2 x sequences."""
+        rows = torch.split(ids, size := self._batches.batch_size)
+        key = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(), size
+        if key not in self._held_out:
+            make = [lambda w, r=row: w.dense(r, self._batches.dense_bits, self._batches.top_k, "kl") for row in rows]
+            self._held_out[key] = self.pool.map(make)
+        sides = self._held_out[key]
+        tasks = [lambda w, r=row, d=side: w.both(assignment, r, d) for row, side in zip(rows, sides, strict=True)]
+        return torch.cat(self.pool.map(tasks), dim=1).cpu().numpy()
 
     # ------------------------------------------------------------------ identity and report
 

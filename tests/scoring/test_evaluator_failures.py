@@ -51,11 +51,29 @@ def test_running_out_of_memory_halves_the_batch(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return run(self, *arguments)
 
+    held_out = tiny_tokens(length=LENGTH, seed=3)
+    before = evaluator.evaluate_held_out(candidates[0], held_out)
     monkeypatch.setattr(Replica, "run", greedy)
     assert losses_of(evaluator, candidates) == losses_of(make_evaluator(llama, batch_size=1), candidates)
+    assert evaluator.evaluate_held_out(candidates[0], held_out)["losses"] == pytest.approx(before["losses"], rel=1e-4)
     assert evaluator.report()["batch_size"] == 1
     assert evaluator.report()["out_of_memory"] == 2
     assert caplog.messages == [f"out of memory: going on with {size} sequences a batch" for size in (2, 1)]
+
+
+def test_held_out_text_too_is_read_in_smaller_batches(llama: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    assignment, held_out = random_assignments(1, len(llama[1].units), 3)[0], tiny_tokens(length=LENGTH, seed=3)
+    evaluator, both = make_evaluator(llama, batch_size=4), Replica.both
+
+    def greedy(self: Replica, *arguments: Any) -> Any:
+        if len(arguments[1]) > 2:
+            raise MemoryError
+        return both(self, *arguments)
+
+    monkeypatch.setattr(Replica, "both", greedy)
+    found = evaluator.evaluate_held_out(assignment, held_out)
+    assert evaluator.report()["batch_size"] == 2
+    assert found == make_evaluator(llama, batch_size=2).evaluate_held_out(assignment, held_out)
 
 
 def test_memory_that_never_suffices_is_an_error(llama: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

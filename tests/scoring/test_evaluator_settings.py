@@ -104,6 +104,31 @@ def test_what_is_compiled_is_kept_where_it_is_faster_and_the_decision_stays(
         assert evaluator.report()["compiled"] == kept
 
 
+def test_every_shape_of_a_pass_is_compiled_whatever_ran_before(llama: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch itself gives up after some: from then on, what a pass computes would depend on the passes before it."""
+    compiler, graphs = torch.compile, list[str]()
+
+    def backend(module: Any, _: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            graphs.append(str(module))
+            return module.forward(*inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", lambda code, **given: compiler(code, backend=backend, **given))
+    monkeypatch.setattr(compiling, "GAIN", 0.0)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    torch._dynamo.reset()
+    evaluator = make_evaluator(llama, batch_size=5, compile=True)
+    evaluator.prepare()
+    candidate = random_assignments(1, len(llama[1].units), 3)
+    for sequences in range(1, 5):
+        graphs.clear()
+        losses_of(evaluator, candidate, Minibatch(sequences, sequences * LENGTH))
+        assert len(graphs) == len(evaluator.blocks) + 1  # and the chunk of logits
+    torch._dynamo.reset()
+
+
 # ---------------------------------------------------------------------- packed weights
 
 

@@ -198,7 +198,7 @@ def cost_figure(results: Results, problem: str) -> Figure:
     for stage in stages:
         width = np.array([_stage_cost(results, problem, label, stage, charged) for label in labels])
         left.barh(labels, width, left=start, color=shades[stage % len(shades)], label=f"stage {stage}")
-        start = start + width
+        start += width
     model = np.array([np.mean([r.model_seconds for r in results.of(problem, label)]) for label in labels])
     own = np.array([_own_seconds(results, problem, label) for label in labels])
     right.barh(labels, model, color="#0072B2", label="scoring (model)")

@@ -218,6 +218,7 @@ class Scorers:
             if first and self._coming and not self._alive:
                 ray.wait(list(self._coming), num_returns=len(self._coming), timeout=PATIENCE)
             ready = ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0)[0] if self._coming else []
+            here = _versions() if ready else {}
             for answer in ready:
                 scorer = self._coming.pop(answer)
                 try:
@@ -225,7 +226,6 @@ class Scorers:
                 except LOST as error:
                     _refuse_unable(str(error))
                     continue
-                here = _versions()
                 if other := [f"{n} {there[n]} (here {here[n]})" for n in VERSIONS if there[n] != here[n]]:
                     raise ScorersError(f"node {node} has {', '.join(other)}: install the same on all nodes")
                 self._alive.append(scorer)

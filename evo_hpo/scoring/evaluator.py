@@ -161,7 +161,7 @@ class Evaluator:
             self._measure(batch_size, chunk, threads)
         self._expect_batches()
         self.compiled = self._compile() if compile else Compiled()
-        self._held_out: dict[tuple[str, int], list[DenseSide | PackedSide]] = {}
+        self._held_out: dict[str, list[DenseSide | PackedSide]] = {}
 
     def _replica(self, model: nn.Module, example: Tensor, lock: threading.Lock, packed: int) -> Replica:
         gated = GatedModel(model, example, self.stream)
@@ -256,6 +256,7 @@ class Evaluator:
                 batches = self._batches
                 if batches.batch_size > 1:
                     batches.batch_size //= 2
+                    self._held_out.clear()  # it is there by batch
                     self._expect_batches()
                 elif batches.state_bytes or batches.reference.limit or self._packs:
                     batches.state_bytes = batches.reference.limit = 0
@@ -292,8 +293,8 @@ class Evaluator:
 
     def _held_out_sums(self, assignment: Assignment | None, ids: Tensor) -> NDArray[np.float64]:
         """KL divergence and cross-entropy, summed over each sequence's positions, 2 x sequences."""
-        rows = torch.split(ids, size := self._batches.batch_size)
-        key = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(), size
+        rows = torch.split(ids, self._batches.batch_size)
+        key = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
         if key not in self._held_out:
             make = [lambda w, r=row: w.dense(r, self._batches.dense_bits, self._batches.top_k, "kl") for row in rows]
             self._held_out[key] = self.pool.map(make)

@@ -25,8 +25,9 @@ PART = 32
 class Projector:
     """Collects g . (W_level - W_in_place) for every level of every unit, sequence by sequence, or another form of it.
 
-    Hooks on the members keep a linear layer's input until the gradient of its output is there. A per-sequence weight
-    gradient exists only for some rows at a time; it meets all levels at once. A member that may be dropped adds its
+    Hooks on the members keep a linear layer's input, and the gradient of its output when it is there, until all
+    sequences have been through the layer: :meth:`finish`. A per-sequence weight gradient exists only for some rows at
+    a time; it meets all levels at once. A member that may be dropped adds its
     output or takes it away: its projection is the gradient of the output times that output. The bias of a layer that
     is switched on or off counts in the forms ``inner`` and ``output``.
 
@@ -60,6 +61,8 @@ class Projector:
             for name in unit.members:
                 self._owners.setdefault(name, []).append(number)
         self._decoded: dict[int, list[Mapping[str, Tensor | None]]] = {}
+        self._waiting: dict[str, list[tuple[slice, tuple[Tensor, Tensor]]]] = {}
+        self._rows = slice(0, 0)
         self._absent: dict[str, Absent] = {}
         self._found: NDArray[np.float64] = np.zeros((0, 0, 0, 0))
         self._form: Form = "inner"
@@ -77,15 +80,22 @@ class Projector:
         self._found = np.zeros((sequences, parts, len(counts), max(counts)))
         for number, count in enumerate(counts):
             self._found[:, :, number, count:] = np.nan
+        self.at(slice(0, sequences))
+
+    def at(self, sequences: slice) -> None:
+        """Of the sequences that it began with, those that the hooks will hear of from now on."""
+        self._rows = sequences
 
     def end(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """What was collected (sequences x units x levels), and the sums of the squares of its parts, alike."""
-        self._decoded.clear()
         sums = self._found.sum(axis=1)
         return np.sqrt(sums) if self._form in ("output", "trace") else sums, np.square(self._found).sum(axis=1)
 
-    def forget(self) -> None:
-        """Gives back levels that were decoded; called after each block."""
+    def finish(self) -> None:
+        """Takes what all sequences left at linear layers, and gives back levels that were decoded: after each block."""
+        for name, waiting in self._waiting.items():
+            self._linear(name, waiting)
+        self._waiting.clear()
         self._decoded.clear()
 
     def whole(self, name: str, output: Tensor, gradient: Tensor) -> None:
@@ -119,21 +129,21 @@ class Projector:
             given: final hidden states, (sequences x positions that predict) x hidden.
             gradients: of the products of head and hidden states, by entries of the vocabulary, alike.
         """
-        right, place, form = self._predicting(given), self._modules[name].weight, self._form
+        inputs, place, form = self._predicting(given), self._modules[name].weight, self._form
         assert isinstance(place, Tensor)
         targets = {unit: self._targets(unit, name) for unit in self._owners[name]}
         lengths: dict[int, list[tuple[Tensor, Tensor]]] = {unit: [] for unit in targets}
         for entries, gradient in gradients:
-            left = self._predicting(gradient.to(given.dtype))
+            seen = [(self._predicting(gradient.to(given.dtype)), inputs)]
             for unit, levels in targets.items():
                 rows, sums = [level[entries] for level in levels], self._of(unit)[:, : len(levels)]
                 if form == "trace":
-                    lengths[unit].append(squared_lengths(left, right, place.data[entries], rows))
+                    lengths[unit].append(squared_lengths(seen, place.data[entries], rows))
                 elif form == "output":
-                    sums += output_changes(left, right, place.data[entries], rows, None, False).cpu().numpy()
+                    sums += output_changes(seen, place.data[entries], rows, None, False).cpu().numpy()
                 else:
                     at = self._original[name] if form == "absolute" else place.data
-                    sums += weight_changes(left, right, at[entries], rows, form).cpu().numpy()
+                    sums += weight_changes(seen, at[entries], rows, form).cpu().numpy()
         for unit, parts in lengths.items():
             if parts:
                 gradients, changes = (torch.stack(each).sum(0) for each in zip(*parts, strict=True))
@@ -142,7 +152,7 @@ class Projector:
 
     def _predicting(self, values: Tensor) -> Tensor:
         """By part, of values that the last position of each sequence has none of."""
-        values = values.view(len(self._found), -1, values.shape[-1])
+        values = values.view(self._rows.stop - self._rows.start, -1, values.shape[-1])
         return self._by_part(pad(values, (0, 0, 0, 1)))
 
     def _embedding_hook(self, name: str) -> Callable[..., Any]:
@@ -184,7 +194,7 @@ class Projector:
                 first = first.detach().requires_grad_()  # zeros, so that their gradient is there
             if linear:
                 given = (args[0] if args else kwargs["input"]).detach()
-                first.register_hook(lambda gradient: self._linear(name, given, gradient, off))
+                first.register_hook(lambda gradient: self._wait(name, given, gradient))
             else:
                 with torch.no_grad():
                     kept = first_of(type(module).forward(module, *args, **kwargs)) if off else first.detach()
@@ -196,27 +206,33 @@ class Projector:
 
         return hook
 
-    def _linear(self, name: str, given: Tensor, gradient: Tensor, off: bool) -> None:
-        module = self._modules[name]
+    def _wait(self, name: str, given: Tensor, gradient: Tensor) -> None:
+        pair = self._by_part(gradient), self._by_part(given)
+        self._waiting.setdefault(name, []).append((self._rows, pair))
+
+    def _linear(self, name: str, waiting: list[tuple[slice, tuple[Tensor, Tensor]]]) -> None:
+        module, off = self._modules[name], self._dropped(name)
         weight, bias = module.weight, getattr(module, "bias", None)
         assert isinstance(weight, Tensor)
-        left, right = self._by_part(gradient), self._by_part(given)
-        place = None if off else weight.data
+        sequences = np.concatenate([np.arange(rows.start, rows.stop) for rows, _ in waiting])
+        seen, place = [pair for _, pair in waiting], None if off else weight.data
         for unit in self._owners[name]:
             found = self._levels(unit)
             targets = [level[name] if name in level else self._original[name] for level in found]
             targets = [None if target is None else target.to(weight.device) for target in targets]
             signs = [float(off) - float(target is None) for target in targets]  # a switched-off layer adds no bias
-            sums = self._of(unit)[:, : len(found)]
             if self._form == "output":
                 shifts = None if bias is None else [sign * bias.data for sign in signs]
-                sums += output_changes(left, right, place, targets, shifts, is_transposed(module)).cpu().numpy()
-                continue
-            rows, columns = (right, left) if is_transposed(module) else (left, right)
-            place_or_original = self._original[name].to(weight.device) if self._form == "absolute" else place
-            sums += weight_changes(rows, columns, place_or_original, targets, self._form).cpu().numpy()
-            if bias is not None and self._form == "inner":
-                sums += (left.sum(dim=1).double() @ bias.double()).cpu().numpy()[:, None] * np.array(signs)
+                sums = output_changes(seen, place, targets, shifts, is_transposed(module))
+            else:
+                pairs = [(right, left) for left, right in seen] if is_transposed(module) else seen
+                place_or_original = self._original[name].to(weight.device) if self._form == "absolute" else place
+                sums = weight_changes(pairs, place_or_original, targets, self._form)
+                if bias is not None and self._form == "inner":
+                    outputs = torch.cat([gradient.sum(dim=1).double() for gradient, _ in seen])
+                    sums += torch.outer(outputs @ bias.double(), sums.new_tensor(signs))
+            by_sequence = sums.cpu().numpy().reshape(len(sequences), -1, len(found))
+            np.add.at(self._found[:, :, unit, : len(found)], sequences, by_sequence)  # a layer may run twice
 
     def _levels(self, unit: int) -> list[Mapping[str, Tensor | None]]:
         if unit not in self._decoded:
@@ -225,12 +241,12 @@ class Projector:
         return self._decoded[unit]
 
     def _of(self, unit: int) -> NDArray[np.float64]:
-        """A unit's numbers, all parts of all sequences x levels, to be added to."""
-        return self._found.reshape(-1, *self._found.shape[2:])[:, unit]
+        """A unit's numbers, all parts of the sequences that are running x levels, to be added to."""
+        return self._found[self._rows].reshape(-1, *self._found.shape[2:])[:, unit]
 
     def _by_part(self, values: Tensor) -> Tensor:
-        """Parts of all sequences x positions x width, also of values that a model flattened; zeros fill the last."""
-        sequences, parts = self._found.shape[:2]
+        """Parts of what is running x positions x width, also of values that a model flattened; zeros fill the last."""
+        sequences, parts = self._rows.stop - self._rows.start, self._found.shape[1]
         values = values.detach().reshape(sequences, -1, values.shape[-1])
         each = -(-values.shape[1] // parts)
         if missing := each * parts - values.shape[1]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,23 @@ class _Segment:
     real: Callable[[], Any]
 
 
+@dataclass
+class _Run:
+    """Some of a group's sequences, on their way through the model and back.
+
+    Attributes:
+        rows: their places in the group.
+        segments: of the blocks, in order; taken off the end on the way back.
+        front: input of the first block, with the graph from the embedding on.
+        gradient: of the output of the last segment that is left.
+    """
+
+    rows: slice
+    segments: list[_Segment] = field(default_factory=list)
+    front: Tensor | None = None
+    gradient: Tensor | None = None
+
+
 class SensitivityPass:
     """Measures :class:`Sensitivities` of a language model; shares the memory of the model's weights.
 
@@ -71,7 +88,9 @@ class SensitivityPass:
         tokens: the calibration pool, int64, sequences x length, on the model's device.
         chunk: logits that exist at one time.
         graph_bytes: memory for the graphs of blocks; blocks beyond it run a second time.
-        group: most sequences in one pass; levels are decoded once for each. A mixture of experts takes one at a time.
+        group: most sequences in one pass; levels are decoded once for each.
+        batch: sequences that run together; None: one on a CPU, whose caches hold little more, else the group. A
+            mixture of experts takes one at a time: its experts see tokens, not sequences.
         stream: device that each block comes to for its turn; no graph outlives a turn. None: blocks are where they run.
         inputs: as of the evaluator; a gradient passes a rounding as if it were not there.
     """
@@ -83,8 +102,9 @@ class SensitivityPass:
         tokens: Tensor,
         *,
         chunk: Chunk | None = None,
-        graph_bytes: int = 1 << 31,
+        graph_bytes: int = 1 << 32,
         group: int = 16,
+        batch: int | None = None,
         stream: torch.device | None = None,
         inputs: InputTypes | None = None,
     ) -> None:
@@ -101,9 +121,14 @@ class SensitivityPass:
         shared = self._gated.head.weight
         self._searched_head = next((n for n, m in members.items() if getattr(m, "weight", None) is shared), "")
         self._wholes = [name for name in members if name in self._numbers]
-        self._group = 1 if any(isinstance(m, LinearExperts) for m in modules.values()) else group
-        self._segments: list[_Segment] | None = None
-        self._front: Tensor | None = None  # input of the first block, with the graph from the embedding on
+        if any(isinstance(m, LinearExperts) for m in modules.values()):
+            batch = 1
+        elif batch is None:
+            batch = 1 if tokens.device.type == "cpu" and not stream else group
+        self._batch = min(batch, group)
+        self._group = self._batch if stream else group  # a block comes to the device once for all that run
+        self._run: _Run | None = None  # whose blocks' graphs are being made
+        self._runs = 1  # of a group
         self._kept_from = len(self._numbers)
         for name, block in self._gated.blocks.items():
             block.forward = self._segmented(name, block, block.forward)
@@ -154,28 +179,39 @@ class SensitivityPass:
         form: Form,
         seed: int,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        dense = None
+        runs = [_Run(slice(i, min(i + self._batch, len(ids)))) for i in range(0, len(ids), self._batch)]
+        dense: Tensor | None = None
         if kind == "kl":
             self._switch.set(None)
             with torch.no_grad():
-                dense, _ = self._gated.final_hidden(ids)
+                dense = torch.cat([self._gated.final_hidden(ids[run.rows])[0] for run in runs])
         self._switch.set(assignment)
         head = self._head.of(self._gated.head.weight.data)  # type: ignore[arg-type]
         self._projector.begin(len(ids), ids.shape[1], form, self._parted(kind, form))
-        self._segments = []
-        self._kept_from = 0 if self._graph_bytes else len(self._numbers)
+        self._runs, self._kept_from = len(runs), 0 if self._graph_bytes else len(self._numbers)
         try:
-            with torch.enable_grad():
-                final, _ = self._gated.final_hidden(ids)
+            finals = [self._forward(run, ids[run.rows]) for run in runs]
             uniforms = [np.random.default_rng([seed, 0x666973, s]).random(ids.shape[1] - 1) for s in sequences]
             with torch.no_grad():
-                gradient = self._at_output(head, ids, final.detach(), dense, kind, np.concatenate(uniforms))
-            (gradient,) = torch.autograd.grad(final, self._segments[-1].tail, gradient)
-            self._backward(gradient)
+                final = torch.cat([each.detach() for each in finals])
+                gradient = self._at_output(head, ids, final, dense, kind, np.concatenate(uniforms))
+            self._projector.finish()
+            for run, final in zip(runs, finals, strict=True):
+                (run.gradient,) = torch.autograd.grad(final, run.segments[-1].tail, gradient[run.rows])
+            self._backward(runs)
             return self._projector.end()
         finally:
-            self._segments = self._front = None
+            runs.clear()
             give_back_freed_memory()  # graphs of every size leave the heap in pieces
+
+    def _forward(self, run: _Run, ids: Tensor) -> Tensor:
+        """The input of the output head, with the graph from the last block on; the blocks' graphs are the run's."""
+        self._run = run
+        try:
+            with torch.enable_grad():
+                return self._gated.final_hidden(ids)[0]
+        finally:
+            self._run = None  # a block that runs again makes no new segment
 
     def _at_output(
         self,
@@ -200,20 +236,24 @@ class SensitivityPass:
             found = likelihood_gradient(head, hidden, labels)
         if self._searched_head:
             self._projector.head(self._searched_head, hidden, logit_gradients(head, hidden, labels, reference))
-            self._projector.forget()
         gradient = torch.zeros_like(final)
         gradient[:, :-1] = found.view(len(ids), -1, final.shape[-1])
         return gradient
 
-    def _backward(self, gradient: Tensor) -> None:
-        segments, self._segments = self._segments or [], None  # a block that runs again makes no new segment
-        while segments:
-            segment = segments.pop()
-            number = self._numbers[segment.name]
+    def _backward(self, runs: list[_Run]) -> None:
+        for number in reversed(range(len(self._numbers))):
             with self._gated.stream.turn(number) if self._gated.stream else nullcontext():
-                gradient = self._through(segment, gradient)
-        if self._front is not None and self._front.requires_grad:
-            torch.autograd.backward(self._front, gradient.to(self._front.device))
+                for run in runs:
+                    self._projector.at(run.rows)
+                    assert run.gradient is not None
+                    run.gradient = self._through(run.segments.pop(), run.gradient)
+                self._projector.finish()
+        for run in runs:
+            if run.front is not None and run.front.requires_grad:
+                assert run.gradient is not None
+                self._projector.at(run.rows)
+                torch.autograd.backward(run.front, run.gradient.to(run.front.device))
+        self._projector.finish()
 
     def _through(self, segment: _Segment, gradient: Tensor) -> Tensor:
         """The gradient of a block's input, from that of its output."""
@@ -227,7 +267,6 @@ class SensitivityPass:
                 self._projector.whole(segment.name, kept - segment.leaf, gradient)
         torch.autograd.backward(output, gradient)
         assert segment.leaf.grad is not None
-        self._projector.forget()
         return segment.leaf.grad
 
     def _segmented(self, name: str, block: nn.Module, gate: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,17 +274,17 @@ class SensitivityPass:
         number = self._numbers[name]
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self._segments is None:
+            if self._run is None:
                 return gate(*args, **kwargs)
             given = args[0] if args else kwargs["hidden_states"]
             if number == 0:
-                self._front = given
+                self._run.front = given
             leaf = given.detach().requires_grad_()
             if args:
                 args = (leaf, *args[1:])
             else:
                 kwargs["hidden_states"] = leaf
-            saved = _Saved()
+            saved = _Saved(block)
             if number >= self._kept_from:
                 with torch.enable_grad(), saved:
                     output = gate(*args, **kwargs)
@@ -253,13 +292,13 @@ class SensitivityPass:
                 with torch.no_grad():
                     output = gate(*args, **kwargs)
             if number == 0 and self._kept_from == 0:  # the first block tells how many graphs fit, the last ones stay
-                fitting = self._graph_bytes // max(saved.bytes, 1)
+                fitting = self._graph_bytes // max(saved.bytes * self._runs, 1)
                 self._kept_from = max(0, len(self._numbers) - fitting)
             first = _first(output)
             tail = first.detach().requires_grad_()
             real = partial(type(block).forward, block, *args, **kwargs)
             kept = first if number >= self._kept_from else None
-            self._segments.append(_Segment(name, leaf, tail, kept, partial(gate, *args, **kwargs), real))
+            self._run.segments.append(_Segment(name, leaf, tail, kept, partial(gate, *args, **kwargs), real))
             return (tail, *output[1:]) if isinstance(output, tuple) else tail
 
         return run
@@ -271,9 +310,10 @@ class SensitivityPass:
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes of what a graph saves, each storage once."""
+    """Counts the bytes of what a graph of a block saves, each storage once and without the block's weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, block: nn.Module) -> None:
+        self._weights = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *block.buffers())}
         self._storages: dict[int, int] = {}
         super().__init__(self._note, lambda tensor: tensor)
 
@@ -283,7 +323,8 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 
     def _note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        self._storages[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in self._weights:
+            self._storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
 

@@ -1,7 +1,8 @@
-"""Per-sequence gradients of one weight against the changes that its levels are, a few rows at a time."""
+"""Per-sequence gradients of one weight against the changes that its levels are, a block of rows at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,50 +13,77 @@ from evo_hpo.search.sensitivities import Form
 ELEMENTS = 1 << 20
 """Numbers of the per-sequence gradients that exist at one time: rows of a weight are taken by so many."""
 
+SEQUENCES = 8
+"""Sequences whose gradients exist at one time: with more of them, fewer rows do, and narrow products take longer."""
 
-def weight_changes(
-    left: Tensor, right: Tensor, place: Tensor | None, targets: Sequence[Tensor | None], form: Form = "inner"
-) -> Tensor:
+Seen = Sequence[tuple[Tensor, Tensor]]
+"""Pairs of left and right, one a run: sequences x positions x rows, sequences x positions x columns; runs may differ in
+sequences and positions."""
+
+
+def weight_changes(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | None], form: Form = "inner") -> Tensor:
     """<g_s, target - place> with g_s = left_s^T right_s, for each sequence s and target (sequences x targets, float64).
 
     Form ``absolute``: <|g_s|, |target - place|>; ``trace``: |g_s|^2 |target - place|^2 over the number of weights.
 
     Args:
-        left: sequences x positions x rows. right: sequences x positions x columns.
+        seen: of each run, gradients of the outputs and inputs.
         place, targets: rows x columns; None: nothing.
     """
+    left, right = seen[0]
     if form == "trace":
-        return torch.outer(*squared_lengths(left, right, place, targets)) / (left.shape[2] * right.shape[2])
-    total = torch.zeros(len(left), len(targets), dtype=torch.float64, device=left.device)
-    for gradients, changes in _in_rows(left, right, place, targets):
-        if form == "absolute":
-            gradients, changes = gradients.abs_(), changes.abs_()
-        total += gradients @ changes.T
+        return torch.outer(*squared_lengths(seen, place, targets)) / (left.shape[2] * right.shape[2])
+    total = torch.zeros(_sequences(seen), len(targets), dtype=torch.float64, device=left.device)
+    for changes, blocks in _in_rows(seen, place, targets):
+        changes = changes.abs_() if form == "absolute" else changes
+        for sequences, gradients in blocks:
+            gradients = gradients.abs_() if form == "absolute" else gradients
+            total[sequences] += (changes @ gradients.T).T
     return total
 
 
-def squared_lengths(
-    left: Tensor, right: Tensor, place: Tensor | None, targets: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
+def squared_lengths(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """|g_s|^2 of each sequence and |target - place|^2 of each target, float64; see :func:`weight_changes`."""
-    lengths = [torch.zeros(n, dtype=torch.float64, device=left.device) for n in (len(left), len(targets))]
-    for found in _in_rows(left, right, place, targets):
-        for length, rows in zip(lengths, found, strict=True):
-            length += rows.square().sum(dim=1)
-    return lengths[0], lengths[1]
+    device, counts = seen[0][0].device, (_sequences(seen), len(targets))
+    gradient, change = (torch.zeros(count, dtype=torch.float64, device=device) for count in counts)
+    for changes, blocks in _in_rows(seen, place, targets):
+        change += changes.square().sum(dim=1)
+        for sequences, gradients in blocks:
+            gradient[sequences] += gradients.square().sum(dim=1)
+    return gradient, change
+
+
+def _sequences(seen: Seen) -> int:
+    return sum(len(left) for left, _ in seen)
 
 
 def _in_rows(
-    left: Tensor, right: Tensor, place: Tensor | None, targets: Sequence[Tensor | None]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows at a time: the sequences' gradients and the targets' changes, each flat."""
+    seen: Seen, place: Tensor | None, targets: Sequence[Tensor | None]
+) -> Iterator[tuple[Tensor, Iterator[tuple[slice, Tensor]]]]:
+    """Some rows at a time: the targets' changes; and, of some sequences at a time, the gradients; each flat."""
+    left, right = seen[0]
     exact = torch.float64 if right.dtype == torch.float64 else torch.float32
-    columns = right.shape[2]
-    step = max(16, ELEMENTS // (len(right) * columns))
-    for first in range(0, left.shape[2], step):
-        rows = slice(first, min(first + step, left.shape[2]))
-        gradients = torch.bmm(left[:, :, rows].transpose(1, 2), right).to(exact)
-        yield gradients.flatten(1), _changes(place, targets, rows, columns, exact, left.device).flatten(1)
+    height, columns, together = left.shape[2], right.shape[2], min(max(len(each) for each, _ in seen), SEQUENCES)
+    step = min(max(16, ELEMENTS // (together * columns)), height)
+    # The same memory for all of them: pages fresh from the system cost as much as the products.
+    product = right.new_empty(together * step * columns)
+    wide = product if right.dtype == exact else torch.empty_like(product, dtype=exact)
+
+    def gradients(rows: slice) -> Iterator[tuple[slice, Tensor]]:
+        done = 0
+        for left, right in seen:
+            for first in range(0, len(left), together):
+                some = slice(first, min(first + together, len(left)))
+                shape = (some.stop - some.start, rows.stop - rows.start, columns)
+                narrow, found = (memory[: math.prod(shape)].view(shape) for memory in (product, wide))
+                torch.bmm(left[some, :, rows].transpose(1, 2), right[some], out=narrow)
+                found = found if wide is product else found.copy_(narrow)
+                yield slice(done + some.start, done + some.stop), found.flatten(1)
+            done += len(left)
+
+    for first in range(0, height, step):
+        rows = slice(first, min(first + step, height))
+        yield _changes(place, targets, rows, columns, exact, left.device).flatten(1), gradients(rows)
 
 
 def row_changes(ids: Tensor, gradient: Tensor, place: Tensor, targets: Sequence[Tensor], form: Form) -> Tensor:
@@ -83,8 +111,7 @@ def row_changes(ids: Tensor, gradient: Tensor, place: Tensor, targets: Sequence[
 
 
 def output_changes(
-    gradient: Tensor,
-    given: Tensor,
+    seen: Seen,
     place: Tensor | None,
     targets: Sequence[Tensor | None],
     shifts: Sequence[Tensor] | None,
@@ -93,25 +120,28 @@ def output_changes(
     """Sum over positions and outputs of (gradient x change of the output)^2 (sequences x targets, float64).
 
     Args:
-        gradient: of the outputs, sequences x positions x outputs. given: the inputs, sequences x positions x inputs.
+        seen: of each run, gradients of the outputs and inputs.
         place, targets: outputs x inputs, or inputs x outputs where ``transposed``; None: nothing.
         shifts: change of the bias at each target.
     """
+    gradient, given = seen[0]
     exact = torch.float64 if given.dtype == torch.float64 else torch.float32
-    total = torch.zeros(len(gradient), len(targets), dtype=torch.float64, device=gradient.device)
+    total = torch.zeros(_sequences(seen), len(targets), dtype=torch.float64, device=gradient.device)
     if transposed:
         place, targets = None if place is None else place.T, [None if t is None else t.T for t in targets]
-    inputs = given.to(exact)
     step = max(16, ELEMENTS // (gradient.shape[0] * gradient.shape[1]))
     for first in range(0, gradient.shape[2], step):
         rows = slice(first, min(first + step, gradient.shape[2]))
-        weights = gradient[:, :, rows].to(exact)
-        changes = _changes(place, targets, rows, given.shape[2], exact, gradient.device)
-        for number, change in enumerate(changes):
-            moved = inputs @ change.T
-            if shifts is not None:
-                moved += shifts[number][rows]
-            total[:, number] += (moved * weights).square_().sum(dim=(1, 2), dtype=torch.float64)
+        changes, done = _changes(place, targets, rows, given.shape[2], exact, gradient.device), 0
+        for left, right in seen:
+            weights, inputs = left[:, :, rows].to(exact), right.to(exact)
+            for number, change in enumerate(changes):
+                moved = inputs @ change.T
+                if shifts is not None:
+                    moved += shifts[number][rows]
+                sums = (moved * weights).square_().sum(dim=(1, 2), dtype=torch.float64)
+                total[done : done + len(left), number] += sums
+            done += len(left)
     return total
 
 

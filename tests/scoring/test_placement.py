@@ -83,7 +83,7 @@ def test_sensitivities_are_those_of_one_device(form: Any) -> None:
     assignment = random_assignments(1, len(levels.units), 3)[0]
 
     def measured(model: nn.Module, stream: torch.device | None) -> Any:
-        passed = SensitivityPass(model, levels, tokens, stream=stream, graph_bytes=0)
+        passed = SensitivityPass(model, levels, tokens, stream=stream, graph_bytes=0, batch=16)
         return passed.measure(assignment, LARGE, "kl", form)
 
     expected = measured(model, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,13 +135,31 @@ def test_projections_of_experts_belong_to_their_sequences() -> None:
     np.testing.assert_allclose(found.projections, expected, atol=2e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("settings", [{"graph_bytes": 0}, {"graph_bytes": 1 << 18}, {"group": 2}, {"group": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"graph_bytes": 0}, {"graph_bytes": 1 << 18}, {"group": 2}, {"group": 1}, {"batch": 2}, {"batch": 16}],
+)
 def test_neither_graphs_that_are_made_again_nor_groups_change_a_projection(settings: dict[str, int]) -> None:
     model = tiny_model("llama")
     levels, tokens = RoundedLevels(model), tiny_tokens()
     whole = SensitivityPass(model, levels, tokens).measure(None, MINIBATCH)
     other = SensitivityPass(model, levels, tokens, **settings).measure(None, MINIBATCH)  # type: ignore[arg-type]
     np.testing.assert_allclose(other.projections, whole.projections, rtol=1e-3, atol=1e-5)
+
+
+def test_levels_are_decoded_once_for_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    levels, decoded = RoundedLevels(model), Counter[tuple[int, int]]()
+    weights = levels.weights
+
+    def counted(unit: int, level: int) -> Any:
+        decoded[unit, level] += 1
+        return weights(unit, level)
+
+    sensitivities = SensitivityPass(model, levels, tiny_tokens(), batch=1)
+    monkeypatch.setattr(levels, "weights", counted)
+    sensitivities.measure(None, MINIBATCH)
+    assert decoded == dict.fromkeys(((u, k) for u in range(len(levels.units)) for k in range(3)), 1)
 
 
 def test_a_larger_minibatch_begins_with_the_same_projections() -> None:

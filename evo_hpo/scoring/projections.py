@@ -1,4 +1,4 @@
-"""What is wanted of weight gradients and the levels' changes, taken as each gradient appears."""
+"""What is wanted of weight gradients and the levels' changes, taken block by block as the gradients appear."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PART = 32
 class Projector:
     """Collects g . (W_level - W_in_place) for every level of every unit, sequence by sequence, or another form of it.
 
-    Hooks on the members keep a linear layer's input, and the gradient of its output when it is there, until all
-    sequences have been through the layer: :meth:`finish`. A per-sequence weight gradient exists only for some rows at
-    a time; it meets all levels at once. A member that may be dropped adds its
-    output or takes it away: its projection is the gradient of the output times that output. The bias of a layer that
-    is switched on or off counts in the forms ``inner`` and ``output``.
+    Hooks on the members keep a linear layer's input until the gradient of its output is there, and both until all runs
+    have been through the block (:meth:`finish`). A per-sequence weight gradient exists only for some rows at a time; it
+    meets all levels at once. A member that may be dropped adds its output or takes it away: its projection is the
+    gradient of the output times that output. The bias of a layer that is switched on or off counts in the forms
+    ``inner`` and ``output``.
 
     The embedding's gradient is that of its output; the output head, whose logits exist a chunk at a time, is told its
     own by :meth:`head`. Of one matrix that is both, the two are added up, in every form.
@@ -80,9 +80,10 @@ class Projector:
         self._found = np.zeros((sequences, parts, len(counts), max(counts)))
         for number, count in enumerate(counts):
             self._found[:, :, number, count:] = np.nan
-        self.at(slice(0, sequences))
+        self.forget()
+        self.running(slice(0, sequences))
 
-    def at(self, sequences: slice) -> None:
+    def running(self, sequences: slice) -> None:
         """Of the sequences that it began with, those that the hooks will hear of from now on."""
         self._rows = sequences
 
@@ -91,10 +92,15 @@ class Projector:
         sums = self._found.sum(axis=1)
         return np.sqrt(sums) if self._form in ("output", "trace") else sums, np.square(self._found).sum(axis=1)
 
+    @torch.no_grad()
     def finish(self) -> None:
-        """Takes what all sequences left at linear layers, and gives back levels that were decoded: after each block."""
+        """Takes what several runs left at linear layers, and gives back levels that were decoded: after each block."""
         for name, waiting in self._waiting.items():
             self._linear(name, waiting)
+        self.forget()
+
+    def forget(self) -> None:
+        """Gives back what waits and levels that were decoded; what was collected stays."""
         self._waiting.clear()
         self._decoded.clear()
 
@@ -207,8 +213,11 @@ class Projector:
         return hook
 
     def _wait(self, name: str, given: Tensor, gradient: Tensor) -> None:
-        pair = self._by_part(gradient), self._by_part(given)
-        self._waiting.setdefault(name, []).append((self._rows, pair))
+        seen = self._rows, (self._by_part(gradient), self._by_part(given))
+        if self._rows == slice(0, len(self._found)):
+            self._linear(name, [seen])
+        else:
+            self._waiting.setdefault(name, []).append(seen)
 
     def _linear(self, name: str, waiting: list[tuple[slice, tuple[Tensor, Tensor]]]) -> None:
         module, off = self._modules[name], self._dropped(name)

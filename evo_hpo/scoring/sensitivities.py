@@ -88,9 +88,10 @@ class SensitivityPass:
         tokens: the calibration pool, int64, sequences x length, on the model's device.
         chunk: logits that exist at one time.
         graph_bytes: memory for the graphs of blocks; blocks beyond it run a second time.
-        group: most sequences in one pass; levels are decoded once for each.
-        batch: sequences that run together; None: one on a CPU, whose caches hold little more, else the group. A
-            mixture of experts takes one at a time: its experts see tokens, not sequences.
+        group: most sequences in one pass; levels are decoded once for each, and the inputs and output gradients of one
+            block's layers are kept for all of it. Where blocks are streamed it is as many as ``batch``.
+        batch: sequences that run together; None: one on a CPU, whose caches hold little more, else (and where blocks
+            are streamed) the group. A mixture of experts takes one: its experts see tokens, not sequences.
         stream: device that each block comes to for its turn; no graph outlives a turn. None: blocks are where they run.
         inputs: as of the evaluator; a gradient passes a rounding as if it were not there.
     """
@@ -193,8 +194,8 @@ class SensitivityPass:
             finals = [self._forward(run, ids[run.rows]) for run in runs]
             uniforms = [np.random.default_rng([seed, 0x666973, s]).random(ids.shape[1] - 1) for s in sequences]
             with torch.no_grad():
-                final = torch.cat([each.detach() for each in finals])
-                gradient = self._at_output(head, ids, final, dense, kind, np.concatenate(uniforms))
+                outputs = torch.cat([each.detach() for each in finals])
+                gradient = self._at_output(head, ids, outputs, dense, kind, np.concatenate(uniforms))
             self._projector.finish()
             for run, final in zip(runs, finals, strict=True):
                 (run.gradient,) = torch.autograd.grad(final, run.segments[-1].tail, gradient[run.rows])
@@ -202,6 +203,7 @@ class SensitivityPass:
             return self._projector.end()
         finally:
             runs.clear()
+            self._projector.forget()
             give_back_freed_memory()  # graphs of every size leave the heap in pieces
 
     def _forward(self, run: _Run, ids: Tensor) -> Tensor:
@@ -244,14 +246,14 @@ class SensitivityPass:
         for number in reversed(range(len(self._numbers))):
             with self._gated.stream.turn(number) if self._gated.stream else nullcontext():
                 for run in runs:
-                    self._projector.at(run.rows)
+                    self._projector.running(run.rows)
                     assert run.gradient is not None
                     run.gradient = self._through(run.segments.pop(), run.gradient)
                 self._projector.finish()
         for run in runs:
             if run.front is not None and run.front.requires_grad:
                 assert run.gradient is not None
-                self._projector.at(run.rows)
+                self._projector.running(run.rows)
                 torch.autograd.backward(run.front, run.gradient.to(run.front.device))
         self._projector.finish()
 

@@ -14,7 +14,8 @@ ELEMENTS = 1 << 20
 """Numbers of the per-sequence gradients that exist at one time: rows of a weight are taken by so many."""
 
 SEQUENCES = 8
-"""Sequences whose gradients exist at one time: with more of them, fewer rows do, and narrow products take longer."""
+"""Sequences, or parts of them, whose gradients exist at one time on a CPU: with more of them, fewer rows do, and narrow
+products take longer."""
 
 Seen = Sequence[tuple[Tensor, Tensor]]
 """Pairs of left and right, one a run: sequences x positions x rows, sequences x positions x columns; runs may differ in
@@ -27,7 +28,7 @@ def weight_changes(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | 
     Form ``absolute``: <|g_s|, |target - place|>; ``trace``: |g_s|^2 |target - place|^2 over the number of weights.
 
     Args:
-        seen: of each run, gradients of the outputs and inputs.
+        seen: left and right of each run.
         place, targets: rows x columns; None: nothing.
     """
     left, right = seen[0]
@@ -63,7 +64,9 @@ def _in_rows(
     """Some rows at a time: the targets' changes; and, of some sequences at a time, the gradients; each flat."""
     left, right = seen[0]
     exact = torch.float64 if right.dtype == torch.float64 else torch.float32
-    height, columns, together = left.shape[2], right.shape[2], min(max(len(each) for each, _ in seen), SEQUENCES)
+    height, columns, together = left.shape[2], right.shape[2], max(len(each) for each, _ in seen)
+    if left.device.type == "cpu":
+        together = min(together, SEQUENCES)
     step = min(max(16, ELEMENTS // (together * columns)), height)
     # The same memory for all of them: pages fresh from the system cost as much as the products.
     product = right.new_empty(together * step * columns)
@@ -126,13 +129,15 @@ def output_changes(
     """
     gradient, given = seen[0]
     exact = torch.float64 if given.dtype == torch.float64 else torch.float32
+    height, columns = gradient.shape[2], given.shape[2]
     total = torch.zeros(_sequences(seen), len(targets), dtype=torch.float64, device=gradient.device)
     if transposed:
         place, targets = None if place is None else place.T, [None if t is None else t.T for t in targets]
-    step = max(16, ELEMENTS // (gradient.shape[0] * gradient.shape[1]))
-    for first in range(0, gradient.shape[2], step):
-        rows = slice(first, min(first + step, gradient.shape[2]))
-        changes, done = _changes(place, targets, rows, given.shape[2], exact, gradient.device), 0
+    positions = max(left.shape[0] * left.shape[1] for left, _ in seen)
+    step = max(16, ELEMENTS // max(positions, columns))
+    for first in range(0, height, step):
+        rows = slice(first, min(first + step, height))
+        changes, done = _changes(place, targets, rows, columns, exact, gradient.device), 0
         for left, right in seen:
             weights, inputs = left[:, :, rows].to(exact), right.to(exact)
             for number, change in enumerate(changes):

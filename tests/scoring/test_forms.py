@@ -104,11 +104,14 @@ class Tied:
     ("name", "placed", "outer"),
     [("llama", True, True), ("llama", False, False), ("gpt2", True, False), ("qwen2", False, False)],
 )
-def test_forms_equal_what_full_gradients_give_in_float64(name: str, placed: bool, outer: bool, form: Form) -> None:
+@pytest.mark.parametrize("batch", [1, 16])
+def test_forms_equal_what_full_gradients_give_in_float64(
+    name: str, placed: bool, outer: bool, form: Form, batch: int
+) -> None:
     model = tiny_model(name)
     levels = RoundedLevels(model, outer=outer)
     at = random_assignments(1, len(levels.units), 3)[0] if placed else None
-    found = SensitivityPass(model, levels, tiny_tokens()).measure(at, MINIBATCH, "true", form)
+    found = SensitivityPass(model, levels, tiny_tokens(), batch=batch).measure(at, MINIBATCH, "true", form)
     expected = _directly(name, levels, at, form)
     assert (found.form, found.tokens) == (form, 180)
     np.testing.assert_allclose(found.projections, expected, atol=2e-4 * np.abs(expected).max())
@@ -120,6 +123,19 @@ def test_layers_of_one_unit_add_up(form: Form) -> None:
     tied = Tied(RoundedLevels(model))
     found = SensitivityPass(model, tied, tiny_tokens()).measure(None, MINIBATCH, "true", form)
     expected = _directly("llama", tied, None, form)
+    np.testing.assert_allclose(found.projections, expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("form", ["inner", "absolute", "output", "trace"])
+@pytest.mark.parametrize("batch", [2, 16])
+def test_blocks_of_rows_and_of_sequences_add_up(monkeypatch: pytest.MonkeyPatch, form: Form, batch: int) -> None:
+    monkeypatch.setattr("evo_hpo.scoring.weight_changes.ELEMENTS", 64)
+    monkeypatch.setattr("evo_hpo.scoring.weight_changes.SEQUENCES", 2)
+    monkeypatch.setattr("evo_hpo.scoring.projections.PART", 4)
+    model = tiny_model("llama")
+    levels = RoundedLevels(model)
+    found = SensitivityPass(model, levels, tiny_tokens(), batch=batch).measure(None, MINIBATCH, "true", form)
+    expected = _directly("llama", levels, None, form)
     np.testing.assert_allclose(found.projections, expected, atol=2e-4 * np.abs(expected).max())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -87,23 +88,27 @@ def _by_autograd(
 @pytest.mark.parametrize("kind", ["true", "kl"])
 @pytest.mark.parametrize("outer", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_projections_equal_full_gradients_in_float64(name: str, outer: bool, kind: Kind) -> None:
+@pytest.mark.parametrize("batch", [1, 16])
+def test_projections_equal_full_gradients_in_float64(name: str, outer: bool, kind: Kind, batch: int) -> None:
     """Of embedding and head too, where they are units; a matrix that is both has both gradients."""
     model = tiny_model(name)
     levels = RoundedLevels(model, outer=outer)
     at = random_assignments(1, len(levels.units), 3)[0]
     reference = at if kind == "kl" or name in ("llama", "gemma2") else None
-    found = SensitivityPass(model, levels, tiny_tokens(), chunk=SMALL).measure(reference, MINIBATCH, kind)
+    found = SensitivityPass(model, levels, tiny_tokens(), chunk=SMALL, batch=batch).measure(reference, MINIBATCH, kind)
     expected = _by_autograd(lambda: tiny_model(name), levels, reference, kind)
     assert (found.tokens, found.positions) == (180, 11)
     np.testing.assert_allclose(found.projections, expected, atol=2e-4 * np.abs(expected).max())
 
 
-def test_squares_are_of_what_a_layer_does_at_neighbouring_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch", [1, 16])
+def test_squares_are_of_what_a_layer_does_at_neighbouring_positions(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
     """Against the derivative by a change of the layer's weight that is made at some positions only."""
     monkeypatch.setattr("evo_hpo.scoring.projections.PART", 4)
     levels = RoundedLevels(tiny_model("llama"))
-    found = SensitivityPass(tiny_model("llama"), levels, tiny_tokens()).measure(None, MINIBATCH, "true")
+    found = SensitivityPass(tiny_model("llama"), levels, tiny_tokens(), batch=batch).measure(None, MINIBATCH, "true")
     assert found.squares is not None
     model, ids = tiny_model("llama").double(), tiny_tokens()[sequences_of(MINIBATCH, 8, 12)[0]]
     for unit in (0, 2, 6):
@@ -137,14 +142,20 @@ def test_projections_of_experts_belong_to_their_sequences() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"graph_bytes": 0}, {"graph_bytes": 1 << 18}, {"group": 2}, {"group": 1}, {"batch": 2}, {"batch": 16}],
+    [{"graph_bytes": 0}, {"graph_bytes": 1 << 17}, {"group": 2}, {"group": 1}, {"batch": 2}, {"batch": 16}],
 )
 def test_neither_graphs_that_are_made_again_nor_groups_change_a_projection(settings: dict[str, int]) -> None:
     model = tiny_model("llama")
     levels, tokens = RoundedLevels(model), tiny_tokens()
     whole = SensitivityPass(model, levels, tokens).measure(None, MINIBATCH)
-    other = SensitivityPass(model, levels, tokens, **settings).measure(None, MINIBATCH)  # type: ignore[arg-type]
+    sensitivities = SensitivityPass(model, levels, tokens, **settings)  # type: ignore[arg-type]
+    other = sensitivities.measure(None, MINIBATCH)
+    if settings.get("graph_bytes"):
+        assert 0 < sensitivities._kept_from < 3  # one graph is kept, another is not
     np.testing.assert_allclose(other.projections, whole.projections, rtol=1e-3, atol=1e-5)
+    assert whole.squares is not None
+    assert other.squares is not None
+    np.testing.assert_allclose(other.squares, whole.squares, rtol=1e-3, atol=1e-5)
 
 
 def test_levels_are_decoded_once_for_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +171,45 @@ def test_levels_are_decoded_once_for_all_sequences(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(levels, "weights", counted)
     sensitivities.measure(None, MINIBATCH)
     assert decoded == dict.fromkeys(((u, k) for u in range(len(levels.units)) for k in range(3)), 1)
+
+
+def _twice(mlp: Any, hidden: Tensor) -> Any:
+    once = type(mlp).forward
+    return once(mlp, hidden) + once(mlp, 0.5 * hidden)
+
+
+def test_a_layer_that_runs_twice_counts_twice() -> None:
+    def make() -> nn.Module:
+        model = tiny_model("llama")
+        for name, module in model.named_modules():
+            if name.endswith(".mlp"):
+                module.forward = MethodType(_twice, module)
+        return model
+
+    levels = RoundedLevels(make())
+    found = SensitivityPass(make(), levels, tiny_tokens()).measure(None, MINIBATCH, "true")
+    expected = _by_autograd(make, levels, None, "true")
+    np.testing.assert_allclose(found.projections, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_a_pass_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out on the way back, when some sequences have been through a block and others have not."""
+    model = tiny_model("llama")
+    sensitivities = SensitivityPass(model, RoundedLevels(model), tiny_tokens())
+    expected = sensitivities.measure(None, MINIBATCH)
+    through, calls = sensitivities._through, iter(range(1000))
+
+    def failing(*args: Any) -> Tensor:
+        if next(calls) == 2:
+            raise MemoryError
+        return through(*args)
+
+    monkeypatch.setattr(sensitivities, "_through", failing)
+    with pytest.raises(MemoryError):
+        sensitivities.measure(None, MINIBATCH)
+    found = sensitivities.measure(None, MINIBATCH)
+    np.testing.assert_array_equal(found.projections, expected.projections)
+    assert sensitivities.measure(None, Minibatch(5, 12)).projections.shape[0] == 1
 
 
 def test_a_larger_minibatch_begins_with_the_same_projections() -> None:

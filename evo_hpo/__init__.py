@@ -4,7 +4,8 @@ from evo_hpo.search.budget import Allowance, Budget, Ledger
 from evo_hpo.search.loop import Checkpoint, SearchResult, search
 from evo_hpo.search.problem import FunctionProblem, Minibatch, Problem, Score
 from evo_hpo.search.searcher import Searcher
-from evo_hpo.search.trial import Batch, Outcome, Terms, Trial
+from evo_hpo.search.sensitivities import Sensitivities
+from evo_hpo.search.trial import Batch, Outcome, Probe, Terms, Trial
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 
 __all__ = [
@@ -18,10 +19,12 @@ __all__ = [
     "Ledger",
     "Minibatch",
     "Outcome",
+    "Probe",
     "Problem",
     "Score",
     "SearchResult",
     "Searcher",
+    "Sensitivities",
     "Terms",
     "Trial",
     "Unit",

@@ -44,6 +44,8 @@ def _rehearse(plan: Plan, space: CompressionSpace, tokens: int, previews: Sequen
     for entry in plan.searchers:
         try:
             searcher = make_searcher(entry.name, space, seed=0, **entry.settings)
+            for preview in previews:
+                searcher.check_sensitivities(preview.name, preview.has_sensitivities)
             batch = searcher.next_probe(ledger.allowance()) or searcher.ask(ledger.allowance())
             if batch is None:
                 raise BudgetError(f"a budget of {budget.amount:g} {budget.kind}: {searcher.stop_reason}")

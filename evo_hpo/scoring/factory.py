@@ -53,7 +53,7 @@ class Factory(Generic[T]):
         task = self.task(settings)
         for one in (task, *beside(task)):
             check_settings(one.method, one.levels or None, dict(one.build))
-        return Preview(task.stand_in(), task.tokens, task.check_minibatch)
+        return Preview(task.stand_in(), task.tokens, task.check_minibatch, task.model, has_sensitivities=True)
 
     def claims(self, settings: dict[str, Any]) -> Claims:
         """The devices that its store is built on, and its stores."""

@@ -134,11 +134,7 @@ def search(
     for fraction in checkpoints:
         if not 0 < fraction <= 1:
             raise BudgetError(f"checkpoint {fraction!r} must be a fraction of the budget, above 0 and at most 1")
-    if searcher.asks_for_sensitivities and not problem.has_sensitivities:
-        raise InvalidSettingError(
-            f"{type(searcher).__name__} asks for sensitivities, problem {problem.name!r} has none:"
-            " take another searcher, or settings that ask for none"
-        )
+    searcher.check_sensitivities(problem.name, problem.has_sensitivities)
     start = time.perf_counter()
     run = _Run(searcher, problem, budget, seed, journal, tuple(observers), sorted(checkpoints))
     # numpy rounds otherwise with other threads, and searchers then ask otherwise

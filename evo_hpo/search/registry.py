@@ -56,11 +56,15 @@ class Preview:
         space: its space, or a small stand-in with the same levels.
         tokens: calibration tokens of a trial that names none; 0: the problem has no fidelity.
         check: raises an EvoHpoError when a minibatch of so many tokens cannot be drawn.
+        name: of the problem, for errors.
+        has_sensitivities: see :class:`evo_hpo.search.problem.Problem`.
     """
 
     space: CompressionSpace
     tokens: int
     check: Callable[[int], None]
+    name: str
+    has_sensitivities: bool
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,7 @@ def preview_problem(name: str, settings: dict[str, Any]) -> Preview:
         with signature_kept(f"problem {name!r}", problem_factory(name), **settings):
             return factory.preview(settings)
     made = make_problem(name, **settings)
-    return Preview(made.space, made.tokens, made.check)
+    return Preview(made.space, made.tokens, made.check, made.name, made.has_sensitivities)
 
 
 def prepare_problem(name: str, settings: dict[str, Any], progress: Callable[..., None]) -> None:

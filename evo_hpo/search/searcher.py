@@ -94,6 +94,18 @@ class Searcher(ABC):
         """
         return (None,)
 
+    def check_sensitivities(self, problem: str, there: bool) -> None:
+        """Refuses a problem that has none, where this searcher asks for them.
+
+        Raises:
+            InvalidSettingError: with the problem's name.
+        """
+        if self.asks_for_sensitivities and not there:
+            raise InvalidSettingError(
+                f"{type(self).__name__} asks for sensitivities, problem {problem!r} has none:"
+                " take another searcher, or settings that ask for none"
+            )
+
     # ------------------------------------------------------------------ for subclasses
 
     def trial(self, levels: Sequence[int], parent: int | None = None, note: str = "") -> Trial:

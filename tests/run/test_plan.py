@@ -247,6 +247,17 @@ def test_every_plan_that_ships_is_rehearsed(text: str) -> None:
     rehearse(plan, *(preview_problem(p.name, p.settings_of(plan.seeds[0])) for p in plan.problems))
 
 
+def test_a_searcher_that_asks_for_what_a_problem_lacks_is_refused_before_any_work() -> None:
+    """Also where another problem of the plan, alike in space and tokens, has it."""
+    settings = {"units": 8, "seed": 0}
+    problems = [{"name": "noisy", "settings": settings}, {"name": "interacting", "settings": settings}]
+    plan = make_plan(plan_data(problems=problems, searchers=[{"name": "evopress"}, {"name": "fisher"}]))
+    previews = [preview_problem(p.name, p.settings_of(0)) for p in plan.problems]
+    rehearse(plan, previews[0])
+    with pytest.raises(PlanError, match="searcher 'fisher': Fisher asks for sensitivities, problem 'interacting' has"):
+        rehearse(plan, *previews)
+
+
 @pytest.mark.parametrize("exclude", [r"lm_head|\.gate$", ""])
 def test_settings_of_the_build_are_checked_as_the_build_takes_them(exclude: str) -> None:
     settings: dict[str, Any] = {"exclude": exclude, "include": "proj", "calibration_tokens": 4096, "inputs": "3"}

@@ -131,7 +131,7 @@ class ComparisonProgress:
         say(self.console, f"{key}: finished, {used}, {self._loss(running)} ({reason})")
 
     def _loss(self, running: _Running) -> str:
-        best = "" if running.best is None else f"best {running.best:.4g}"
+        best = "nothing scored yet" if running.best is None else f"best {running.best:.4g}"
         losses = losses_by_text(running.held_out)
         return " ".join([best, *(f"{text or 'held-out'} {loss:.4g}" for text, loss in losses.items())])
 

@@ -114,7 +114,7 @@ def standing_sheets(summary: Summary) -> tuple[Sheet, ...]:
         f"Difference: median of searcher minus uniform, negative is better. {_TEST_NOTE}",
     )
     sheets = (sure, uniform) if tested else (sure,)
-    if len(summary.problems) > 1:
+    if len(summary.problems) > 1 or not any(s.area for s in summary.standings):
         return sheets
     unit = KINDS[summary.axis]
     goals = tuple(f"expected {summary.axis} to {'best known' if g == 0 else f'gap {g:g} %'}" for g in GOALS)

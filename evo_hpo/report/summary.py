@@ -39,7 +39,8 @@ class Standing:
     Attributes:
         median, iqm: of the summary's value over (problem, seed) pairs.
         rank: average over the pairs that every searcher finished; NaN without any.
-        area: mean loss over the whole budget (area under the anytime curve), median over seeds; one problem only.
+        area: mean loss over the whole budget (area under the anytime curve), median over seeds; of one problem only, as
+            running times and ``speed_up`` are, and where more than one checkpoint tells of the way.
         running_times: goal (see :data:`GOALS`) -> expected spending to reach it; inf: never reached.
         versus_best, versus_uniform: paired tests, each family Holm-corrected.
         speed_up: how much sooner the best searcher reaches this one's final loss.
@@ -112,18 +113,19 @@ def summarise(results: Results, problems: Sequence[str] | None = None) -> Summar
     against_uniform = {t.a: t for t in compare_pairs(columns, [(a, uniform) for a in others])} if uniform else {}
     axis = axes(results, keys[0])[0] if keys else "evaluations"
     single = keys[0] if len(keys) == 1 else None
+    along = single if single and any(len(r.checkpoints) > 1 for r in results.of(single)) else None
     standings = tuple(
         Standing(
             label=label,
             median=medians[label],
             iqm=spread(columns[label], interquartile_mean, strata),
             rank=float(ranks[label]),
-            area=_area(results, single, label, axis) if single else None,
-            running_times=_running_times(results, single, label, axis) if single else {},
+            area=_area(results, along, label, axis) if along else None,
+            running_times=_running_times(results, along, label, axis) if along else {},
             versus_best=against_best.get(label),
             versus_uniform=against_uniform.get(label),
-            speed_up=speed_up(results, single, order[0], label, axis)
-            if single and label not in (order[0], uniform)
+            speed_up=speed_up(results, along, order[0], label, axis)
+            if along and label not in (order[0], uniform)
             else None,
         )
         for label in order

@@ -14,6 +14,7 @@ from evo_hpo.errors import PlanError, UnknownNameError
 from evo_hpo.record.comparison import disambiguate
 from evo_hpo.report import Findings
 from evo_hpo.report.lineage import lineage
+from evo_hpo.report.page import standing_sheets
 from evo_hpo.report.summary import summarise
 from evo_hpo.report.tables import rows, table_frame
 from evo_hpo.search.trial import Outcome, Trial
@@ -169,6 +170,15 @@ def test_summary_agrees_with_the_table_of_pairs(suite: Path) -> None:
     single = summarise(comparison, ["additive"])
     assert single.standings[0].running_times[0.0] < float("inf")
     assert len(single.frame()) == len(single.standings)
+
+
+def test_nothing_is_said_of_the_way_where_a_single_checkpoint_tells_of_it(suite: Path) -> None:
+    """Its curve is a step at the end: mean loss would be uniform's for all, and nobody sooner than another."""
+    told, (alone, *_) = Findings.load(suite), in_memory({"uniform": [1.0], "good": [0.5]}).problems
+    assert [s.title for s in standing_sheets(summarise(told, ["additive"]))][-1] == "Over the whole budget"
+    single = summarise(in_memory({"uniform": [1.0], "good": [0.5]}), [alone])
+    assert [sheet.title for sheet in standing_sheets(single)] == ["How sure is that?", "Against uniform compression"]
+    assert all(s.area is None and not s.running_times for s in single.standings)
 
 
 def test_a_parent_that_was_scored_again_counts_once() -> None:

@@ -228,7 +228,7 @@ def test_nobody_uses_global_random_state(path: Path) -> None:
                 pytest.fail(f"{path.name}: {line.strip()}")
 
 
-def test_the_public_names_are_what_they_were() -> None:
+def test_the_public_names_are_these() -> None:
     import evo_hpo
     import searchers
 
@@ -243,10 +243,12 @@ def test_the_public_names_are_what_they_were() -> None:
         "Ledger",
         "Minibatch",
         "Outcome",
+        "Probe",
         "Problem",
         "Score",
         "SearchResult",
         "Searcher",
+        "Sensitivities",
         "Terms",
         "Trial",
         "Unit",

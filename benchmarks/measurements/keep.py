@@ -1,7 +1,9 @@
 """Keeps a comparison's report: `python -m benchmarks.measurements.keep FOLDER docs/results/NAME --command "..."`.
 
 Copies the page, the pictures (PNG), the tables (CSV) and the plan, and writes a README.md with the command, the machine
-and what the statistics say, in the report's own words. The kept page shows the pictures beside it.
+and what the statistics say, in the report's own words. The kept page shows the pictures beside it. `--journals` keeps
+what every search asked and was told too (about 25 kB a search): unpacked into a comparison of the same plan, `--resume`
+goes on from it, on a machine that builds the same level store.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import shutil
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,8 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--command", required=True, help="the command that made it, for the page")
     parser.add_argument("--note", type=Path, metavar="FILE", help="Markdown to put between the verdict and the tables")
+    parser.add_argument("--journals", action="store_true", help="keep them too, as journals.tar.xz")
     options = parser.parse_args(arguments)
     write_report(options.folder)
+    if options.journals:
+        options.target.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(options.target / "journals.tar.xz", "w:xz") as packed:
+            packed.add(options.folder / "journals", "journals")
     keep(options.folder, options.target, options.command, options.note.read_text("utf-8") if options.note else "")
 
 

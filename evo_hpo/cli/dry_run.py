@@ -1,4 +1,4 @@
-"""``evo-hpo compare PLAN --dry-run``: what a comparison would read, take and hold, before anything is built."""
+"""``--dry-run`` of ``compare`` and ``ablate``: what a comparison would read, take and hold; nothing is built."""
 
 from __future__ import annotations
 
@@ -51,12 +51,14 @@ def dry_run(plan: Plan, console: Console) -> None:
 
 
 def _forecast(name: str, settings: dict[str, object]) -> tuple[float | None, int | None]:
-    """Tokens a second and bytes; None where nothing is known of the problem."""
+    """Tokens a second and bytes, of a problem whose texts are there; None where nothing is known of the problem."""
     from evo_hpo.scoring.factory import Factory
     from evo_hpo.scoring.forecast import forecast
 
     factory = problem_factory(name)
     if not isinstance(factory, Factory):
         return None, None
-    found = forecast(factory.task(settings))
+    task = factory.task(settings)
+    task.check_inputs()
+    found = forecast(task)
     return found.rate, found.memory

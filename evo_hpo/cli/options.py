@@ -22,6 +22,9 @@ TrackOption = Annotated[bool, typer.Option(help="Write every trial to MLflow whi
 WorkersOption = Annotated[int | None, typer.Option(help="Processes; changes no result. Default: the plan's.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; repeatable.")]
 RayOption = Annotated[str | None, typer.Option(metavar="ADDRESS", help="Score on Ray: host:port, auto or local.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Only check, and say what it would take: tokens, hours, memory.")
+]
 DEFAULT_ROOT = Path("mlruns") / "comparisons"
 
 

@@ -9,6 +9,7 @@ import typer
 
 from evo_hpo.cli.options import (
     DEFAULT_ROOT,
+    DryRunOption,
     RayOption,
     RootOption,
     SetOption,
@@ -33,7 +34,7 @@ def compare(
     root: RootOption = DEFAULT_ROOT,
     track: TrackOption = True,
     tracking_uri: UriOption = None,
-    dry_run: Annotated[bool, typer.Option(help="Only say what it would take: tokens, hours, memory.")] = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Compare search algorithms on equal budgets.
 
@@ -41,12 +42,18 @@ def compare(
     """
     from evo_hpo.run.plan_file import PlanFile
 
+    file = PlanFile.read(plan)
     if dry_run:
-        from evo_hpo.cli.dry_run import dry_run as forecast
-
-        forecast(PlanFile.read(plan).plan().with_uniform(), console)
+        _forecast(file)
         return
-    _run(context, PlanFile.read(plan), root, resume, track, tracking_uri, workers, ray)
+    _run(context, file, root, resume, track, tracking_uri, workers, ray)
+
+
+def _forecast(file: PlanFile) -> None:
+    """Says what the plan in a file would take, with uniform compression among its searchers."""
+    from evo_hpo.cli.dry_run import dry_run
+
+    dry_run(file.plan().with_uniform(), console)
 
 
 def _run(
@@ -120,6 +127,7 @@ def ablate(
     root: RootOption = DEFAULT_ROOT,
     track: TrackOption = True,
     tracking_uri: UriOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Vary settings of one searcher, everything else equal; the plan's other searchers run beside its variants.
 
@@ -139,6 +147,9 @@ def ablate(
         raise PlanError(
             f"{plan} has no [ablation] table: add one, or give --vary, for example --vary offspring=4,16,64"
         )
+    if dry_run:
+        _forecast(file)
+        return
     _run(context, file, root, resume, track, tracking_uri, workers)
 
 

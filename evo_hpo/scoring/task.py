@@ -220,15 +220,24 @@ class LanguageModelTask:
         own = {"symmetric": True} if self.serve and self.method in ("gptq", "rtn") else {}
         return {"calibration": self.calibration, **own, **dict(self.build)}
 
-    def ensure_store(self, progress: Callable[..., None]) -> None:
-        """Builds the store, or checks that the one that is there belongs to the model.
+    def check_inputs(self) -> None:
+        """Reads the texts and tables that it names, before levels are built, which can take hours.
 
         Raises:
-            InfeasibleError: nothing will keep the budgets. TextError, StoreError: a text or store is not as it must be.
+            InfeasibleError: nothing will keep the budgets. TextError: a text is missing or too short.
+            InvalidSettingError: a table cannot be read or is of another model.
         """
         self.limits.check(self.model)
         refuse_impossible(self)
         self.texts.check(load_tokenizer(self.model))
+
+    def ensure_store(self, progress: Callable[..., None]) -> None:
+        """Builds the store, or checks that the one that is there belongs to the model.
+
+        Raises:
+            StoreError: the store is not as it must be. Others: as :meth:`check_inputs`.
+        """
+        self.check_inputs()
         others = list(zip(self.join, beside(self), strict=True))
         for other in (other for given, other in others if isinstance(given, str)):
             other.open_store()

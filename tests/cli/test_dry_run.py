@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from evo_hpo.cli.commands import app
 from evo_hpo.cli.dry_run import dry_run
-from evo_hpo.errors import PlanError
+from evo_hpo.errors import PlanError, TextError
 from evo_hpo.scoring.footprint import ModelShape, configuration, footprint
 from evo_hpo.scoring.forecast import forecast, scoring_rate
 from evo_hpo.scoring.task import LanguageModelTask
@@ -64,6 +64,23 @@ def test_problems_without_a_model_have_hours_where_the_budget_is_time(tmp_path: 
 def test_what_a_run_would_refuse_is_refused(model_folder: Path) -> None:
     with pytest.raises(PlanError, match="a budget of 16 tokens does not pay for one trial of 64"):
         told(plan_of(settings(model_folder, model_folder), budget={"tokens": 16}))
+
+
+@pytest.mark.parametrize("held_out", ["nowhere.txt", {"docs": "pydoc", "prose": "nowhere.txt"}])
+def test_texts_that_are_missing_are_found(model_folder: Path, tmp_path: Path, held_out: Any) -> None:
+    with pytest.raises(TextError, match="nowhere"):
+        told(plan_of(settings(model_folder, tmp_path / "store", held_out=held_out)))
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_ablation_has_one_too(tmp_path: Path) -> None:
+    path, root = tmp_path / "plan.toml", tmp_path / "runs"
+    path.write_text(PLAN.format(problem="additive", budget="seconds = 1200"), encoding="utf-8")
+    asked = ["ablate", str(path), "--vary", "offspring=2,8", "--dry-run", "--root", str(root)]
+    found = CliRunner().invoke(app, asked, env={"COLUMNS": "150"})
+    row = next(line for line in found.output.splitlines() if line.startswith("│ additive"))
+    assert [cell.strip() for cell in row.split("│")[2:7:4]] == ["10", "3.3"]  # three variants of three seeds, uniform
+    assert not root.exists()
 
 
 def test_more_blocks_are_read_more_slowly() -> None:

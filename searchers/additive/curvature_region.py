@@ -20,6 +20,7 @@ from searchers.evopress.mutation import Uniforms, mutation, switch_counts
 
 FIRST_PASS = 2048  # tokens that the first pass reads at most, and half of the budget
 SLOPE_SHARE = 0.6  # of what is left, that one look at the slope may cost
+REMOVING = 512  # tokens of such a look at most where units are removed: slopes are steep there, and change with each
 GROWTH, SHRINKAGE = 1.6, 0.6
 SPAN = (1, 0.5, 2, 0.25, 4)  # radii of a batch's solutions, in those of the region
 ROUNDS = 6  # of one race, each on twice the tokens of the one before
@@ -97,16 +98,18 @@ class CurvatureRegion(Procedure):
         if self.prior and not len(self.forecast) and (tokens := self.pass_tokens(0.5)):
             self.forecast.add((yield from self.sensitivities(Probe(None, "sampled", tokens))))
         if len(self.forecast):
-            yield from self._race(self._solutions(len(self.space))[: self._most()])
+            ruined = self.forecast.removes  # by uniform compression: no region around it is good, nothing near it alike
+            most = 1 if ruined else self._most()
+            yield from self._race(self._solutions(len(self.space))[:most], teaches=not ruined)
         self._radius = float(self.first_radius)
         looked: Assignment | None = None
         told = len(self.forecast) > 0
         while True:
             yield None
-            if told and not self._trusts():
+            if told and not self._alone and not self._trusts():
                 told, self._radius = False, self.first_radius / 2
             if told and self.slopes:
-                tokens = self.pass_tokens(SLOPE_SHARE)
+                tokens = self.pass_tokens(SLOPE_SHARE, REMOVING if self.forecast.removes else FIRST_PASS)
                 if tokens and (looked != self.incumbent or self._radius < self.first_radius):
                     looked = self.incumbent
                     self.forecast.add((yield from self.sensitivities(Probe(looked, "kl", tokens))))
@@ -135,12 +138,13 @@ class CurvatureRegion(Procedure):
             self.model.fit(self.incumbent)
         return self.model.trusted
 
-    def pass_tokens(self, share: float) -> int:
+    def pass_tokens(self, share: float, most: int = FIRST_PASS) -> int:
         """Tokens that a pass reads, in whole trials' tokens, on at most this share of what is left; 0: none."""
         left, each = self.allowance, self._each
         if left.evaluations is not None and left.evaluations <= READS + 2:
             return 0
-        most = FIRST_PASS if left.tokens is None else min(FIRST_PASS, int(share * left.tokens) // READS)
+        if left.tokens is not None:
+            most = min(most, int(share * left.tokens) // READS)
         return most // max(each, 1) * each if each else 1
 
     def _purse(self) -> float:
@@ -150,14 +154,15 @@ class CurvatureRegion(Procedure):
 
     def _most(self) -> int:
         """Candidates of a race: the batch, or fewer where the first look at so many takes a third of what is left."""
-        return max(2, self.allowance.affords(3 * (1 + self.batch), self._each or None) // 3 - 1)
+        most = max(2, self.allowance.affords(3 * (1 + self.batch), self._each or None) // 3 - 1)
+        return min(most, 2) if self._alone else most
 
     # ------------------------------------------------------------------ what is proposed
 
     def _candidates(self, radius: int) -> list[Assignment]:
         """New ones: solutions, draws, mutants."""
         most = self._most()
-        mutants = round(self.mutate * most)
+        mutants = 0 if self._alone else round(self.mutate * most)
         found = dict.fromkeys(self._solutions(radius) if len(self.forecast) or len(self.model) else [])
         chosen = [a for a in found if not self._is_worse(a)][: most - mutants]
         for _ in range(50 * most):
@@ -175,11 +180,14 @@ class CurvatureRegion(Procedure):
     def _solutions(self, radius: int) -> list[Assignment]:
         """Exact solutions around the incumbent, of the mean within r/4 to 4r, and of draws within r."""
         centre = self.incumbent
-        mean = expected(self.forecast, self.model, centre)
-        count = round(self.explore * self.batch) if len(self.model) else 0
-        draws = [self.model.effects(self.rng) for _ in range(count)]
+        alone = self._alone
+        mean = self._foretold() if alone else expected(self.forecast, self.model, centre)
+        count = round(self.explore * self.batch) if alone or len(self.model) else 0
+        draws = [self._foretold(self.rng) if alone else self.model.effects(self.rng) for _ in range(count)]
         radii = [max(1, round(radius * by)) for by in SPAN] if self.region else [len(self.space)]
         reach = None if len(self.forecast) and self.model.trusted else 1
+        if alone:
+            radii.insert(0, len(self.space))
         proposals = [
             solve_many(self.space, [within_reach(mean, centre, reach)], start=centre, changes=self._limit(r))[0]
             for r in dict.fromkeys(radii)
@@ -189,13 +197,25 @@ class CurvatureRegion(Procedure):
             proposals += solve_many(self.space, effects, start=centre, changes=self._limit(radius))
         return [a for a in dict.fromkeys(proposals) if a is not None and a != centre]
 
+    @property
+    def _alone(self) -> bool:
+        """Whether the forecast is believed without rows: where one removed unit can ruin a model, few rows mislead."""
+        return self.forecast.removes and len(self.forecast) > 0 and len(self.model) < len(self.space)
+
+    def _foretold(self, rng: np.random.Generator | None = None) -> list[list[float]]:
+        """Loss of every unit's levels, seen from the incumbent, by the forecast alone; with ``rng``, a draw of it."""
+        return effects_of(self.space, self.forecast.table(self.incumbent, rng))
+
     def _limit(self, radius: int) -> int | None:
         return radius if radius < len(self.space) else None
 
     # ------------------------------------------------------------------ what is measured
 
-    def _race(self, candidates: list[Assignment]) -> Steps[bool]:
-        """Scores candidates beside the incumbent until one is better beyond doubt or none may be; True: it moved in."""
+    def _race(self, candidates: list[Assignment], *, teaches: bool = True) -> Steps[bool]:
+        """Scores candidates beside the incumbent until one is better beyond doubt or none may be; True: it moved in.
+
+        Without ``teaches`` neither the model nor what is known of the noise learns from it.
+        """
         running, cost, purse = candidates, 0, self._purse()
         for number in range(ROUNDS if self.racing else 1):
             tokens = min(self._each * 2**number, max(self._each, LONGEST))
@@ -207,7 +227,7 @@ class CurvatureRegion(Procedure):
                 sent, tokens=tokens or None, draw="fresh", stage=number, by_sequence=True
             )
             self.remember(outcomes)
-            self._learn(outcomes)
+            self._learn(outcomes, teaches)
             running = sorted((a for a in running if a in self._apart), key=self._mean)
             if not running or len(outcomes) < len(sent):
                 break
@@ -215,7 +235,7 @@ class CurvatureRegion(Procedure):
             if clear > EVIDENCE or (clear < -EVIDENCE and self._leads(running)):
                 break
             running = running[: max(1, len(running) // 2)]
-        doubt = DOUBT if self.racing and self._fidelity else 0.0
+        doubt = DOUBT if self.racing and self._fidelity and not self._alone else 0.0
         if not running or self._mean(running[0]) >= -doubt * self._error(running[0]):
             return False
         self.incumbent = running[0]
@@ -230,8 +250,8 @@ class CurvatureRegion(Procedure):
     def _fidelity(self) -> bool:
         return self.allowance.default_tokens > 0
 
-    def _learn(self, outcomes: list[Outcome]) -> None:
-        """Adds what was measured to the differences from the incumbent, and to the model's rows."""
+    def _learn(self, outcomes: list[Outcome], teaches: bool) -> None:
+        """Adds what was measured to the differences from the incumbent, and, if it teaches, to the model's rows."""
         reference = outcomes[0]
         if not reference.usable:
             return
@@ -244,6 +264,8 @@ class CurvatureRegion(Procedure):
             else:
                 found = [outcome.loss - reference.loss]
             self._apart.setdefault(outcome.trial.levels, []).extend(found)
+            if not teaches:
+                continue
             self._note(outcome.trial.levels, found)
             weight = outcome.tokens / self._each if self._each else 1.0
             self.model.add(outcome.trial.levels, self.incumbent, outcome.loss - reference.loss, weight)

@@ -5,11 +5,16 @@ A few sequences tell it with errors of tens of percent, but the levels of a unit
 much the model depends on it: effects are smoothed towards unit times level, as far as the errors explain the rest.
 At an assignment the slope of the loss is there too. It holds the cross terms between units, all of them at once,
 which a low-rank estimate of the curvature of few sequences drowns in noise.
+
+Where units are removed, no change is small, and the curvature at the uncompressed model can be wrong by a factor of its
+own for each: a module whose output is scaled away later bends nothing and is missed all the same. Each removed unit's
+own slope shows its factor.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
@@ -19,6 +24,9 @@ UNKNOWN = 0.5  # relative variance of one sequence's curvature, where a single o
 BEND = 0.5  # relative error of what the curvature at the uncompressed model says of a move elsewhere
 SCALES = (0.5, 4.0)  # of the curvature, that are believed
 BORROWED = 4  # sequences' worth of the noise that slopes of the same curvature have
+SPREAD = 0.7  # of the logarithm of what is left of a removed unit's curvature, as its own slope shows it
+MISFIT = 0.3  # relative error of what one slope shows of it, beside its noise
+AWAY = 2.0  # times what the removed units show, that the loss bends when a further one is removed
 DRIFT = 0.02  # relative error, a changed unit, of what a slope says after the reference has moved
 
 
@@ -57,6 +65,11 @@ def _unit_and_level(logs: Array, known: Array, roles: Array) -> Array:
     return fit
 
 
+def removes(space: CompressionSpace) -> bool:
+    """Whether units are only kept or left out."""
+    return all(len(costs) == 2 and any(not any(cost) for cost in costs) for costs in space.vectors)
+
+
 class Forecast:
     """Collects passes, and tells what they say together, seen from any assignment.
 
@@ -69,19 +82,32 @@ class Forecast:
         self._rows = np.arange(len(space))
         self._base: list[Sensitivities] = []
         self._slopes: list[Sensitivities] = []
-        self._curvature: Array | None = None
+        self.removes = removes(space)
+        self._measured: Array | None = None
+        self._ruined = np.ones((len(space), 1))
+        self._own = np.ones((len(space), 1))
         self._alike: Array | None = None
 
     def __len__(self) -> int:
         return len(self._base) + len(self._slopes)
 
+    @property
+    def _curvature(self) -> Array | None:
+        return None if self._measured is None else self._measured * self._ruined * self._own
+
     def add(self, found: Sensitivities) -> None:
         """Takes in a pass: curvature at the uncompressed model, or the slope at an assignment."""
         if found.kind == "kl":
+            if self.removes and (ruined := self._ruined_by(found)):
+                for unit, times in ruined.items():
+                    self._ruined[unit] *= times
+                return
             self._slopes.append(found)
+            if self.removes:
+                self._own = self._own_scales()
             return
         self._base.append(found)
-        self._curvature = smoothed(np.concatenate([each.curvatures() for each in self._base]), self.space)
+        self._measured = smoothed(np.concatenate([each.curvatures() for each in self._base]), self.space)
         p = np.nan_to_num(np.concatenate([each.projections for each in self._base]).astype(float))
         inner = np.einsum("sul,sum->lm", p, p)
         size = np.sqrt(np.maximum(np.diag(inner), 1e-300))
@@ -96,14 +122,22 @@ class Forecast:
         at = list(centre)
         own = self._curvature[self._rows, at][:, None]
         apart = self._curvature + own - 2 * self._alike[at] * np.sqrt(self._curvature * own)
+        if self.removes:
+            apart[self._least() == at] *= AWAY
         apart[self._rows, at] = 0.0
         return np.asarray(np.maximum(apart, 0.0))
 
-    def table(self, centre: Assignment) -> Array:
-        """Change of the loss when one unit alone moves from the centre (units x levels, nats a token)."""
+    def table(self, centre: Assignment, rng: np.random.Generator | None = None) -> Array:
+        """Change of the loss when one unit alone moves from the centre (units x levels, nats a token).
+
+        Args:
+            centre: the assignment that moves start from.
+            rng: None: what is expected; else a draw of what may be, by the errors of all that was told.
+        """
         assert self._curvature is not None
         at = list(centre)
-        scale = float(np.mean([self._scale(slope) for slope in self._slopes])) if self._slopes else 1.0
+        common = self._slopes and not self.removes
+        scale = float(np.mean([self._scale(slope) for slope in self._slopes])) if common else 1.0
         own = self._curvature[self._rows, at][:, None]
         size = scale * (self._curvature + own)
         weight = 1.0 / np.square(BEND * np.where(size > 0, size, 1.0))
@@ -117,8 +151,51 @@ class Forecast:
             weight = 1.0 / (_noise(slope, bend) + np.square(DRIFT * moved * size) + 1e-30)
             total, weights = total + weight * told, weights + weight
         found = np.asarray(total / weights)
+        if rng is not None:
+            found += rng.normal(size=found.shape) / np.sqrt(weights)
         found[self._rows, at] = 0.0
         return found
+
+    def _least(self) -> NDArray[np.intp]:
+        """The level of each unit that is nearest to uncompressed."""
+        assert self._measured is not None
+        return np.asarray(np.nanargmin(self._measured, axis=1))
+
+    def _removed(self, slope: Sensitivities) -> tuple[NDArray[np.intp], Array, Array, Array]:
+        """Units that are changed at a slope's reference, what taking each back would gain, its noise, its curvature."""
+        assert self._measured is not None
+        assert slope.reference is not None
+        at, least = np.array(slope.reference), self._least()
+        units = np.flatnonzero(at != least)
+        gain = -slope.effects()[units, least[units]]
+        noise = np.abs(gain) if len(slope.projections) == 1 else np.sqrt(slope.noise()[units, least[units]])
+        return units, gain, noise, (self._measured * self._ruined)[units, at[units]]
+
+    def _ruined_by(self, slope: Sensitivities) -> dict[int, float]:
+        """Units whose change has ruined the model, and how many times too small their curvature is.
+
+        Were the loss quadratic, taking a change back would gain about twice its curvature, times one number for all.
+        So none does more harm than all together would gain; where one does, the slope says nothing of any other unit.
+        """
+        units, gain, _, own = self._removed(slope)
+        most = max(float(np.median(gain / own)), 2.0) * float(own.sum()) if len(units) else 0.0
+        return {int(u): -g / c / 2 for u, g, c in zip(units, gain, own, strict=True) if g < -most}
+
+    def _own_scales(self) -> Array:
+        """How many times its curvature each unit bends the loss (units x 1): what its slopes show, else the typical."""
+        shown = [self._removed(slope) for slope in self._slopes]
+        units, gain, noise, own = (np.concatenate(each) for each in zip(*shown, strict=True))
+        if not len(units):
+            return np.ones_like(self._own)
+        logs = np.log(np.maximum(np.abs(gain) / 2 / own, 1e-3))
+        typical = float(np.median(logs))
+        variance = np.square(np.minimum(noise / np.maximum(np.abs(gain), 1e-12), 2.0)) + MISFIT**2
+        found = np.full_like(self._own, typical)
+        for unit in np.unique(units):
+            those = units == unit
+            trust = SPREAD**2 / (SPREAD**2 + float(variance[those].mean()) / int(those.sum()))
+            found[unit] += trust * (float(logs[those].mean()) - typical)
+        return np.asarray(np.exp(found))
 
     def _scale(self, slope: Sensitivities) -> float:
         """How many times the curvature at the uncompressed model the loss bends at the slope's reference.

@@ -1,0 +1,114 @@
+"""Units that are kept or left out: what curvature at the uncompressed model misses of them, and slopes show."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.problems.noisy_problem import NoisyProblem
+from benchmarks.problems.pairwise import Landscape
+from benchmarks.problems.synthetic import noisy
+from evo_hpo.search.budget import Budget
+from evo_hpo.search.loop import search
+from evo_hpo.search.problem import Minibatch
+from evo_hpo.search.sensitivities import Sensitivities
+from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
+from searchers.additive.curvature_region import CurvatureRegion
+from searchers.additive.fisher import Fisher
+from searchers.additive.forecast import AWAY, MISFIT, SPREAD, Forecast, removes
+
+UNITS, DROPPED = 24, 6
+HIDDEN = 30.0  # times the curvature that hidden units show at the uncompressed model, that they cost
+
+
+class Hiding(NoisyProblem):
+    """Modules to drop, some of which show next to nothing of what they cost until they are gone."""
+
+    def __init__(self, seed: int = 0, noise: float = 0.1) -> None:
+        rng = np.random.default_rng(seed)
+        units = [Unit(f"layers.{i // 2}.{'mlp' if i % 2 else 'self_attn'}", costs=(0, 1)) for i in range(UNITS)]
+        harms = rng.gamma(2.0, 0.05, UNITS)
+        self.hidden = rng.choice(np.argsort(harms)[DROPPED:], 3, replace=False)
+        harms[self.hidden] = 1.0
+        self.harms = harms
+        landscape = Landscape(np.tile([1.0, 0.0], (UNITS, 1)), harms, None)
+        kept = UNITS - DROPPED
+        super().__init__(CompressionSpace(units, kept, floor=kept), landscape, noise=noise, tokens=256)
+
+    def sensitivities(self, assignment: Assignment | None, minibatch: Minibatch, **how: Any) -> Sensitivities:
+        """Curvature at the uncompressed model is too small for hidden units; slopes are right."""
+        found = super().sensitivities(assignment, minibatch, **how)
+        if assignment is not None:
+            return found
+        seen = np.ones((UNITS, 1), dtype=np.float32)
+        seen[self.hidden] = 1 / np.sqrt(HIDDEN)
+        squares = None if found.squares is None else found.squares * seen**2
+        return dataclasses.replace(found, projections=found.projections * seen, squares=squares)
+
+    def best(self) -> float:
+        """The least loss of all assignments."""
+        return float(np.sort(self.harms)[:DROPPED].sum())
+
+
+def test_a_space_removes_units_only_where_they_are_kept_or_left_out() -> None:
+    assert removes(Hiding().space)
+    assert not removes(noisy(units=8).space)
+    joint = [Unit(f"{i}", costs=(0, 2, 3)) for i in range(4)]
+    assert not removes(CompressionSpace(joint, 8))
+    pair = [Unit(f"{i}", costs=((0, 1), (1, 0))) for i in range(4)]
+    assert not removes(CompressionSpace(pair, (4, 4)))
+
+
+def _slope(space: CompressionSpace, at: Assignment, gains: dict[int, float]) -> Sensitivities:
+    """Four sequences that agree: taking these units back gains so many nats a token, others change nothing."""
+    projections = np.zeros((4, len(space), 2), dtype=np.float32)
+    for unit, gain in gains.items():
+        projections[:, unit, 1] = -gain
+    return Sensitivities("kl", at, projections, 1, 12)
+
+
+def _base(space: CompressionSpace, curvatures: list[float]) -> Sensitivities:
+    """Four sequences that agree on the curvature of every unit's removal."""
+    projections = np.zeros((4, len(space), 2), dtype=np.float32)
+    projections[:, :, 0] = np.sqrt(2 * np.array(curvatures))
+    return Sensitivities("sampled", None, projections, 1, 12, squares=projections**2)
+
+
+def test_a_removed_unit_is_believed_by_its_own_slope_and_the_others_by_what_is_typical() -> None:
+    space = CompressionSpace([Unit(f"{i}", costs=(0, 1)) for i in range(6)], 3)
+    forecast, at = Forecast(space), (0, 0, 0, 1, 1, 1)
+    forecast.add(_base(space, [0.1, 0.1, 0.1, 0.1, 0.2, 0.3]))
+    forecast.add(_slope(space, at, {0: 0.2 * 2, 1: 0.2 * 2, 2: 0.2 * 32}))  # bend 2, 2 and 32 times the curvature
+    trust = SPREAD**2 / (SPREAD**2 + MISFIT**2)
+    found = forecast.curvature(None)[:, 0]
+    np.testing.assert_allclose(found, [0.2, 0.2, 0.2 * 16**trust, 0.2, 0.4, 0.6], rtol=1e-5)
+    np.testing.assert_allclose(forecast.curvature(at)[3:, 0], AWAY * found[3:], rtol=1e-5)  # to leave one out as well
+    table = forecast.table(at)
+    assert table[2, 1] < 5 * table[0, 1] < 0 < table[3, 0] < table[4, 0] < table[5, 0]
+
+
+def test_a_slope_where_a_removed_unit_has_ruined_the_model_says_that_alone() -> None:
+    space = CompressionSpace([Unit(f"{i}", costs=(0, 1)) for i in range(6)], 3)
+    forecast, at = Forecast(space), (0, 0, 0, 1, 1, 1)
+    forecast.add(_base(space, [0.1] * 6))
+    before = len(forecast)
+    forecast.add(_slope(space, at, {0: 0.2, 1: -20.0, 2: 0.2}))  # "to take it back would cost 20 nats"
+    assert len(forecast) == before  # of the other units nothing is believed
+    assert forecast.curvature(None)[:, 0] == pytest.approx([0.1, 10.0, 0.1, 0.1, 0.1, 0.1], rel=1e-5)
+    assert forecast.table(at)[1, 1] < -5
+
+
+def test_units_that_hide_what_they_cost_are_found_out() -> None:
+    ours, fisher, budget = [], [], Budget(tokens=12_288)
+    for seed in range(6):
+        problem = Hiding(seed)
+        found, single = (search(s(problem.space, seed=seed), problem, budget=budget) for s in (CurvatureRegion, Fisher))
+        assert found.best is not None
+        assert single.best is not None
+        ours.append(problem.landscape(found.best) / problem.best())
+        fisher.append(problem.landscape(single.best) / problem.best())
+    assert np.median(ours) < 2
+    assert np.median(fisher) > 5  # one look at the uncompressed model drops them

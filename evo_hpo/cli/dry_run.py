@@ -52,6 +52,7 @@ def dry_run(plan: Plan, console: Console) -> None:
 
 def _forecast(name: str, settings: dict[str, object]) -> tuple[float | None, int | None]:
     """Tokens a second and bytes, of a problem whose texts are there; None where nothing is known of the problem."""
+    from evo_hpo.scoring.expected_levels import check_inputs
     from evo_hpo.scoring.factory import Factory
     from evo_hpo.scoring.forecast import forecast
 
@@ -59,6 +60,6 @@ def _forecast(name: str, settings: dict[str, object]) -> tuple[float | None, int
     if not isinstance(factory, Factory):
         return None, None
     task = factory.task(settings)
-    task.check_inputs()
+    check_inputs(task)
     found = forecast(task)
     return found.rate, found.memory

@@ -16,6 +16,7 @@ from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
 from evo_hpo.levels.quantizers import Ggml
 from evo_hpo.models.experts import unfuse_experts
+from evo_hpo.models.loading import load_tokenizer
 from evo_hpo.models.structure import ROUTERS, is_transposed, linear_modules, outer_matrices
 from evo_hpo.scoring.footprint import SPARSE, configuration, empty_model
 from evo_hpo.scoring.recipes import beside
@@ -31,10 +32,20 @@ class Unbuilt:
         return None
 
 
-def refuse_impossible(task: Any) -> None:
-    """Raises InfeasibleError where no assignment of levels that are still to be built will keep the task's budgets."""
+def check_inputs(task: Any) -> None:
+    """Reads the texts and tables that a task names, before levels are built, which can take hours.
+
+    Args:
+        task: a :class:`~evo_hpo.scoring.task.LanguageModelTask`.
+
+    Raises:
+        InfeasibleError: nothing will keep the budgets. TextError: a text is missing or too short.
+        InvalidSettingError: a table cannot be read or is of another model.
+    """
+    task.limits.check(task.model)
     if not all((one.store_folder / "manifest.json").is_file() for one in (task, *beside(task))):
         task.space(expected_levels(task))
+    task.texts.check(load_tokenizer(task.model))
 
 
 def expected_levels(task: Any) -> LevelSet:

@@ -17,13 +17,13 @@ from evo_hpo.levels.serving import check_levels, server_named
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.corpora import Spec, shares_of
 from evo_hpo.models.identity import tokenizer_identity
-from evo_hpo.models.loading import compute_dtype, load_tokenizer
+from evo_hpo.models.loading import compute_dtype
 from evo_hpo.models.paths import user_path
 from evo_hpo.models.placing import devices_here
 from evo_hpo.scoring.arithmetic import check_arithmetic, inputs_of
 from evo_hpo.scoring.divergence import FITNESS
 from evo_hpo.scoring.evaluator import Evaluator
-from evo_hpo.scoring.expected_levels import refuse_impossible
+from evo_hpo.scoring.expected_levels import check_inputs
 from evo_hpo.scoring.factory import Factory
 from evo_hpo.scoring.language_model_problem import LanguageModelProblem, check_names
 from evo_hpo.scoring.limits import Limits
@@ -220,24 +220,13 @@ class LanguageModelTask:
         own = {"symmetric": True} if self.serve and self.method in ("gptq", "rtn") else {}
         return {"calibration": self.calibration, **own, **dict(self.build)}
 
-    def check_inputs(self) -> None:
-        """Reads the texts and tables that it names, before levels are built, which can take hours.
-
-        Raises:
-            InfeasibleError: nothing will keep the budgets. TextError: a text is missing or too short.
-            InvalidSettingError: a table cannot be read or is of another model.
-        """
-        self.limits.check(self.model)
-        refuse_impossible(self)
-        self.texts.check(load_tokenizer(self.model))
-
     def ensure_store(self, progress: Callable[..., None]) -> None:
         """Builds the store, or checks that the one that is there belongs to the model.
 
         Raises:
-            StoreError: the store is not as it must be. Others: as :meth:`check_inputs`.
+            StoreError: the store is not as it must be. Others: as :func:`check_inputs`.
         """
-        self.check_inputs()
+        check_inputs(self)
         others = list(zip(self.join, beside(self), strict=True))
         for other in (other for given, other in others if isinstance(given, str)):
             other.open_store()

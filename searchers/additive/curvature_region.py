@@ -21,6 +21,7 @@ from searchers.evopress.mutation import Uniforms, mutation, switch_counts
 FIRST_PASS = 2048  # tokens that the first pass reads at most, and half of the budget
 SLOPE_SHARE = 0.6  # of what is left, that one look at the slope may cost
 REMOVING = 512  # tokens of such a look at most where units are removed: slopes are steep there, and change with each
+UNMEASURED = 5  # moves there on what slopes say alone, before a race
 GROWTH, SHRINKAGE = 1.6, 0.6
 SPAN = (1, 0.5, 2, 0.25, 4)  # radii of a batch's solutions, in those of the region
 ROUNDS = 6  # of one race, each on twice the tokens of the one before
@@ -103,6 +104,7 @@ class CurvatureRegion(Procedure):
             yield from self._race(self._solutions(len(self.space))[:most], teaches=not ruined)
         self._radius = float(self.first_radius)
         looked: Assignment | None = None
+        left: list[Assignment] = []  # unmeasured, on the way to the incumbent
         told = len(self.forecast) > 0
         while True:
             yield None
@@ -114,7 +116,11 @@ class CurvatureRegion(Procedure):
                     looked = self.incumbent
                     self.forecast.add((yield from self.sensitivities(Probe(looked, "kl", tokens))))
                     self._radius = max(self._radius, float(self.first_radius))
-            candidates = self._candidates(max(1, round(self._radius)))
+                    if self._alone and len(left) < UNMEASURED and self._moves():
+                        left.append(looked)
+                        continue
+            candidates = self._candidates(max(1, round(self._radius)), left[::-1])
+            left.clear()
             if not candidates:
                 self.stop_reason = "no assignment that is new around the incumbent"
                 return
@@ -152,6 +158,17 @@ class CurvatureRegion(Procedure):
         left = self.allowance.tokens
         return math.inf if left is None else min(left, max(RACE_SHARE * left, LEAST_RACE * self._each))
 
+    def _moves(self) -> bool:
+        """Goes to the forecast's solution unmeasured, if it is another one and a race can still be paid."""
+        if self.allowance.affords(4, self._each or None) < 4:
+            return False
+        found = solve_many(self.space, [self._foretold()], start=self.incumbent)[0]
+        if found is None or found == self.incumbent:
+            return False
+        self.incumbent = found
+        self._apart.clear()
+        return True
+
     def _most(self) -> int:
         """Candidates of a race: the batch, or fewer where the first look at so many takes a third of what is left."""
         most = max(2, self.allowance.affords(3 * (1 + self.batch), self._each or None) // 3 - 1)
@@ -159,14 +176,14 @@ class CurvatureRegion(Procedure):
 
     # ------------------------------------------------------------------ what is proposed
 
-    def _candidates(self, radius: int) -> list[Assignment]:
-        """New ones: solutions, draws, mutants."""
+    def _candidates(self, radius: int, first: list[Assignment]) -> list[Assignment]:
+        """These that come first, then new ones: solutions, draws, mutants (where the forecast alone counts, for want)."""
         most = self._most()
         mutants = 0 if self._alone else round(self.mutate * most)
-        found = dict.fromkeys(self._solutions(radius) if len(self.forecast) or len(self.model) else [])
-        chosen = [a for a in found if not self._is_worse(a)][: most - mutants]
+        found = dict.fromkeys(first + (self._solutions(radius) if len(self.forecast) or len(self.model) else []))
+        chosen = [a for a in found if a != self.incumbent and not self._is_worse(a)][: most - mutants]
         for _ in range(50 * most):
-            if len(chosen) >= most:
+            if len(chosen) >= (1 if self._alone else most):
                 break
             made = self._mutation(self.incumbent, self._stream, self._switches(self._stream))
             if made is not None and made not in (self.incumbent, *chosen) and made not in self._apart:

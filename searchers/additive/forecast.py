@@ -26,7 +26,7 @@ SCALES = (0.5, 4.0)  # of the curvature, that are believed
 BORROWED = 4  # sequences' worth of the noise that slopes of the same curvature have
 SPREAD = 0.7  # of the logarithm of what is left of a removed unit's curvature, as its own slope shows it
 MISFIT = 0.3  # relative error of what one slope shows of it, beside its noise
-AWAY = 2.0  # times what the removed units show, that the loss bends when a further one is removed
+AWAY = 1.5  # times what the removed units show, that the loss bends when a further one is removed
 DRIFT = 0.02  # relative error, a changed unit, of what a slope says after the reference has moved
 
 

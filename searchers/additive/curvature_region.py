@@ -44,6 +44,9 @@ class CurvatureRegion(Procedure):
     drops the worse half each time, and moves only to what is better by more than the error of the difference. All rows
     teach the model how far the forecast is to be believed; where they speak against it, no more gradients are bought.
 
+    Where units are only kept or left out, many short passes serve better than measured steps: it moves to the exact
+    solution of all that slopes have told, as often as that is another one, and races at the end with where it was.
+
     Args:
         tokens: of each minibatch of a race; None: the problem's default.
         batch: candidates of a race, the incumbent not counted.
@@ -116,7 +119,7 @@ class CurvatureRegion(Procedure):
                     looked = self.incumbent
                     self.forecast.add((yield from self.sensitivities(Probe(looked, "kl", tokens))))
                     self._radius = max(self._radius, float(self.first_radius))
-                    if self._alone and len(left) < UNMEASURED and self._moves():
+                    if self._alone and len(left) < UNMEASURED and self._moves(left):
                         left.append(looked)
                         continue
             candidates = self._candidates(max(1, round(self._radius)), left[::-1])
@@ -158,12 +161,12 @@ class CurvatureRegion(Procedure):
         left = self.allowance.tokens
         return math.inf if left is None else min(left, max(RACE_SHARE * left, LEAST_RACE * self._each))
 
-    def _moves(self) -> bool:
-        """Goes to the forecast's solution unmeasured, if it is another one and a race can still be paid."""
+    def _moves(self, left: list[Assignment]) -> bool:
+        """Goes to the forecast's solution unmeasured, if it was not there and a race can still be paid."""
         if self.allowance.affords(4, self._each or None) < 4:
             return False
         found = solve_many(self.space, [self._foretold()], start=self.incumbent)[0]
-        if found is None or found == self.incumbent:
+        if found is None or found in (self.incumbent, *left):
             return False
         self.incumbent = found
         self._apart.clear()
@@ -177,7 +180,7 @@ class CurvatureRegion(Procedure):
     # ------------------------------------------------------------------ what is proposed
 
     def _candidates(self, radius: int, first: list[Assignment]) -> list[Assignment]:
-        """These that come first, then new ones: solutions, draws, mutants (where the forecast alone counts, for want)."""
+        """These that come first, then new ones: solutions, draws, mutants (only for want, where units are removed)."""
         most = self._most()
         mutants = 0 if self._alone else round(self.mutate * most)
         found = dict.fromkeys(first + (self._solutions(radius) if len(self.forecast) or len(self.model) else []))

@@ -119,7 +119,7 @@ class CurvatureRegion(Procedure):
                     looked = self.incumbent
                     self.forecast.add((yield from self.sensitivities(Probe(looked, "kl", tokens))))
                     self._radius = max(self._radius, float(self.first_radius))
-                    if self._alone and len(left) < UNMEASURED and self._moves(left):
+                    if self._alone and len(left) < UNMEASURED and self._moves():
                         left.append(looked)
                         continue
             candidates = self._candidates(max(1, round(self._radius)), left[::-1])
@@ -161,12 +161,12 @@ class CurvatureRegion(Procedure):
         left = self.allowance.tokens
         return math.inf if left is None else min(left, max(RACE_SHARE * left, LEAST_RACE * self._each))
 
-    def _moves(self, left: list[Assignment]) -> bool:
-        """Goes to the forecast's solution unmeasured, if it was not there and a race can still be paid."""
+    def _moves(self) -> bool:
+        """Goes to the forecast's solution unmeasured, if it is another one and a race can still be paid."""
         if self.allowance.affords(4, self._each or None) < 4:
             return False
         found = solve_many(self.space, [self._foretold()], start=self.incumbent)[0]
-        if found is None or found in (self.incumbent, *left):
+        if found is None or found == self.incumbent:
             return False
         self.incumbent = found
         self._apart.clear()

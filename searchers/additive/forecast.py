@@ -152,8 +152,7 @@ class Forecast:
             total, weights = total + weight * told, weights + weight
         found = np.asarray(total / weights)
         if rng is not None:
-            variance = 1.0 / weights + (np.square(MISFIT * self.curvature(centre)) if self.removes else 0.0)
-            found += rng.normal(size=found.shape) * np.sqrt(variance)
+            found += rng.normal(size=found.shape) / np.sqrt(weights)
         found[self._rows, at] = 0.0
         return found
 

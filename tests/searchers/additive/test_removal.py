@@ -101,6 +101,29 @@ def test_a_slope_where_a_removed_unit_has_ruined_the_model_says_that_alone() -> 
     assert forecast.table(at)[1, 1] < -5
 
 
+def test_draws_are_around_what_is_expected_by_the_errors_of_what_was_told() -> None:
+    space = CompressionSpace([Unit(f"{i}", costs=(0, 1)) for i in range(6)], 3)
+    forecast, at = Forecast(space), (0, 0, 0, 1, 1, 1)
+    forecast.add(_base(space, [0.1, 0.1, 0.1, 0.1, 0.2, 0.3]))
+    forecast.add(_slope(space, at, dict.fromkeys(range(3), 0.2)))
+    rng = np.random.default_rng(0)
+    draws = np.array([forecast.table(at, rng) for _ in range(3000)])
+    np.testing.assert_allclose(draws.mean(axis=0), forecast.table(at), atol=0.01)
+    assert (draws[:, 3:, 0].std(axis=0) < 0.5 * forecast.curvature(at)[3:, 0]).all()  # BEND at most
+    assert (draws[:, range(6), at] == 0).all()
+
+
+def test_it_moves_on_slopes_alone_and_races_before_it_ends() -> None:
+    passed_by = 0
+    for seed in range(6):
+        problem = Hiding(seed)
+        result = search(CurvatureRegion(problem.space, seed=seed), problem, budget=Budget(tokens=14_848))
+        scored = {outcome.trial.levels for outcome in result.outcomes}
+        passed_by += len({probe.sensitivities.reference for probe in result.probes[1:]} - scored)
+        assert result.best in scored
+    assert passed_by > 0
+
+
 def test_units_that_hide_what_they_cost_are_found_out() -> None:
     ours, fisher, budget = [], [], Budget(tokens=12_288)
     for seed in range(6):

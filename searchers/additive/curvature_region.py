@@ -45,7 +45,8 @@ class CurvatureRegion(Procedure):
     teach the model how far the forecast is to be believed; where they speak against it, no more gradients are bought.
 
     Where units are only kept or left out, many short passes serve better than measured steps: it moves to the exact
-    solution of all that slopes have told, as often as that is another one, and races at the end with where it was.
+    solution of all that slopes have told, as often as that is another one but five times at most, and races then with
+    the last two places where it was.
 
     Args:
         tokens: of each minibatch of a race; None: the problem's default.
@@ -88,6 +89,7 @@ class CurvatureRegion(Procedure):
         self.forecast = Forecast(space)
         self._mutation, self._switches = mutation(space, "size", 0.5), switch_counts("min_of_two", 3)
         self._stream = Uniforms(self.rng)
+        self._measured: Assignment | None = None  # where unmeasured moves began
         self._apart: dict[Assignment, list[float]] = {}  # differences from the present incumbent
         self._squares, self._freedom, self._guesses = 0.0, 0, list[float]()
 
@@ -95,8 +97,8 @@ class CurvatureRegion(Procedure):
         return (self.tokens,)
 
     def recommend(self) -> Assignment | None:
-        """The incumbent."""
-        return self.incumbent
+        """The incumbent; the last one that was measured, while it has moved on slopes alone."""
+        return self._measured or self.incumbent
 
     def steps(self) -> Steps[None]:
         if self.prior and not len(self.forecast) and (tokens := self.pass_tokens(0.5)):
@@ -114,7 +116,8 @@ class CurvatureRegion(Procedure):
             if told and not self._alone and not self._trusts():
                 told, self._radius = False, self.first_radius / 2
             if told and self.slopes:
-                tokens = self.pass_tokens(SLOPE_SHARE, REMOVING if self.forecast.removes else FIRST_PASS)
+                most = max(REMOVING, self._each) if self.forecast.removes else FIRST_PASS
+                tokens = self.pass_tokens(SLOPE_SHARE, most)
                 if tokens and (looked != self.incumbent or self._radius < self.first_radius):
                     looked = self.incumbent
                     self.forecast.add((yield from self.sensitivities(Probe(looked, "kl", tokens))))
@@ -144,6 +147,8 @@ class CurvatureRegion(Procedure):
     def _trusts(self) -> bool:
         """Whether what was measured speaks for the forecast."""
         if len(self.model):
+            if self.forecast.removes:
+                self.model.inform(self.forecast.table(self.incumbent))  # which proposals of its own did not need
             self.model.fit(self.incumbent)
         return self.model.trusted
 
@@ -168,6 +173,7 @@ class CurvatureRegion(Procedure):
         found = solve_many(self.space, [self._foretold()], start=self.incumbent)[0]
         if found is None or found == self.incumbent:
             return False
+        self._measured = self._measured or self.incumbent
         self.incumbent = found
         self._apart.clear()
         return True
@@ -255,6 +261,7 @@ class CurvatureRegion(Procedure):
             if clear > EVIDENCE or (clear < -EVIDENCE and self._leads(running)):
                 break
             running = running[: max(1, len(running) // 2)]
+        self._measured = None
         doubt = DOUBT if self.racing and self._fidelity and not self._alone else 0.0
         if not running or self._mean(running[0]) >= -doubt * self._error(running[0]):
             return False

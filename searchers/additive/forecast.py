@@ -27,6 +27,7 @@ BORROWED = 4  # sequences' worth of the noise that slopes of the same curvature 
 SPREAD = 0.7  # of the logarithm of what is left of a removed unit's curvature, as its own slope shows it
 MISFIT = 0.3  # relative error of what one slope shows of it, beside its noise
 AWAY = 1.5  # times what the removed units show, that the loss bends when a further one is removed
+FEW = 3  # removed units, from which on one can be told to have ruined the model
 DRIFT = 0.02  # relative error, a changed unit, of what a slope says after the reference has moved
 
 
@@ -66,8 +67,9 @@ def _unit_and_level(logs: Array, known: Array, roles: Array) -> Array:
 
 
 def removes(space: CompressionSpace) -> bool:
-    """Whether units are only kept or left out."""
-    return all(len(costs) == 2 and any(not any(cost) for cost in costs) for costs in space.vectors)
+    """Whether units are only kept or left out; some may have no choice."""
+    chosen = [costs for costs in space.vectors if len(costs) > 1]
+    return bool(chosen) and all(len(costs) == 2 and sum(any(cost) for cost in costs) == 1 for costs in chosen)
 
 
 class Forecast:
@@ -83,6 +85,7 @@ class Forecast:
         self._base: list[Sensitivities] = []
         self._slopes: list[Sensitivities] = []
         self.removes = removes(space)
+        self._kept = np.array([len(costs) - 1 if any(costs[-1]) else 0 for costs in space.vectors])
         self._measured: Array | None = None
         self._ruined = np.ones((len(space), 1))
         self._own = np.ones((len(space), 1))
@@ -123,7 +126,7 @@ class Forecast:
         own = self._curvature[self._rows, at][:, None]
         apart = self._curvature + own - 2 * self._alike[at] * np.sqrt(self._curvature * own)
         if self.removes:
-            apart[self._least() == at] *= AWAY
+            apart[self._kept == at] *= AWAY
         apart[self._rows, at] = 0.0
         return np.asarray(np.maximum(apart, 0.0))
 
@@ -152,24 +155,20 @@ class Forecast:
             total, weights = total + weight * told, weights + weight
         found = np.asarray(total / weights)
         if rng is not None:
-            found += rng.normal(size=found.shape) / np.sqrt(weights)
+            found += np.where(size > 0, rng.normal(size=found.shape) / np.sqrt(weights), 0.0)
         found[self._rows, at] = 0.0
         return found
 
-    def _least(self) -> NDArray[np.intp]:
-        """The level of each unit that is nearest to uncompressed."""
-        assert self._measured is not None
-        return np.asarray(np.nanargmin(self._measured, axis=1))
-
     def _removed(self, slope: Sensitivities) -> tuple[NDArray[np.intp], Array, Array, Array]:
-        """Units that are changed at a slope's reference, what taking each back would gain, its noise, its curvature."""
+        """Units left out at a slope's reference, what taking each back would gain, its error, and their curvature."""
         assert self._measured is not None
         assert slope.reference is not None
-        at, least = np.array(slope.reference), self._least()
-        units = np.flatnonzero(at != least)
-        gain = -slope.effects()[units, least[units]]
-        noise = np.abs(gain) if len(slope.projections) == 1 else np.sqrt(slope.noise()[units, least[units]])
-        return units, gain, noise, (self._measured * self._ruined)[units, at[units]]
+        at, gains = np.array(slope.reference), -slope.effects()
+        own = (self._measured * self._ruined)[self._rows, at]
+        units = np.flatnonzero((at != self._kept) & (own > 0) & np.isfinite(gains[self._rows, self._kept]))
+        gain = gains[units, self._kept[units]]
+        noise = np.abs(gain) if len(slope.projections) == 1 else np.sqrt(slope.noise()[units, self._kept[units]])
+        return units, gain, noise, own[units]
 
     def _ruined_by(self, slope: Sensitivities) -> dict[int, float]:
         """Units whose change has ruined the model, and how many times too small their curvature is.
@@ -177,9 +176,10 @@ class Forecast:
         Were the loss quadratic, taking a change back would gain about twice its curvature, times one number for all.
         So none does more harm than all together would gain; where one does, the slope says nothing of any other unit.
         """
-        units, gain, _, own = self._removed(slope)
+        units, gain, noise, own = self._removed(slope)
         most = max(float(np.median(gain / own)), 2.0) * float(own.sum()) if len(units) else 0.0
-        return {int(u): -g / c / 2 for u, g, c in zip(units, gain, own, strict=True) if g < -most}
+        rows = zip(units, gain, noise, own, strict=True)
+        return {int(u): -g / c / 2 for u, g, n, c in rows if g + n < -most and len(units) >= FEW}
 
     def _own_scales(self) -> Array:
         """How many times its curvature each unit bends the loss (units x 1): what its slopes show, else the typical."""
@@ -187,7 +187,7 @@ class Forecast:
         units, gain, noise, own = (np.concatenate(each) for each in zip(*shown, strict=True))
         if not len(units):
             return np.ones_like(self._own)
-        logs = np.log(np.maximum(np.abs(gain) / 2 / own, 1e-3))
+        logs = np.log(np.clip(np.abs(gain) / 2 / own, 1e-3, 1e3))
         typical = float(np.median(logs))
         variance = np.square(np.minimum(noise / np.maximum(np.abs(gain), 1e-12), 2.0)) + MISFIT**2
         found = np.full_like(self._own, typical)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from evo_hpo.search.budget import Budget
 from evo_hpo.search.loop import search
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.sensitivities import Sensitivities
+from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 from searchers.additive.curvature_region import CurvatureRegion
 from searchers.additive.fisher import Fisher
@@ -99,6 +101,76 @@ def test_a_slope_where_a_removed_unit_has_ruined_the_model_says_that_alone() -> 
     assert len(forecast) == before  # of the other units nothing is believed
     assert forecast.curvature(None)[:, 0] == pytest.approx([0.1, 10.0, 0.1, 0.1, 0.1, 0.1], rel=1e-5)
     assert forecast.table(at)[1, 1] < -5
+
+
+def test_a_dead_unit_and_a_slope_that_is_not_a_number_spoil_nothing_else() -> None:
+    space = CompressionSpace([Unit(f"{i}", costs=(0, 1)) for i in range(6)], 3)
+    forecast, at = Forecast(space), (0, 0, 0, 1, 1, 1)
+    forecast.add(_base(space, [0.1, 0.1, 0.1, 0.0, 0.2, 0.3]))
+    forecast.add(_slope(space, at, {0: 0.4, 1: 0.4, 2: float("nan")}))
+    table = forecast.table(at)
+    assert np.isfinite(np.delete(table, 2, axis=0)).all()
+    assert np.isfinite(np.delete(forecast.table(at, np.random.default_rng(0)), 2, axis=0)).all()
+    assert forecast.curvature(None)[4, 0] == pytest.approx(0.4, rel=1e-5)
+
+
+def test_units_without_a_choice_make_it_no_other_space() -> None:
+    units = [Unit("embedding", costs=(1,)), *(Unit(f"{i}", costs=(0, 1)) for i in range(6))]
+    space = CompressionSpace(units, 4)
+    assert removes(space)
+    forecast = Forecast(space)
+    forecast.add(_base(space, [0.0, 0.1, 0.1, 0.1, 0.1, 0.2, 0.3]))
+    at = (0, 0, 0, 0, 1, 1, 1)
+    forecast.add(_slope(space, at, {1: 0.4, 2: 0.4, 3: 0.4}))
+    assert np.isfinite(forecast.table(at)).all()
+
+
+@pytest.mark.parametrize("tokens", [256, 2048])
+def test_slopes_are_bought_whatever_a_trial_reads(tokens: int) -> None:
+    problem = Hiding(0)
+    problem.tokens = tokens
+    result = search(CurvatureRegion(problem.space), problem, budget=Budget(tokens=60 * tokens))
+    assert len(result.probes) > 2
+
+
+class Watched(CurvatureRegion):
+    """Keeps whether what it recommends was measured, when it moves unmeasured, and whether rows are for the forecast."""
+
+    def __init__(self, space: CompressionSpace, **settings: Any) -> None:
+        super().__init__(space, **settings)
+        self.seen: set[Assignment] = set()
+        self.measured: list[bool] = []
+        self.trusts: list[bool] = []
+
+    def _moves(self) -> bool:
+        moved = super()._moves()
+        if moved:
+            self.measured.append(self.recommend() in self.seen)
+        return moved
+
+    def tell(self, outcomes: Sequence[Outcome]) -> None:
+        self.seen.update(outcome.trial.levels for outcome in outcomes)
+        super().tell(outcomes)
+
+    def _trusts(self) -> bool:
+        self.trusts.append(super()._trusts())
+        return self.trusts[-1]
+
+
+def test_many_measurements_do_not_speak_against_a_forecast_that_is_right() -> None:
+    problem = Hiding(0)
+    searcher = Watched(problem.space)
+    search(searcher, problem, budget=Budget(tokens=600 * 256))
+    assert searcher.trusts[0]  # asked first when there are as many rows as units
+
+
+def test_what_is_recommended_was_measured_also_while_it_moves_on_slopes() -> None:
+    problem = Hiding(1)
+    searcher = Watched(problem.space, seed=1)
+    result = search(searcher, problem, budget=Budget(tokens=20_000))
+    assert searcher.measured
+    assert all(searcher.measured)
+    assert result.best in searcher.seen
 
 
 def test_draws_are_around_what_is_expected_by_the_errors_of_what_was_told() -> None:

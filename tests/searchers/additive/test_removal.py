@@ -134,7 +134,7 @@ def test_slopes_are_bought_whatever_a_trial_reads(tokens: int) -> None:
 
 
 class Watched(CurvatureRegion):
-    """Keeps whether what it recommends was measured, when it moves unmeasured, and whether rows are for the forecast."""
+    """Keeps whether what it recommends was measured, when it moves unmeasured, and whether rows speak against it."""
 
     def __init__(self, space: CompressionSpace, **settings: Any) -> None:
         super().__init__(space, **settings)

@@ -185,7 +185,7 @@ def test_a_joined_recipe_is_built_where_it_is_missing_and_offers_what_its_folder
     expected = expected_levels(language_model.task(problem)).units
     for command in (["compare", str(path), "--dry-run"], ["sizes", str(path)]):
         assert CliRunner().invoke(app, command).exit_code == 0
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "stores").exists()  # texts were read, and are kept; nothing was built
     with pytest.raises(StoreError, match="no level store at"):
         make_problem("language_model", **problem)
 

@@ -89,7 +89,7 @@ class CurvatureRegion(Procedure):
         self.forecast = Forecast(space)
         self._mutation, self._switches = mutation(space, "size", 0.5), switch_counts("min_of_two", 3)
         self._stream = Uniforms(self.rng)
-        self._measured: Assignment | None = None  # where unmeasured moves began
+        self._left: list[Assignment] = []  # since it was last measured: where it was, before each move on slopes alone
         self._apart: dict[Assignment, list[float]] = {}  # differences from the present incumbent
         self._squares, self._freedom, self._guesses = 0.0, 0, list[float]()
 
@@ -98,18 +98,17 @@ class CurvatureRegion(Procedure):
 
     def recommend(self) -> Assignment | None:
         """The incumbent; the last one that was measured, while it has moved on slopes alone."""
-        return self._measured or self.incumbent
+        return self._left[0] if self._left else self.incumbent
 
     def steps(self) -> Steps[None]:
         if self.prior and not len(self.forecast) and (tokens := self.pass_tokens(0.5)):
             self.forecast.add((yield from self.sensitivities(Probe(None, "sampled", tokens))))
         if len(self.forecast):
-            ruined = self.forecast.removes  # by uniform compression: no region around it is good, nothing near it alike
-            most = 1 if ruined else self._most()
-            yield from self._race(self._solutions(len(self.space))[:most], teaches=not ruined)
+            removes = self.forecast.removes  # then uniform compression ruins the model, and tells nothing of others
+            most = 1 if removes else self._most()
+            yield from self._race(self._solutions(len(self.space))[:most], teaches=not removes)
         self._radius = float(self.first_radius)
         looked: Assignment | None = None
-        left: list[Assignment] = []  # unmeasured, on the way to the incumbent
         told = len(self.forecast) > 0
         while True:
             yield None
@@ -122,11 +121,9 @@ class CurvatureRegion(Procedure):
                     looked = self.incumbent
                     self.forecast.add((yield from self.sensitivities(Probe(looked, "kl", tokens))))
                     self._radius = max(self._radius, float(self.first_radius))
-                    if self._alone and len(left) < UNMEASURED and self._moves():
-                        left.append(looked)
+                    if self._alone and self._moves():
                         continue
-            candidates = self._candidates(max(1, round(self._radius)), left[::-1])
-            left.clear()
+            candidates = self._candidates(max(1, round(self._radius)))
             if not candidates:
                 self.stop_reason = "no assignment that is new around the incumbent"
                 return
@@ -167,13 +164,13 @@ class CurvatureRegion(Procedure):
         return math.inf if left is None else min(left, max(RACE_SHARE * left, LEAST_RACE * self._each))
 
     def _moves(self) -> bool:
-        """Goes to the forecast's solution unmeasured, if it is another one and a race can still be paid."""
-        if self.allowance.affords(4, self._each or None) < 4:
+        """Goes to the forecast's solution unmeasured, if it is another one and a race can be paid; not for long."""
+        if len(self._left) == UNMEASURED or self.allowance.affords(4, self._each or None) < 4:
             return False
         found = solve_many(self.space, [self._foretold()], start=self.incumbent)[0]
         if found is None or found == self.incumbent:
             return False
-        self._measured = self._measured or self.incumbent
+        self._left.append(self.incumbent)
         self.incumbent = found
         self._apart.clear()
         return True
@@ -185,11 +182,12 @@ class CurvatureRegion(Procedure):
 
     # ------------------------------------------------------------------ what is proposed
 
-    def _candidates(self, radius: int, first: list[Assignment]) -> list[Assignment]:
-        """These that come first, then new ones: solutions, draws, mutants (only for want, where units are removed)."""
+    def _candidates(self, radius: int) -> list[Assignment]:
+        """Where it was, the last place first, then new ones: solutions, draws, mutants (where few: only for want)."""
         most = self._most()
         mutants = 0 if self._alone else round(self.mutate * most)
-        found = dict.fromkeys(first + (self._solutions(radius) if len(self.forecast) or len(self.model) else []))
+        new = self._solutions(radius) if len(self.forecast) or len(self.model) else []
+        found = dict.fromkeys([*self._left[::-1], *new])
         chosen = [a for a in found if a != self.incumbent and not self._is_worse(a)][: most - mutants]
         for _ in range(50 * most):
             if len(chosen) >= (1 if self._alone else most):
@@ -261,7 +259,7 @@ class CurvatureRegion(Procedure):
             if clear > EVIDENCE or (clear < -EVIDENCE and self._leads(running)):
                 break
             running = running[: max(1, len(running) // 2)]
-        self._measured = None
+        self._left.clear()
         doubt = DOUBT if self.racing and self._fidelity and not self._alone else 0.0
         if not running or self._mean(running[0]) >= -doubt * self._error(running[0]):
             return False

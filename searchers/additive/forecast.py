@@ -7,8 +7,8 @@ At an assignment the slope of the loss is there too. It holds the cross terms be
 which a low-rank estimate of the curvature of few sequences drowns in noise.
 
 Where units are removed, no change is small, and the curvature at the uncompressed model can be wrong by a factor of its
-own for each: a module whose output is scaled away later bends nothing and is missed all the same. Each removed unit's
-own slope shows its factor.
+own for each: a module may bend the loss next to nothing and be missed all the same. Each removed unit's own slope shows
+its factor.
 """
 
 from __future__ import annotations
@@ -99,7 +99,10 @@ class Forecast:
         return None if self._measured is None else self._measured * self._ruined * self._own
 
     def add(self, found: Sensitivities) -> None:
-        """Takes in a pass: curvature at the uncompressed model, or the slope at an assignment."""
+        """Takes in a pass: curvature at the uncompressed model, or the slope at an assignment.
+
+        Of a slope where a removed unit has ruined the model only that is kept: the unit's curvature is raised.
+        """
         if found.kind == "kl":
             if self.removes and (ruined := self._ruined_by(found)):
                 for unit, times in ruined.items():

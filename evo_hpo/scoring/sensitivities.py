@@ -312,7 +312,11 @@ class SensitivityPass:
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes of what a graph of a block saves, each storage once and without the block's weights."""
+    """Counts the bytes of what a graph of a block saves, each storage once and without the block's weights.
+
+    What is saved has no graph of its own: a node that held its own output would outlive its block's pass where nothing
+    is read back through it, as of the norm before a dropped module.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self._weights = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *block.buffers())}
@@ -327,7 +331,7 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._weights:
             self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()
 
 
 def _first(output: Any) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 from torch import Tensor
+from torch.nn import Parameter
 
 from evo_hpo.scoring.sensitivities import SensitivityPass
 from evo_hpo.search.problem import Minibatch
-from tests.tiny import RoundedLevels, tiny_model, tiny_tokens
+from tests.tiny import DropLevels, RoundedLevels, tiny_model, tiny_tokens
 
 MINIBATCH = Minibatch(seed=5, tokens=60)
 
@@ -75,3 +77,18 @@ def test_a_larger_minibatch_begins_with_the_same_projections() -> None:
     small, large = (sensitivities.measure(None, Minibatch(3, 12 * n)) for n in (2, 5))
     np.testing.assert_array_equal(large.projections[:2], small.projections)
     assert sensitivities.measure(None, Minibatch(4, 24)).projections.tolist() != small.projections.tolist()
+
+
+def test_nothing_of_a_pass_with_modules_dropped_outlives_it() -> None:
+    """The norm before a dropped module has a graph that nothing is read back through."""
+    model = tiny_model("llama")
+    levels = DropLevels(model)
+    sensitivities = SensitivityPass(model, levels, tiny_tokens())
+    at = (0,) * len(levels.units)
+
+    def alive() -> int:
+        sensitivities.measure(at, MINIBATCH, kind="kl")
+        gc.collect()
+        return sum(type(each) in (Tensor, Parameter) for each in gc.get_objects())
+
+    assert alive() == alive()

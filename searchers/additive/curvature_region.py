@@ -12,8 +12,8 @@ from evo_hpo.search.sensitivities import READS
 from evo_hpo.search.trial import Outcome, Probe
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.forecast import Forecast
-from searchers.additive.informed import InformedModel
-from searchers.additive.model import within_reach
+from searchers.additive.informed import InformedModel, expected
+from searchers.additive.model import Array, within_reach
 from searchers.additive.one_shot import effects_of
 from searchers.additive.solvers import solve_many
 from searchers.evopress.mutation import Uniforms, mutation, switch_counts
@@ -21,10 +21,11 @@ from searchers.evopress.mutation import Uniforms, mutation, switch_counts
 FIRST_PASS = 2048  # tokens that the first pass reads at most, and half of the budget
 SLOPE_SHARE = 0.6  # of what is left, that one look at the slope may cost
 REMOVING = 512  # tokens of such a look at most where units are removed: slopes are steep there, and change with each
+BENDS = (1.0, 1 / 1.5, 1.5)  # times what is expected, that a further removal bends the loss: each has its solution
 UNMEASURED = 5  # moves there on what slopes say alone, before a race
 GROWTH, SHRINKAGE = 1.6, 0.6
 SPAN = (1, 0.5, 2, 0.25, 4)  # radii of a batch's solutions, in those of the region
-ROUNDS = 6  # of one race, each on twice the tokens of the one before
+ROUNDS = 6  # of one race, each on twice the tokens of the one before (where units are removed: on as many)
 RACE_SHARE = 0.15  # of what is left, that one race may cost
 LONGEST = 4096  # tokens of a round at most
 LEAST_RACE = 8  # times the tokens of a trial, that a race may cost even so
@@ -44,9 +45,11 @@ class CurvatureRegion(Procedure):
     drops the worse half each time, and moves only to what is better by more than the error of the difference. All rows
     teach the model how far the forecast is to be believed; where they speak against it, no more gradients are bought.
 
-    Where units are only kept or left out, many short passes serve better than measured steps: it moves to the exact
-    solution of all that slopes have told, as often as that is another one but five times at most, and races then with
-    the last two places where it was.
+    Where units are only kept or left out, many short passes serve better than measured steps, and the second of them
+    looks where others are removed than the first did: no unit shows before it is gone what it was worth. It moves to
+    the exact solution of all that slopes have told, as often as that is another one but five times at most, and no
+    longer than a further look and a race can be paid. It races then with what it would choose if further removals bent
+    the loss as expected, less or more, and with where it was.
 
     Args:
         tokens: of each minibatch of a race; None: the problem's default.
@@ -90,6 +93,7 @@ class CurvatureRegion(Procedure):
         self._mutation, self._switches = mutation(space, "size", 0.5), switch_counts("min_of_two", 3)
         self._stream = Uniforms(self.rng)
         self._left: list[Assignment] = []  # since it was last measured: where it was, before each move on slopes alone
+        self._elsewhere: Assignment | None = None  # the one look at what other units' removal does
         self._apart: dict[Assignment, list[float]] = {}  # differences from the present incumbent
         self._squares, self._freedom, self._guesses = 0.0, 0, list[float]()
 
@@ -121,6 +125,11 @@ class CurvatureRegion(Procedure):
                     looked = self.incumbent
                     self.forecast.add((yield from self.sensitivities(Probe(looked, "kl", tokens))))
                     self._radius = max(self._radius, float(self.first_radius))
+                    tokens = self.pass_tokens(SLOPE_SHARE, most)
+                    if self._alone and not self._elsewhere and tokens and self.forecast.shows:
+                        self._elsewhere = self._solved(self.forecast.elsewhere(looked)) or looked
+                        if self._elsewhere != looked:
+                            self.forecast.add((yield from self.sensitivities(Probe(self._elsewhere, "kl", tokens))))
                     if self._alone and self._moves():
                         continue
             candidates = self._candidates(max(1, round(self._radius)))
@@ -165,9 +174,11 @@ class CurvatureRegion(Procedure):
 
     def _moves(self) -> bool:
         """Goes to the forecast's solution unmeasured, if it is another one and a race can be paid; not for long."""
-        if len(self._left) == UNMEASURED or self.allowance.affords(4, self._each or None) < 4:
+        trials = 1 if self.allowance.tokens is None else max(REMOVING // (self._each or 1), 1)  # that a look reads
+        needed = READS * trials + 3  # a look from there and a race
+        if len(self._left) == UNMEASURED or self.allowance.affords(needed, self._each or None) < needed:
             return False
-        found = solve_many(self.space, [self._foretold()], start=self.incumbent)[0]
+        found = self._solved(self.forecast.table(self.incumbent))
         if found is None or found == self.incumbent:
             return False
         self._left.append(self.incumbent)
@@ -175,19 +186,25 @@ class CurvatureRegion(Procedure):
         self._apart.clear()
         return True
 
+    def _solved(self, table: Array) -> Assignment | None:
+        """What loses least by a table of losses that is seen from the incumbent."""
+        return solve_many(self.space, [effects_of(self.space, table)], start=self.incumbent)[0]
+
     def _most(self) -> int:
-        """Candidates of a race: the batch, or fewer where the first look at so many takes a third of what is left."""
-        most = max(2, self.allowance.affords(3 * (1 + self.batch), self._each or None) // 3 - 1)
-        return min(most, 2) if self._alone else most
+        """Candidates of a race: the batch, or what a third of the rest pays for once; alone 2 to 4, for half of it."""
+        if self._alone:
+            return max(2, self.allowance.affords(8, self._each or None) // 2)
+        return max(2, self.allowance.affords(3 * (1 + self.batch), self._each or None) // 3 - 1)
 
     # ------------------------------------------------------------------ what is proposed
 
     def _candidates(self, radius: int) -> list[Assignment]:
-        """Where it was, the last place first, then new ones: solutions, draws, mutants (where few: only for want)."""
+        """Solutions, draws, mutants (where few: only for want); after unmeasured moves, the last place among them."""
         most = self._most()
         mutants = 0 if self._alone else round(self.mutate * most)
         new = self._solutions(radius) if len(self.forecast) or len(self.model) else []
-        found = dict.fromkeys([*self._left[::-1], *new])
+        bends = [a for a in dict.fromkeys(self._bends()) if a != self.incumbent][: most - bool(self._left)]
+        found = dict.fromkeys([*bends, *self._left[::-1], *new])
         chosen = [a for a in found if a != self.incumbent and not self._is_worse(a)][: most - mutants]
         for _ in range(50 * most):
             if len(chosen) >= (1 if self._alone else most):
@@ -196,6 +213,11 @@ class CurvatureRegion(Procedure):
             if made is not None and made not in (self.incumbent, *chosen) and made not in self._apart:
                 chosen.append(made)
         return chosen
+
+    def _bends(self) -> list[Assignment]:
+        """Solutions of the forecast alone, as expected and where further removals bend the loss less or more."""
+        tables = [self.forecast.table(self.incumbent, away=away) for away in BENDS] if self._alone else []
+        return [found for table in tables if (found := self._solved(table))]
 
     def _is_worse(self, levels: Assignment) -> bool:
         """Whether it was measured and is not better than the incumbent."""
@@ -242,7 +264,7 @@ class CurvatureRegion(Procedure):
         """
         running, cost, purse = candidates, 0, self._purse()
         for number in range(ROUNDS if self.racing else 1):
-            tokens = min(self._each * 2**number, max(self._each, LONGEST))
+            tokens = self._each if self._alone else min(self._each * 2**number, max(self._each, LONGEST))
             sent = [self.incumbent, *running]
             cost += tokens * len(sent)
             if number and cost > purse:
@@ -259,6 +281,8 @@ class CurvatureRegion(Procedure):
             if clear > EVIDENCE or (clear < -EVIDENCE and self._leads(running)):
                 break
             running = running[: max(1, len(running) // 2)]
+        if self._left and outcomes and not outcomes[0].usable:
+            self.incumbent = self._left[0]  # the last that was measured
         self._left.clear()
         doubt = DOUBT if self.racing and self._fidelity and not self._alone else 0.0
         if not running or self._mean(running[0]) >= -doubt * self._error(running[0]):
@@ -323,15 +347,3 @@ class CurvatureRegion(Procedure):
         if self._freedom:
             return self._squares / self._freedom
         return float(np.mean(self._guesses)) if self._guesses else 0.0
-
-
-def expected(forecast: Forecast, model: InformedModel, centre: Assignment) -> list[list[float]]:
-    """Loss of every unit's levels, seen from an assignment: what was measured, with the forecast as its prior."""
-    table = forecast.table(centre) if len(forecast) else None
-    if table is not None:
-        model.inform(table)
-    if len(model):
-        model.fit(centre)
-        return model.effects()
-    assert table is not None
-    return effects_of(model.space, table)

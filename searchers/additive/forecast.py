@@ -8,7 +8,7 @@ which a low-rank estimate of the curvature of few sequences drowns in noise.
 
 Where units are removed, no change is small, and the curvature at the uncompressed model can be wrong by a factor of its
 own for each: a module may bend the loss next to nothing and be missed all the same. Each removed unit's own slope shows
-its factor.
+its factor, and the others' is seen where those are removed in its place.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ SCALES = (0.5, 4.0)  # of the curvature, that are believed
 BORROWED = 4  # sequences' worth of the noise that slopes of the same curvature have
 SPREAD = 0.7  # of the logarithm of what is left of a removed unit's curvature, as its own slope shows it
 MISFIT = 0.3  # relative error of what one slope shows of it, beside its noise
+OTHERS = 10.0  # times its curvature, that a unit which has shown its own counts where others are to be seen
 AWAY = 1.5  # times what the removed units show, that the loss bends when a further one is removed
 FEW = 3  # removed units, from which on one can be told to have ruined the model
 DRIFT = 0.02  # relative error, a changed unit, of what a slope says after the reference has moved
@@ -95,6 +96,11 @@ class Forecast:
         return len(self._base) + len(self._slopes)
 
     @property
+    def shows(self) -> bool:
+        """Whether a slope has told anything."""
+        return len(self._slopes) > 0
+
+    @property
     def _curvature(self) -> Array | None:
         return None if self._measured is None else self._measured * self._ruined * self._own
 
@@ -119,8 +125,11 @@ class Forecast:
         size = np.sqrt(np.maximum(np.diag(inner), 1e-300))
         self._alike = inner / size / size[:, None]
 
-    def curvature(self, centre: Assignment | None) -> Array:
-        """Half the squared length of every change from the centre's levels, in the metric of the curvature."""
+    def curvature(self, centre: Assignment | None, away: float = 1.0) -> Array:
+        """Half the squared length of every change from the centre's levels, in the metric of the curvature.
+
+        ``away``: times :data:`AWAY`, see :meth:`table`.
+        """
         assert self._curvature is not None
         assert self._alike is not None
         if centre is None:
@@ -129,16 +138,18 @@ class Forecast:
         own = self._curvature[self._rows, at][:, None]
         apart = self._curvature + own - 2 * self._alike[at] * np.sqrt(self._curvature * own)
         if self.removes:
-            apart[self._kept == at] *= AWAY
+            apart[self._kept == at] *= AWAY * away
         apart[self._rows, at] = 0.0
         return np.asarray(np.maximum(apart, 0.0))
 
-    def table(self, centre: Assignment, rng: np.random.Generator | None = None) -> Array:
+    def table(self, centre: Assignment, rng: np.random.Generator | None = None, away: float = 1.0) -> Array:
         """Change of the loss when one unit alone moves from the centre (units x levels, nats a token).
 
         Args:
             centre: the assignment that moves start from.
             rng: None: what is expected; else a draw of what may be, by the errors of all that was told.
+            away: times what is expected, that the loss bends when a further unit is removed: one number for all, which
+                no pass tells.
         """
         assert self._curvature is not None
         at = list(centre)
@@ -150,7 +161,7 @@ class Forecast:
         total, weights = weight * scale * (self._curvature - own), weight
         for slope in self._slopes:
             assert slope.reference is not None
-            bend = scale * self.curvature(slope.reference)
+            bend = scale * self.curvature(slope.reference, away)
             told = slope.effects() + bend
             told -= told[self._rows, at][:, None]
             moved = sum(a != b for a, b in zip(centre, slope.reference, strict=True))
@@ -160,6 +171,14 @@ class Forecast:
         if rng is not None:
             found += np.where(size > 0, rng.normal(size=found.shape) / np.sqrt(weights), 0.0)
         found[self._rows, at] = 0.0
+        return found
+
+    def elsewhere(self, centre: Assignment) -> Array:
+        """As :meth:`table`, but with staying removed made dear: its solution is where other units show themselves."""
+        found, at = self.table(centre), np.array(centre)
+        assert self._curvature is not None
+        gone = at != self._kept
+        found[gone, at[gone]] += OTHERS * np.nan_to_num(self._curvature[self._rows, at][gone])
         return found
 
     def _removed(self, slope: Sensitivities) -> tuple[NDArray[np.intp], Array, Array, Array]:

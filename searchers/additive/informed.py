@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
+from searchers.additive.forecast import Forecast
 from searchers.additive.model import SHARES, AdditiveModel, Array
+from searchers.additive.one_shot import effects_of
 
 BLENDS = ((0.0, 1.0, 0.02), (0.0, 1.0, 0.2), (0.05, 1.0, 0.2), (0.2, 1.0, 0.2), (0.5, 0.2, 0.0))
 """Shares of the black-box prior, of the table as a whole, and of the deviations from it."""
@@ -76,3 +78,15 @@ class InformedModel(AdditiveModel):
         if any(generic):
             steps += super()._steps(generic, scale, weights[offset:]) / np.sqrt(np.mean(np.square(scale)))
         return np.asarray(steps)
+
+
+def expected(forecast: Forecast, model: InformedModel, centre: Assignment) -> list[list[float]]:
+    """Loss of every unit's levels, seen from an assignment: what was measured, with the forecast as its prior."""
+    table = forecast.table(centre) if len(forecast) else None
+    if table is not None:
+        model.inform(table)
+    if len(model):
+        model.fit(centre)
+        return model.effects()
+    assert table is not None
+    return effects_of(model.space, table)

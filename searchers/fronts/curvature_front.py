@@ -14,9 +14,9 @@ from evo_hpo.search.searcher import Searcher, one_of, passes_on
 from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Probe
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-from searchers.additive.curvature_region import CurvatureRegion, expected
+from searchers.additive.curvature_region import CurvatureRegion
 from searchers.additive.forecast import Forecast
-from searchers.additive.informed import InformedModel
+from searchers.additive.informed import InformedModel, expected
 from searchers.additive.model import Effects
 from searchers.additive.sweep import sweep
 from searchers.fronts.interleaved import Interleaved

@@ -185,6 +185,105 @@ def test_draws_are_around_what_is_expected_by_the_errors_of_what_was_told() -> N
     assert (draws[:, range(6), at] == 0).all()
 
 
+def test_other_units_are_looked_at_where_they_are_not_ten_times_as_dear() -> None:
+    space = CompressionSpace([Unit(f"{i}", costs=(0, 1)) for i in range(6)], 3)
+    forecast, at = Forecast(space), (0, 0, 0, 1, 1, 1)
+    forecast.add(_base(space, [0.1, 0.1, 0.1, 0.2, 0.3, 9.0]))
+    forecast.add(_slope(space, at, dict.fromkeys(range(3), 0.2)))
+    assert forecast.shows
+    effects = forecast.elsewhere(at)
+    losses = {a: sum(effects[range(6), a]) for a in space.enumerate() if sum(a) == 3}
+    best = min(losses, key=lambda a: losses[a])
+    assert best[3:] == (0, 0, 1)  # but the last one is spared
+    assert forecast.table(at)[range(6), best].sum() > 0  # nobody would go there for its loss
+
+
+def test_the_second_look_is_where_other_units_are_gone() -> None:
+    for seed in range(3):
+        problem = Hiding(seed)
+        result = search(CurvatureRegion(problem.space, seed=seed), problem, budget=Budget(tokens=14_848))
+        first, second = (np.array(probe.sensitivities.reference) for probe in result.probes[1:3])
+        assert np.sum((first == 0) & (second == 0)) <= 1
+        assert sum(second == 0) == DROPPED
+
+
+def test_further_removals_may_bend_the_loss_more_or_less_than_is_expected() -> None:
+    space = CompressionSpace([Unit(f"{i}", costs=(0, 1)) for i in range(6)], 3)
+    forecast, at = Forecast(space), (0, 0, 0, 1, 1, 1)
+    forecast.add(_base(space, [0.1, 0.1, 0.1, 0.1, 0.2, 0.3]))
+    forecast.add(_slope(space, at, dict.fromkeys(range(3), 0.2)))
+    less, mean, more = (forecast.table(at, away=away) for away in (0.5, 1.0, 2.0))
+    assert (less[3:, 0] < mean[3:, 0]).all()
+    assert (mean[3:, 0] < more[3:, 0]).all()
+    np.testing.assert_array_equal(less[:3], more[:3])
+
+
+def test_bends_are_the_solutions_for_each() -> None:
+    problem = Hiding(2)
+    searcher = CurvatureRegion(problem.space, seed=2)
+    search(searcher, problem, budget=Budget(tokens=14_848))
+    for away, levels in zip((1.0, 1 / 1.5, 1.5), searcher._bends(), strict=True):
+        table = searcher.forecast.table(searcher.incumbent, away=away)
+        order = np.argsort(table[:, 0] - table[:, 1])[:DROPPED]  # one budget, equal units: the least are removed
+        assert set(np.flatnonzero(np.array(levels) == 0)) == set(order)
+
+
+class Racing(CurvatureRegion):
+    """Its bends would choose exchanges that nothing speaks for; keeps them, the last place, and who is raced."""
+
+    def __init__(self, space: CompressionSpace, **settings: Any) -> None:
+        super().__init__(space, **settings)
+        self.races: list[tuple[list[Assignment], Assignment, list[Assignment]]] = []
+
+    def _bends(self) -> list[Assignment]:
+        gone = self.incumbent.index(0)
+        kept = [unit for unit, level in enumerate(self.incumbent) if level][-3:]
+        swap = {unit: {gone: 1, unit: 0} for unit in kept}
+        return [tuple(swap[unit].get(u, level) for u, level in enumerate(self.incumbent)) for unit in kept]
+
+    def _candidates(self, radius: int) -> list[Assignment]:
+        chosen = super()._candidates(radius)
+        if self._left:
+            self.races.append((self._bends(), self._left[-1], chosen))
+        return chosen
+
+
+@pytest.mark.parametrize("budget", [Budget(tokens=14_848), Budget(tokens=40_000), Budget(evaluations=60)])
+def test_a_race_after_moves_holds_what_more_and_less_bend_would_choose_and_the_last_place(budget: Budget) -> None:
+    races = []
+    for seed in range(4):
+        problem = Hiding(seed)
+        searcher = Racing(problem.space, seed=seed)
+        search(searcher, problem, budget=budget)
+        races += searcher.races
+    assert races
+    for bends, last, chosen in races:
+        assert last in chosen
+        assert 2 <= len(chosen) <= 4
+        assert set(bends[: len(chosen) - 1]) < set(chosen)
+
+
+@pytest.mark.parametrize(("tokens", "budget"), [(0, Budget(evaluations=120)), (16, Budget(evaluations=60))])
+def test_it_moves_on_slopes_whatever_a_budget_counts(tokens: int, budget: Budget) -> None:
+    moves = 0
+    for seed in range(4):
+        problem = Hiding(seed)
+        problem.tokens = tokens
+        searcher = Watched(problem.space, seed=seed)
+        search(searcher, problem, budget=budget)
+        moves += len(searcher.measured)
+    assert moves > 0
+
+
+def test_a_dead_unit_does_not_forbid_the_look_elsewhere() -> None:
+    space = CompressionSpace([Unit(f"{i}", costs=(0, 1)) for i in range(6)], 3)
+    searcher, at = CurvatureRegion(space), (0, 0, 0, 1, 1, 1)
+    searcher.forecast.add(_base(space, [0.1, float("nan"), 0.1, 0.2, 0.3, 0.4]))
+    searcher.forecast.add(_slope(space, at, dict.fromkeys(range(3), 0.2)))
+    searcher.incumbent = at
+    assert searcher._solved(searcher.forecast.elsewhere(at)) is not None
+
+
 def test_it_moves_on_slopes_alone_and_races_before_it_ends() -> None:
     passed_by = 0
     for seed in range(6):

@@ -81,8 +81,8 @@ class CurvatureFront(Interleaved):
 
     def front(self) -> list[Assignment]:
         """The measured assignments and what the model of the dearer one puts between each two."""
-        ordered = sorted(self.regions, key=lambda region: self.space.cost(region.incumbent))
-        between = (self._between(a.incumbent, b) for a, b in itertools.pairwise(ordered))
+        ordered = sorted(self.regions, key=lambda region: self.space.cost(_measured(region)))
+        between = (self._between(_measured(a), b) for a, b in itertools.pairwise(ordered))
         return list(itertools.chain(self.recommended(), *between))
 
     def _between(self, lower: Assignment, region: CurvatureRegion) -> Iterator[Assignment]:
@@ -93,7 +93,7 @@ class CurvatureFront(Interleaved):
         costs more, whatever noise says, and of two that lose the same the costlier one is better: so there is an
         assignment for every budget between the two.
         """
-        higher = region.incumbent
+        higher = _measured(region)
         space, low, high = self.space, self.space.cost(lower), self.space.cost(higher)
         if low >= high or not (len(region.forecast) or len(region.model)):
             return
@@ -110,6 +110,11 @@ class CurvatureFront(Interleaved):
         for levels in sweep(within, effects):
             if low < space.cost(levels) < high:
                 yield levels
+
+
+def _measured(region: CurvatureRegion) -> Assignment:
+    """Where a region is, or was before it moved on slopes alone."""
+    return region.recommend() or region.incumbent
 
 
 def no_worse(told: Effects, space: CompressionSpace, least: float) -> Effects:

@@ -18,9 +18,11 @@ from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
+from evo_hpo.space.ranges import spanning
 from searchers.additive.curvature_region import CurvatureRegion
 from searchers.additive.fisher import Fisher
 from searchers.additive.forecast import AWAY, MISFIT, SPREAD, Forecast, removes
+from searchers.fronts.curvature_front import CurvatureFront
 
 UNITS, DROPPED = 24, 6
 HIDDEN = 30.0  # times the curvature that hidden units show at the uncompressed model, that they cost
@@ -171,6 +173,20 @@ def test_what_is_recommended_was_measured_also_while_it_moves_on_slopes() -> Non
     assert searcher.measured
     assert all(searcher.measured)
     assert result.best in searcher.seen
+
+
+def test_a_front_is_of_what_was_measured_also_while_a_search_moves_on_slopes() -> None:
+    units = Hiding().space.units
+    space = spanning(CompressionSpace(units, 14), CompressionSpace(units, 20))
+    searcher = CurvatureFront(space, budgets=3)
+    for region in searcher.regions:
+        region.forecast.add(_base(region.space, [0.1 + 0.01 * unit for unit in range(UNITS)]))
+    before = searcher.front()
+    assert len(before) > 3
+    moved = searcher.regions[-1]
+    moved._left = [moved.incumbent]
+    moved.incumbent = tuple(reversed(moved.incumbent))
+    assert searcher.front() == before
 
 
 def test_draws_are_around_what_is_expected_by_the_errors_of_what_was_told() -> None:

@@ -232,8 +232,6 @@ class CurvatureRegion(Procedure):
         draws = [self._foretold(self.rng) if alone else self.model.effects(self.rng) for _ in range(count)]
         radii = [max(1, round(radius * by)) for by in SPAN] if self.region else [len(self.space)]
         reach = None if len(self.forecast) and self.model.trusted else 1
-        if alone:
-            radii.insert(0, len(self.space))
         proposals = [
             solve_many(self.space, [within_reach(mean, centre, reach)], start=centre, changes=self._limit(r))[0]
             for r in dict.fromkeys(radii)

@@ -62,11 +62,11 @@ def _head(comparison: Findings, command: str) -> Iterator[str]:
     keys = list(comparison.problems)
     summary = summarise(comparison, keys)
     recorded, machine, versions = comparison.recorded, comparison.recorded.machine, comparison.recorded.versions
-    cores = machine.get("cores")
+    cores, gpus = machine.get("cores"), "".join(f"{name}, " for name in machine.get("gpus") or ())
     yield from (f"# {comparison.name}", "", str(recorded.plan.get("description") or ""), "")
     yield from ("```console", command, "```", "")
     yield (
-        f"{recorded.started}, on {cores} core{'' if cores == 1 else 's'} of {machine.get('processor')}; Python"
+        f"{recorded.started}, on {gpus}{cores} core{'' if cores == 1 else 's'} of {machine.get('processor')}; Python"
         f" {versions.get('python')}, numpy {versions.get('numpy')}, torch {versions.get('torch', 'not installed')},"
         f" Optuna {versions.get('optuna')}, Nevergrad {versions.get('nevergrad')}."
     )

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", default=["time", "one-shot", "moves"])
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu", help="or cuda")
     parser.add_argument("--average", type=float, default=3.0)
     parser.add_argument("--sequences", type=int, default=16, help="of the timed pass and of the predicted moves")
     parser.add_argument("--one-shot", type=int, nargs="+", default=[8, 32], help="sequences of the one-shot solutions")
@@ -44,8 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="scatter plot of the moves to write")
     options = parser.parse_args(arguments)
     os.environ.setdefault("EVO_HPO_THREADS", "1")
-    problem = smollm2(average=options.average, dtype=options.dtype, held_out_tokens=4096, tokens=LENGTH)
-    print(f"{problem.name}, {options.dtype}, {options.average} bits, load {os.getloadavg()[0]:.2f}", flush=True)
+    problem = smollm2(
+        average=options.average, dtype=options.dtype, device=options.device, held_out_tokens=4096, tokens=LENGTH
+    )
+    print(
+        f"{problem.name}, {options.device}, {options.dtype}, {options.average} bits, load {os.getloadavg()[0]:.2f}",
+        flush=True,
+    )
     if "time" in options.parts:
         timed(problem, options.sequences, options.rounds)
     if "one-shot" in options.parts:

@@ -104,7 +104,7 @@ def _tensors(level: PackedQuantized, dtype: torch.dtype) -> dict[str, torch.Tens
     """What the format stores of a module; scales in single precision where the model is, else in half."""
     rows, columns = level.shape
     codes = unpack_bits(level.codes, level.bits, rows * columns).view(rows, columns)
-    scale = torch.ldexp(level.scale.float(), torch.tensor(level.exponent))
+    scale = level.scale.float() * 2.0**level.exponent
     found = {
         "weight_packed": pack_words(codes, level.bits),
         "weight_scale": scale.to(torch.float32 if dtype == torch.float32 else torch.float16).contiguous(),

@@ -77,8 +77,8 @@ def fit_grid(weight: torch.Tensor, top: torch.Tensor, settings: GridSettings, ex
 
 def storable_scale(scale: torch.Tensor, exponent: int) -> torch.Tensor:
     """Round scales to what the store keeps: a half-precision number times 2 ** exponent."""
-    half = torch.ldexp(scale, torch.tensor(-exponent)).clamp(2.0**-24, 65504.0).half()
-    return torch.ldexp(half.float(), torch.tensor(exponent))
+    half = (scale * 2.0**-exponent).clamp(2.0**-24, 65504.0).half()
+    return half.float() * 2.0**exponent
 
 
 def scale_exponent(weight: torch.Tensor) -> int:

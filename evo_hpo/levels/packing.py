@@ -43,7 +43,7 @@ class Quantized:
     def pack(self) -> PackedQuantized:
         """The same weights in the form in which they are stored."""
         fixed = self.symmetric or self.bits == 1
-        scale = torch.ldexp(self.scale, torch.tensor(-self.exponent)).half()
+        scale = (self.scale * 2.0**-self.exponent).half()
         return PackedQuantized(
             bits=self.bits,
             shape=(self.codes.shape[0], self.codes.shape[1]),
@@ -102,7 +102,7 @@ class PackedQuantized(Encoded):
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         rows, columns = self.shape
         found = lasting(rows, columns, dtype, self.codes.device)
-        scale = torch.ldexp(self.scale.float(), torch.tensor(self.exponent))
+        scale = self.scale.float() * 2.0**self.exponent
         fixed = 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
         zero = torch.full_like(scale, fixed) if self.zero is None else self.zero.float()
         for part in _row_parts(found):

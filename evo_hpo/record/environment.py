@@ -49,10 +49,13 @@ def git_state() -> dict[str, Any]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
+    return _output("git", "-C", str(folder), *arguments)
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None where it is not installed, fails, or takes long."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -64,14 +67,21 @@ def cores() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory in GiB, system."""
+    """Processor, cores that this process may use, GPUs where there are any, memory in GiB, system."""
     return {
         "processor": _processor(),
         "cores": cores(),
+        **({"gpus": list(_gpus())} if _gpus() else {}),
         "memory_gib": _memory_gib(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "executable": f"{sys.implementation.name} {platform.python_version()}",
     }
+
+
+@cache
+def _gpus() -> tuple[str, ...]:
+    """Names of NVIDIA's, as its driver tells them: to ask torch would take memory on each."""
+    return tuple((_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines())
 
 
 @cache

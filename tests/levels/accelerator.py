@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 ACCELERATOR = torch.device("cuda", 0)
+_MIXES_NO_NUMBERS = {"ldexp"}
+"""Most operations take a tensor of no dimension from anywhere; these do not."""
 _MAY_MIX = {"copy_", "__get__", "__set__", "is_set_to", "_has_compatible_shallow_copy_type"}
 
 
@@ -51,7 +53,8 @@ class StandIn(TorchFunctionMode):
         there = _is_accelerator(named.get("device"))
         if there:
             named["device"] = "cpu"
-        places = {on_accelerator(tensor) for tensor in _tensors((args, named)) if torch.Tensor.dim(tensor) > 0}
+        least = 0 if name in _MIXES_NO_NUMBERS else 1
+        places = {on_accelerator(tensor) for tensor in _tensors((args, named)) if torch.Tensor.dim(tensor) >= least}
         if len(places) == 2 and name not in _MAY_MIX:
             raise RuntimeError(f"{name}: tensors on {ACCELERATOR} and on the CPU")
         found = func(*args, **named)

@@ -1,0 +1,59 @@
+"""Levels kept packed, blocks kept in main memory: `python -m benchmarks.measurements.performance.placements`.
+
+SmolLM2 with GPTQ levels, each placement in a process of its own: seconds a candidate, and the most memory that torch
+held on a GPU. Losses must be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from benchmarks.problems.smollm2 import smollm2
+from evo_hpo.scoring.placement import KINDS
+from evo_hpo.search.problem import Minibatch
+
+CANDIDATES = 16
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048], help="a candidate")
+    options = parser.parse_args(arguments)
+    print(f"{options.device}, {options.dtype}, {CANDIDATES} offspring of the uniform 3 bits; torch {torch.__version__}")
+    print(f"{'memory':12}{'tokens':>8}{'ms a candidate':>16}{'GB on the GPU':>15}  mean loss")
+    for memory in KINDS:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            for tokens, seconds, held, loss in pool.apply(
+                measured, (memory, options.device, options.dtype, options.tokens)
+            ):
+                print(f"{memory:12}{tokens:8}{1e3 * seconds:16.2f}{held / 1e9:15.2f}  {loss:.9f}", flush=True)
+
+
+def measured(memory: str, device: str, dtype: str, sizes: Sequence[int]) -> list[tuple[int, float, int, float]]:
+    """For each number of tokens: seconds a candidate of the second round, bytes held at most, mean loss."""
+    problem = smollm2(average=3.0, device=device, dtype=dtype, memory=memory, early_stopping=False)
+    switches = list(problem.space.switches(problem.space.uniform()))
+    rows = []
+    for tokens in sizes:
+        for seed in (0, 1):
+            chosen = np.random.default_rng(seed).choice(len(switches), CANDIDATES, replace=False)
+            offspring = [switches[int(number)] for number in chosen]
+            start = time.perf_counter()
+            scores = problem.score(offspring, Minibatch(seed, tokens))
+            seconds = (time.perf_counter() - start) / CANDIDATES
+        held = torch.cuda.max_memory_allocated() if device != "cpu" else 0
+        rows.append((tokens, seconds, held, sum(score.loss for score in scores) / CANDIDATES))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

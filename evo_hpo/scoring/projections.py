@@ -62,6 +62,7 @@ class Projector:
                 self._owners.setdefault(name, []).append(number)
         self._decoded: dict[int, list[Mapping[str, Tensor | None]]] = {}
         self._waiting: dict[str, list[tuple[slice, tuple[Tensor, Tensor]]]] = {}
+        self._sums: list[tuple[NDArray[np.int64], int, Tensor]] = []  # of linear layers, on their devices
         self._rows = slice(0, 0)
         self._absent: dict[str, Absent] = {}
         self._found: NDArray[np.float64] = np.zeros((0, 0, 0, 0))
@@ -80,6 +81,7 @@ class Projector:
         self._found = np.zeros((sequences, parts, len(counts), max(counts)))
         for number, count in enumerate(counts):
             self._found[:, :, number, count:] = np.nan
+        self._sums.clear()
         self.forget()
         self.running(slice(0, sequences))
 
@@ -89,6 +91,9 @@ class Projector:
 
     def end(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """What was collected (sequences x units x levels), and the sums of the squares of its parts, alike."""
+        for sequences, unit, found in self._sums:  # fetched only now: a GPU would be waited for at each
+            by_sequence = found.cpu().numpy().reshape(len(sequences), -1, found.shape[1])
+            np.add.at(self._found[:, :, unit, : found.shape[1]], sequences, by_sequence)  # a layer may run twice
         sums = self._found.sum(axis=1)
         return np.sqrt(sums) if self._form in ("output", "trace") else sums, np.square(self._found).sum(axis=1)
 
@@ -240,8 +245,7 @@ class Projector:
                 if bias is not None and self._form == "inner":
                     outputs = torch.cat([gradient.sum(dim=1).double() for gradient, _ in seen])
                     sums += torch.outer(outputs @ bias.double(), sums.new_tensor(signs))
-            by_sequence = sums.cpu().numpy().reshape(len(sequences), -1, len(found))
-            np.add.at(self._found[:, :, unit, : len(found)], sequences, by_sequence)  # a layer may run twice
+            self._sums.append((sequences, unit, sums))
 
     def _levels(self, unit: int) -> list[Mapping[str, Tensor | None]]:
         if unit not in self._decoded:

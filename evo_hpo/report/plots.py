@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from evo_hpo.report.curves import Band, attainment, axes, band, curve, targets
 from evo_hpo.report.results import Results
@@ -17,6 +18,9 @@ from evo_hpo.search.budget import KINDS
 
 SHOWN = 14
 """Most lines in one picture; tables hold all searchers."""
+
+FACTOR = 2.5
+"""From so many times the least loss on, uniform would squeeze what lies below it: losses are then drawn by factors."""
 
 
 def anytime_figure(results: Results, problem: str, axis: str | None = None) -> Figure:
@@ -33,8 +37,7 @@ def anytime_figure(results: Results, problem: str, axis: str | None = None) -> F
     for ax, on in zip(parts.flat, shown, strict=True):
         bands = _anytime(ax, on, problem, axis, order, styles)
         if ax is parts.flat[0]:
-            title = _title(results, problem, bands) + ("  ·  lower is better" if texts else "")
-            ax.set_title(title, loc="left", fontsize=10, color=INK)
+            ax.set_title(_title(results, problem, bands), loc="left", fontsize=10, color=INK)
     parts.flat[-1].set_xlabel(KINDS[axis], color=INK)
     return drawn
 
@@ -57,7 +60,7 @@ def _anytime(
     ax.set_xlim(0, end * 1.005)
     hidden = _focus(ax, bands, uniform.loss if uniform else None)
     _references(ax, info.reference.get("loss"), info.optimum)
-    ax.set_ylabel(f"{info.loss_name}, lower is better" if not info.texts else info.loss_name, color=INK)
+    ax.set_ylabel(f"{info.loss_name}, lower is better" if not info.texts else f"{info.loss_name} ↓", color=INK)
     thousands(ax)
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     if handles:
@@ -88,13 +91,21 @@ def _focus(ax: Axes, bands: dict[str, Band], uniform: float | None) -> set[str]:
     _, high = ax.get_ylim()
     if uniform is None or not best < uniform:
         return set()
-    limit = uniform + 1.5 * (uniform - best)
-    if high <= limit + (uniform - best):
+    limit = uniform + 0.3 * (uniform - best)
+    if factors := 0 < FACTOR * best < uniform:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(lambda value, _: figure_text(value).rstrip("0").rstrip("."))
+    if high <= limit + 0.3 * (uniform - best):
         return set()
     lowest = min(b.low.min() for b in bands.values() if b.count)
     highest = max([uniform, *(b.high.max() for label, b in bands.items() if b.count and ends[label] <= limit)])
     ceiling = min(highest, limit)
-    ax.set_ylim(lowest - 0.12 * (ceiling - lowest), ceiling + 0.06 * (ceiling - lowest))
+    if factors:
+        ax.set_ylim(lowest * (lowest / ceiling) ** 0.12, ceiling * (ceiling / lowest) ** 0.06)
+    else:
+        ax.set_ylim(lowest - 0.12 * (ceiling - lowest), ceiling + 0.06 * (ceiling - lowest))
     return {label for label, value in ends.items() if value > limit}
 
 
@@ -131,7 +142,8 @@ def _references(ax: Axes, dense: float | None, optimum: float | None) -> None:
         if value is None:
             continue
         low, high = ax.get_ylim()
-        if high - min(low, value) <= 2.0 * (high - low):
+        if high - min(low, value) <= 1.5 * (high - low) and (value > 0 or ax.get_yscale() == "linear"):
+            ax.set_ylim(min(low, value - 0.02 * (high - low)), high)
             ax.axhline(value, color=FAINT, dashes=(1, 2), linewidth=1.4)
             ax.plot([], [], color=FAINT, dashes=(1, 2), linewidth=1.4, label=f"{name}  {figure_text(value)}")
         else:

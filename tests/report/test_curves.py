@@ -105,3 +105,20 @@ def test_targets_lie_between_uniform_and_the_best_known() -> None:
     comparison = made({"fast": [(20, 5.0), (100, 1.0)]})
     found = targets(comparison, "made", 7)
     assert found.tolist() == pytest.approx([7, 6, 5, 4, 3, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("best", "scale", "cut"), [(0.9, "log", True), (3.5, "linear", True), (0.9, "log", False), (3.5, "linear", False)]
+)
+def test_what_is_far_above_uniform_squeezes_nothing(best: float, scale: str, cut: bool) -> None:
+    """Losses that uniform is a multiple of are drawn by factors; what is above the picture is marked."""
+    found = in_memory({"uniform": [4.0], "good": [best, best, best], "bad": [8.0 if cut else 3.9] * 3})
+    (axes,) = found.anytime().axes
+    low, high = axes.get_ylim()
+    assert axes.get_yscale() == scale
+    assert 0 < low < best < 4.0 < high < 5.5
+    legend = axes.get_legend()
+    assert legend is not None
+    entries = {text.get_text() for text in legend.get_texts()}
+    assert ("bad  8.000  ↑" if cut else "bad  3.900") in entries
+    assert ("above this picture" in legend.get_title().get_text()) == cut

@@ -12,6 +12,7 @@ import argparse
 import base64
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -58,11 +59,17 @@ def keep(folder: Path, target: Path, command: str, note: str = "") -> None:
     (target / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
+def _gpus(names: Sequence[str], problems: str) -> str:
+    """Those of the machine, where a problem of the plan may have used one."""
+    used = any(word in problems for word in ("cuda", "'device': 'auto'"))
+    return "".join(f"{count} x {name}, " for name, count in Counter(names).items()) if used else ""
+
+
 def _head(comparison: Findings, command: str) -> Iterator[str]:
     keys = list(comparison.problems)
     summary = summarise(comparison, keys)
     recorded, machine, versions = comparison.recorded, comparison.recorded.machine, comparison.recorded.versions
-    cores, gpus = machine.get("cores"), "".join(f"{name}, " for name in machine.get("gpus") or ())
+    cores, gpus = machine.get("cores"), _gpus(machine.get("gpus") or (), str(recorded.plan.get("problems")))
     yield from (f"# {comparison.name}", "", str(recorded.plan.get("description") or ""), "")
     yield from ("```console", command, "```", "")
     yield (

@@ -42,6 +42,8 @@ class BlockStream:
         self._sources: dict[nn.Parameter, Source] = {}
         self._depth = [0] * len(blocks)
         self._ahead: dict[int, Future[Ready]] = {}
+        self._last = -1
+        self._ended: Any = None  # event of a GPU: the last turn's work is done
         self._thread = ThreadPoolExecutor(1, "prefetch", initializer=lambda: torch.set_num_threads(1))
 
     def brings(self, module: nn.Module) -> bool:
@@ -78,6 +80,8 @@ class BlockStream:
             if self._depth[number] == 0:
                 for parameter in self._parameters[number]:
                     parameter.data = self._waiting[parameter]
+                if self._copies:
+                    self._ended = torch.cuda.current_stream(self.device).record_event()
 
     def _bring(self, number: int) -> None:
         waiting = self._ahead.pop(number, None)
@@ -89,8 +93,12 @@ class BlockStream:
             parameter.data = weight
             if event is not None:
                 weight.record_stream(torch.cuda.current_stream(self.device))
-        if number + 1 < len(self._parameters) and number + 1 not in self._ahead:
-            self._ahead = {number + 1: self._thread.submit(self._fetch, number + 1, self._wanted(number + 1))}
+        if self._ended is not None:  # or blocks would be sent faster than the device is done with them
+            self._ended.synchronize()
+        following = number - 1 if self._last == number + 1 else number + 1  # a backward pass takes them in reverse
+        self._last = number
+        if 0 <= following < len(self._parameters) and following not in self._ahead:
+            self._ahead = {following: self._thread.submit(self._fetch, following, self._wanted(following))}
 
     def _wanted(self, number: int) -> list[Source | None]:
         return [self._sources.get(parameter) for parameter in self._parameters[number]]

@@ -67,11 +67,12 @@ def cores() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, GPUs where there are any, memory in GiB, system."""
+    """Processor, cores and GPUs (where there are any) that this process may use, memory in GiB, system."""
+    gpus = _visible(_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     return {
         "processor": _processor(),
         "cores": cores(),
-        **({"gpus": list(_gpus())} if _gpus() else {}),
+        **({"gpus": gpus} if gpus else {}),
         "memory_gib": _memory_gib(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "executable": f"{sys.implementation.name} {platform.python_version()}",
@@ -82,6 +83,14 @@ def machine() -> dict[str, Any]:
 def _gpus() -> tuple[str, ...]:
     """Names of NVIDIA's, as its driver tells them: to ask torch would take memory on each."""
     return tuple((_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines())
+
+
+def _visible(names: tuple[str, ...], chosen: str | None) -> list[str]:
+    """Of GPUs those that a list of their numbers leaves; all where it is none or names them otherwise."""
+    numbers = None if chosen is None else [part.strip() for part in chosen.split(",") if part.strip()]
+    if numbers is None or not all(number.lstrip("-").isdecimal() for number in numbers):
+        return list(names)
+    return [names[int(number)] for number in numbers if 0 <= int(number) < len(names)]
 
 
 @cache

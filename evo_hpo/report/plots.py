@@ -22,6 +22,9 @@ SHOWN = 14
 FACTOR = 2.5
 """From so many times the least loss on, uniform would squeeze what lies below it: losses are then drawn by factors."""
 
+MOST = 1e3
+"""Up to so many times: beyond, factors would show nothing but how near to 0 a search came."""
+
 
 def anytime_figure(results: Results, problem: str, axis: str | None = None) -> Figure:
     """Held-out loss of the incumbent against tokens, evaluations or seconds; median over seeds with its band.
@@ -85,22 +88,26 @@ def _last_figure(name: str) -> float:
 
 
 def _focus(ax: Axes, bands: dict[str, Band], uniform: float | None) -> set[str]:
-    """Cuts the picture above uniform where something far worse would squeeze what matters; who is cut off."""
-    ends = {label: b.middle[-1] for label, b in bands.items() if b.count}
-    best = min([b.middle.min() for b in bands.values() if b.count], default=math.nan)
-    _, high = ax.get_ylim()
-    if uniform is None or not best < uniform:
+    """Cuts the picture above uniform where something far worse would squeeze what matters; who is cut off.
+
+    Losses that uniform is a multiple of are drawn by factors.
+    """
+    drawn = {label: b for label, b in bands.items() if b.count and np.isfinite(b.middle).any()}
+    best = min([float(np.nanmin(b.middle)) for b in drawn.values()], default=math.nan)
+    if uniform is None or not best < uniform < math.inf:
         return set()
-    limit = uniform + 0.3 * (uniform - best)
-    if factors := 0 < FACTOR * best < uniform:
+    lowest = min(float(np.nanmin(b.low)) for b in drawn.values())
+    _, high = ax.get_ylim()
+    if factors := lowest > 0 and FACTOR * best < uniform < MOST * lowest:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if uniform < 20 * lowest else (1.0,)))
         ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(lambda value, _: figure_text(value).rstrip("0").rstrip("."))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    limit = uniform + 0.3 * (uniform - best)
     if high <= limit + 0.3 * (uniform - best):
         return set()
-    lowest = min(b.low.min() for b in bands.values() if b.count)
-    highest = max([uniform, *(b.high.max() for label, b in bands.items() if b.count and ends[label] <= limit)])
+    ends = {label: b.middle[-1] for label, b in drawn.items()}
+    highest = max([uniform, *(float(np.nanmax(b.high)) for label, b in drawn.items() if ends[label] <= limit)])
     ceiling = min(highest, limit)
     if factors:
         ax.set_ylim(lowest * (lowest / ceiling) ** 0.12, ceiling * (ceiling / lowest) ** 0.06)
@@ -142,10 +149,17 @@ def _references(ax: Axes, dense: float | None, optimum: float | None) -> None:
         if value is None:
             continue
         low, high = ax.get_ylim()
-        if high - min(low, value) <= 1.5 * (high - low) and (value > 0 or ax.get_yscale() == "linear"):
-            ax.set_ylim(min(low, value - 0.02 * (high - low)), high)
+        by_factors = ax.get_yscale() == "log"
+        if by_factors:
+            near = value > 0 and math.log(high / min(low, value)) <= 1.5 * math.log(high / low)
+        else:
+            near = high - min(low, value) <= 1.5 * (high - low)
+        if near:
             ax.axhline(value, color=FAINT, dashes=(1, 2), linewidth=1.4)
             ax.plot([], [], color=FAINT, dashes=(1, 2), linewidth=1.4, label=f"{name}  {figure_text(value)}")
+            below = value * (low / high) ** 0.02 if by_factors else value - 0.02 * (high - low)
+            above = value * (high / low) ** 0.02 if by_factors else value + 0.02 * (high - low)
+            ax.set_ylim(min(low, below), max(high, above))
         else:
             ax.annotate(
                 f"{name}: {figure_text(value)}, below this picture", (0.01, 0.02), xycoords="axes fraction",

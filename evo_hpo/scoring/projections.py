@@ -94,6 +94,7 @@ class Projector:
         for sequences, unit, found in self._sums:  # fetched only now: a GPU would be waited for at each
             by_sequence = found.cpu().numpy().reshape(len(sequences), -1, found.shape[1])
             np.add.at(self._found[:, :, unit, : found.shape[1]], sequences, by_sequence)  # a layer may run twice
+        self._sums.clear()
         sums = self._found.sum(axis=1)
         return np.sqrt(sums) if self._form in ("output", "trace") else sums, np.square(self._found).sum(axis=1)
 

@@ -14,8 +14,11 @@ ELEMENTS = 1 << 20
 """Numbers of the per-sequence gradients that exist at one time on a CPU: rows of a weight are taken by so many."""
 
 ELEMENTS_ELSEWHERE = 1 << 27
-"""The same on a GPU (0.8 GB, in bfloat16 and in the single precision that is summed): all rows of a small model's
+"""The same on a GPU (0.8 GB, in bfloat16 and in single precision): all rows of a small model's
 layers, since an operation on fewer takes longer to start than to do."""
+
+LONGEST = 1 << 20
+"""Most products that are summed in single precision there, before sums in double precision go on."""
 
 SEQUENCES = 8
 """Sequences, or parts of them, whose gradients exist at one time on a CPU: with more of them, fewer rows do, and narrow
@@ -58,8 +61,11 @@ def squared_lengths(seen: Seen, place: Tensor | None, targets: Sequence[Tensor |
     return gradient, change
 
 
-def _elements(device: torch.device) -> int:
-    return ELEMENTS if device.type == "cpu" else ELEMENTS_ELSEWHERE
+def _rows_at_a_time(device: torch.device, together: int, columns: int) -> int:
+    """Rows of so many columns, of which so many matrices exist at one time."""
+    if device.type == "cpu":
+        return max(16, ELEMENTS // (together * columns))
+    return max(1, min(ELEMENTS_ELSEWHERE // together, LONGEST) // columns)
 
 
 def _sequences(seen: Seen) -> int:
@@ -75,7 +81,7 @@ def _in_rows(
     height, columns, together = left.shape[2], right.shape[2], max(len(each) for each, _ in seen)
     if left.device.type == "cpu":
         together = min(together, SEQUENCES)
-    step = min(max(16, _elements(left.device) // (together * columns)), height)
+    step = min(_rows_at_a_time(left.device, together, columns), height)
     # The same memory for all of them: pages fresh from the system cost as much as the products.
     product = right.new_empty(together * step * columns)
     wide = product if right.dtype == exact else torch.empty_like(product, dtype=exact)
@@ -142,7 +148,7 @@ def output_changes(
     if transposed:
         place, targets = None if place is None else place.T, [None if t is None else t.T for t in targets]
     positions = max(left.shape[0] * left.shape[1] for left, _ in seen)
-    step = max(16, _elements(gradient.device) // max(positions, columns))
+    step = _rows_at_a_time(gradient.device, 1, max(positions, columns))
     for first in range(0, height, step):
         rows = slice(first, min(first + step, height))
         changes, done = _changes(place, targets, rows, columns, exact, gradient.device), 0

@@ -23,7 +23,14 @@ def test_gpus_are_named_where_the_driver_names_them(tmp_path: Path, monkeypatch:
     driver.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA L4\n")
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert environment.machine()["gpus"] == ["NVIDIA H200", "NVIDIA L4"]
+    for chosen, expected in (("1", ["NVIDIA L4"]), ("1,0", ["NVIDIA L4", "NVIDIA H200"]), ("GPU-8f", None)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert environment.machine()["gpus"] == (expected or ["NVIDIA H200", "NVIDIA L4"])
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert "gpus" not in environment.machine()
 
 
 @pytest.mark.parametrize("script", [None, "#!/bin/sh\necho 'no devices were found'\nexit 6\n"])

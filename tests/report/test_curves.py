@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -122,3 +123,39 @@ def test_what_is_far_above_uniform_squeezes_nothing(best: float, scale: str, cut
     entries = {text.get_text() for text in legend.get_texts()}
     assert ("bad  8.000  ↑" if cut else "bad  3.900") in entries
     assert ("above this picture" in legend.get_title().get_text()) == cut
+
+
+@pytest.mark.parametrize("optimum", [None, 0.0, 0.01, 0.5, 5.0])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {"uniform": [4.0], "good": [0.0, 0.5, 0.6, 0.5, 0.5], "random": [9.0] * 5},
+        {"uniform": [4.0], "good": [-0.1, 0.5, 0.6], "b": [0.0, 2.0, 3.0]},
+        {"uniform": [math.inf], "good": [1.0] * 3, "bad": [50.0] * 3},
+        {"uniform": [4.0], "good": [math.nan, 1.0, 1.0], "nothing": [math.nan] * 3},
+        {"uniform": [4.0], "good": [1e-6] * 3, "b": [3.0] * 3},
+        {"uniform": [4.0], "good": [1.0] * 3},
+    ],
+)
+def test_a_picture_of_any_losses_has_limits_and_few_labels(
+    losses: Mapping[str, Sequence[float]], optimum: float | None
+) -> None:
+    found = in_memory(dict(losses), optimum=optimum)
+    (axes,) = found.anytime().axes
+    axes.figure.canvas.draw()
+    low, high = axes.get_ylim()
+    assert math.isfinite(low)
+    assert math.isfinite(high)
+    ticks = [place for place in axes.get_yticks() if low <= place <= high]
+    assert len(ticks) < 20
+    legend = axes.get_legend()
+    assert legend is not None
+    if optimum is not None and any(text.get_text().startswith("optimum") for text in legend.get_texts()):
+        assert low < optimum < high
+
+
+def test_labels_of_large_losses_keep_their_zeros() -> None:
+    (axes,) = in_memory({"uniform": [9000.0], "good": [900.0] * 3}).anytime().axes
+    axes.figure.canvas.draw()
+    labels = {text.get_text() for text in axes.get_yticklabels()}
+    assert {"1,000", "2,000", "5,000"} <= labels

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.text import sample_from_model
+from evo_hpo.scoring import weight_changes
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.language_model_problem import LanguageModelProblem
 from evo_hpo.scoring.sampling import sequences_of
@@ -137,6 +138,30 @@ def test_blocks_of_rows_and_of_sequences_add_up(monkeypatch: pytest.MonkeyPatch,
     found = SensitivityPass(model, levels, tiny_tokens(), batch=batch).measure(None, MINIBATCH, "true", form)
     expected = _directly("llama", levels, None, form)
     np.testing.assert_allclose(found.projections, expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("form", ["inner", "absolute", "output", "trace"])
+@pytest.mark.parametrize(("elements", "longest"), [(256, 64), (1 << 20, 1 << 10), (1 << 27, 1 << 20)])
+def test_rows_as_a_gpu_takes_them_add_up(
+    monkeypatch: pytest.MonkeyPatch, form: Form, elements: int, longest: int
+) -> None:
+    rows = weight_changes._rows_at_a_time
+    monkeypatch.setattr(weight_changes, "_rows_at_a_time", lambda _, *counts: rows(torch.device("cuda"), *counts))
+    monkeypatch.setattr(weight_changes, "ELEMENTS_ELSEWHERE", elements)
+    monkeypatch.setattr(weight_changes, "LONGEST", longest)
+    model = tiny_model("llama")
+    levels = RoundedLevels(model)
+    found = SensitivityPass(model, levels, tiny_tokens(), batch=16).measure(None, MINIBATCH, "true", form)
+    expected = _directly("llama", levels, None, form)
+    np.testing.assert_allclose(found.projections, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_memory_of_a_gpu_is_bounded_whatever_the_layer() -> None:
+    for together, columns in ((1, 14336), (128, 576), (1024, 14336), (1 << 15, 1 << 15)):
+        step = weight_changes._rows_at_a_time(torch.device("cuda"), together, columns)
+        assert step >= 1
+        assert step == 1 or together * step * columns <= weight_changes.ELEMENTS_ELSEWHERE
+        assert step == 1 or step * columns <= weight_changes.LONGEST
 
 
 def test_what_is_dropped_takes_its_output_along() -> None:

@@ -110,6 +110,14 @@ def test_sensitivities_are_those_of_the_cpu(folder: Path, kind: Any, form: Any) 
     assert found.tokens == expected.tokens
 
 
+@pytest.mark.parametrize("form", ["inner", "output", "trace"])
+def test_rows_of_a_layer_add_up(folder: Path, monkeypatch: pytest.MonkeyPatch, form: Any) -> None:
+    expected = problem(folder, device="cpu").sensitivities(None, MINIBATCH, kind="true", form=form)
+    monkeypatch.setattr("evo_hpo.scoring.weight_changes.ELEMENTS_ELSEWHERE", 4096)
+    found = problem(folder).sensitivities(None, MINIBATCH, kind="true", form=form)
+    np.testing.assert_allclose(found.projections, expected.projections, atol=2e-4 * np.abs(expected.projections).max())
+
+
 def test_sensitivities_in_bfloat16_are_near_those_in_single_precision(folder: Path) -> None:
     rough, fine = (
         problem(folder, dtype=d).sensitivities(None, MINIBATCH, kind="true").effects() for d in ("bfloat16", "float32")

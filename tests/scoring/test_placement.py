@@ -18,6 +18,7 @@ from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.gates import replicate
 from evo_hpo.models.loading import load_model
 from evo_hpo.models.placing import Stages, beside_blocks
+from evo_hpo.models.streaming import BlockStream
 from evo_hpo.models.structure import decoder_blocks
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.placement import Placement
@@ -91,6 +92,24 @@ def test_sensitivities_are_those_of_one_device(form: Any) -> None:
     Stages.spread(spread, ["cpu", "cpu"])
     for found in (measured(model, torch.device("cpu")), measured(spread, None)):
         assert (found.projections == expected.projections).all()
+
+
+def test_blocks_come_ahead_of_their_turn_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way back the one before is fetched: each block once a way, all but the first of a way ahead."""
+    model = tiny_model("llama")
+    passed = SensitivityPass(
+        model, RoundedLevels(model), tiny_tokens(length=LENGTH), stream=torch.device("cpu"), graph_bytes=0, batch=16
+    )
+    fetched: list[int] = []
+    fetch = BlockStream._fetch
+
+    def noted(own: BlockStream, number: int, sources: Any) -> Any:
+        fetched.append(number)
+        return fetch(own, number, sources)
+
+    monkeypatch.setattr(BlockStream, "_fetch", noted)
+    passed.measure(None, LARGE, "true")
+    assert fetched == [0, 1, 2, 2, 1, 0]
 
 
 class Inline:

@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048], help="a candidate")
     options = parser.parse_args(arguments)
     print(f"{options.device}, {options.dtype}, {CANDIDATES} offspring of the uniform 3 bits; torch {torch.__version__}")
+    losses: dict[int, set[float]] = {}
     print(f"{'memory':12}{'tokens':>8}{'ms a candidate':>16}{'GB on the GPU':>15}  mean loss")
     for memory in KINDS:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 measured, (memory, options.device, options.dtype, options.tokens)
             ):
                 print(f"{memory:12}{tokens:8}{1e3 * seconds:16.2f}{held / 1e9:15.2f}  {loss:.9f}", flush=True)
+                losses.setdefault(tokens, set()).add(loss)
+    if any(len(found) > 1 for found in losses.values()):
+        raise SystemExit("placements differ in their losses")
 
 
 def measured(memory: str, device: str, dtype: str, sizes: Sequence[int]) -> list[tuple[int, float, int, float]]:
@@ -44,6 +48,8 @@ def measured(memory: str, device: str, dtype: str, sizes: Sequence[int]) -> list
     switches = list(problem.space.switches(problem.space.uniform()))
     rows = []
     for tokens in sizes:
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
         for seed in (0, 1):
             chosen = np.random.default_rng(seed).choice(len(switches), CANDIDATES, replace=False)
             offspring = [switches[int(number)] for number in chosen]

@@ -13,8 +13,9 @@ import base64
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from evo_hpo.report.findings import Findings
 from evo_hpo.report.page import medians_sheet
@@ -59,9 +60,10 @@ def keep(folder: Path, target: Path, command: str, note: str = "") -> None:
     (target / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def _gpus(names: Sequence[str], problems: str) -> str:
+def _gpus(names: Sequence[str], plan: Mapping[str, Any]) -> str:
     """Those of the machine, where a problem of the plan may have used one."""
-    used = any(word in problems for word in ("cuda", "'device': 'auto'"))
+    settings = [problem.get("settings") or {} for problem in plan.get("problems") or ()]
+    used = any(own.get("devices") or own.get("device", "cpu") != "cpu" for own in settings)
     return "".join(f"{count} x {name}, " for name, count in Counter(names).items()) if used else ""
 
 
@@ -69,7 +71,7 @@ def _head(comparison: Findings, command: str) -> Iterator[str]:
     keys = list(comparison.problems)
     summary = summarise(comparison, keys)
     recorded, machine, versions = comparison.recorded, comparison.recorded.machine, comparison.recorded.versions
-    cores, gpus = machine.get("cores"), _gpus(machine.get("gpus") or (), str(recorded.plan.get("problems")))
+    cores, gpus = machine.get("cores"), _gpus(machine.get("gpus") or (), recorded.plan)
     yield from (f"# {comparison.name}", "", str(recorded.plan.get("description") or ""), "")
     yield from ("```console", command, "```", "")
     yield (

@@ -98,7 +98,7 @@ def _focus(ax: Axes, bands: dict[str, Band], uniform: float | None) -> set[str]:
         return set()
     lowest = min(float(np.nanmin(b.low)) for b in drawn.values())
     _, high = ax.get_ylim()
-    if factors := lowest > 0 and FACTOR * best < uniform < MOST * lowest:
+    if lowest > 0 and FACTOR * best < uniform < MOST * lowest:
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if uniform < 20 * lowest else (1.0,)))
         ax.yaxis.set_minor_locator(NullLocator())
@@ -109,11 +109,16 @@ def _focus(ax: Axes, bands: dict[str, Band], uniform: float | None) -> set[str]:
     ends = {label: b.middle[-1] for label, b in drawn.items()}
     highest = max([uniform, *(float(np.nanmax(b.high)) for label, b in drawn.items() if ends[label] <= limit)])
     ceiling = min(highest, limit)
-    if factors:
-        ax.set_ylim(lowest * (lowest / ceiling) ** 0.12, ceiling * (ceiling / lowest) ** 0.06)
-    else:
-        ax.set_ylim(lowest - 0.12 * (ceiling - lowest), ceiling + 0.06 * (ceiling - lowest))
+    _set_limits(ax, lowest, ceiling, below=0.12, above=0.06)
     return {label for label, value in ends.items() if value > limit}
+
+
+def _set_limits(ax: Axes, low: float, high: float, *, below: float, above: float) -> None:
+    """What is drawn, with margins: shares of its height on the axis's own scale."""
+    scale = ax.yaxis.get_transform()
+    bottom, top = scale.transform([low, high])
+    room = top - bottom
+    ax.set_ylim(*scale.inverted().transform([bottom - below * room, top + above * room]))
 
 
 def _bands(results: Results, problem: str, axis: str, labels: Sequence[str]) -> dict[str, Band]:
@@ -149,17 +154,11 @@ def _references(ax: Axes, dense: float | None, optimum: float | None) -> None:
         if value is None:
             continue
         low, high = ax.get_ylim()
-        by_factors = ax.get_yscale() == "log"
-        if by_factors:
-            near = value > 0 and math.log(high / min(low, value)) <= 1.5 * math.log(high / low)
-        else:
-            near = high - min(low, value) <= 1.5 * (high - low)
-        if near:
+        bottom, place, top = ax.yaxis.get_transform().transform([low, value, high])
+        if top - min(bottom, place) <= 1.5 * (top - bottom):
             ax.axhline(value, color=FAINT, dashes=(1, 2), linewidth=1.4)
             ax.plot([], [], color=FAINT, dashes=(1, 2), linewidth=1.4, label=f"{name}  {figure_text(value)}")
-            below = value * (low / high) ** 0.02 if by_factors else value - 0.02 * (high - low)
-            above = value * (high / low) ** 0.02 if by_factors else value + 0.02 * (high - low)
-            ax.set_ylim(min(low, below), max(high, above))
+            _set_limits(ax, min(low, value), max(high, value), below=0.02 * (value < low), above=0.02 * (value > high))
         else:
             ax.annotate(
                 f"{name}: {figure_text(value)}, below this picture", (0.01, 0.02), xycoords="axes fraction",

@@ -41,6 +41,9 @@ from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.sensitivities import READS, Form, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
 
+WRITTEN_TOGETHER = 64
+"""Sequences that the model writes at a time: a token of all of them takes little longer than one of one."""
+
 
 @dataclass
 class _Segment:
@@ -168,7 +171,7 @@ class SensitivityPass:
         if self._gated.stream and self._tokens.device.type != "cpu":
             raise InvalidSettingError("a model whose blocks are brought to the device writes no text: use the pool's")
         length = self._tokens.shape[1]
-        text = sample_from_model(self._model, minibatch.tokens // length, length, minibatch.seed)
+        text = sample_from_model(self._model, minibatch.tokens // length, length, minibatch.seed, WRITTEN_TOGETHER)
         return text.to(self._tokens.device)
 
     def _measure(

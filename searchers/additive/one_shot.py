@@ -14,22 +14,28 @@ from evo_hpo.search.sensitivities import READS
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
+WITHOUT_A_LIMIT = 8192
+"""Tokens of a pass where nothing says how many the budget pays for."""
+
 
 class OneShot(Procedure):
     """Asks for no loss before its solution is there, and for one then: that of the solution.
 
     Args:
         share: of the budget that the passes may take, above 0 and at most 1; the solution's own trial is kept back.
-        most_tokens: read by each pass at most; where the budget is not in tokens, so many are read.
+        most_tokens: read by each pass at most; by default no limit, and 8192 where the budget is not in tokens.
     """
 
     asks_for_sensitivities = True
 
-    def __init__(self, space: CompressionSpace, *, seed: int = 0, share: float = 1.0, most_tokens: int = 8192) -> None:
+    def __init__(
+        self, space: CompressionSpace, *, seed: int = 0, share: float = 1.0, most_tokens: int | None = None
+    ) -> None:
         super().__init__(space, seed=seed)
         if not 0 < share <= 1:
             raise InvalidSettingError(f"share={share!r} must be above 0 and at most 1")
-        self.share, self.most_tokens = share, positive("most_tokens", most_tokens)
+        self.share = share
+        self.most_tokens = None if most_tokens is None else positive("most_tokens", most_tokens)
         self.solution: Assignment | None = None
 
     @property
@@ -62,10 +68,11 @@ class OneShot(Procedure):
         left, each = self.allowance, self.allowance.default_tokens
         if left.evaluations is not None and left.evaluations <= self.reads:
             return 0
-        count = max(1, self.most_tokens // max(each, 1))
-        if left.tokens is not None:
-            count = min(count, int(min(self.share * left.tokens, left.tokens - each)) // (self.reads * each))
-        return count * each
+        most = self.most_tokens
+        if left.tokens is None:
+            return each * max(1, (most or WITHOUT_A_LIMIT) // max(each, 1))
+        count = int(min(self.share * left.tokens, left.tokens - each)) // (self.reads * each)
+        return each * (count if most is None else min(count, max(1, most // each)))
 
 
 def effects_of(space: CompressionSpace, measured: np.ndarray[Any, Any]) -> list[list[float]]:

@@ -27,11 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048], help="a candidate")
+    parser.add_argument("--memory", nargs="+", default=list(KINDS), choices=KINDS, help="placements to measure")
     options = parser.parse_args(arguments)
     print(f"{options.device}, {options.dtype}, {CANDIDATES} offspring of the uniform 3 bits; torch {torch.__version__}")
     losses: dict[int, set[float]] = {}
     print(f"{'memory':12}{'tokens':>8}{'ms a candidate':>16}{'GB on the GPU':>15}  mean loss")
-    for memory in KINDS:
+    for memory in options.memory:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             for tokens, seconds, held, loss in pool.apply(
                 measured, (memory, options.device, options.dtype, options.tokens)

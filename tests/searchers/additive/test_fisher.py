@@ -50,6 +50,8 @@ def test_a_token_of_the_pass_costs_three_and_the_last_trial_is_always_paid() -> 
     half = _run(_problem(), share=0.5)
     assert half.probes[0].probe.tokens == 3 * 1024
     assert _run(_problem(), most_tokens=2048).probes[0].probe.tokens == 2048
+    assert _run(_problem(), Budget(tokens=60_000)).probes[0].probe.tokens == 19 * 1024  # no limit but the budget's
+    assert _run(_problem(), Budget(evaluations=10)).probes[0].probe.tokens == 8192
 
 
 @pytest.mark.parametrize("budget", [Budget(tokens=2000), Budget(tokens=4000), Budget(evaluations=3)])

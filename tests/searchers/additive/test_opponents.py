@@ -50,7 +50,7 @@ def _best(problem: NoisyProblem | FunctionProblem) -> float:
         ("fisher", {}),
         ("fisher", {"effect": "trace"}),
         ("fisher", {"effect": "output", "labels": "true"}),
-        ("augmented_hessian", {}),
+        ("augmented_hessian", {"most_tokens": 8192}),  # its cross terms are noise here, never quite shrunk away
         ("delta_loss", {"loss": "kl"}),
         ("zeroq", {}),
     ],
@@ -175,7 +175,7 @@ def test_all_that_is_read_is_charged(name: str, settings: dict[str, Any], reads:
     result = _run(name, _problem(), Budget(tokens=40_000), **settings)
     ledger, tokens = result.ledger, (40_000 - 1024) // (reads * 1024) * 1024
     assert ledger is not None
-    assert ledger.tokens == reads * min(tokens, 8192) + 1024 <= 40_000
+    assert ledger.tokens == reads * tokens + 1024 <= 40_000
     assert sum(m.sensitivities.tokens for m in result.probes) == ledger.tokens - 1024
     assert ledger.evaluations == reads + 1
 

@@ -54,7 +54,7 @@ class NoisyProblem(Problem):
         self.landscape = landscape
         self.noise = noise
         self.tokens = tokens
-        self.pool_tokens = 0
+        self.pool_tokens = MOST_DRAWS // len(space) * SEQUENCE
         self.optimum = optimum
         self.quality = sensitivities
 
@@ -100,9 +100,10 @@ class NoisyProblem(Problem):
 
     def check(self, tokens: int) -> None:
         """Raises InvalidSettingError when a minibatch of so many tokens would not fit into memory."""
-        most = MOST_DRAWS // len(self.space) * SEQUENCE
-        if tokens > most:
-            raise InvalidSettingError(f"a minibatch of {tokens} tokens: at most {most} with {len(self.space)} units")
+        if tokens > self.pool_tokens:
+            raise InvalidSettingError(
+                f"a minibatch of {tokens} tokens: at most {self.pool_tokens} with {len(self.space)} units"
+            )
 
     def validate(self, assignment: Assignment) -> dict[str, float]:
         return {"loss": self.landscape(assignment)}

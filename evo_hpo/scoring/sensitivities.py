@@ -41,8 +41,9 @@ from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.sensitivities import READS, Form, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
 
-WRITTEN_TOGETHER = 64
-"""Sequences that the model writes at a time: a token of all of them takes little longer than one of one."""
+WRITTEN_TOGETHER = 16384
+"""Tokens of the sequences that the model writes at a time (an 8B model's keys and values take 2 GB then): on a GPU the
+next token of all of them takes little longer than that of one."""
 
 
 @dataclass
@@ -171,7 +172,8 @@ class SensitivityPass:
         if self._gated.stream and self._tokens.device.type != "cpu":
             raise InvalidSettingError("a model whose blocks are brought to the device writes no text: use the pool's")
         length = self._tokens.shape[1]
-        text = sample_from_model(self._model, minibatch.tokens // length, length, minibatch.seed, WRITTEN_TOGETHER)
+        together = max(1, WRITTEN_TOGETHER // length)
+        text = sample_from_model(self._model, minibatch.tokens // length, length, minibatch.seed, together)
         return text.to(self._tokens.device)
 
     def _measure(

@@ -59,8 +59,10 @@ def noise_of_pairs(found: Sensitivities, at: Assignment) -> float:
     projections = found.projections.astype(np.float64)[:, np.arange(len(at)), list(at)]
     if len(projections) < 2:
         return 1.0
-    products = projections[:, :, None] * projections[:, None, :]
-    off = ~np.eye(len(at), dtype=bool)
-    squares = float(np.square(products.mean(axis=0)[off]).sum())
-    variance = float(products.var(axis=0, ddof=1)[off].sum()) / len(products)
+    count, own = len(projections), np.square(projections)
+    means = projections.T @ projections / count
+    np.fill_diagonal(means, 0.0)
+    squares = float(np.square(means).sum())
+    of_products = float(np.square(own.sum(axis=1)).sum() - np.square(own).sum()) / count  # mean over sequences, pairs
+    variance = (of_products - squares) / (count - 1)
     return min(1.0, variance / squares) if squares else 1.0

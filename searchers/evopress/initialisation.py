@@ -19,6 +19,8 @@ from searchers.evopress.settings import WARM_STARTS, Settings
 if TYPE_CHECKING:
     from numpy.random import Generator
 
+MOST_OF_A_START = 8192  # tokens that `fisher` reads for one, however large the share: the rest is for the search
+
 UNMEASURED = 4  # trials a unit of such a searcher where the budget, in seconds, gives no share of trials
 
 
@@ -123,7 +125,8 @@ def initialisation(space: CompressionSpace, settings: Settings, seed: int) -> St
     """The start that the settings name."""
     rule, tokens = settings.init, settings.initial_tokens or settings.selection.stages[0].tokens
     if rule == "fisher":
-        return FisherStart(make_searcher(rule, space, seed=seed), tokens, settings.initial_share)
+        fisher = make_searcher(rule, space, seed=seed, most_tokens=MOST_OF_A_START)
+        return FisherStart(fisher, tokens, settings.initial_share)
     if rule in WARM_STARTS:
         return WarmStart(make_searcher(rule, space, seed=seed, tokens=tokens), tokens, settings.initial_share)
     rng = np.random.default_rng([seed, 1])

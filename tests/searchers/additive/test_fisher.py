@@ -72,6 +72,12 @@ def test_a_pass_reads_no_more_than_the_pool_holds_and_is_charged_for_that() -> N
     assert result.ledger.tokens == 3 * 2048 + 1024
 
 
+def test_a_budget_of_more_than_a_synthetic_problem_can_draw_is_no_error() -> None:
+    problem = noisy(units=200, seed=1)
+    result = search(Fisher(problem.space), problem, budget=Budget(tokens=10**7), seed=1)
+    assert result.probes[0].probe.tokens == problem.pool_tokens == 3_200_000
+
+
 def test_another_seed_draws_another_calibration_sample() -> None:
     found = [_run(_problem("noisy"), seed=s).probes[0].sensitivities.projections for s in (0, 0, 1)]
     np.testing.assert_array_equal(found[0], found[1])

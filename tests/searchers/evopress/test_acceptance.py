@@ -160,9 +160,10 @@ def test_a_start_from_curvature_is_the_solution_of_fisher_and_is_charged() -> No
     problem = noisy(units=20, seed=1)
     result = _run(problem, init="fisher", initial_share=0.25)
     (measured,) = result.probes
-    assert measured.probe.tokens == 8192  # and 32 x 256 are the most that a quarter of the budget pays
+    assert measured.probe.tokens == 8192  # 32 x 256 are the most that a quarter of the budget pays
     assert result.ledger is not None
     assert result.ledger.tokens == measured.sensitivities.tokens + sum(o.tokens for o in result.outcomes)
+    assert _run(problem, 8 * BUDGET, init="fisher", initial_share=0.25).probes[0].probe.tokens == 8192
     alone = search(Fisher(problem.space), problem, budget=Budget(tokens=3 * 8192 + 1024), seed=1)
     assert _decisions(result.outcomes)[0][0][0].trial.levels == alone.best
     assert problem.landscape(alone.best or ()) < problem.landscape(problem.space.uniform())

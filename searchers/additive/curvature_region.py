@@ -18,7 +18,7 @@ from searchers.additive.one_shot import effects_of
 from searchers.additive.solvers import solve_many
 from searchers.evopress.mutation import Uniforms, mutation, switch_counts
 
-FIRST_PASS = 2048  # tokens that the first pass reads at most, and half of the budget
+PASS = 2048  # tokens that a pass reads at most
 SLOPE_SHARE = 0.6  # of what is left, that one look at the slope may cost
 REMOVING = 512  # tokens of such a look at most where units are removed: slopes are steep there, and change with each
 BENDS = (1.0, 1 / 1.5, 1.5)  # times what is expected, that a further removal bends the loss: each has its solution
@@ -37,7 +37,7 @@ BORROWED = 3.0  # sequences' worth of the other candidates' variance
 class CurvatureRegion(Procedure):
     """One backward pass tells what to expect of every level, measured steps within a region what becomes of it.
 
-    The curvature at the uncompressed model, from half of the budget or the first 2048 tokens, gives a first additive
+    The curvature at the uncompressed model, from half of the budget or ``first_tokens``, gives a first additive
     model; its exact solutions, whole and within regions around uniform compression, race against uniform compression.
     From the winner the slope of the loss is read, which holds the cross terms between units, and so on: proposals are
     the exact solutions of what is foretold within r/4 to 4r changed units, draws from the posterior, and mutants as
@@ -53,6 +53,7 @@ class CurvatureRegion(Procedure):
 
     Args:
         tokens: of each minibatch of a race; None: the problem's default.
+        first_tokens: that the first pass reads at most; more serve where the budget is large.
         batch: candidates of a race, the incumbent not counted.
         radius: changed units of the first region; None: a tenth of the units, at least 4.
         explore: share of a batch that are posterior draws.
@@ -71,6 +72,7 @@ class CurvatureRegion(Procedure):
         *,
         seed: int = 0,
         tokens: int | None = None,
+        first_tokens: int = PASS,
         batch: int = 6,
         radius: int | None = None,
         explore: float = 0.3,
@@ -82,7 +84,7 @@ class CurvatureRegion(Procedure):
     ) -> None:
         super().__init__(space, seed=seed)
         self.tokens = tokens if tokens is None else positive("tokens", tokens)
-        self.batch = positive("batch", batch)
+        self.batch, self.first_tokens = positive("batch", batch), positive("first_tokens", first_tokens)
         self.first_radius = max(4, len(space) // 10) if radius is None else positive("radius", radius)
         self.explore, self.mutate = probability("explore", explore), probability("mutate", mutate)
         self.prior, self.slopes = boolean("prior", prior), boolean("slopes", slopes)
@@ -105,7 +107,7 @@ class CurvatureRegion(Procedure):
         return self._left[0] if self._left else self.incumbent
 
     def steps(self) -> Steps[None]:
-        if self.prior and not len(self.forecast) and (tokens := self.pass_tokens(0.5)):
+        if self.prior and not len(self.forecast) and (tokens := self.pass_tokens(0.5, self.first_tokens)):
             self.forecast.add((yield from self.sensitivities(Probe(None, "sampled", tokens))))
         if len(self.forecast):
             removes = self.forecast.removes  # then uniform compression ruins the model, and tells nothing of others
@@ -119,7 +121,7 @@ class CurvatureRegion(Procedure):
             if told and not self._alone and not self._trusts():
                 told, self._radius = False, self.first_radius / 2
             if told and self.slopes:
-                most = max(REMOVING, self._each) if self.forecast.removes else FIRST_PASS
+                most = max(REMOVING, self._each) if self.forecast.removes else PASS
                 tokens = self.pass_tokens(SLOPE_SHARE, most)
                 if tokens and (looked != self.incumbent or self._radius < self.first_radius):
                     looked = self.incumbent
@@ -158,7 +160,7 @@ class CurvatureRegion(Procedure):
             self.model.fit(self.incumbent)
         return self.model.trusted
 
-    def pass_tokens(self, share: float, most: int = FIRST_PASS) -> int:
+    def pass_tokens(self, share: float, most: int) -> int:
         """Tokens that a pass reads, in whole trials' tokens, on at most this share of what is left; 0: none."""
         left, each = self.allowance, self._each
         if left.evaluations is not None and left.evaluations <= READS + 2:

@@ -65,7 +65,7 @@ class CurvatureFront(Interleaved):
         """First the one pass for all, then what the searches ask for."""
         if self._first is not None:
             self._first.allowance = allowance
-            if tokens := self._first.pass_tokens(PASS_SHARE):
+            if tokens := self._first.pass_tokens(PASS_SHARE, self._first.first_tokens):
                 return Probe(None, "sampled", tokens)
             self._first = None
         return super().next_probe(allowance)

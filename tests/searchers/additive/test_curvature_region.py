@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.problems.synthetic import NoisyProblem, noisy
+from evo_hpo.errors import InvalidSettingError
 from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.search.budget import Budget, Ledger
 from evo_hpo.search.loop import SearchResult, search
@@ -54,6 +55,28 @@ def test_slopes_find_what_curvature_of_single_units_cannot_know() -> None:
         with_slopes.append(_share(problem, _run(problem).best))
         without.append(_share(problem, _run(problem, slopes=False).best))
     assert np.mean(with_slopes) < np.mean(without) - 0.03
+
+
+@pytest.mark.parametrize(
+    ("tokens", "settings", "read"),
+    [
+        (60_000, {}, 2048),
+        (60_000, {"first_tokens": 8192}, 8192),
+        (20_000, {"first_tokens": 8192}, 3072),  # half of the budget pays for three times that
+    ],
+)
+def test_the_first_pass_reads_what_it_is_told_and_half_of_the_budget_pays(
+    tokens: int, settings: dict[str, int], read: int
+) -> None:
+    problem = _problem()
+    first, *slopes = _run(problem, Budget(tokens=tokens), **settings).probes
+    assert first.probe.tokens == read
+    assert all((probe.probe.tokens or 0) <= 2048 for probe in slopes)
+
+
+def test_a_first_pass_of_nothing_is_refused() -> None:
+    with pytest.raises(InvalidSettingError, match="first_tokens"):
+        CurvatureRegion(_problem().space, first_tokens=0)
 
 
 def test_it_is_ahead_of_the_one_shot_solution_at_equal_tokens() -> None:

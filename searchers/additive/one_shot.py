@@ -68,11 +68,11 @@ class OneShot(Procedure):
         left, each = self.allowance, self.allowance.default_tokens
         if left.evaluations is not None and left.evaluations <= self.reads:
             return 0
-        most = self.most_tokens
-        if left.tokens is None:
-            return each * max(1, (most or WITHOUT_A_LIMIT) // max(each, 1))
-        count = int(min(self.share * left.tokens, left.tokens - each)) // (self.reads * each)
-        return each * (count if most is None else min(count, max(1, most // each)))
+        count = max(1, (self.most_tokens or left.tokens or WITHOUT_A_LIMIT) // max(each, 1))
+        if left.tokens is not None:
+            paid = int(min(self.share * left.tokens, left.tokens - each)) // (self.reads * each)
+            count = min(count, max(0, paid))
+        return count * each
 
 
 def effects_of(space: CompressionSpace, measured: np.ndarray[Any, Any]) -> list[list[float]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.problems.synthetic import NoisyProblem, additive, noisy
-from evo_hpo.errors import InvalidSettingError, JournalError
+from evo_hpo.errors import BudgetError, InvalidSettingError, JournalError
 from evo_hpo.record.journal import Journal, read_journal, search_header
 from evo_hpo.search.budget import Budget, Ledger
 from evo_hpo.search.loop import Checkpoint, SearchResult, search
@@ -60,6 +60,11 @@ def test_a_budget_that_does_not_pay_for_the_pass_scores_the_uniform_assignment(b
     assert not result.probes
     assert [o.trial.levels for o in result.outcomes] == [_problem().space.uniform()]
     assert "does not pay for" in result.stop_reason
+
+
+def test_a_budget_below_one_trial_is_refused_as_of_every_searcher() -> None:
+    with pytest.raises(BudgetError, match="does not pay for one trial"):
+        _run(_problem(), Budget(tokens=500))
 
 
 def test_a_pass_reads_no_more_than_the_pool_holds_and_is_charged_for_that() -> None:

@@ -133,7 +133,7 @@ def _body(replica: Replica, ids: Tensor) -> object:
 
 def _chunk(replica: Replica, ids: Tensor) -> object:
     """The divergence of a candidate from made-up vectors: what they hold does not matter for its speed."""
-    size, dtype = replica.head.weight.shape[1], replica.head.weight.dtype
+    size, dtype = replica.head.weight.shape[1], replica.head.dtype
     count = ids.shape[0] * (ids.shape[1] - 1)
     hidden = torch.linspace(-1, 1, size, device=ids.device).expand(count, size).contiguous()
     constants = hidden.new_zeros(count, dtype=torch.float64) if replica.head.linear else None

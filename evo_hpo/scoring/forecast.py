@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evo_hpo.models.loading import compute_dtype
+from evo_hpo.models.loading import LoadedModel
+from evo_hpo.models.mixed import load_in, matrix_dtype
 from evo_hpo.models.structure import linear_modules
 from evo_hpo.record.environment import cores
 from evo_hpo.scoring.dense import joined
@@ -46,7 +47,7 @@ def forecast(task: LanguageModelTask) -> Forecast:
         ModelError: the model is not found, or is none that transformers can build.
     """
     config = configuration(task.model)
-    dtype = fastest_dtype(task.placement.main) if task.dtype == "auto" else compute_dtype(task.dtype)
+    dtype = task.dtype if task.dtype != "auto" else str(fastest_dtype(task.placement.main)).removeprefix("torch.")
     rate = scoring_rate(config, dtype, task.placement.main, task.sequence_length)
     if task.method == "ggml" or task.join:
         return Forecast(rate, None)
@@ -58,7 +59,7 @@ def forecast(task: LanguageModelTask) -> Forecast:
         method=task.method,
         memory=task.memory,
         group_size=dict(task.build).get("group_size") or 128,
-        number=dtype.itemsize,
+        number=matrix_dtype(dtype).itemsize,
         sequence_length=task.sequence_length,
         calibration_tokens=task.calibration_tokens,
         held_out_tokens=task.held_out_tokens * texts,
@@ -82,20 +83,22 @@ class _AsItIs:
         return {}
 
 
-def scoring_rate(config: Any, dtype: torch.dtype, device: str = "cpu", length: int = 256) -> float:
+def scoring_rate(config: Any, dtype: str, device: str = "cpu", length: int = 256) -> float:
     """Tokens a second that a device reads for one candidate, all of whose blocks run; of a CPU all cores, if idle.
 
     Prefixes that candidates share are not counted, nor is switching levels. Takes seconds.
 
     Args:
         config: of transformers.
+        dtype: its name, or ``mixed``.
         length: tokens a sequence.
     """
     text = config.get_text_config()
     blocks, entries = text.num_hidden_layers, min(text.vocab_size, VOCABULARY)
     share = text.vocab_size / entries
     tokens = torch.randint(0, entries, (1, length), generator=torch.Generator().manual_seed(0))
-    evaluator = Evaluator(model := _one_block(config, entries, dtype).to(device), _AsItIs(model), tokens, threads=1)
+    loaded = load_in(dtype, lambda of: LoadedModel.from_model(_one_block(config, entries, of)))
+    evaluator = Evaluator(model := loaded.model.to(device), _AsItIs(model), tokens, threads=1)
 
     def measure(replica: Replica) -> float:
         ids = evaluator.tokens
@@ -125,4 +128,4 @@ def _one_block(config: Any, entries: int, dtype: torch.dtype) -> nn.Module:
     make: Any = AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         model: nn.Module = make.from_config(small, dtype=dtype)
-    return model.requires_grad_(False).eval()
+    return model

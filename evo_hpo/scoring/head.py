@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from evo_hpo.errors import ModelError
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.kernels import Kernels, Part, logits_of
-from evo_hpo.scoring.prepacking import Prepacked
+from evo_hpo.scoring.prepacking import Prepacked, linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,7 @@ class OutputHead:
 
     Attributes:
         searched: candidates have heads of their own, see :meth:`of`.
+        dtype: of final hidden states.
 
     Raises:
         ModelError: the logits are neither a multiple of W h + b nor a soft-capped one.
@@ -58,7 +58,9 @@ class OutputHead:
         self.cap: float | None = next((c for c in (getattr(text, n, None) for n in _CAPS) if c), None)
         with torch.inference_mode():
             logits = gated.logits(ids).float()
-            raw = functional.linear(gated.final_hidden(ids)[0], self.weight, self.bias).float()
+            final = gated.final_hidden(ids)[0]
+            raw = linear(final, self.weight, self.bias).float()
+        self.dtype = final.dtype
         uncapped = (
             logits if self.cap is None else self.cap * torch.atanh((logits / self.cap).clamp(-0.999999, 0.999999))
         )
@@ -100,8 +102,8 @@ class OutputHead:
         return self.weight[entries], None if self.bias is None else self.bias[entries] * self.scale, self.cap
 
     def scaled(self, hidden: Tensor) -> Tensor:
-        """Hidden states with the architecture's logit scale multiplied in."""
-        return hidden if self.scale == 1.0 else hidden * self.scale
+        """Hidden states with the architecture's logit scale multiplied in, as the head's weights are rounded."""
+        return (hidden if self.scale == 1.0 else hidden * self.scale).to(self.weight.dtype)
 
     def parts(self) -> Iterator[Part]:
         """The head in chunks of the vocabulary."""

@@ -141,12 +141,13 @@ class Projector:
             given: final hidden states, (sequences x positions that predict) x hidden.
             gradients: of the products of head and hidden states, by entries of the vocabulary, alike.
         """
-        inputs, place, form = self._predicting(given), self._modules[name].weight, self._form
+        place, form = self._modules[name].weight, self._form
         assert isinstance(place, Tensor)
+        inputs = self._predicting(given.to(place.dtype))
         targets = {unit: self._targets(unit, name) for unit in self._owners[name]}
         lengths: dict[int, list[tuple[Tensor, Tensor]]] = {unit: [] for unit in targets}
         for entries, gradient in gradients:
-            seen = [(self._predicting(gradient.to(given.dtype)), inputs)]
+            seen = [(self._predicting(gradient.to(inputs.dtype)), inputs)]
             for unit, levels in targets.items():
                 rows, sums = [level[entries] for level in levels], self._of(unit)[:, : len(levels)]
                 if form == "trace":
@@ -205,8 +206,9 @@ class Projector:
             if off and not first.requires_grad:
                 first = first.detach().requires_grad_()  # zeros, so that their gradient is there
             if linear:
-                given = (args[0] if args else kwargs["input"]).detach()
-                first.register_hook(lambda gradient: self._wait(name, given, gradient))
+                kind = module.weight.dtype
+                given = (args[0] if args else kwargs["input"]).detach().to(kind)
+                first.register_hook(lambda gradient: self._wait(name, given, gradient.to(kind)))
             else:
                 with torch.no_grad():
                     kept = first_of(type(module).forward(module, *args, **kwargs)) if off else first.detach()

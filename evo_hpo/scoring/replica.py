@@ -103,7 +103,7 @@ class Replica:
         head = self.head
         group = 1 if self.head.linear else self.group
         states: dict[int, Tensor] = {}
-        one_state = ids.numel() * self.head.weight.shape[1] * self.head.weight.element_size()
+        one_state = ids.numel() * self.head.weight.shape[1] * self.head.dtype.itemsize
         with torch.inference_mode():
             for visit in plan_visits(signatures, state_bytes // one_state):
                 begin = time.perf_counter()

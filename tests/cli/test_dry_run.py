@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -83,13 +82,14 @@ def test_an_ablation_has_one_too(tmp_path: Path) -> None:
     assert not root.exists()
 
 
-def test_more_blocks_are_read_more_slowly() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+def test_more_blocks_are_read_more_slowly(dtype: str) -> None:
     config = configuration("1B")
     config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim = 64, 256, 9000, 16
     config.num_attention_heads, config.num_key_value_heads = 4, 2
     rates = []
     for config.num_hidden_layers in (2, 200):
-        rates.append(scoring_rate(config, torch.float32, length=32))
+        rates.append(scoring_rate(config, dtype, length=32))
         assert (config.num_hidden_layers, config.vocab_size) in ((2, 9000), (200, 9000))  # as it was given
     assert rates[0] > 3 * rates[1] > 0
 

@@ -257,6 +257,12 @@ def test_an_export_has_the_dtype_of_the_model_unless_asked(
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == pytest.approx(size, rel=0.01)
 
 
+def test_a_profile_found_with_mixed_arithmetic_is_exported(model: Path, tmp_path: Path, cache: Path) -> None:
+    profile = found_profile(model, tmp_path, dtype="mixed")
+    assert json.loads(profile.read_text())["fingerprint"]["identity"]["dtype"] == "mixed"
+    assert "the search found" in export_profile(profile, tmp_path / "out")["checked"]
+
+
 def test_a_profile_counted_in_storage_is_exported(model: Path, tmp_path: Path, cache: Path) -> None:
     profile = found_profile(model, tmp_path, resource="storage", average=5.0)
     data = export_profile(profile, tmp_path / "out")

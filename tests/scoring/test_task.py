@@ -222,7 +222,7 @@ def test_a_warm_cache_changes_no_trial(model_folder: Path, tmp_path: Path, monke
         assert [(o.trial, o.loss, o.tokens) for o in a.outcomes] == [(o.trial, o.loss, o.tokens) for o in b.outcomes]
 
 
-@pytest.mark.parametrize(("dtype", "used"), [("auto", "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize(("dtype", "used"), [("auto", "bfloat16"), ("float32", "float32"), ("mixed", "mixed")])
 def test_the_dtype_is_the_named_one_or_the_one_measured_fastest(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, used: str
 ) -> None:

@@ -23,6 +23,7 @@ from benchmarks.measurements.performance.evaluator_parts import RoundedLevels, o
 from benchmarks.measurements.performance.speed import SpeedPlan, peak, speed
 from benchmarks.measurements.performance.ways import Setup
 from evo_hpo.models.loading import load_model
+from evo_hpo.models.mixed import mix
 from evo_hpo.models.text import load_tokens
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.search.problem import Minibatch
@@ -63,7 +64,9 @@ def speeds(model: nn.Module, tokens: Tensor, options: argparse.Namespace) -> Non
     """A table for each number of tokens; after the first, the compiled evaluator alone stands for both."""
     dtype = getattr(torch, options.dtype)
     print(f"\nlarge matrix product: {peak(options.device, dtype, options.threads) / 1e12:.3f} TFLOP/s")
-    kinds: tuple[str, ...] = ("evaluator", "evaluator, compiled") if options.compile else ("evaluator",)
+    kinds: tuple[str, ...] = ("evaluator", "evaluator, mixed") if options.mixed else ("evaluator",)
+    if options.compile:
+        kinds += tuple(f"{kind}, compiled" for kind in kinds)
     same = (options.model, options.device, options.dtype, options.threads, options.clock)
     with tempfile.TemporaryDirectory(prefix="levels") as folder:
         for number, count in enumerate(options.tokens):
@@ -89,6 +92,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="also with compiled parts")
+    parser.add_argument("--mixed", action="store_true", help="also a float32 model with products in bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="cores that each way may use")
     parser.add_argument(
         "--clock", default="wall", choices=["wall", "cpu"], help="cpu: on a busy machine, with 1 thread"
@@ -128,9 +132,17 @@ def exactness(model: nn.Module, tokens: Tensor) -> None:
         "kl, stopping early": {"keep": 1},
         "perplexity": {"fitness": "perplexity"},
     }
-    for name, settings in ways.items():
+    models = dict.fromkeys(ways, (model, levels))
+    if next(model.parameters()).dtype == torch.float32:
+        half = RoundedLevels(model)
+        half.rounded_to(torch.bfloat16)
+        mixed = copy.deepcopy(model)
+        mix(mixed)
+        models |= {"kl, mixed": (mixed, half), "kl, bfloat16": (copy.deepcopy(model).bfloat16(), half)}
+    for name, (scored, own_levels) in models.items():
+        settings = ways.get(name, {})
         keep, kind = settings.pop("keep", None), int(name == "perplexity")
-        scores = Evaluator(model, levels, tokens, **settings).score(candidates, minibatch, keep=keep)
+        scores = Evaluator(scored, own_levels, tokens, **settings).score(candidates, minibatch, keep=keep)
         known = [
             (math.exp(s.loss) if kind else s.loss, row) for s, row in zip(scores, rows, strict=True) if not s.stopped
         ]

@@ -30,6 +30,12 @@ class RoundedLevels:
         """See :class:`evo_hpo.levels.levels.Levels`."""
         return self._weights[unit][level]
 
+    def rounded_to(self, dtype: torch.dtype) -> None:
+        """Rounds them once more, from the numbers of a model to those that a matrix product takes."""
+        self._weights = [
+            {k: {n: w.to(dtype) for n, w in ws.items()} for k, ws in unit.items()} for unit in self._weights
+        ]
+
     def save(self, folder: Path) -> None:
         """One file a layer and level, as the straightforward loop reads them."""
         for unit, levels in enumerate(self._weights):

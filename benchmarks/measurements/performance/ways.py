@@ -17,12 +17,21 @@ from torch import Tensor
 
 from benchmarks.measurements.performance.evaluator_parts import RoundedLevels, Straightforward, bare, offspring
 from evo_hpo.models.loading import load_model
+from evo_hpo.models.mixed import mix
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import Assignment
 
-KINDS = ("straightforward", "bare, batch 1", "bare, batch 4", "evaluator", "evaluator, compiled")
+KINDS = (
+    "straightforward",
+    "bare, batch 1",
+    "bare, batch 4",
+    "evaluator",
+    "evaluator, compiled",
+    "evaluator, mixed",
+    "evaluator, mixed, compiled",
+)
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,9 @@ def _prepare(kind: str, setup: Setup) -> tuple[Callable[[Job], list[float]], Cal
     levels = RoundedLevels(model)
     _, candidates = offspring(levels.units, setup.candidates, seed=1)
     tokens = setup.tokens.to(setup.device)
+    if "mixed" in kind:
+        levels.rounded_to(torch.bfloat16)
+        mix(model)
     if kind.startswith("evaluator"):
         evaluator = Evaluator(model, levels, tokens, threads=setup.threads, compile=kind.endswith("compiled"))
         evaluator.prepare()  # every batch but a search's first finds the dense side made

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evo_hpo.levels.level_set import LevelSet
+from evo_hpo.models.mixed import MIXED
 from evo_hpo.record.environment import versions
 from evo_hpo.search.checkpoint import losses_by_text
 from evo_hpo.space.amounts import shown
@@ -106,7 +107,8 @@ class Card:
         found = f"Searcher {data.get('searcher', '?')}{settings}, seed {data.get('seed', '?')}"
         settings = data["problem"].get("settings", {})
         arithmetic = f" with {own}'s arithmetic" if (own := settings.get("arithmetic")) else ""
-        kind = f"{identity.get('dtype', 'float32')}{arithmetic}"
+        dtype = identity.get("dtype", "float32")
+        kind = f"{'float32 with products in bfloat16' if dtype == MIXED else dtype}{arithmetic}"
         return f"{found}; held-out figures in {kind}, outside of the search's budget."
 
     def _table(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from evo_hpo.levels.packing import Encoded
 from evo_hpo.models.experts import fuse_experts
 from evo_hpo.models.identity import differences, tokenizer_identity, warn_unchecked
 from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model, quiet_transformers, refuse_non_finite
-from evo_hpo.models.mixed import MIXED, load_in
+from evo_hpo.models.mixed import MIXED, matrix_dtype
 from evo_hpo.models.paths import user_path, writable_folder
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.arithmetic import InputRounding, inputs_of
@@ -103,8 +102,8 @@ def _loaded_back(folder: Path, data: Mapping[str, Any], task: LanguageModelTask,
         ModelError: they differ by more than the dtypes explain.
     """
     recorded = ((data.get("fingerprint") or {}).get("identity") or {}).get("dtype", "float32")
-    loads = partial(load_model, task.model), partial(load_served, str(folder))
-    original, again = (load_in(recorded, load) for load in loads)
+    dtype = matrix_dtype(recorded)
+    original, again = load_model(task.model, dtype), load_served(str(folder), dtype)
     InputRounding(again.model, types)
     text = next(iter(task.texts.judged(original.tokenizer, original.model).values()))
     found = Estimate.of(measure(again.model, text, original.model).divergence).mean

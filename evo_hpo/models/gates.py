@@ -181,7 +181,8 @@ class GatedModel:
 
     def _check(self, ids: Tensor, plain: Tensor) -> None:
         numbers = range(len(self))
-        tolerance = 1e-5 if plain.dtype == torch.float32 else 2e-2
+        exact = all(parameter.dtype == torch.float32 for parameter in self.model.parameters())
+        tolerance = 1e-5 if exact else 2e-2  # a product in 16 bits may depend on how many rows it has
         whole, kept = self.final_hidden(ids, keep=numbers)
         other = ids.clone()
         other[:, -1] = ids[:, 0]

@@ -21,7 +21,7 @@ from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import check_droppable
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.models.identity import digest, model_identity, tokens_identity
-from evo_hpo.models.mixed import arithmetic_of
+from evo_hpo.models.mixed import dtype_name
 from evo_hpo.models.structure import is_matrix, outer_matrices
 from evo_hpo.record.environment import cores
 from evo_hpo.scoring.allocator import keep_freed_memory
@@ -72,7 +72,7 @@ class Evaluator:
         top_k: entries of "topk_kl".
         state_bytes: memory a replica may spend on block inputs kept for candidates with a common prefix.
         reference_bytes: memory for block inputs of the best assignment on a minibatch that is used again.
-        packed_bytes: memory for weights in the layout that a CPU multiplies fastest (MKL or oneDNN), each for
+        packed_bytes: memory for weights in the layout that a CPU multiplies fastest (float32 and MKL only), each for
             the searched layers and the head; mostly shared between replicas. 0: the same bits a few per cent slower.
         early_stopping: with ``keep``, stop candidates that are provably not among the best; exact.
         cache: SQLite file of paid losses; None: in memory.
@@ -153,7 +153,7 @@ class Evaluator:
             **(identity or model_identity(model)),
             "store": levels.fingerprint,
             "calibration text": tokens_identity(self.tokens),
-            "dtype": arithmetic_of(model),
+            "dtype": dtype_name(model),
             **({} if inputs is None else {"arithmetic": inputs.fingerprint}),
         }
         self.cache = ScoreCache(cache, self.context())

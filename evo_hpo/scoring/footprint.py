@@ -156,6 +156,7 @@ def footprint(
     memory: str = "resident",
     group_size: int = 128,
     number: int = 2,
+    state_number: int | None = None,
     sequence_length: int = 2048,
     calibration_tokens: int = 524_288,
     held_out_tokens: int = 131_072,
@@ -172,13 +173,15 @@ def footprint(
             time, and levels of none; the rest waits in main memory, so on a CPU two decoded blocks of each core are
             all that it has beside it.
         number: bytes of a number in the compute dtype; packed copies of 32-bit weights (``packed_bytes``) not counted.
+        state_number: of hidden states, where it is another one.
         replicas: passes at the same time (one a core; on a GPU one).
         on_cpu: one sequence in a pass and small chunks of logits, not 8192 tokens; and the process is counted.
         state_bytes, reference_bytes: the evaluator's own settings.
     """
     pass_tokens = sequence_length if on_cpu else max(sequence_length, 8192)
     chunk = (512, 1024) if on_cpu else (2048, 16384)
-    state = pass_tokens * shape.hidden * number
+    state_number = state_number or number
+    state = pass_tokens * shape.hidden * state_number
     path = (shape.blocks - 1) * state
     decoded = shape.linear * number * len(levels)
     packed = sum(_packed(shape.linear, level, method, group_size) for level in levels)
@@ -194,7 +197,7 @@ def footprint(
         decoding=0 if memory == "resident" else in_place + at_a_time * (number + 2 * 4),
         dense=2 * shape.hidden * (calibration_tokens + held_out_tokens),
         kept=replicas * min(state_bytes, path) + min(reference_bytes, 2 * path),
-        running=replicas * ((2 + FLASH + GROUP) * state + 3 * pass_tokens * shape.widest * number + 3 * logits),
+        running=replicas * ((2 + FLASH + GROUP) * state + 3 * pass_tokens * shape.widest * state_number + 3 * logits),
         process=PROCESS + HOLES if on_cpu else 0,
     )
 

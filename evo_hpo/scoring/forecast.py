@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evo_hpo.models.loading import LoadedModel
-from evo_hpo.models.mixed import load_in, matrix_dtype
+from evo_hpo.models.mixed import MIXED, matrix_dtype, mix, model_dtype
 from evo_hpo.models.structure import linear_modules
 from evo_hpo.record.environment import cores
 from evo_hpo.scoring.dense import joined
@@ -60,6 +59,7 @@ def forecast(task: LanguageModelTask) -> Forecast:
         memory=task.memory,
         group_size=dict(task.build).get("group_size") or 128,
         number=matrix_dtype(dtype).itemsize,
+        state_number=model_dtype(dtype).itemsize,
         sequence_length=task.sequence_length,
         calibration_tokens=task.calibration_tokens,
         held_out_tokens=task.held_out_tokens * texts,
@@ -97,8 +97,10 @@ def scoring_rate(config: Any, dtype: str, device: str = "cpu", length: int = 256
     blocks, entries = text.num_hidden_layers, min(text.vocab_size, VOCABULARY)
     share = text.vocab_size / entries
     tokens = torch.randint(0, entries, (1, length), generator=torch.Generator().manual_seed(0))
-    loaded = load_in(dtype, lambda of: LoadedModel.from_model(_one_block(config, entries, of)))
-    evaluator = Evaluator(model := loaded.model.to(device), _AsItIs(model), tokens, threads=1)
+    model = _one_block(config, entries, model_dtype(dtype))
+    if dtype == MIXED:
+        mix(model)
+    evaluator = Evaluator(model.to(device), _AsItIs(model), tokens, threads=1)
 
     def measure(replica: Replica) -> float:
         ids = evaluator.tokens
@@ -128,4 +130,4 @@ def _one_block(config: Any, entries: int, dtype: torch.dtype) -> nn.Module:
     make: Any = AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         model: nn.Module = make.from_config(small, dtype=dtype)
-    return model
+    return model.requires_grad_(False).eval()

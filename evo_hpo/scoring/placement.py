@@ -10,6 +10,7 @@ import torch
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.store import Memory
 from evo_hpo.models.loading import LoadedModel, load_model
+from evo_hpo.models.mixed import MIXED, mix, model_dtype
 from evo_hpo.models.placing import Stages, beside_blocks
 from evo_hpo.models.structure import decoder_blocks
 
@@ -54,9 +55,19 @@ class Placement:
         """Whether blocks are brought to the device."""
         return self.memory == "streamed"
 
-    def load(self, model: str, dtype: torch.dtype) -> LoadedModel:
-        """The model, on its device where it has one, else in main memory until :meth:`place`."""
-        return load_model(model, dtype, "cpu" if self.devices or self.streamed else self.device)
+    def load(self, model: str, dtype: str) -> LoadedModel:
+        """The model, on its device where it has one, else in main memory until :meth:`place`.
+
+        Args:
+            dtype: its name, or ``mixed``.
+        """
+        where = "cpu" if self.devices or self.streamed else self.device
+        if dtype != MIXED:
+            return load_model(model, model_dtype(dtype), where)
+        loaded = load_model(model, model_dtype(dtype))
+        mix(loaded.model)  # before it is moved: a device need not hold it in float32
+        loaded.model.to(where)
+        return loaded
 
     def place(self, loaded: LoadedModel) -> str | Callable[[str], str]:
         """Moves what must be moved; the device of a module's levels by its name, or of all."""

@@ -17,7 +17,7 @@ from evo_hpo.levels.serving import check_levels, server_named
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.corpora import Spec, shares_of
 from evo_hpo.models.identity import tokenizer_identity
-from evo_hpo.models.mixed import load_in, matrix_dtype
+from evo_hpo.models.mixed import check_dtype, matrix_dtype
 from evo_hpo.models.paths import user_path
 from evo_hpo.models.placing import devices_here
 from evo_hpo.scoring.arithmetic import check_arithmetic, inputs_of
@@ -88,10 +88,10 @@ class LanguageModelTask:
             ``early_stopping = false``, or what is in the file would decide which trials are stopped.
         device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one; levels are built on all of them.
         devices: of one machine, that a model's blocks are spread over instead, as ["cuda:0", "cuda:1"].
-        dtype: float32, bfloat16, float16, ``mixed`` (products of matrices in bfloat16 with float32 sums, all else in
-            float32: as fast as bfloat16 and nearer to float32), or ``auto``: bfloat16 on CPUs and GPUs that multiply it
-            natively, else float32; settled once a comparison, and recorded. Losses are exact to five digits in float32
-            only.
+        dtype: float32, bfloat16, float16, ``mixed`` (products of matrices in bfloat16, all else in float32: in the time
+            of bfloat16, candidates' differences nearer to float32's), or ``auto``: bfloat16 on CPUs and GPUs that
+            multiply it natively, else float32; settled once a comparison, and recorded. Losses are exact to five digits
+            in float32 only.
         compile: compile the decoder blocks and the steps on logits, and keep what is measured faster; takes half a
             minute a process, so it pays from about five minutes of scoring.
         measure: choose sequences a batch, chunk of logits and threads by a few forward passes instead of fixed rules;
@@ -175,8 +175,7 @@ class LanguageModelTask:
             check_levels(server_named(self.serve), self.method, self.levels, bool(self.build_settings.get("symmetric")))
         shares_of(self.calibration)
         check_names(self.held_out)
-        if self.dtype != "auto":
-            matrix_dtype(self.dtype)
+        check_dtype(self.dtype)
         for name in ("sequence_length", "calibration_tokens", "held_out_tokens", "tokens", "tensor_parallel", "seed"):
             if getattr(self, name) < (name != "seed"):
                 raise InvalidSettingError(f"{name}={getattr(self, name)} must be at least {int(name != 'seed')}")
@@ -308,7 +307,7 @@ class LanguageModelTask:
         dtype, placement = self.dtype, self.placement
         if dtype == "auto":
             dtype = str(fastest_dtype(placement.main)).removeprefix("torch.")
-        loaded = load_in(dtype, lambda of: placement.load(self.model, of))
+        loaded = placement.load(self.model, dtype)
         pool = self.texts.pool(loaded.tokenizer, loaded.model)
         judged = self.texts.judged(loaded.tokenizer, loaded.model)  # a model that is moved writes no text
         levels = self.open_levels(loaded.identity, matrix_dtype(dtype), placement.place(loaded))

@@ -112,4 +112,11 @@ def test_memory_is_that_of_the_tasks_settings(model_folder: Path, monkeypatch: p
             on_cpu=True,
         )
         assert forecast(task).memory == expected.total
+        mixed = forecast(LanguageModelTask(**settings(model_folder, model_folder, memory=memory, dtype="mixed"))).memory
+        half = forecast(
+            LanguageModelTask(**settings(model_folder, model_folder, memory=memory, dtype="bfloat16"))
+        ).memory
+        assert half is not None
+        assert mixed is not None
+        assert half < mixed < expected.total  # states and what a pass holds are as wide as in float32
     assert forecast(LanguageModelTask(**settings(model_folder, model_folder, join=["elsewhere"]))).memory is None

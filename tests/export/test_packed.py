@@ -134,6 +134,13 @@ def test_two_to_eight_bits_mixed_are_loaded_by_transformers_and_compute_the_same
     assert f"{data['held_out']['loss']:.5g}" in card
 
 
+def test_what_was_found_with_products_in_bfloat16_is_loaded_back_packed(model: Path, tmp_path: Path) -> None:
+    profile, _ = found(tmp_path, settings(model, serve="transformers", dtype="mixed"))
+    data = export_profile(profile, tmp_path / "out", format="compressed-tensors")
+    assert "the search found" in data["checked"]
+    assert "held-out figures in float32 with products in bfloat16" in (tmp_path / "out/README.md").read_text()
+
+
 def test_zero_points_at_four_and_eight_bits_are_for_vllm_alone(model: Path, tmp_path: Path) -> None:
     build = {"group_size": 16, "symmetric": False}
     problem = settings(model, serve="vllm", build=build, levels=[4, 8])

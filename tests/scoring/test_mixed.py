@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,26 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PhiConfig, Qwen2MoeConfig
 
-from evo_hpo.errors import ModelError
+from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.levels.build import build
 from evo_hpo.levels.store import LevelStore
-from evo_hpo.models.loading import load_model
-from evo_hpo.models.mixed import MixedEmbedding, MixedLinear, load_in, mix
+from evo_hpo.models.experts import unfuse_experts
+from evo_hpo.models.gates import GatedModel
+from evo_hpo.models.mixed import MixedEmbedding, MixedLinear, mix
 from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.placement import Placement
 from evo_hpo.scoring.sensitivities import SensitivityPass
+from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.search.problem import Minibatch
 from tests.scoring.evaluators import LENGTH, losses_of, make_evaluator
 from tests.tiny import (
+    VOCABULARY,
     RoundedLevels,
     plain_losses,
     random_assignments,
+    random_model,
     save_tiny,
     tiny_mixtral,
     tiny_model,
@@ -31,6 +38,20 @@ from tests.tiny import (
 )
 
 MINIBATCH = Minibatch(seed=5, tokens=8 * LENGTH)
+
+
+NAMES = ("llama", "qwen2", "qwen3", "opt", "gpt_neox", "granite", "cohere")
+
+
+def _tiny(name: str) -> nn.Module:
+    if name == "phi":  # its head has a bias
+        config = PhiConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        )
+        model: Any = random_model(config, spread=0.25)
+        model.lm_head.bias.data.normal_(generator=torch.Generator().manual_seed(0))
+        return model  # type: ignore[no-any-return]
+    return tiny_mixtral() if name == "mixtral" else tiny_model(name)
 
 
 class _Exact(nn.Linear):
@@ -64,11 +85,9 @@ def _plain(make: Callable[[], nn.Module], kind: type[nn.Linear]) -> nn.Module:
 
 
 @pytest.mark.parametrize("fitness", ["kl", "perplexity"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "opt", "gpt_neox", "granite", "cohere", "mixtral"])
+@pytest.mark.parametrize("name", [*NAMES, "mixtral", "phi"])
 def test_losses_are_those_of_products_rounded_once(name: str, fitness: str) -> None:
-    def make() -> nn.Module:
-        return tiny_mixtral() if name == "mixtral" else tiny_model(name)
-
+    make = partial(_tiny, name)
     model, tokens = _mixed(make), tiny_tokens(length=LENGTH)
     levels = RoundedLevels(model)
     candidates = random_assignments(4, len(levels.units), 3)
@@ -106,6 +125,43 @@ def test_a_matrix_that_does_more_than_multiply_is_refused(name: str, kind: str) 
         mix(tiny_model(name))
 
 
+def test_routers_stay_in_float32() -> None:
+    config = Qwen2MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+    )
+    model = random_model(config)
+    unfuse_experts(model)
+    mix(model)
+    kinds = {n.split(".")[-1]: m for n, m in model.named_modules() if getattr(m, "weight", None) is not None}
+    for name in ("gate", "shared_expert_gate"):
+        assert kinds[name].get_parameter("weight").dtype == torch.float32
+    assert kinds["up_proj"].get_parameter("weight").dtype == torch.bfloat16
+    assert len(GatedModel(model, tiny_tokens(1, 12))) == 2
+
+
+def test_a_name_that_is_no_dtype_is_refused_with_those_that_are() -> None:
+    with pytest.raises(InvalidSettingError, match="'Mixed' must be one of auto, float32, bfloat16, float16, mixed"):
+        LanguageModelTask("any", dtype="Mixed")
+
+
+@pytest.mark.parametrize("kind", ["sampled", "kl"])
+def test_sensitivities_of_a_head_with_a_bias(kind: Any) -> None:
+    mixed, plain = _mixed(partial(_tiny, "phi")), _tiny("phi")
+    at = random_assignments(1, len(RoundedLevels(mixed).units), 3)[0] if kind == "kl" else None
+    found, expected = (
+        SensitivityPass(m, RoundedLevels(m), tiny_tokens()).measure(at, MINIBATCH, kind).effects()
+        for m in (mixed, plain)
+    )
+    assert 0 < np.linalg.norm(found - expected) < 0.3 * np.linalg.norm(expected)
+
+
 def test_sensitivities_err_less_than_those_of_a_bfloat16_model() -> None:
     def measured(model: nn.Module, levels: RoundedLevels) -> Any:
         return SensitivityPass(model, levels, tiny_tokens()).measure(None, MINIBATCH, "true").projections
@@ -119,9 +175,9 @@ def test_sensitivities_err_less_than_those_of_a_bfloat16_model() -> None:
 def test_a_store_serves_it_resident_packed_and_streamed(tmp_path: Path) -> None:
     save_tiny(tmp_path / "model", spread=0.25)
     build(str(tmp_path / "model"), tmp_path / "store", method="rtn", levels=[2, 3, 8], group_size=16)
-    loaded = load_in("mixed", lambda dtype: load_model(str(tmp_path / "model"), dtype))
 
     def losses(memory: Any, **settings: Any) -> list[float]:
+        loaded = Placement("cpu", (), memory).load(str(tmp_path / "model"), "mixed")
         levels = LevelStore.open(tmp_path / "store", torch.bfloat16, memory).levels
         evaluator = Evaluator(loaded.model, levels, tiny_tokens(length=LENGTH), threads=1, **settings)
         return losses_of(evaluator, random_assignments(6, len(levels.units), 3))

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from evo_hpo.models.mixed import MixedLinear
 from evo_hpo.scoring import prepacking
 from evo_hpo.scoring.prepacking import Prepacked, PrepackedLinear, linear, use_prepacked
 
 pytestmark = pytest.mark.skipif(
-    not (prepacking._packs(torch.float32) and prepacking._packs(torch.bfloat16)),
-    reason="weights are packed by MKL and oneDNN",
+    not torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
+    reason="weights are packed by MKL",
 )
 
 
@@ -53,36 +52,16 @@ def test_the_product_is_the_same_packed_or_not(bias: torch.Tensor | None, shape:
             linear(_random(10, 15), weight, bias)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [33, 128])
 @pytest.mark.parametrize("inputs", [64, 576, 896, 1024, 2048])
-def test_no_shape_changes_a_bit(inputs: int, rows: int, dtype: torch.dtype) -> None:
+def test_no_shape_changes_a_bit(inputs: int, rows: int) -> None:
     packed = Prepacked(1 << 30)
     packed.expect(rows)
     with torch.inference_mode():
         for seed in range(4):
-            x, weight = _random(rows, inputs, seed=seed).to(dtype), _random(96, inputs, seed=100 + seed).to(dtype)
+            x, weight = _random(rows, inputs, seed=seed), _random(96, inputs, seed=100 + seed)
             packed.keep(str(seed), weight)
-            for bias in (None, _random(96, seed=9).to(dtype)):
-                assert torch.equal(linear(x, weight, bias), functional.linear(x, weight, bias))
-    assert dtype == torch.float32 or inputs > 576 or len(packed) == 4
-
-
-def test_inputs_of_another_dtype_are_rounded_and_meet_the_packed_weight() -> None:
-    x, weight, bias, packed = (
-        _random(ROWS, 64),
-        _random(96, 64, seed=1).bfloat16(),
-        _random(96, seed=2),
-        Prepacked(1 << 20),
-    )
-    packed.expect(ROWS)
-    with torch.inference_mode():
-        packed.keep("layer", weight)
-        assert len(packed) == 1
-        found = linear(x, weight, bias)
-        assert torch.equal(found, functional.linear(x.bfloat16(), weight).float() + bias)
-        exact = x.bfloat16().double() @ weight.double().T + bias
-        assert float((found - exact).abs().max()) < 2**-8 * float(exact.abs().max())
+            assert torch.equal(linear(x, weight), functional.linear(x, weight))
 
 
 def test_a_square_weight_and_its_transpose_are_two() -> None:
@@ -123,12 +102,10 @@ def test_replicas_share_packed_weights_and_the_limit_holds() -> None:
     assert len(prepacking._packed) == 2
 
 
-def test_only_plain_and_mixed_linear_layers_are_turned() -> None:
+def test_only_plain_linear_layers_of_32_bits_are_turned() -> None:
     class Own(nn.Linear):
         pass
 
-    layers = [nn.Linear(4, 4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-    others = [MixedLinear(4, 4, dtype=torch.bfloat16), Own(4, 4), nn.LayerNorm(4)]
-    assert use_prepacked([*layers, *others]) == {*layers[:2], others[0]}
-    expected = [PrepackedLinear, PrepackedLinear, nn.Linear, PrepackedLinear, Own, nn.LayerNorm]
-    assert [type(layer) for layer in (*layers, *others)] == expected
+    layers = [nn.Linear(4, 4), Own(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16), nn.LayerNorm(4)]
+    assert use_prepacked(layers) == {layers[0]}
+    assert [type(layer) for layer in layers] == [PrepackedLinear, Own, nn.Linear, nn.LayerNorm]

@@ -104,7 +104,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", choices=["float32", "bfloat16"])
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.mixed and options.dtype != "float32":
+        parser.error("--mixed needs --dtype float32")
+    return options
 
 
 def exactness(model: nn.Module, tokens: Tensor) -> None:

@@ -41,6 +41,11 @@ def weight_changes(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | 
     left, right = seen[0]
     if form == "trace":
         return torch.outer(*squared_lengths(seen, place, targets)) / (left.shape[2] * right.shape[2])
+    if len(seen) == 1 and _all_at_once(left, right):
+        changes = _changes(place, targets, slice(0, left.shape[2]), right.shape[2], _exact(right), left.device)
+        gradients = torch.bmm(left.transpose(1, 2), right).to(_exact(right))
+        changes, gradients = (x.abs_() if form == "absolute" else x for x in (changes, gradients))
+        return (changes.flatten(1) @ gradients.flatten(1).T).T.double()
     total = torch.zeros(_sequences(seen), len(targets), dtype=torch.float64, device=left.device)
     for changes, blocks in _in_rows(seen, place, targets):
         changes = changes.abs_() if form == "absolute" else changes
@@ -61,9 +66,25 @@ def squared_lengths(seen: Seen, place: Tensor | None, targets: Sequence[Tensor |
     return gradient, change
 
 
+def _has_small_caches(device: torch.device) -> bool:
+    """Whether work is best done a few rows at a time; elsewhere what counts is how many operations are started."""
+    return device.type == "cpu"
+
+
+def _all_at_once(left: Tensor, right: Tensor) -> bool:
+    """Whether all rows and sequences of one run are taken together."""
+    columns = right.shape[2]
+    return not _has_small_caches(left.device) and _rows_at_a_time(left.device, len(left), columns) >= left.shape[2]
+
+
+def _exact(values: Tensor) -> torch.dtype:
+    """In which products with such values are summed."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
 def _rows_at_a_time(device: torch.device, together: int, columns: int) -> int:
     """Rows of so many columns, of which so many matrices exist at one time."""
-    if device.type == "cpu":
+    if _has_small_caches(device):
         return max(16, ELEMENTS // (together * columns))
     return max(1, min(ELEMENTS_ELSEWHERE // together, LONGEST) // columns)
 
@@ -77,9 +98,9 @@ def _in_rows(
 ) -> Iterator[tuple[Tensor, Iterator[tuple[slice, Tensor]]]]:
     """Some rows at a time: the targets' changes; and, of some sequences at a time, the gradients; each flat."""
     left, right = seen[0]
-    exact = torch.float64 if right.dtype == torch.float64 else torch.float32
+    exact = _exact(right)
     height, columns, together = left.shape[2], right.shape[2], max(len(each) for each, _ in seen)
-    if left.device.type == "cpu":
+    if _has_small_caches(left.device):
         together = min(together, SEQUENCES)
     step = min(_rows_at_a_time(left.device, together, columns), height)
     # The same memory for all of them: pages fresh from the system cost as much as the products.
@@ -142,7 +163,7 @@ def output_changes(
         shifts: change of the bias at each target.
     """
     gradient, given = seen[0]
-    exact = torch.float64 if given.dtype == torch.float64 else torch.float32
+    exact = _exact(given)
     height, columns = gradient.shape[2], given.shape[2]
     total = torch.zeros(_sequences(seen), len(targets), dtype=torch.float64, device=gradient.device)
     if transposed:
@@ -173,6 +194,13 @@ def _changes(
     device: torch.device,
 ) -> Tensor:
     """Some rows of target - place, targets x rows x columns."""
+    there = next((target for target in targets if target is not None), None)
+    if there is not None and not _has_small_caches(device):
+        nothing = there if all(target is not None for target in targets) else there.new_zeros(()).expand(there.shape)
+        whole = rows.stop - rows.start == len(there)  # a slice of all rows would be started for nothing
+        each = (nothing if target is None else target for target in targets)
+        found = torch.stack([(target if whole else target[rows]).to(device) for target in each]).to(dtype)
+        return found if place is None else found.sub_(place if whole else place[rows])
     changes = torch.zeros(len(targets), rows.stop - rows.start, columns, dtype=dtype, device=device)
     for change, target in zip(changes, targets, strict=True):
         if target is not None:

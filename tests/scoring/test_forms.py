@@ -145,8 +145,7 @@ def test_blocks_of_rows_and_of_sequences_add_up(monkeypatch: pytest.MonkeyPatch,
 def test_rows_as_a_gpu_takes_them_add_up(
     monkeypatch: pytest.MonkeyPatch, form: Form, elements: int, longest: int
 ) -> None:
-    rows = weight_changes._rows_at_a_time
-    monkeypatch.setattr(weight_changes, "_rows_at_a_time", lambda _, *counts: rows(torch.device("cuda"), *counts))
+    monkeypatch.setattr(weight_changes, "_has_small_caches", lambda _: False)
     monkeypatch.setattr(weight_changes, "ELEMENTS_ELSEWHERE", elements)
     monkeypatch.setattr(weight_changes, "LONGEST", longest)
     model = tiny_model("llama")
@@ -154,6 +153,29 @@ def test_rows_as_a_gpu_takes_them_add_up(
     found = SensitivityPass(model, levels, tiny_tokens(), batch=16).measure(None, MINIBATCH, "true", form)
     expected = _directly("llama", levels, None, form)
     np.testing.assert_allclose(found.projections, expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("place", [True, False])
+@pytest.mark.parametrize("form", ["inner", "absolute", "output", "trace"])
+def test_a_gpu_takes_what_is_dropped_alike(monkeypatch: pytest.MonkeyPatch, form: Form, place: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    seen = [(drawn(6, 9, 12), drawn(6, 9, 20))]
+    targets = [drawn(12, 20), None, drawn(12, 20)]
+    at = drawn(12, 20) if place else None
+
+    def found() -> torch.Tensor:
+        if form == "output":
+            return weight_changes.output_changes(seen, at, targets, None, False)
+        return weight_changes.weight_changes(seen, at, targets, form)
+
+    expected = found()
+    monkeypatch.setattr(weight_changes, "_has_small_caches", lambda _: False)
+    torch.testing.assert_close(found(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert (expected[:, 1] != 0).all() == place
 
 
 def test_memory_of_a_gpu_is_bounded_whatever_the_layer() -> None:

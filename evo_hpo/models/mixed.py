@@ -86,7 +86,7 @@ def mix(model: nn.Module) -> None:
 
 
 def dtype_name(model: nn.Module) -> str:
-    """``mixed``, or the dtype of the model's weights."""
+    """``mixed``, or the dtype of the model's weights, as settings call it."""
     if any(isinstance(module, MixedLinear) for module in model.modules()):
         return MIXED
     return str(next(model.parameters()).dtype).removeprefix("torch.")

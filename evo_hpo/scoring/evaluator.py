@@ -55,7 +55,7 @@ class Evaluator:
 
     Args:
         model: decoder-only Hugging Face model with the uncompressed weights; it is not changed.
-        levels: weights of every unit's levels, in the model's dtype and on its device.
+        levels: weights of every unit's levels, in the dtype of the model's matrices and on its device.
         calibration_tokens: int64, sequences x length, without padding.
         fitness: "kl" (KL(dense || compressed), nats a token), "perplexity" (the loss is the mean cross-entropy in nats;
             its exponential is the perplexity) or "topk_kl" (KL over the dense model's top-k entries, the tail as one).

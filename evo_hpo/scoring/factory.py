@@ -9,7 +9,6 @@ from typing import Any, Generic, TypeVar
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.build import check_settings
 from evo_hpo.scoring.recipes import beside
-from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.registry import Claims, Preview
 
 T = TypeVar("T", bound=Any)
@@ -67,7 +66,7 @@ class Factory(Generic[T]):
         if task.dtype != "auto":
             return {}
         recorded = dict(fingerprint.get("identity") or {}).get("dtype")
-        return {"dtype": recorded or str(fastest_dtype(task.placement.main)).removeprefix("torch.")}
+        return {"dtype": recorded or task.settled_dtype}
 
     def prepare(self, settings: dict[str, Any], progress: Callable[..., None]) -> None:
         """Builds the level store where it is missing."""

@@ -19,7 +19,7 @@ from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.footprint import ModelShape, configuration, footprint
 from evo_hpo.scoring.replica import Replica
 from evo_hpo.scoring.task import LanguageModelTask
-from evo_hpo.scoring.tuning import fastest_dtype, own_seconds
+from evo_hpo.scoring.tuning import own_seconds
 from evo_hpo.space.unit import Unit
 
 VOCABULARY = 4096
@@ -46,7 +46,7 @@ def forecast(task: LanguageModelTask) -> Forecast:
         ModelError: the model is not found, or is none that transformers can build.
     """
     config = configuration(task.model)
-    dtype = task.dtype if task.dtype != "auto" else str(fastest_dtype(task.placement.main)).removeprefix("torch.")
+    dtype = task.settled_dtype
     rate = scoring_rate(config, dtype, task.placement.main, task.sequence_length)
     if task.method == "ggml" or task.join:
         return Forecast(rate, None)

@@ -60,6 +60,9 @@ class Placement:
 
         Args:
             dtype: its name, or ``mixed``.
+
+        Raises:
+            ModelError: as :func:`load_model`; another dtype; or a model that cannot be mixed.
         """
         where = "cpu" if self.devices or self.streamed else self.device
         if dtype != MIXED:

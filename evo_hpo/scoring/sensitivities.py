@@ -88,7 +88,7 @@ class SensitivityPass:
 
     Args:
         model: decoder-only Hugging Face model with the uncompressed weights; it is not changed.
-        levels: weights of every unit's levels, in the model's dtype and on its device.
+        levels: weights of every unit's levels, in the dtype of the model's matrices and on its device.
         tokens: the calibration pool, int64, sequences x length, on the model's device.
         chunk: logits that exist at one time.
         graph_bytes: memory for the graphs of blocks; blocks beyond it run a second time.

@@ -245,6 +245,11 @@ class LanguageModelTask:
         """Where model and levels are."""
         return Placement(devices_here(self.device)[0], self.devices, self.memory)
 
+    @property
+    def settled_dtype(self) -> str:
+        """``dtype``; where that is ``auto``, the one that suits the main device."""
+        return self.dtype if self.dtype != "auto" else str(fastest_dtype(self.placement.main)).removeprefix("torch.")
+
     def open_store(
         self,
         model: Mapping[str, str] | None = None,
@@ -304,9 +309,7 @@ class LanguageModelTask:
 
     def make(self) -> LanguageModelProblem:
         """The problem: loads model, store and text."""
-        dtype, placement = self.dtype, self.placement
-        if dtype == "auto":
-            dtype = str(fastest_dtype(placement.main)).removeprefix("torch.")
+        dtype, placement = self.settled_dtype, self.placement
         loaded = placement.load(self.model, dtype)
         pool = self.texts.pool(loaded.tokenizer, loaded.model)
         judged = self.texts.judged(loaded.tokenizer, loaded.model)  # a model that is moved writes no text

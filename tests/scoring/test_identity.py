@@ -20,7 +20,7 @@ from evo_hpo.record.comparison import Comparison
 from evo_hpo.run import schedule
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.schedule import compare
-from evo_hpo.scoring import factory
+from evo_hpo.scoring import task
 from evo_hpo.scoring.score_cache import ScoreCache
 from evo_hpo.scoring.task import LanguageModelTask, language_model
 from evo_hpo.scoring.tuning import fastest_dtype
@@ -282,7 +282,7 @@ def test_the_dtype_is_measured_once_a_comparison_and_used_by_all_workers(
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     chosen = {"tiny": {"dtype": str(other).removeprefix("torch.")}}
     for measured in (other, here):
-        monkeypatch.setattr(factory, "fastest_dtype", lambda _, measured=measured: measured)
+        monkeypatch.setattr(task, "fastest_dtype", lambda _, measured=measured: measured)
         begun = schedule._settled(Comparison.start(tmp_path / "runs" / "tiny", plan.plain(), []), plan)
         assert begun.choices == Comparison.read(begun.folder).choices == chosen
     journal = compare(plan, root=tmp_path / "runs", resume=True) / "journals" / "uniform-s0.jsonl"

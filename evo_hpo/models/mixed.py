@@ -7,6 +7,8 @@ product and what comes out of it are; a CPU sums in float32 between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,9 +21,14 @@ MIXED = "mixed"
 """What settings call it, beside the names of dtypes."""
 
 
-def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def rounded_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    multiply: Callable[[Tensor, Tensor], Tensor] = functional.linear,
+) -> Tensor:
     """A linear layer whose inputs are rounded to the weight's dtype; the bias is added to the rounded product."""
-    product = functional.linear(x.to(weight.dtype), weight).to(x.dtype)
+    product = multiply(x.to(weight.dtype), weight).to(x.dtype)
     return product if bias is None else product + bias
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from evo_hpo.scoring.dense import DenseSide, PackedSide, pack
-from evo_hpo.scoring.head import OutputHead
+from evo_hpo.scoring.head import OutputHead, in_range
 
 Fitness = Literal["kl", "perplexity", "topk_kl"]
 FITNESS: tuple[Fitness, ...] = get_args(Fitness)
@@ -92,23 +92,31 @@ def divergences(
 def _pairwise(head: OutputHead, theirs: OutputHead, finals: Sequence[Tensor], own: Tensor) -> list[Tensor]:
     """For some tokens: each chunk of the uncompressed model's logits is made once for all candidates.
 
-    Every sum is taken relative to the largest logit so far: of the uncompressed model for sums weighted by p, of the
-    candidate for its normaliser.
+    Every sum is taken relative to the uncompressed model's largest logit so far; so is a candidate's normaliser on a
+    CPU, unless it then turns out to be out of range, and relative to its own largest logit elsewhere.
     """
     own = own.to(finals[0].dtype)
     top = own.new_full((len(own),), -1e30, dtype=torch.float32)
     mass = torch.zeros_like(top)
     entropy = torch.zeros_like(top, dtype=torch.float64)
-    sums = [(entropy, top, mass) for _ in finals]
+    on_cpu = own.device.type == "cpu"
+    step = head.kernels.shared_sums if on_cpu else head.kernels.candidate_sums
+    sums = [(entropy, mass) if on_cpu else (entropy, top, mass) for _ in finals]
     for dense, part in zip(head.parts(), theirs.parts(), strict=True):
         p, top, mass, entropy, fade, drop = head.kernels.dense_sums(own, dense, top, mass, entropy)
         for i, final in enumerate(finals):
-            sums[i] = head.kernels.candidate_sums(final, part, p, top, fade, drop, sums[i])
+            sums[i] = step(final, part, p, top, fade, drop, sums[i])
     weight = mass.double()
-    return [
-        (entropy - crossed) / weight - weight.log() + (highest - top).double() + total.double().log()
-        for crossed, highest, total in sums
-    ]
+    found = []
+    for final, (crossed, *scaled, total) in zip(finals, sums, strict=True):
+        if scaled:
+            normaliser = (scaled[0] - top).double() + total.double().log()
+        elif in_range(total):
+            normaliser = total.double().log()
+        else:
+            normaliser = theirs.log_normaliser(final).double() - top.double()
+        found.append((entropy - crossed) / weight - weight.log() + normaliser)
+    return found
 
 
 def _top_divergence(head: OutputHead, final: Tensor, dense: DenseSide, entries: Tensor) -> Tensor:

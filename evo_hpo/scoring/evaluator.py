@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import check_droppable
-from evo_hpo.models.gates import GatedModel
+from evo_hpo.models.gates import GatedModel, output_head
 from evo_hpo.models.identity import digest, model_identity, tokens_identity
 from evo_hpo.models.mixed import dtype_name
 from evo_hpo.models.structure import is_matrix, outer_matrices
@@ -38,7 +38,7 @@ from evo_hpo.scoring.rounds import Rounds, Sums, scored
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.score_cache import ScoreCache
 from evo_hpo.scoring.switching import WeightSwitch, blocks_of_units
-from evo_hpo.scoring.tuning import Tuned, measure_settings
+from evo_hpo.scoring.tuning import Tuned, default_shape, measure_settings
 from evo_hpo.search.problem import Minibatch, Reading, Score
 from evo_hpo.space.compression_space import Assignment
 
@@ -59,12 +59,12 @@ class Evaluator:
         calibration_tokens: int64, sequences x length, without padding.
         fitness: "kl" (KL(dense || compressed), nats a token), "perplexity" (the loss is the mean cross-entropy in nats;
             its exponential is the perplexity) or "topk_kl" (KL over the dense model's top-k entries, the tail as one).
-        batch_size: sequences in one forward pass; decides the last bits of a loss. Default: 1 on a CPU (more is
-            slower there), 8192 tokens on a GPU.
-        chunk: logits that exist at one time; default: measured ones.
+        batch_size: sequences in one forward pass; decides the last bits of a loss. Default: see
+            :func:`evo_hpo.scoring.tuning.default_shape`.
+        chunk: logits that exist at one time; default: see there.
         threads: replicas that work side by side, one core each; default: the cores available. On a GPU: 1.
         compile: torch.compile the decoder blocks and the steps on a chunk of logits, each kept where measured faster;
-            eager, with one logged line, where that fails. Takes half a minute, so it is for long searches.
+            eager, with one logged line, where that fails. Takes half a minute or more, so it is for long searches.
         measure: choose batch_size, chunk and threads by a few forward passes where they are not given; the choice is
             kept in the cache file and used again, because it decides the last bits of a loss.
         dense_bits: of each number that is kept of the uncompressed model: 16 (hidden x 2 bytes a token in all), or 32,
@@ -72,8 +72,9 @@ class Evaluator:
         top_k: entries of "topk_kl".
         state_bytes: memory a replica may spend on block inputs kept for candidates with a common prefix.
         reference_bytes: memory for block inputs of the best assignment on a minibatch that is used again.
-        packed_bytes: memory for weights in the layout that a CPU multiplies fastest (float32 and MKL only), each for
-            the searched layers and the head; mostly shared between replicas. 0: the same bits a few per cent slower.
+        packed_bytes: memory for weights in the layout that a CPU multiplies fastest (MKL's of float32; oneDNN's of
+            bfloat16, with ``compile`` only), each for the searched layers and the head; mostly shared between replicas.
+            0: the same bits a few per cent slower.
         early_stopping: with ``keep``, stop candidates that are provably not among the best; exact.
         cache: SQLite file of paid losses; None: in memory.
         identity: of the model, where it is known; default: computed from all of its weights and its configuration.
@@ -126,12 +127,14 @@ class Evaluator:
         self.model, self.levels, self.fitness, self.inputs = model, levels, fitness, inputs
         self.tokens = calibration_tokens.to(self.device, torch.int64)
         self.length = int(self.tokens.shape[1])
-        self.chunk = chunk or (Chunk() if on_cpu else Chunk(tokens=2048, vocabulary=16384))
         self.counts = {"candidates": 0, "cached": 0, "stopped": 0, "non_finite": 0, "out_of_memory": 0, "tokens": 0}
         self.seconds = 0.0
         example, lock = self.tokens[:1, : min(self.length, 16)], threading.Lock()
         count = (threads or cores()) if on_cpu else 1
-        packed = packed_bytes if on_cpu and not stream else 0
+        matrices = cast(Tensor, output_head(model).weight).dtype
+        packed = packed_bytes if on_cpu and not stream and (compile or matrices == torch.float32) else 0
+        by_rule = default_shape(self.device, self.length, compile and matrices == torch.bfloat16)
+        self.chunk = chunk or by_rule.chunk
         members = {name for unit in levels.units for name in unit.members}
         check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_matrix(m)}, example)
         self._packs = packed > 0
@@ -142,7 +145,7 @@ class Evaluator:
             self.tokens,
             fitness,
             blocks_of_units(levels.units, self.blocks, tuple(outer_matrices(model))),
-            batch_size or (1 if on_cpu else max(1, 8192 // self.length)),
+            batch_size or by_rule.batch_size,
             dense_bits,
             top_k,
             state_bytes,

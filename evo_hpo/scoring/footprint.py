@@ -14,6 +14,7 @@ from evo_hpo.levels.packing import AT_A_TIME
 from evo_hpo.models.loading import resolve_folder
 from evo_hpo.models.paths import user_path
 from evo_hpo.models.structure import decoder_blocks, linear_modules
+from evo_hpo.scoring.tuning import COMPILED_TOKENS, GPU_TOKENS
 
 TYPICAL: dict[str, dict[str, Any]] = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
@@ -119,6 +120,7 @@ class Footprint:
         levels: every level of every unit, decoded ("resident") or as packed as on disk.
         decoding: where levels are packed: the assignment in place, decoded, and room to decode the largest layer.
         dense: what is kept of the uncompressed model, for calibration and held-out tokens.
+        copies: of the searched layers and the head, arranged as a CPU multiplies them.
         kept: block inputs that candidates share.
         running: a pass: hidden states, the widest layer, a chunk of logits.
         process: on a CPU: the libraries, and freed memory.
@@ -128,6 +130,7 @@ class Footprint:
     levels: int
     decoding: int
     dense: int
+    copies: int
     kept: int
     running: int
     process: int
@@ -143,6 +146,7 @@ class Footprint:
             ("model", self.weights),
             ("levels", self.levels + self.decoding),
             ("kept of the uncompressed model", self.dense),
+            *([("packed copies of weights", self.copies)] if self.copies else []),
             ("block inputs", self.kept),
             ("a pass", self.running + self.process),
         ]
@@ -162,8 +166,10 @@ def footprint(
     held_out_tokens: int = 131_072,
     replicas: int = 1,
     on_cpu: bool = False,
+    compiled: bool = False,
     state_bytes: int = 1 << 28,
     reference_bytes: int = 1 << 29,
+    packed_bytes: int = 1 << 31,
 ) -> Footprint:
     """What one evaluator needs: at most, for levels that no candidate has had yet are not decoded.
 
@@ -172,13 +178,16 @@ def footprint(
         memory: ``resident``: levels decoded; ``packed``: as on disk; ``streamed``: of a GPU, which has two blocks at a
             time, and levels of none; the rest waits in main memory, so on a CPU two decoded blocks of each core are
             all that it has beside it.
-        number: bytes of a number in the compute dtype; packed copies of 32-bit weights (``packed_bytes``) not counted.
+        number: bytes of a number in the compute dtype.
         state_number: of hidden states, where it is another one.
         replicas: passes at the same time (one a core; on a GPU one).
-        on_cpu: one sequence in a pass and small chunks of logits, not 8192 tokens; and the process is counted.
-        state_bytes, reference_bytes: the evaluator's own settings.
+        on_cpu: one sequence in a pass and small chunks of logits, not 8192 tokens; the process is counted, and packed
+            copies of 32-bit weights.
+        compiled: on a CPU, in bfloat16: several sequences in a pass, and copies of the weights; not the compiler.
+        state_bytes, reference_bytes, packed_bytes: the evaluator's own settings.
     """
-    pass_tokens = sequence_length if on_cpu else max(sequence_length, 8192)
+    pass_tokens = max(sequence_length, (COMPILED_TOKENS if compiled else 0) if on_cpu else GPU_TOKENS)
+    copied = (shape.linear, shape.hidden * shape.vocabulary) if on_cpu and (compiled or number == 4) else ()
     chunk = (512, 1024) if on_cpu else (2048, 16384)
     state_number = state_number or number
     state = pass_tokens * shape.hidden * state_number
@@ -196,6 +205,7 @@ def footprint(
         levels=decoded if memory == "resident" else 0 if brought else packed,
         decoding=0 if memory == "resident" else in_place + at_a_time * (number + 2 * 4),
         dense=2 * shape.hidden * (calibration_tokens + held_out_tokens),
+        copies=0 if memory == "streamed" else sum(min(packed_bytes, count * number) for count in copied),
         kept=replicas * min(state_bytes, path) + min(reference_bytes, 2 * path),
         running=replicas * ((2 + FLASH + GROUP) * state + 3 * pass_tokens * shape.widest * state_number + 3 * logits),
         process=PROCESS + HOLES if on_cpu else 0,

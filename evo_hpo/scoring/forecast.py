@@ -65,6 +65,7 @@ def forecast(task: LanguageModelTask) -> Forecast:
         held_out_tokens=task.held_out_tokens * texts,
         replicas=cores() if on_cpu else 1,
         on_cpu=on_cpu,
+        compiled=task.compile and matrix_dtype(dtype) == torch.bfloat16,
     )
     return Forecast(rate, needs.total)
 

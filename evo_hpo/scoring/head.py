@@ -126,7 +126,7 @@ class OutputHead:
         if hidden.device.type == "cpu":  # logits rarely need a shift, and finding out costs no wait on a CPU
             for part in self.parts():
                 total += self.kernels.exp_sums(hidden, part)
-            if bool(torch.isfinite(total).all()) and float(total.min()) > 1e-20:
+            if in_range(total):
                 return total.log_()
         top, total = torch.full_like(total, -1e30), torch.zeros_like(total)
         for part in self.parts():
@@ -144,3 +144,8 @@ class OutputHead:
 
     def _activate(self, logits: Tensor) -> Tensor:
         return logits if self.cap is None else (logits / self.cap).tanh_().mul_(self.cap)
+
+
+def in_range(total: Tensor) -> bool:
+    """Whether sums of exponentials are neither too large nor too small for single precision; waits for a GPU."""
+    return bool(torch.isfinite(total).all()) and float(total.min()) > 1e-20

@@ -72,6 +72,21 @@ def candidate_sums(
     return crossed, higher, total * (highest - higher).exp() + now
 
 
+def shared_sums(
+    final: Tensor, part: Part, p: Tensor, top: Tensor, fade: Tensor, drop: Tensor, own: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """As :func:`candidate_sums`, but its exponentials are relative to the same logit as p is, so that one loop does.
+
+    Args:
+        own: sum of p (logit - top), float64; the candidate's sum of exp(logit - top), which overflows, or vanishes,
+            where its logits are far from the uncompressed model's.
+    """
+    crossed, total = own
+    logits = logits_of(final, part).sub_(top[:, None])
+    crossed = fade * (crossed + drop) + torch.linalg.vecdot(p, logits)
+    return crossed, total * fade + logits.exp_().sum(-1)
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The steps as they are run: as written above, or compiled."""
@@ -80,8 +95,9 @@ class Kernels:
     running_sums: Callable[..., Any] = running_sums
     dense_sums: Callable[..., Any] = dense_sums
     candidate_sums: Callable[..., Any] = candidate_sums
+    shared_sums: Callable[..., Any] = shared_sums
 
     @classmethod
     def compiled(cls, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Kernels:
         """Each as ``compiler(step)``."""
-        return cls(compiler(exp_sums), compiler(running_sums), compiler(dense_sums), compiler(candidate_sums))
+        return cls(*[compiler(step) for step in (exp_sums, running_sums, dense_sums, candidate_sums, shared_sums)])

@@ -1,10 +1,10 @@
 """Weight matrices kept in the layout in which a CPU's library multiplies them, not rearranged for every product.
 
 A product of 512 tokens with a layer of some million weights spends about a tenth of its time on rearranging them, again
-for every sequence and candidate. MKL can keep them rearranged ("packed"). For some shapes it then adds up in another
-order; those are recognised by trying, and left alone, so that no loss depends on what was packed. The product is an
-operator of its own, ``evo_hpo::linear``, which finds the packed matrix by the address of the weight: so compiled code
-has the weight itself as its input, and switching levels does not compile again.
+for every sequence and candidate. MKL (float32) and oneDNN (bfloat16) can keep them rearranged ("packed"). For some
+shapes they then add up in another order; those are recognised by trying, and left alone, so that no loss depends on
+what was packed. The product is an operator of its own, ``evo_hpo::linear``, which finds the packed matrix by the
+address of the weight: so compiled code has the weight itself as its input, and switching levels does not compile again.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from evo_hpo.models.mixed import rounded_linear
+from evo_hpo.models.mixed import MixedLinear, rounded_linear
 
 _packed: WeakValueDictionary[tuple[int, torch.Size, int], Tensor] = WeakValueDictionary()
 """(Address and shape of a weight, rows of the other factor) -> packed weight, while a :class:`Prepacked` has it."""
+
+LEAST_NUMBERS, NUMBERS_TRIED = 512, 1 << 17
+"""A product of fewer numbers is left as it is; of others at least so many are compared before one is packed."""
 
 _lock = threading.Lock()
 _library = torch.library.Library("evo_hpo", "DEF")  # type: ignore[no-untyped-call]
@@ -37,22 +40,40 @@ def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _multiply(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    product: Tensor = torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
+    product: Tensor
+    if weight.dtype == torch.float32:
+        product = torch.ops.mkl._mkl_linear(x, packed, weight, bias, rows)
+    else:
+        product = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return product
 
 
 def _pack(weight: Tensor, rows: int) -> Tensor:
-    packed: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+    single = weight.dtype == torch.float32
+    pack = torch.ops.mkl._mkl_reorder_linear_weight if single else torch.ops.mkldnn._reorder_linear_weight
+    packed: Tensor = pack(weight, rows)
     return packed
 
 
 @cache
-def _same_bits(outputs: int, inputs: int, rows: int) -> bool:
-    """Whether packing leaves every bit of a product of this shape as it is, on one core; tried on three products."""
+def _same_bits(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> bool:
+    """Whether packing leaves every bit of a product of this shape as it is, on one core; found by trying.
+
+    Half of the trials are sums that cancel: what is left of them is the rounding of float32, which another order of
+    adding up changes in nearly every number, where the bits of a 16-bit product would hide it.
+    """
+    if rows * outputs < LEAST_NUMBERS:
+        return False
     generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
+    for trial in range(max(4, NUMBERS_TRIED // (rows * outputs))):
         shapes = ((rows, inputs), (outputs, inputs), (outputs,))
-        x, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+        x, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+        if trial % 2:
+            half = inputs // 2
+            order = torch.randperm(2 * half, generator=generator)
+            x[:, order] = torch.cat([x[:, :half], x[:, :half]], 1)
+            weight[:, order] = torch.cat([weight[:, :half], -weight[:, :half]], 1)
+            weight[:, 2 * half :] = 0
         packed = _pack(weight, rows)
         for b in (None, bias):
             if not torch.equal(functional.linear(x, weight, b), _multiply(x, packed, weight, b, rows)):
@@ -74,8 +95,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Where dtypes differ, as :func:`evo_hpo.models.mixed.rounded_linear`.
     """
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
-        return rounded_linear(x, weight, bias)
-    if weight.is_cpu and weight.dtype == torch.float32:
+        return rounded_linear(x, weight, bias, linear)
+    if weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16):
         product: Tensor = torch.ops.evo_hpo.linear(x, weight, bias)
         return product
     return functional.linear(x, weight, bias)
@@ -90,12 +111,13 @@ class PrepackedLinear(nn.Linear):
 
 
 def use_prepacked(modules: Iterable[nn.Module]) -> set[nn.Module]:
-    """Turns linear layers (of exactly that class, in float32 on a CPU with MKL) into prepacked ones.
+    """Turns linear layers (of exactly that class, or mixed; on a CPU whose libraries pack them) into prepacked ones.
 
     Returns:
         Those that were turned; nothing is packed before :meth:`Prepacked.keep`.
     """
-    chosen: set[nn.Module] = {m for m in modules if type(m) is nn.Linear and _packable(m.weight.data)}
+    kinds = (nn.Linear, MixedLinear)
+    chosen: set[nn.Module] = {m for m in modules if type(m) in kinds and _packable(m.get_parameter("weight").data)}
     for module in chosen:
         module.__class__ = PrepackedLinear
     return chosen
@@ -142,7 +164,7 @@ class Prepacked:
         if self._bytes + more > self.limit:
             return
         with _lock:
-            if not _same_bits(*weight.shape, self.rows):
+            if not _same_bits(*weight.shape, self.rows, weight.dtype):
                 return
             key = (weight.data_ptr(), weight.shape, self.rows)
             packed = _packed.get(key)
@@ -158,10 +180,14 @@ class Prepacked:
 
 
 def _packable(weight: Tensor) -> bool:
-    return (
-        torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-        and weight.is_cpu
-        and weight.dtype == torch.float32
-        and weight.dim() == 2
-        and weight.is_contiguous()
-    )
+    return weight.is_cpu and weight.dim() == 2 and weight.is_contiguous() and _packs(weight.dtype)
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether a library of this CPU packs matrices of this dtype."""
+    if dtype == torch.float32:
+        return bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+    if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False

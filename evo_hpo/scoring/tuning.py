@@ -22,7 +22,32 @@ GAIN = 1.05
 NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """Instructions that multiply bfloat16 on a CPU (x86, ARM), by their names in torch."""
 
+GPU_TOKENS, COMPILED_TOKENS = 8192, 1024
+"""In one pass: on a GPU; and on a CPU with compiled blocks in bfloat16."""
+
 CHUNKS = (Chunk(512, 1024), Chunk(256, 2048), Chunk(512, 4096), Chunk(2048, 16384))
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """Sequences in a forward pass, and logits at one time."""
+
+    batch_size: int
+    chunk: Chunk
+
+
+def default_shape(device: torch.device, length: int, compiled: bool) -> PassShape:
+    """What runs fast on most machines, but a fixed rule: it decides the last bits of a loss.
+
+    Args:
+        compiled: matrices are bfloat16 and code is compiled, which on a CPU gains by up to 1024 tokens in a pass; else
+            there one sequence is as fast as several.
+    """
+    if device.type != "cpu":
+        return PassShape(max(1, GPU_TOKENS // length), Chunk(tokens=2048, vocabulary=16384))
+    if compiled:
+        return PassShape(max(1, COMPILED_TOKENS // length), Chunk(tokens=COMPILED_TOKENS))
+    return PassShape(1, Chunk())
 
 
 @dataclass(frozen=True)

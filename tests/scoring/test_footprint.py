@@ -69,6 +69,20 @@ def test_on_a_cpu_the_process_counts_and_every_core_has_an_assignment_of_its_own
     assert CliRunner().invoke(app, ["plan-memory", "1B", "--cpu", "2"]).exit_code == 0
 
 
+def test_packed_copies_of_weights_count_up_to_their_limit() -> None:
+    shape = ModelShape.of(configuration("1B"))
+    plain, compiled, single = (
+        footprint(shape, [2], on_cpu=True, number=number, compiled=compiled, sequence_length=256)
+        for number, compiled in ((2, False), (2, True), (4, False))
+    )
+    assert plain.copies == 0
+    assert compiled.copies == 2 * (shape.linear + 128256 * 2048)
+    assert single.copies == 2**31 + 4 * 128256 * 2048  # of the layers no more than the limit
+    assert compiled.running > 3 * plain.running  # four sequences of 256 tokens in a pass
+    assert ("packed copies of weights", compiled.copies) in compiled.rows()
+    assert footprint(shape, [2], compiled=True).copies == 0
+
+
 def test_of_a_streamed_model_two_blocks_are_on_the_device() -> None:
     shape = ModelShape.of(configuration("70B"))
     streamed = footprint(shape, [2, 4], memory="streamed")

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from evo_hpo.models.mixed import MixedLinear
 from evo_hpo.scoring import prepacking
 from evo_hpo.scoring.prepacking import Prepacked, PrepackedLinear, linear, use_prepacked
 
 pytestmark = pytest.mark.skipif(
-    not torch.backends.mkl.is_available(),  # type: ignore[no-untyped-call]
-    reason="weights are packed by MKL",
+    not (prepacking._packs(torch.float32) and prepacking._packs(torch.bfloat16)),
+    reason="weights are packed by MKL and oneDNN",
 )
 
 
@@ -29,6 +30,7 @@ def _random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def one_core() -> Iterator[None]:
+    gc.collect()  # evaluators of other tests may have packed weights
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,16 +54,52 @@ def test_the_product_is_the_same_packed_or_not(bias: torch.Tensor | None, shape:
             linear(_random(10, 15), weight, bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [33, 128])
 @pytest.mark.parametrize("inputs", [64, 576, 896, 1024, 2048])
-def test_no_shape_changes_a_bit(inputs: int, rows: int) -> None:
+def test_no_shape_changes_a_bit(inputs: int, rows: int, dtype: torch.dtype) -> None:
     packed = Prepacked(1 << 30)
     packed.expect(rows)
     with torch.inference_mode():
         for seed in range(4):
-            x, weight = _random(rows, inputs, seed=seed), _random(96, inputs, seed=100 + seed)
+            x, weight = _random(rows, inputs, seed=seed).to(dtype), _random(96, inputs, seed=100 + seed).to(dtype)
             packed.keep(str(seed), weight)
-            assert torch.equal(linear(x, weight), functional.linear(x, weight))
+            for bias in (None, _random(96, seed=9).to(dtype)):
+                assert torch.equal(linear(x, weight, bias), functional.linear(x, weight, bias))
+    assert dtype == torch.float32 or inputs > 576 or len(packed) == 4
+
+
+def test_another_order_of_adding_up_is_found_behind_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product in two halves rounds to nearly the same 16-bit numbers; it must count as another one all the same."""
+
+    def halves(
+        x: torch.Tensor, _: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, __: int
+    ) -> torch.Tensor:
+        x, weight, half = x.float(), weight.float(), x.shape[-1] // 2
+        product = x[:, half:] @ weight[:, half:].T + x[:, :half] @ weight[:, :half].T
+        return (product if bias is None else product + bias).bfloat16()
+
+    with torch.inference_mode():
+        assert prepacking._same_bits.__wrapped__(96, 64, ROWS, torch.bfloat16)
+        monkeypatch.setattr(prepacking, "_multiply", halves)
+        for outputs in (16, 96):
+            x, weight = _random(ROWS, 64).bfloat16(), _random(outputs, 64, seed=1).bfloat16()
+            others = halves(x, x, weight, None, 0) != functional.linear(x, weight)
+            assert float(others.float().mean()) < 1e-3  # hardly a number of an ordinary product tells
+            assert not prepacking._same_bits.__wrapped__(outputs, 64, ROWS, torch.bfloat16)
+
+
+def test_inputs_of_another_dtype_are_rounded_and_meet_the_packed_weight() -> None:
+    x, weight, bias = _random(ROWS, 64), _random(96, 64, seed=1).bfloat16(), _random(96, seed=2)
+    packed = Prepacked(1 << 20)
+    packed.expect(ROWS)
+    with torch.inference_mode():
+        packed.keep("layer", weight)
+        assert len(packed) == 1
+        found = linear(x, weight, bias)
+        assert torch.equal(found, functional.linear(x.bfloat16(), weight).float() + bias)
+        exact = x.bfloat16().double() @ weight.double().T + bias
+        assert float((found - exact).abs().max()) < 2**-8 * float(exact.abs().max())
 
 
 def test_a_square_weight_and_its_transpose_are_two() -> None:
@@ -102,10 +140,12 @@ def test_replicas_share_packed_weights_and_the_limit_holds() -> None:
     assert len(prepacking._packed) == 2
 
 
-def test_only_plain_linear_layers_of_32_bits_are_turned() -> None:
+def test_only_plain_and_mixed_linear_layers_are_turned() -> None:
     class Own(nn.Linear):
         pass
 
-    layers = [nn.Linear(4, 4), Own(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16), nn.LayerNorm(4)]
-    assert use_prepacked(layers) == {layers[0]}
-    assert [type(layer) for layer in layers] == [PrepackedLinear, Own, nn.Linear, nn.LayerNorm]
+    layers = [nn.Linear(4, 4, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    others = [MixedLinear(4, 4, dtype=torch.bfloat16), Own(4, 4), nn.LayerNorm(4)]
+    assert use_prepacked([*layers, *others]) == {*layers[:2], others[0]}
+    expected = [PrepackedLinear, PrepackedLinear, nn.Linear, PrepackedLinear, Own, nn.LayerNorm]
+    assert [type(layer) for layer in (*layers, *others)] == expected

@@ -1,0 +1,60 @@
+"""Divergences in 16 bits, whose normalisers are relative to the uncompressed model's logits, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from evo_hpo.scoring import divergence
+from evo_hpo.scoring.dense import DenseSide
+from evo_hpo.scoring.divergence import divergences
+from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.head import Chunk, OutputHead
+from tests.tiny import RoundedLevels, tiny_model, tiny_tokens
+
+
+@pytest.fixture(scope="module")
+def head() -> OutputHead:
+    model = tiny_model("llama").bfloat16()
+    head = Evaluator(model, RoundedLevels(model), tiny_tokens(), threads=1, chunk=Chunk(16, 8)).pool.replicas[0].head
+    assert not head.linear
+    return head
+
+
+def _hidden(head: OutputHead, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(21, head.weight.shape[1], generator=generator).bfloat16()
+
+
+def _exact(head: OutputHead, own: Tensor, final: Tensor) -> Tensor:
+    log_p, log_q = (functional.linear(h, head.weight).double().log_softmax(-1) for h in (own, final))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, 30.0, 1e4])
+def test_candidates_near_and_far_are_exact(head: OutputHead, factor: float) -> None:
+    """At 1e4 the candidate's logits are thousands of nats from the uncompressed model's: nothing is left in range."""
+    own, final = _hidden(head, 0), _hidden(head, 1) * factor
+    with torch.inference_mode():
+        found = divergences(head, [own, final, final], DenseSide(own))
+        torch.testing.assert_close(found[1], _exact(head, own, final), rtol=2e-6, atol=2e-6)
+    assert torch.equal(found[1], found[2])
+    assert float(found[0].abs().max()) < 1e-6
+
+
+def test_a_normaliser_out_of_range_is_taken_again(head: OutputHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, final = _hidden(head, 0), _hidden(head, 1) * 1e4
+    monkeypatch.setattr(divergence, "in_range", lambda _: True)
+    with torch.inference_mode():
+        assert not torch.isfinite(divergences(head, [final], DenseSide(own))[0]).all()
+
+
+def test_values_that_are_not_finite_stay_so(head: OutputHead) -> None:
+    final = _hidden(head, 1)
+    final[3, 2] = float("nan")
+    with torch.inference_mode():
+        found = divergences(head, [final], DenseSide(_hidden(head, 0)))[0]
+    assert bool(found[3].isnan())
+    assert bool(found[[0, 2, 4, 20]].isfinite().all())

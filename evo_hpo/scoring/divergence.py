@@ -92,8 +92,8 @@ def divergences(
 def _pairwise(head: OutputHead, theirs: OutputHead, finals: Sequence[Tensor], own: Tensor) -> list[Tensor]:
     """For some tokens: each chunk of the uncompressed model's logits is made once for all candidates.
 
-    Every sum is taken relative to the uncompressed model's largest logit so far; so is a candidate's normaliser on a
-    CPU, unless it then turns out to be out of range, and relative to its own largest logit elsewhere.
+    Every sum is taken relative to the uncompressed model's largest logit so far; on a CPU a candidate's normaliser too,
+    but for tokens where it turns out to be out of range. There, and on a GPU, it is relative to its own largest logit.
     """
     own = own.to(finals[0].dtype)
     top = own.new_full((len(own),), -1e30, dtype=torch.float32)
@@ -109,13 +109,12 @@ def _pairwise(head: OutputHead, theirs: OutputHead, finals: Sequence[Tensor], ow
     weight = mass.double()
     found = []
     for final, (crossed, *scaled, total) in zip(finals, sums, strict=True):
+        divergence, normaliser = (entropy - crossed) / weight - weight.log(), total.double().log()
         if scaled:
-            normaliser = (scaled[0] - top).double() + total.double().log()
-        elif in_range(total):
-            normaliser = total.double().log()
-        else:
-            normaliser = theirs.log_normaliser(final).double() - top.double()
-        found.append((entropy - crossed) / weight - weight.log() + normaliser)
+            divergence += (scaled[0] - top).double()
+        elif not bool((usable := in_range(total)).all()):
+            normaliser = torch.where(usable, normaliser, theirs.log_normaliser(final).double() - top.double())
+        found.append(divergence + normaliser)
     return found
 
 

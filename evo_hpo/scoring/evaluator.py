@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 class Evaluator:
     """Losses of assignments on minibatches of a calibration pool.
 
-    A candidate's loss on a sequence depends on nothing else: not on the other candidates, the threads, or what ran
+    A candidate's loss on a batch of sequences depends on nothing else: not on other candidates, threads, or what ran
     before. So the same assignment and minibatch give the same bits in any order, with one batch size, on one machine.
 
     Args:
@@ -64,7 +64,7 @@ class Evaluator:
         chunk: logits that exist at one time; default: see there.
         threads: replicas that work side by side, one core each; default: the cores available. On a GPU: 1.
         compile: torch.compile the decoder blocks and the steps on a chunk of logits, each kept where measured faster;
-            eager, with one logged line, where that fails. Takes half a minute or more, so it is for long searches.
+            eager, with one logged line, where that fails. Takes up to a minute, so it is for long searches.
         measure: choose batch_size, chunk and threads by a few forward passes where they are not given; the choice is
             kept in the cache file and used again, because it decides the last bits of a loss.
         dense_bits: of each number that is kept of the uncompressed model: 16 (hidden x 2 bytes a token in all), or 32,
@@ -158,6 +158,7 @@ class Evaluator:
             "calibration text": tokens_identity(self.tokens),
             "dtype": dtype_name(model),
             **({} if inputs is None else {"arithmetic": inputs.fingerprint}),
+            **({"code": "compiled"} if compile and matrices != torch.float32 else {}),
         }
         self.cache = ScoreCache(cache, self.context())
         self.measured: Tuned | None = None

@@ -120,7 +120,8 @@ class Footprint:
         levels: every level of every unit, decoded ("resident") or as packed as on disk.
         decoding: where levels are packed: the assignment in place, decoded, and room to decode the largest layer.
         dense: what is kept of the uncompressed model, for calibration and held-out tokens.
-        copies: of the searched layers and the head, arranged as a CPU multiplies them.
+        copies: of the searched layers and the head, arranged as a CPU multiplies them, in processes where replicas have
+            mostly the same levels in place.
         kept: block inputs that candidates share.
         running: a pass: hidden states, the widest layer, a chunk of logits.
         process: on a CPU: the libraries, and freed memory.
@@ -144,9 +145,8 @@ class Footprint:
         """What takes memory, and how many bytes."""
         return [
             ("model", self.weights),
-            ("levels", self.levels + self.decoding),
+            ("levels", self.levels + self.decoding + self.copies),
             ("kept of the uncompressed model", self.dense),
-            *([("packed copies of weights", self.copies)] if self.copies else []),
             ("block inputs", self.kept),
             ("a pass", self.running + self.process),
         ]
@@ -181,14 +181,14 @@ def footprint(
         number: bytes of a number in the compute dtype.
         state_number: of hidden states, where it is another one.
         replicas: passes at the same time (one a core; on a GPU one).
-        on_cpu: one sequence in a pass and small chunks of logits, not 8192 tokens; the process is counted, and packed
-            copies of 32-bit weights.
+        on_cpu: one sequence in a pass, unless ``compiled``, and small chunks of logits, not 8192 tokens; the process is
+            counted, and packed copies of 32-bit weights.
         compiled: on a CPU, in bfloat16: several sequences in a pass, and copies of the weights; not the compiler.
         state_bytes, reference_bytes, packed_bytes: the evaluator's own settings.
     """
     pass_tokens = max(sequence_length, (COMPILED_TOKENS if compiled else 0) if on_cpu else GPU_TOKENS)
     copied = (shape.linear, shape.hidden * shape.vocabulary) if on_cpu and (compiled or number == 4) else ()
-    chunk = (512, 1024) if on_cpu else (2048, 16384)
+    chunk = (COMPILED_TOKENS if compiled else 512, 1024) if on_cpu else (2048, 16384)
     state_number = state_number or number
     state = pass_tokens * shape.hidden * state_number
     path = (shape.blocks - 1) * state

@@ -126,9 +126,16 @@ class OutputHead:
         if hidden.device.type == "cpu":  # logits rarely need a shift, and finding out costs no wait on a CPU
             for part in self.parts():
                 total += self.kernels.exp_sums(hidden, part)
-            if in_range(total):
+            usable = in_range(total)
+            if bool(usable.all()):
                 return total.log_()
-        top, total = torch.full_like(total, -1e30), torch.zeros_like(total)
+            return torch.where(usable, total.log(), self._with_shift(hidden))
+        return self._with_shift(hidden)
+
+    def _with_shift(self, hidden: Tensor) -> Tensor:
+        """The same, of logits of any size."""
+        total = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        top = torch.full_like(total, -1e30)
         for part in self.parts():
             top, total = self.kernels.running_sums(hidden, part, top, total)
         return top + total.log()
@@ -146,6 +153,6 @@ class OutputHead:
         return logits if self.cap is None else (logits / self.cap).tanh_().mul_(self.cap)
 
 
-def in_range(total: Tensor) -> bool:
-    """Whether sums of exponentials are neither too large nor too small for single precision; waits for a GPU."""
-    return bool(torch.isfinite(total).all()) and float(total.min()) > 1e-20
+def in_range(total: Tensor) -> Tensor:
+    """Which sums of exponentials are neither too large nor too small for single precision."""
+    return torch.isfinite(total) & (total > 1e-20)

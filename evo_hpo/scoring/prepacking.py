@@ -23,7 +23,7 @@ from evo_hpo.models.mixed import MixedLinear, rounded_linear
 _packed: WeakValueDictionary[tuple[int, torch.Size, int], Tensor] = WeakValueDictionary()
 """(Address and shape of a weight, rows of the other factor) -> packed weight, while a :class:`Prepacked` has it."""
 
-LEAST_NUMBERS, NUMBERS_TRIED = 512, 1 << 17
+LEAST_NUMBERS, NUMBERS_TRIED = 512, 1 << 14
 """A product of fewer numbers is left as it is; of others at least so many are compared before one is packed."""
 
 _lock = threading.Lock()
@@ -34,7 +34,7 @@ _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # ty
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.numel() // x.shape[-1]
     packed = _packed.get((weight.data_ptr(), weight.shape, rows))
-    if packed is None or not weight.is_contiguous() or x.shape[-1] != weight.shape[1]:
+    if packed is None or not (x.is_contiguous() and weight.is_contiguous()) or x.shape[-1] != weight.shape[1]:
         return functional.linear(x, weight, bias)
     return _multiply(x, packed, weight, bias, rows)
 
@@ -64,8 +64,15 @@ def _same_bits(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> bool
     """
     if rows * outputs < LEAST_NUMBERS:
         return False
+    try:
+        return _agree(outputs, inputs, rows, dtype)
+    except RuntimeError:  # a library that does not pack after all
+        return False
+
+
+def _agree(outputs: int, inputs: int, rows: int, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
-    for trial in range(max(4, NUMBERS_TRIED // (rows * outputs))):
+    for trial in range(max(2, NUMBERS_TRIED // (rows * outputs))):
         shapes = ((rows, inputs), (outputs, inputs), (outputs,))
         x, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
         if trial % 2:

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
-from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo import lookup_backend
 from torch.nn import functional
 
-from evo_hpo.scoring import attention
 from evo_hpo.scoring.attention import causal_attention, compile_with_attention
 
 
@@ -55,7 +54,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(graph.code)
         return lookup_backend("aot_eager")(graph, inputs)
 
-    monkeypatch.setattr(attention, "lookup_backend", lambda _: traced)
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda _: traced)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     torch._dynamo.reset()
     return seen
 

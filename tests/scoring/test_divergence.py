@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,15 +48,18 @@ def test_candidates_near_and_far_are_exact(head: OutputHead, factor: float) -> N
 
 def test_a_normaliser_out_of_range_is_taken_again(head: OutputHead, monkeypatch: pytest.MonkeyPatch) -> None:
     own, final = _hidden(head, 0), _hidden(head, 1) * 1e4
-    monkeypatch.setattr(divergence, "in_range", lambda _: True)
+    monkeypatch.setattr(divergence, "in_range", lambda total: torch.ones_like(total, dtype=torch.bool))
     with torch.inference_mode():
         assert not torch.isfinite(divergences(head, [final], DenseSide(own))[0]).all()
 
 
-def test_values_that_are_not_finite_stay_so(head: OutputHead) -> None:
-    final = _hidden(head, 1)
-    final[3, 2] = float("nan")
+@pytest.mark.parametrize("value", [float("nan"), 1e4, -1e4])
+def test_a_token_out_of_range_changes_no_other(head: OutputHead, value: float) -> None:
+    final, others = _hidden(head, 1), torch.arange(21) != 3
     with torch.inference_mode():
-        found = divergences(head, [final], DenseSide(_hidden(head, 0)))[0]
-    assert bool(found[3].isnan())
-    assert bool(found[[0, 2, 4, 20]].isfinite().all())
+        alone = divergences(head, [final], DenseSide(_hidden(head, 0)))[0], head.log_normaliser(final)
+        final[3, :] *= value
+        found = divergences(head, [final], DenseSide(_hidden(head, 0)))[0], head.log_normaliser(final)
+    for before, after in zip(alone, found, strict=True):
+        assert torch.equal(after[others], before[others])
+        assert bool(after[3].isnan()) == math.isnan(value)

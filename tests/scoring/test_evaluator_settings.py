@@ -11,13 +11,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from evo_hpo.scoring import compiling
+from evo_hpo.scoring import compiling, prepacking
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.replica import Replica
 from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.problem import Minibatch
 from tests.scoring.evaluators import LARGE, LENGTH, Parts, losses_of, make_evaluator
-from tests.tiny import VOCABULARY, RoundedLevels, random_assignments, random_model, tiny_tokens
+from tests.tiny import VOCABULARY, RoundedLevels, random_assignments, random_model, tiny_model, tiny_tokens
 
 
 def test_nothing_is_paid_for_twice(llama: Parts, tmp_path: Path) -> None:
@@ -117,15 +117,50 @@ def test_every_shape_of_a_pass_is_compiled_whatever_ran_before(llama: Parts, mon
 
     monkeypatch.setattr(torch, "compile", lambda code, **given: compiler(code, **(given | {"backend": backend})))
     monkeypatch.setattr(compiling, "GAIN", 0.0)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     torch._dynamo.reset()
-    evaluator = make_evaluator(llama, batch_size=5, compile=True)
-    evaluator.prepare()
-    candidate = random_assignments(1, len(llama[1].units), 3)
-    for sequences in range(1, 5):
-        graphs.clear()
-        losses_of(evaluator, candidate, Minibatch(sequences, sequences * LENGTH))
-        assert len(graphs) == len(evaluator.blocks) + 1  # and the chunk of logits
+    with torch._dynamo.config.patch(recompile_limit=2):
+        evaluator = make_evaluator(llama, batch_size=5, compile=True)
+        evaluator.prepare()
+        candidate = random_assignments(1, len(llama[1].units), 3)
+        for sequences in range(1, 5):
+            graphs.clear()
+            losses_of(evaluator, candidate, Minibatch(sequences, sequences * LENGTH))
+            assert len(graphs) == len(evaluator.blocks) + 1  # and the chunk of logits
+    torch._dynamo.reset()
+
+
+def test_compiled_in_bfloat16_attention_is_replaced_and_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for inductor, not translated to C++: a pass of 1024 tokens, near enough to the eager one."""
+    codes: list[str] = []
+
+    def traced(graph: Any, inputs: Any) -> Any:
+        codes.append(graph.code)
+        return lookup(graph, inputs)
+
+    lookup = torch._dynamo.lookup_backend("aot_eager")
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda _: traced)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(compiling, "GAIN", 0.0)
+    torch._dynamo.reset()
+    model = tiny_model("llama").bfloat16()
+    levels, tokens = RoundedLevels(model), tiny_tokens(length=256)
+    eager, compiled = (Evaluator(model, levels, tokens, threads=1, compile=compile) for compile in (False, True))
+    candidates = random_assignments(3, len(levels.units), 3)
+    losses = [losses_of(each, candidates, Minibatch(0, 1024)) for each in (eager, compiled)]
+    assert compiled.compiled.parts == ("blocks", "chunk")
+    assert [e.report()[name] for e in (eager, compiled) for name in ("batch_size", "chunk")] == [
+        1,
+        (512, 1024),
+        4,
+        (1024, 1024),
+    ]
+    assert sum("causal_attention" in code for code in codes) > 0
+    assert not any("_nn.scaled_dot_product" in code for code in codes)
+    assert not len(eager.pool.replicas[0].switch.packed)
+    if prepacking._packs(torch.bfloat16):
+        assert len(compiled.pool.replicas[0].switch.packed) > 0
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert compiled.context() != eager.context()
     torch._dynamo.reset()
 
 

@@ -79,7 +79,7 @@ def test_packed_copies_of_weights_count_up_to_their_limit() -> None:
     assert compiled.copies == 2 * (shape.linear + 128256 * 2048)
     assert single.copies == 2**31 + 4 * 128256 * 2048  # of the layers no more than the limit
     assert compiled.running > 3 * plain.running  # four sequences of 256 tokens in a pass
-    assert ("packed copies of weights", compiled.copies) in compiled.rows()
+    assert compiled.total - plain.total > compiled.copies
     assert footprint(shape, [2], compiled=True).copies == 0
 
 

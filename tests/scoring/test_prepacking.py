@@ -37,21 +37,26 @@ def one_core() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("bias", [None, _random(24, seed=3)])
-@pytest.mark.parametrize("shape", [(10, 16), (2, 5, 16)])
-def test_the_product_is_the_same_packed_or_not(bias: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    x, weight, packed = _random(*shape), _random(24, 16, seed=1), Prepacked(1 << 20)
-    packed.expect(10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_product_is_the_same_packed_or_not(biased: bool, dtype: torch.dtype) -> None:
+    weight, bias = _random(96, 64, seed=1).to(dtype), _random(96, seed=3).to(dtype) if biased else None
+    packed = Prepacked(1 << 20)
+    packed.expect(ROWS)
     with torch.inference_mode():
         packed.keep("layer", weight)
-        assert len(prepacking._packed) == len(packed)
-        assert torch.equal(linear(x, weight, bias), functional.linear(x, weight, bias))
-        turned = _random(16, 10).t()  # not contiguous
-        assert torch.equal(linear(turned, weight, bias), functional.linear(turned, weight, bias))
-        other = _random(7, 16)  # other rows: not packed for them
-        assert torch.equal(linear(other, weight, bias), functional.linear(other, weight, bias))
+        assert len(prepacking._packed) == len(packed) == 1
+        for x in (
+            _random(ROWS, 64),
+            _random(2, ROWS // 2, 64),
+            _random(64, ROWS).t(),  # not contiguous
+            _random(2, 64, ROWS // 2).transpose(1, 2),
+            _random(7, 64),  # other rows: not packed for them
+        ):
+            x = x.to(dtype)
+            assert torch.equal(linear(x, weight, bias), functional.linear(x, weight, bias))
         with pytest.raises(RuntimeError):
-            linear(_random(10, 15), weight, bias)
+            linear(_random(ROWS, 63).to(dtype), weight, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -92,8 +92,8 @@ class LanguageModelTask:
             of bfloat16, candidates' differences nearer to float32's), or ``auto``: bfloat16 on CPUs and GPUs that
             multiply it natively, else float32; settled once a comparison, and recorded. Losses are exact to five digits
             in float32 only.
-        compile: compile the decoder blocks and the steps on logits, and keep what is measured faster; takes up to a minute
-            a process, so it pays from about five minutes of scoring (a quarter faster in bfloat16 on a CPU).
+        compile: compile the decoder blocks and the steps on logits, and keep what is measured faster (in bfloat16 on a
+            CPU by a quarter); takes up to a minute a process, so it pays from about five minutes of scoring.
         measure: choose sequences a batch, chunk of logits and threads by a few forward passes instead of fixed rules;
             with ``cache``, a resumed search uses the same.
     """

@@ -92,16 +92,16 @@ def divergences(
 def _pairwise(head: OutputHead, theirs: OutputHead, finals: Sequence[Tensor], own: Tensor) -> list[Tensor]:
     """For some tokens: each chunk of the uncompressed model's logits is made once for all candidates.
 
-    Every sum is taken relative to the uncompressed model's largest logit so far; on a CPU a candidate's normaliser too,
-    but for tokens where it turns out to be out of range. There, and on a GPU, it is relative to its own largest logit.
+    Every sum is taken relative to the uncompressed model's largest logit so far, but a candidate's normaliser relative to
+    its own; compiled on a CPU that one too is relative to the uncompressed model's, unless a token gets out of range.
     """
     own = own.to(finals[0].dtype)
     top = own.new_full((len(own),), -1e30, dtype=torch.float32)
     mass = torch.zeros_like(top)
     entropy = torch.zeros_like(top, dtype=torch.float64)
-    on_cpu = own.device.type == "cpu"
-    step = head.kernels.shared_sums if on_cpu else head.kernels.candidate_sums
-    sums = [(entropy, mass) if on_cpu else (entropy, top, mass) for _ in finals]
+    shared = head.kernels.fused and own.device.type == "cpu"  # on a GPU finding out would cost a wait
+    step = head.kernels.shared_sums if shared else head.kernels.candidate_sums
+    sums = [(entropy, mass) if shared else (entropy, top, mass) for _ in finals]
     for dense, part in zip(head.parts(), theirs.parts(), strict=True):
         p, top, mass, entropy, fade, drop = head.kernels.dense_sums(own, dense, top, mass, entropy)
         for i, final in enumerate(finals):

@@ -92,8 +92,8 @@ def divergences(
 def _pairwise(head: OutputHead, theirs: OutputHead, finals: Sequence[Tensor], own: Tensor) -> list[Tensor]:
     """For some tokens: each chunk of the uncompressed model's logits is made once for all candidates.
 
-    Every sum is taken relative to the uncompressed model's largest logit so far, but a candidate's normaliser relative to
-    its own; compiled on a CPU that one too is relative to the uncompressed model's, unless a token gets out of range.
+    Every sum is relative to the uncompressed model's largest logit so far, but for a candidate's normaliser, which is
+    relative to its own. Compiled on a CPU that one is relative to the former too, where it does not get out of range.
     """
     own = own.to(finals[0].dtype)
     top = own.new_full((len(own),), -1e30, dtype=torch.float32)

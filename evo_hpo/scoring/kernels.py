@@ -106,7 +106,5 @@ class Kernels:
     @classmethod
     def compiled(cls, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Kernels:
         """Each as ``compiler(step)``."""
-        exps, running, dense, candidate, shared = map(
-            compiler, [exp_sums, running_sums, dense_sums, candidate_sums, shared_sums]
-        )
-        return cls(exps, running, dense, candidate, shared, fused=True)
+        steps = [compiler(step) for step in (exp_sums, running_sums, dense_sums, candidate_sums, shared_sums)]
+        return cls(*steps, True)

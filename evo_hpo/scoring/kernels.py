@@ -106,5 +106,11 @@ class Kernels:
     @classmethod
     def compiled(cls, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Kernels:
         """Each as ``compiler(step)``."""
-        steps = [compiler(step) for step in (exp_sums, running_sums, dense_sums, candidate_sums, shared_sums)]
-        return cls(*steps, True)
+        return cls(
+            compiler(exp_sums),
+            compiler(running_sums),
+            compiler(dense_sums),
+            compiler(candidate_sums),
+            compiler(shared_sums),
+            fused=True,
+        )

@@ -64,7 +64,6 @@ def compile_parts(pool: ReplicaPool, levels: Levels, ids: Tensor, known: Mapping
         for replica in pool.replicas:
             replica.head.kernels = Kernels() if compiler is None else Kernels.compiled(compiler)
 
-    torch._dynamo.config.recompile_limit = max(SHAPES, torch._dynamo.config.recompile_limit)
     rows: list[tuple[str, float]] = []
     faster = {
         "blocks": _obstacle(pool, levels) or _try(pool, "blocks", blocks, _body, ids, known, rows),
@@ -79,7 +78,14 @@ def compile_parts(pool: ReplicaPool, levels: Levels, ids: Tensor, known: Mapping
 
 
 def _compiler(code: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(code, dynamic=False, backend=compile_with_attention)
+    compiled = torch.compile(code, dynamic=False, backend=compile_with_attention)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch._dynamo.config.recompile_limit < SHAPES:  # every thread has its own
+            torch._dynamo.config.recompile_limit = SHAPES
+        return compiled(*args, **kwargs)
+
+    return run
 
 
 def _try(

@@ -50,12 +50,11 @@ def test_candidates_near_and_far_are_exact(head: OutputHead, factor: float) -> N
 
 
 def test_a_normaliser_out_of_range_is_taken_again(head: OutputHead, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not head.kernels.fused:
-        pytest.skip("relative to its own largest logit it is always in range")
     own, final = _hidden(head, 0), _hidden(head, 1) * 1e4
     monkeypatch.setattr(divergence, "in_range", lambda total: torch.ones_like(total, dtype=torch.bool))
     with torch.inference_mode():
-        assert not torch.isfinite(divergences(head, [final], DenseSide(own))[0]).all()
+        found = divergences(head, [final], DenseSide(own))[0]
+    assert bool(torch.isfinite(found).all()) != head.kernels.fused  # relative to its own largest logit it always is
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e4, -1e4])

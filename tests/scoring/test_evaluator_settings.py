@@ -104,13 +104,17 @@ def test_what_is_compiled_is_kept_where_it_is_faster_and_the_decision_stays(
         assert evaluator.report()["compiled"] == kept
 
 
-def test_every_shape_of_a_pass_is_compiled_whatever_ran_before(llama: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_shape_of_a_pass_is_compiled_whatever_ran_before(
+    llama: Parts, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
     """Torch itself gives up after some: from then on, what a pass computes would depend on the passes before it."""
-    compiler, graphs = torch.compile, list[str]()
+    compiler, graphs, limits = torch.compile, list[str](), set[int]()
 
     def backend(module: Any, _: Any) -> Any:
         def run(*inputs: Any) -> Any:
             graphs.append(str(module))
+            limits.add(torch._dynamo.config.recompile_limit)
             return module.forward(*inputs)
 
         return run
@@ -119,13 +123,14 @@ def test_every_shape_of_a_pass_is_compiled_whatever_ran_before(llama: Parts, mon
     monkeypatch.setattr(compiling, "GAIN", 0.0)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=2):
-        evaluator = make_evaluator(llama, batch_size=5, compile=True)
+        evaluator = make_evaluator(llama, batch_size=5, compile=True, threads=threads)
         evaluator.prepare()
         candidate = random_assignments(1, len(llama[1].units), 3)
         for sequences in range(1, 5):
             graphs.clear()
             losses_of(evaluator, candidate, Minibatch(sequences, sequences * LENGTH))
             assert len(graphs) == len(evaluator.blocks) + 1  # and the chunk of logits
+    assert min(limits) == compiling.SHAPES  # a thread's own, too
     torch._dynamo.reset()
 
 

@@ -101,20 +101,18 @@ def _pairwise(head: OutputHead, theirs: OutputHead, finals: Sequence[Tensor], ow
     entropy = torch.zeros_like(top, dtype=torch.float64)
     shared = head.kernels.fused and own.device.type == "cpu"  # on a GPU finding out would cost a wait
     step = head.kernels.shared_sums if shared else head.kernels.candidate_sums
-    sums = [(entropy, mass) if shared else (entropy, top, mass) for _ in finals]
+    sums = [(entropy, top, mass) for _ in finals]
     for dense, part in zip(head.parts(), theirs.parts(), strict=True):
         p, top, mass, entropy, fade, drop = head.kernels.dense_sums(own, dense, top, mass, entropy)
         for i, final in enumerate(finals):
             sums[i] = step(final, part, p, top, fade, drop, sums[i])
     weight = mass.double()
     found = []
-    for final, (crossed, *scaled, total) in zip(finals, sums, strict=True):
-        divergence, normaliser = (entropy - crossed) / weight - weight.log(), total.double().log()
-        if scaled:
-            divergence += (scaled[0] - top).double()
-        elif not bool((usable := in_range(total)).all()):
-            normaliser = torch.where(usable, normaliser, theirs.log_normaliser(final).double() - top.double())
-        found.append(divergence + normaliser)
+    for final, (crossed, highest, total) in zip(finals, sums, strict=True):
+        if shared and not bool((usable := in_range(total)).all()):
+            highest = torch.where(usable, highest, theirs.log_normaliser(final))
+            total = torch.where(usable, total, 1.0)
+        found.append((entropy - crossed) / weight - weight.log() + (highest - top).double() + total.double().log())
     return found
 
 

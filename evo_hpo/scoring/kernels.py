@@ -73,18 +73,16 @@ def candidate_sums(
 
 
 def shared_sums(
-    final: Tensor, part: Part, p: Tensor, top: Tensor, fade: Tensor, drop: Tensor, own: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+    final: Tensor, part: Part, p: Tensor, top: Tensor, fade: Tensor, drop: Tensor, own: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`candidate_sums`, but its exponentials are relative to the same logit as p is, so that one loop does.
 
-    Args:
-        own: sum of p (logit - top), float64; the candidate's sum of exp(logit - top), which overflows, or vanishes,
-            where its logits are far from the uncompressed model's.
+    Their sum overflows, or vanishes, where the candidate's logits are far from the uncompressed model's.
     """
-    crossed, total = own
+    crossed, _, total = own
     logits = logits_of(final, part).sub_(top[:, None])
     crossed = fade * (crossed + drop) + torch.linalg.vecdot(p, logits)
-    return crossed, total * fade + logits.exp_().sum(-1)
+    return crossed, top, total * fade + logits.exp_().sum(-1)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
         return rounded_linear(x, weight, bias, linear)
-    if weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16):
+    by_address = torch.compiler.is_compiling() or _packed  # what is compiled may meet a packed weight later
+    if by_address and weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16):
         product: Tensor = torch.ops.evo_hpo.linear(x, weight, bias)
         return product
     return functional.linear(x, weight, bias)

@@ -43,11 +43,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
 
     Args:
         query: sequences x heads x length x size.
-        key, value: sequences x groups x length x size; each serves heads / groups neighbouring heads.
+        key: sequences x groups x length x size; each group serves heads / groups neighbouring heads.
+        value: sequences x groups x length x width.
         scale: default: 1 / sqrt(size).
 
     Returns:
-        Like ``query``.
+        sequences x heads x length x width, in the dtype of ``value``.
     """
     sequences, heads, length, size = query.shape
     pairs, share = sequences * key.shape[1], heads // key.shape[1]

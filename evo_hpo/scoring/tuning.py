@@ -30,7 +30,7 @@ CHUNKS = (Chunk(512, 1024), Chunk(256, 2048), Chunk(512, 4096), Chunk(2048, 1638
 
 @dataclass(frozen=True)
 class PassShape:
-    """Sequences in a forward pass, and logits at one time."""
+    """Sequences in a forward pass, and logits that exist at one time (tokens x vocabulary entries)."""
 
     batch_size: int
     chunk: Chunk
@@ -40,6 +40,7 @@ def default_shape(device: torch.device, length: int, compiled: bool) -> PassShap
     """What runs fast on most machines, but a fixed rule: it decides the last bits of a loss.
 
     Args:
+        length: of a sequence, in tokens.
         compiled: matrices are bfloat16 and code is compiled, which on a CPU gains by up to 1024 tokens in a pass; else
             there one sequence is as fast as several.
     """

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from evo_hpo.levels.levels import Levels
 from evo_hpo.scoring.attention import compile_with_attention
+from evo_hpo.scoring.compile_lock import COMPILE_LOCK
 from evo_hpo.scoring.dense import DenseSide
 from evo_hpo.scoring.divergence import divergences
 from evo_hpo.scoring.kernels import Kernels
@@ -79,13 +80,31 @@ def compile_parts(pool: ReplicaPool, levels: Levels, ids: Tensor, known: Mapping
 
 def _compiler(code: Callable[..., Any]) -> Callable[..., Any]:
     compiled = torch.compile(code, dynamic=False, backend=compile_with_attention)
+    known: set[object] = set()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch._dynamo.config.recompile_limit < SHAPES:  # every thread has its own
             torch._dynamo.config.recompile_limit = SHAPES
-        return compiled(*args, **kwargs)
+        COMPILE_LOCK.let_pass()
+        if (inputs := _layout((args, kwargs))) in known:
+            return compiled(*args, **kwargs)
+        with COMPILE_LOCK.alone():
+            result = compiled(*args, **kwargs)
+        known.add(inputs)
+        return result
 
     return run
+
+
+def _layout(value: object) -> object:
+    """What of some inputs decides whether code compiled for others fits them."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(map(_layout, value))
+    if isinstance(value, dict):
+        return tuple((key, _layout(each)) for key, each in value.items())
+    return value if isinstance(value, bool | int | float | str | None) else type(value)
 
 
 def _try(

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from evo_hpo.scoring.compile_lock import COMPILE_LOCK
 from evo_hpo.scoring.replica import Replica, Timing
 
 T = TypeVar("T")
@@ -68,7 +69,8 @@ class ReplicaPool:
     def _call(self, task: Callable[[Replica], T]) -> T:
         replica = self._free.get()
         try:
-            return task(replica)
+            with COMPILE_LOCK.working():
+                return task(replica)
         finally:
             self._free.put(replica)
 

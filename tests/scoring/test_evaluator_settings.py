@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +100,8 @@ def test_what_is_compiled_is_kept_where_it_is_faster_and_the_decision_stays(
     factor: float,
     kept: tuple[str, ...],
 ) -> None:
-    for time in (factor, 1 / factor):  # the second time, the clock says the opposite
-        _Clock(monkeypatch, time)
+    for ratio in (factor, 1 / factor):  # the second time, the clock says the opposite
+        _Clock(monkeypatch, ratio)
         evaluator = make_evaluator(llama, compile=True, cache=tmp_path / "scores.db")
         assert evaluator.report()["compiled"] == kept
 
@@ -131,6 +133,31 @@ def test_every_shape_of_a_pass_is_compiled_whatever_ran_before(
             losses_of(evaluator, candidate, Minibatch(sequences, sequences * LENGTH))
             assert len(graphs) == len(evaluator.blocks) + 1  # and the chunk of logits
     assert min(limits) == compiling.SHAPES  # a thread's own, too
+    torch._dynamo.reset()
+
+
+def test_no_other_thread_runs_the_model_while_one_compiles(llama: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That something compiles is a flag of the process, and with it set, a model's own code makes other masks."""
+    compiler, compiled_by, told = torch.compile, set[int](), list[bool]()
+    embed = torch.nn.Embedding.forward
+
+    def backend(module: Any, _: Any) -> Any:
+        compiled_by.add(threading.get_ident())
+        time.sleep(0.05)
+        return module.forward
+
+    def embedding(module: torch.nn.Embedding, ids: Tensor) -> Tensor:
+        told.append(torch.compiler.is_compiling())
+        return embed(module, ids)
+
+    monkeypatch.setattr(torch, "compile", lambda code, **given: compiler(code, **(given | {"backend": backend})))
+    monkeypatch.setattr(compiling, "GAIN", 0.0)
+    torch._dynamo.reset()
+    evaluator = make_evaluator(llama, batch_size=5, compile=True, threads=2)
+    monkeypatch.setattr(torch.nn.Embedding, "forward", embedding)
+    losses_of(evaluator, random_assignments(3, len(llama[1].units), 3))
+    assert compiled_by - {threading.get_ident()}  # some of it in the threads
+    assert not any(told)
     torch._dynamo.reset()
 
 

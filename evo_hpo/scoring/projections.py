@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,8 +91,9 @@ class Projector:
 
     def end(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """What was collected (sequences x units x levels), and the sums of the squares of its parts, alike."""
-        for sequences, unit, found in self._sums:  # fetched only now: a GPU would be waited for at each
-            by_sequence = found.cpu().numpy().reshape(len(sequences), -1, found.shape[1])
+        fetched = _on_host([found for _, _, found in self._sums])  # only now: a GPU would be waited for at each
+        for (sequences, unit, _), found in zip(self._sums, fetched, strict=True):
+            by_sequence = found.reshape(len(sequences), -1, found.shape[1])
             np.add.at(self._found[:, :, unit, : found.shape[1]], sequences, by_sequence)  # a layer may run twice
         self._sums.clear()
         sums = self._found.sum(axis=1)
@@ -263,8 +264,18 @@ class Projector:
     def _by_part(self, values: Tensor) -> Tensor:
         """Parts of what is running x positions x width, also of values that a model flattened; zeros fill the last."""
         sequences, parts = self._rows.stop - self._rows.start, self._found.shape[1]
-        values = values.detach().reshape(sequences, -1, values.shape[-1])
+        values = values.reshape(sequences, -1, values.shape[-1])
         each = -(-values.shape[1] // parts)
         if missing := each * parts - values.shape[1]:
             values = pad(values, (0, 0, 0, missing))
         return values.reshape(sequences * parts, each, -1)
+
+
+def _on_host(tensors: Sequence[Tensor]) -> list[NDArray[np.float64]]:
+    """Their numbers, each device's brought in one piece."""
+    flat: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        flat.setdefault(tensor.device, []).append(tensor.flatten())
+    brought = {device: torch.split(torch.cat(own).double().cpu(), [*map(len, own)]) for device, own in flat.items()}
+    pieces = {device: iter(own) for device, own in brought.items()}
+    return [next(pieces[tensor.device]).view(tensor.shape).numpy() for tensor in tensors]

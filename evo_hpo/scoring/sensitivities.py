@@ -37,6 +37,7 @@ from evo_hpo.scoring.output_gradient import (
 from evo_hpo.scoring.projections import Projector
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.switching import WeightSwitch
+from evo_hpo.scoring.tuning import default_shape
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.sensitivities import READS, Form, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
@@ -90,7 +91,7 @@ class SensitivityPass:
         model: decoder-only Hugging Face model with the uncompressed weights; it is not changed.
         levels: weights of every unit's levels, in the dtype of the model's matrices and on its device.
         tokens: the calibration pool, int64, sequences x length, on the model's device.
-        chunk: logits that exist at one time.
+        chunk: logits that exist at one time; None: as many as the evaluator takes on this device unless told otherwise.
         graph_bytes: memory for the graphs of blocks; blocks beyond it run a second time.
         group: most sequences in one pass; levels are decoded once for each, and the inputs and output gradients of one
             block's layers are kept for all of it. Where blocks are streamed it is as many as ``batch``.
@@ -116,7 +117,7 @@ class SensitivityPass:
         example = tokens[:1, : min(tokens.shape[1], 16)]
         self._model, self._gated = model, GatedModel(model, example, stream)
         self._head = OutputHead(self._gated, example)
-        self._head.chunk = chunk or self._head.chunk
+        self._head.chunk = chunk or default_shape(tokens.device, tokens.shape[1], compiled=False).chunk
         self._switch = WeightSwitch(self._gated, levels, example, threading.Lock(), inputs=inputs)
         self._tokens, self._graph_bytes = tokens, 0 if stream else graph_bytes
         self._numbers = {name: number for number, name in enumerate(self._gated.blocks)}
@@ -209,7 +210,8 @@ class SensitivityPass:
         finally:
             runs.clear()
             self._projector.forget()
-            give_back_freed_memory()  # graphs of every size leave the heap in pieces
+            if self._tokens.device.type == "cpu":
+                give_back_freed_memory()  # graphs of every size leave the heap in pieces
 
     def _forward(self, run: _Run, ids: Tensor) -> Tensor:
         """The input of the output head, with the graph from the last block on; the blocks' graphs are the run's."""
@@ -291,14 +293,15 @@ class SensitivityPass:
                 args = (leaf, *args[1:])
             else:
                 kwargs["hidden_states"] = leaf
-            saved = _Saved(block)
+            tells = number == 0 and self._kept_from == 0  # how many graphs fit; the last blocks' stay
+            saved = _Saved(block) if tells else None
             if number >= self._kept_from:
-                with torch.enable_grad(), saved:
+                with torch.enable_grad(), saved or nullcontext():
                     output = gate(*args, **kwargs)
             else:
                 with torch.no_grad():
                     output = gate(*args, **kwargs)
-            if number == 0 and self._kept_from == 0:  # the first block tells how many graphs fit, the last ones stay
+            if saved:
                 fitting = self._graph_bytes // max(saved.bytes * self._runs, 1)
                 self._kept_from = max(0, len(self._numbers) - fitting)
             first = _first(output)

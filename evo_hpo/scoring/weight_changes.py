@@ -30,7 +30,8 @@ sequences and positions."""
 
 
 def weight_changes(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | None], form: Form = "inner") -> Tensor:
-    """<g_s, target - place> with g_s = left_s^T right_s, for each sequence s and target (sequences x targets, float64).
+    """<g_s, target - place> with g_s = left_s^T right_s, for each sequence s and target (sequences x targets; sums in
+    float64 on a CPU, else in the precision of a product).
 
     Form ``absolute``: <|g_s|, |target - place|>; ``trace``: |g_s|^2 |target - place|^2 over the number of weights.
 
@@ -45,7 +46,7 @@ def weight_changes(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | 
         changes = _changes(place, targets, slice(0, left.shape[2]), right.shape[2], _exact(right), left.device)
         gradients = torch.bmm(left.transpose(1, 2), right).to(_exact(right))
         changes, gradients = (x.abs_() if form == "absolute" else x for x in (changes, gradients))
-        return (changes.flatten(1) @ gradients.flatten(1).T).T.double()
+        return gradients.flatten(1) @ changes.flatten(1).T
     total = torch.zeros(_sequences(seen), len(targets), dtype=torch.float64, device=left.device)
     for changes, blocks in _in_rows(seen, place, targets):
         changes = changes.abs_() if form == "absolute" else changes

@@ -174,7 +174,7 @@ def test_a_gpu_takes_what_is_dropped_alike(monkeypatch: pytest.MonkeyPatch, form
 
     expected = found()
     monkeypatch.setattr(weight_changes, "_has_small_caches", lambda _: False)
-    torch.testing.assert_close(found(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(found().double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert (expected[:, 1] != 0).all() == place
 
 

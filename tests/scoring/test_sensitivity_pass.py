@@ -8,14 +8,32 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
 
+from evo_hpo.scoring import sensitivities, weight_changes
+from evo_hpo.scoring.head import Chunk
 from evo_hpo.scoring.sensitivities import SensitivityPass
+from evo_hpo.scoring.tuning import PassShape
 from evo_hpo.search.problem import Minibatch
-from tests.tiny import DropLevels, RoundedLevels, tiny_model, tiny_tokens
+from tests.tiny import VOCABULARY, DropLevels, RoundedLevels, random_model, tiny_model, tiny_tokens
 
 MINIBATCH = Minibatch(seed=5, tokens=60)
+
+
+class Started(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not operator.is_view
+        return operator(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
@@ -26,10 +44,10 @@ def test_neither_graphs_that_are_made_again_nor_groups_change_a_projection(setti
     model = tiny_model("llama")
     levels, tokens = RoundedLevels(model), tiny_tokens()
     whole = SensitivityPass(model, levels, tokens).measure(None, MINIBATCH)
-    sensitivities = SensitivityPass(model, levels, tokens, **settings)  # type: ignore[arg-type]
-    other = sensitivities.measure(None, MINIBATCH)
+    measured = SensitivityPass(model, levels, tokens, **settings)  # type: ignore[arg-type]
+    other = measured.measure(None, MINIBATCH)
     if settings.get("graph_bytes"):
-        assert 0 < sensitivities._kept_from < 3  # one graph is kept, another is not
+        assert 0 < measured._kept_from < 3  # one graph is kept, another is not
     np.testing.assert_allclose(other.projections, whole.projections, rtol=1e-3, atol=1e-5)
     assert whole.squares is not None
     assert other.squares is not None
@@ -49,6 +67,34 @@ def test_levels_are_decoded_once_for_all_sequences(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(levels, "weights", counted)
     sensitivities.measure(None, MINIBATCH)
     assert decoded == dict.fromkeys(((u, k) for u in range(len(levels.units)) for k in range(3)), 1)
+
+
+def test_as_on_a_gpu_a_pass_starts_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a small model takes longer to start there than to do: at most 3.4 times those of a forward pass."""
+    monkeypatch.setattr(weight_changes, "_has_small_caches", lambda _: False)
+
+    def started(blocks: int) -> tuple[int, int]:
+        size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+        model = random_model(
+            LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=blocks, num_key_value_heads=2, **size)
+        ).bfloat16()
+        measured = SensitivityPass(model, RoundedLevels(model), tiny_tokens(), batch=8)
+        with Started() as whole:
+            measured.measure(None, MINIBATCH)
+        with torch.no_grad(), Started() as forward:
+            measured._gated.final_hidden(tiny_tokens())
+        return whole.count, forward.count
+
+    (fewer, forward_fewer), (more, forward_more) = started(2), started(4)
+    assert more - fewer < 3.4 * (forward_more - forward_fewer)
+
+
+def test_logits_are_taken_in_chunks_that_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, chunk = tiny_model("llama"), Chunk(7, 11)
+    monkeypatch.setattr(sensitivities, "default_shape", lambda device, length, compiled: PassShape(1, chunk))
+    assert SensitivityPass(model, RoundedLevels(model), tiny_tokens())._head.chunk == chunk
+    own = Chunk(3, 5)
+    assert SensitivityPass(model, RoundedLevels(model), tiny_tokens(), chunk=own)._head.chunk == own
 
 
 def test_a_pass_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,10 +90,10 @@ class LanguageModelProblem(Problem):
     def sensitivities(
         self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled", form: Form = "inner"
     ) -> Sensitivities:
-        """Of the units' levels, by one backward pass on one core; see :meth:`SensitivityPass.measure`."""
+        """Of the units' levels, by one backward pass; see :meth:`SensitivityPass.measure`."""
         if kind == "layerwise":
             return self._layerwise()
-        return self.evaluator.pool.map([lambda _: self._gradients.measure(assignment, minibatch, kind, form)])[0]
+        return self._gradients.measure(assignment, minibatch, kind, form)
 
     def _layerwise(self) -> Sensitivities:
         if self._errors is None:
@@ -106,7 +106,9 @@ class LanguageModelProblem(Problem):
     def _gradients(self) -> SensitivityPass:
         evaluator = self.evaluator
         found, stream, inputs = evaluator, evaluator.stream, evaluator.inputs
-        return SensitivityPass(found.model, found.levels, found.tokens, stream=stream, inputs=inputs)
+        return SensitivityPass(
+            found.model, found.levels, found.tokens, stream=stream, inputs=inputs, pool=evaluator.pool
+        )
 
     def validate(self, assignment: Assignment) -> dict[str, float]:
         """Held-out ``loss`` (KL from the uncompressed model, nats a token), ``cross_entropy`` and ``perplexity``.

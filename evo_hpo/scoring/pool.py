@@ -49,6 +49,24 @@ class ReplicaPool:
         finally:
             torch.set_num_threads(before)
 
+    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Results of tasks that bring models of their own, in order; whatever fails, all of them end before."""
+
+        def outcome(task: Callable[[], T]) -> Callable[[Replica], tuple[list[T], BaseException | None]]:
+            def run(_: Replica) -> tuple[list[T], BaseException | None]:
+                try:
+                    return [task()], None
+                except BaseException as error:  # raised below
+                    return [], error
+
+            return run
+
+        outcomes = self.map([outcome(task) for task in tasks])
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for found, _ in outcomes for result in found]
+
     def shrink(self, count: int) -> None:
         """Uses fewer replicas from now on; call it while none is busy."""
         while len(self.replicas) > max(count, 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,30 @@ from evo_hpo.search.sensitivities import Form
 
 PART = 32
 """Positions of a part of a sequence."""
+
+
+class Decoded:
+    """Weights of units' levels, decoded by whoever of several threads asks first.
+
+    Args:
+        lock: held while the store is read.
+    """
+
+    def __init__(self, levels: Levels, lock: Lock) -> None:
+        self.levels, self._lock = levels, lock
+        self._weights: dict[int, list[Mapping[str, Tensor | None]]] = {}
+
+    def of(self, unit: int) -> list[Mapping[str, Tensor | None]]:
+        """Member -> weight of each level of one unit."""
+        with self._lock:
+            if unit not in self._weights:
+                count = len(self.levels.units[unit].costs)
+                self._weights[unit] = [self.levels.weights(unit, level) for level in range(count)]
+            return self._weights[unit]
+
+    def forget(self) -> None:
+        """Gives them back."""
+        self._weights.clear()
 
 
 class Projector:
@@ -46,21 +71,21 @@ class Projector:
 
     def __init__(
         self,
-        levels: Levels,
+        decoded: Decoded,
         modules: Mapping[str, nn.Module],
         blocks: Mapping[str, int],
         in_place: Callable[[str], bool],
         outer: nn.Module,
     ) -> None:
-        self.levels, self._modules, self._dropped = levels, modules, in_place
+        self._levels, self._modules, self._dropped = decoded.of, modules, in_place
+        self._units = decoded.levels.units
         self._original = {
             name: weight.data for name, m in modules.items() if is_matrix(m) and isinstance(weight := m.weight, Tensor)
         }
         self._owners: dict[str, list[int]] = {}
-        for number, unit in enumerate(levels.units):
+        for number, unit in enumerate(self._units):
             for name in unit.members:
                 self._owners.setdefault(name, []).append(number)
-        self._decoded: dict[int, list[Mapping[str, Tensor | None]]] = {}
         self._waiting: dict[str, list[tuple[slice, tuple[Tensor, Tensor]]]] = {}
         self._sums: list[tuple[NDArray[np.int64], int, Tensor]] = []  # of linear layers, on their devices
         self._rows = slice(0, 0)
@@ -76,7 +101,7 @@ class Projector:
     def begin(self, sequences: int, length: int, form: Form = "inner", parted: bool = True) -> None:
         """Starts with zeros; ``parted``: the squares of parts are wanted, which takes the time of half a pass."""
         self._form = form
-        counts = [len(unit.costs) for unit in self.levels.units]
+        counts = [len(unit.costs) for unit in self._units]
         parts = -(-length // PART) if parted else 1
         self._found = np.zeros((sequences, parts, len(counts), max(counts)))
         for number, count in enumerate(counts):
@@ -101,15 +126,14 @@ class Projector:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Takes what several runs left at linear layers, and gives back levels that were decoded: after each block."""
+        """Takes what several runs left at linear layers: after each block."""
         for name, waiting in self._waiting.items():
             self._linear(name, waiting)
         self.forget()
 
     def forget(self) -> None:
-        """Gives back what waits and levels that were decoded; what was collected stays."""
+        """Gives back what waits; what was collected stays."""
         self._waiting.clear()
-        self._decoded.clear()
 
     def whole(self, name: str, output: Tensor, gradient: Tensor) -> None:
         """A member that is kept or dropped as a whole.
@@ -250,12 +274,6 @@ class Projector:
                     outputs = torch.cat([gradient.sum(dim=1).double() for gradient, _ in seen])
                     sums += torch.outer(outputs @ bias.double(), sums.new_tensor(signs))
             self._sums.append((sequences, unit, sums))
-
-    def _levels(self, unit: int) -> list[Mapping[str, Tensor | None]]:
-        if unit not in self._decoded:
-            count = len(self.levels.units[unit].costs)
-            self._decoded[unit] = [self.levels.weights(unit, level) for level in range(count)]
-        return self._decoded[unit]
 
     def _of(self, unit: int) -> NDArray[np.float64]:
         """A unit's numbers, all parts of the sequences that are running x levels, to be added to."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -15,11 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from evo_hpo.scoring import sensitivities, weight_changes
+from evo_hpo.scoring.backward import BackwardReplica
 from evo_hpo.scoring.head import Chunk
 from evo_hpo.scoring.sensitivities import SensitivityPass
 from evo_hpo.scoring.tuning import PassShape
 from evo_hpo.search.problem import Minibatch
-from tests.tiny import VOCABULARY, DropLevels, RoundedLevels, random_model, tiny_model, tiny_tokens
+from evo_hpo.search.sensitivities import Form, Kind
+from tests.scoring.evaluators import Parts, make_evaluator
+from tests.tiny import VOCABULARY, DropLevels, RoundedLevels, random_assignments, random_model, tiny_model, tiny_tokens
 
 MINIBATCH = Minibatch(seed=5, tokens=60)
 
@@ -47,7 +51,7 @@ def test_neither_graphs_that_are_made_again_nor_groups_change_a_projection(setti
     measured = SensitivityPass(model, levels, tokens, **settings)  # type: ignore[arg-type]
     other = measured.measure(None, MINIBATCH)
     if settings.get("graph_bytes"):
-        assert 0 < measured._kept_from < 3  # one graph is kept, another is not
+        assert 0 < measured._replicas[0].kept_from < 3  # one graph is kept, another is not
     np.testing.assert_allclose(other.projections, whole.projections, rtol=1e-3, atol=1e-5)
     assert whole.squares is not None
     assert other.squares is not None
@@ -82,7 +86,7 @@ def test_as_on_a_gpu_a_pass_starts_few_operations(monkeypatch: pytest.MonkeyPatc
         with Started() as whole:
             measured.measure(None, MINIBATCH)
         with torch.no_grad(), Started() as forward:
-            measured._gated.final_hidden(tiny_tokens())
+            measured._replicas[0].gated.final_hidden(tiny_tokens())
         return whole.count, forward.count
 
     (fewer, forward_fewer), (more, forward_more) = started(2), started(4)
@@ -92,29 +96,74 @@ def test_as_on_a_gpu_a_pass_starts_few_operations(monkeypatch: pytest.MonkeyPatc
 def test_logits_are_taken_in_chunks_that_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     model, chunk = tiny_model("llama"), Chunk(7, 11)
     monkeypatch.setattr(sensitivities, "default_shape", lambda device, length, compiled: PassShape(1, chunk))
-    assert SensitivityPass(model, RoundedLevels(model), tiny_tokens())._head.chunk == chunk
+    assert SensitivityPass(model, RoundedLevels(model), tiny_tokens())._replicas[0].head.chunk == chunk
     own = Chunk(3, 5)
-    assert SensitivityPass(model, RoundedLevels(model), tiny_tokens(), chunk=own)._head.chunk == own
+    assert SensitivityPass(model, RoundedLevels(model), tiny_tokens(), chunk=own)._replicas[0].head.chunk == own
 
 
-def test_a_pass_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_pass_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, llama: Parts, threads: int) -> None:
     """Memory that runs out on the way back, when some sequences have been through a block and others have not."""
-    model = tiny_model("llama")
-    sensitivities = SensitivityPass(model, RoundedLevels(model), tiny_tokens())
+    pool = make_evaluator(llama, threads=threads).pool
+    sensitivities = SensitivityPass(*llama, tiny_tokens(), pool=pool)
     expected = sensitivities.measure(None, MINIBATCH)
-    through, calls = sensitivities._through, iter(range(1000))
+    through, calls = BackwardReplica._through, itertools.count()
 
     def failing(*args: Any) -> Tensor:
         if next(calls) == 2:
             raise MemoryError
         return through(*args)
 
-    monkeypatch.setattr(sensitivities, "_through", failing)
-    with pytest.raises(MemoryError):
-        sensitivities.measure(None, MINIBATCH)
+    with monkeypatch.context() as patch:
+        patch.setattr(BackwardReplica, "_through", failing)
+        with pytest.raises(MemoryError):
+            sensitivities.measure(None, MINIBATCH)
+    assert not any(replica._runs for replica in sensitivities._replicas)
     found = sensitivities.measure(None, MINIBATCH)
     np.testing.assert_array_equal(found.projections, expected.projections)
     assert sensitivities.measure(None, Minibatch(5, 12)).projections.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [("sampled", "inner"), ("kl", "inner"), ("true", "trace"), ("true", "output")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cores_share_the_sequences_and_no_bit_depends_on_how_many_there_are(
+    monkeypatch: pytest.MonkeyPatch, kind: Kind, form: Form, dtype: torch.dtype
+) -> None:
+    """Head and embedding searched too; levels are decoded once for all of the cores."""
+    model = tiny_model("llama").to(dtype)
+    levels, decoded = RoundedLevels(model, outer=True), Counter[tuple[int, int]]()
+    weights = levels.weights
+
+    def counted(unit: int, level: int) -> Any:
+        decoded[unit, level] += 1
+        return weights(unit, level)
+
+    at = None if kind != "kl" else random_assignments(1, len(levels.units), 3)[0]
+    alone = SensitivityPass(model, levels, tiny_tokens()).measure(at, MINIBATCH, kind, form)
+    at_work: set[int] = set()
+    through = BackwardReplica.through
+
+    def noted(replica: BackwardReplica, number: int) -> None:
+        at_work.add(id(replica))
+        through(replica, number)
+
+    monkeypatch.setattr(BackwardReplica, "through", noted)
+    for threads, cores in ((1, 1), (2, 2), (4, 3), (16, 5)):  # five sequences
+        pool = make_evaluator((model, levels), threads=threads).pool
+        passed = SensitivityPass(model, levels, tiny_tokens(), pool=pool)
+        passed.measure(at, MINIBATCH, kind, form)
+        decoded.clear()
+        at_work.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(levels, "weights", counted)
+            found = passed.measure(at, MINIBATCH, kind, form)
+        assert len(at_work) == cores
+        assert kind == "kl" or set(decoded.values()) <= {1, 2}  # the tied matrix: as head, and as embedding
+        np.testing.assert_array_equal(found.projections, alone.projections)
+        if found.squares is not None:
+            np.testing.assert_array_equal(found.squares, alone.squares)
 
 
 def test_a_larger_minibatch_begins_with_the_same_projections() -> None:

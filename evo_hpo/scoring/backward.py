@@ -1,0 +1,312 @@
+"""One replica's way through the model and back, block by block; several work on sequences of their own.
+
+Each block's graph is one by itself, so that graphs can be freed, or not be kept at all and be made again when their
+turn comes. No parameter requires a gradient: :class:`~evo_hpo.scoring.projections.Projector` takes what is asked from
+the gradients of the layers' outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from evo_hpo.models.gates import GatedModel
+from evo_hpo.scoring.arithmetic import InputTypes
+from evo_hpo.scoring.head import Chunk, OutputHead
+from evo_hpo.scoring.output_gradient import (
+    Reference,
+    divergence_gradient,
+    likelihood_gradient,
+    logit_gradients,
+    sampled_labels,
+)
+from evo_hpo.scoring.projections import Decoded, Projector
+from evo_hpo.scoring.switching import WeightSwitch
+from evo_hpo.search.sensitivities import Form, Kind
+from evo_hpo.space.compression_space import Assignment
+
+
+@dataclass
+class _Segment:
+    """A block's part of the graph.
+
+    Attributes:
+        leaf: its input, cut off from the block before.
+        tail: its output as the next block sees it.
+        output: its output with the graph; None: not kept.
+        again: runs the block on ``leaf``.
+        real: runs its own code on ``leaf``, also where it is dropped.
+    """
+
+    name: str
+    leaf: Tensor
+    tail: Tensor
+    output: Tensor | None
+    again: Callable[[], Any]
+    real: Callable[[], Any]
+
+
+@dataclass
+class _Run:
+    """Some of a group's sequences, on their way through the model and back.
+
+    Attributes:
+        rows: their places in the group.
+        segments: of the blocks, in order; taken off the end on the way back.
+        front: input of the first block, with the graph from the embedding on.
+        gradient: of the output of the last segment that is left.
+    """
+
+    rows: slice
+    segments: list[_Segment] = field(default_factory=list)
+    front: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured; see :meth:`evo_hpo.scoring.sensitivities.SensitivityPass.measure`.
+
+    Attributes:
+        seed: of the minibatch.
+        parted: also the squares of a sequence's parts.
+    """
+
+    assignment: Assignment | None
+    kind: Kind
+    form: Form
+    seed: int
+    parted: bool
+
+
+class BackwardReplica:
+    """A replica of the model that takes sequences there (:meth:`begin`) and back (:meth:`through`, :meth:`end`).
+
+    Args:
+        model: with the uncompressed weights; it is not changed.
+        decoded: the units' levels.
+        example: token ids for checks of the model.
+        lock: held while the store is read.
+        chunk: logits that exist at one time.
+        batch: sequences that run together.
+        stream, inputs: as of the pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decoded: Decoded,
+        example: Tensor,
+        lock: Lock,
+        chunk: Chunk,
+        batch: int,
+        stream: torch.device | None,
+        inputs: InputTypes | None,
+    ) -> None:
+        levels = decoded.levels
+        self.gated = GatedModel(model, example, stream)
+        self.head = OutputHead(self.gated, example)
+        self.head.chunk = chunk
+        self._switch = WeightSwitch(self.gated, levels, example, lock, inputs=inputs)
+        self._batch = batch
+        self._numbers = {name: number for number, name in enumerate(self.gated.blocks)}
+        modules = dict(self.gated.model.named_modules())
+        members = {name: modules[name] for unit in levels.units for name in unit.members}
+        self._projector = Projector(decoded, members, self._numbers, self._is_dropped, self.gated.head)
+        shared = self.gated.head.weight
+        self._searched_head = next((n for n, m in members.items() if getattr(m, "weight", None) is shared), "")
+        self._wholes = [name for name in members if name in self._numbers]
+        self._runs: list[_Run] = []
+        self._run: _Run | None = None  # whose blocks' graphs are being made
+        self._graph_bytes = 0
+        self.kept_from = len(self._numbers)
+        for name, block in self.gated.blocks.items():
+            block.forward = self._segmented(name, block, block.forward)
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._numbers)
+
+    def begin(self, asked: Asked, ids: Tensor, sequences: tuple[int, ...], graph_bytes: int) -> None:
+        """Runs the model, up to the gradients of the last block's outputs.
+
+        Args:
+            ids: token ids, sequences x length.
+            sequences: their numbers in the pool.
+            graph_bytes: memory for the graphs of blocks; blocks beyond it run a second time.
+        """
+        self._runs = [_Run(slice(i, min(i + self._batch, len(ids)))) for i in range(0, len(ids), self._batch)]
+        dense: list[Tensor] = []
+        if asked.kind == "kl":
+            self._switch.set(None)
+            with torch.no_grad():
+                dense = [self.gated.final_hidden(ids[run.rows])[0] for run in self._runs]
+        self._switch.set(asked.assignment)
+        head = self.head.of(self.gated.head.weight.data)  # type: ignore[arg-type]
+        self._projector.begin(len(ids), ids.shape[1], asked.form, asked.parted)
+        self._graph_bytes, self.kept_from = graph_bytes, 0 if graph_bytes else len(self._numbers)
+        finals = [self._forward(run, ids[run.rows]) for run in self._runs]
+        for number, (run, final) in enumerate(zip(self._runs, finals, strict=True)):
+            self._projector.running(run.rows)
+            uniforms = [
+                np.random.default_rng([asked.seed, 0x666973, s]).random(ids.shape[1] - 1) for s in sequences[run.rows]
+            ]
+            with torch.no_grad():
+                reference = dense[number] if dense else None
+                gradient = self._at_output(
+                    head, ids[run.rows], final.detach(), reference, asked.kind, np.concatenate(uniforms)
+                )
+            (run.gradient,) = torch.autograd.grad(final, run.segments[-1].tail, gradient)
+        self._projector.finish()
+
+    def through(self, number: int) -> None:
+        """Back through the last block that is left, which is this one."""
+        with self.gated.stream.turn(number) if self.gated.stream else nullcontext():
+            for run in self._runs:
+                self._projector.running(run.rows)
+                assert run.gradient is not None
+                run.gradient = self._through(run.segments.pop(), run.gradient)
+            self._projector.finish()
+
+    def end(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Back to the embedding; what :meth:`Projector.end` gives."""
+        for run in self._runs:
+            if run.front is not None and run.front.requires_grad:
+                assert run.gradient is not None
+                self._projector.running(run.rows)
+                torch.autograd.backward(run.front, run.gradient.to(run.front.device))
+        self._projector.finish()
+        return self._projector.end()
+
+    def forget(self) -> None:
+        """Gives back what a pass that ended, or failed, has left."""
+        self._runs.clear()
+        self._projector.forget()
+
+    def _forward(self, run: _Run, ids: Tensor) -> Tensor:
+        """The input of the output head, with the graph from the last block on; the blocks' graphs are the run's."""
+        self._run = run
+        try:
+            with torch.enable_grad():
+                return self.gated.final_hidden(ids)[0]
+        finally:
+            self._run = None  # a block that runs again makes no new segment
+
+    def _at_output(
+        self,
+        head: OutputHead,
+        ids: Tensor,
+        final: Tensor,
+        dense: Tensor | None,
+        kind: Kind,
+        uniforms: NDArray[np.float64],
+    ) -> Tensor:
+        """Gradient with respect to the final hidden states; the last position predicts nothing."""
+        hidden = final[:, :-1].reshape(-1, final.shape[-1])
+        labels: Tensor | None = None
+        reference: Reference | None = None
+        if dense is not None:
+            reference = self.head, dense[:, :-1].reshape(hidden.shape)
+            found = divergence_gradient(head, hidden, reference)
+        elif kind == "sampled":
+            labels, found = sampled_labels(head, hidden, torch.from_numpy(uniforms).to(ids.device))
+        else:
+            labels = ids[:, 1:].reshape(-1)
+            found = likelihood_gradient(head, hidden, labels)
+        if self._searched_head:
+            self._projector.head(self._searched_head, hidden, logit_gradients(head, hidden, labels, reference))
+        gradient = torch.zeros_like(final)
+        gradient[:, :-1] = found.view(len(ids), -1, final.shape[-1])
+        return gradient
+
+    def _through(self, segment: _Segment, gradient: Tensor) -> Tensor:
+        """The gradient of a block's input, from that of its output."""
+        output, gradient = segment.output, gradient.to(segment.leaf.device)
+        if output is None:
+            with torch.enable_grad():
+                output = _first(segment.again())
+        if segment.name in self._wholes:
+            with torch.no_grad():
+                kept = _first(segment.real()) if self._is_dropped(segment.name) else output.detach()
+                self._projector.whole(segment.name, kept - segment.leaf, gradient)
+        torch.autograd.backward(output, gradient)
+        assert segment.leaf.grad is not None
+        return segment.leaf.grad
+
+    def _segmented(self, name: str, block: nn.Module, gate: Callable[..., Any]) -> Callable[..., Any]:
+        """The block's forward, cut off from the one before; ``gate`` passes its input through where it is dropped."""
+        number = self._numbers[name]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._run is None:
+                return gate(*args, **kwargs)
+            given = args[0] if args else kwargs["hidden_states"]
+            if number == 0:
+                self._run.front = given
+            leaf = given.detach().requires_grad_()
+            if args:
+                args = (leaf, *args[1:])
+            else:
+                kwargs["hidden_states"] = leaf
+            tells = number == 0 and self.kept_from == 0  # how many graphs fit; the last blocks' stay
+            saved = _Saved(block) if tells else None
+            if number >= self.kept_from:
+                with torch.enable_grad(), saved or nullcontext():
+                    output = gate(*args, **kwargs)
+            else:
+                with torch.no_grad():
+                    output = gate(*args, **kwargs)
+            if saved:
+                fitting = self._graph_bytes // max(saved.bytes * len(self._runs), 1)
+                self.kept_from = max(0, len(self._numbers) - fitting)
+            first = _first(output)
+            tail = first.detach().requires_grad_()
+            real = partial(type(block).forward, block, *args, **kwargs)
+            kept = first if number >= self.kept_from else None
+            self._run.segments.append(_Segment(name, leaf, tail, kept, partial(gate, *args, **kwargs), real))
+            return (tail, *output[1:]) if isinstance(output, tuple) else tail
+
+        return run
+
+    def _is_dropped(self, name: str) -> bool:
+        if name in self._numbers:
+            return self._numbers[name] in self.gated.dropped
+        return name in self._switch.silent
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes of what a graph of a block saves, each storage once and without the block's weights.
+
+    What is saved has no graph of its own: a node that held its own output would outlive its block's pass where nothing
+    is read back through it, as of the norm before a dropped module.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._weights = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *block.buffers())}
+        self._storages: dict[int, int] = {}
+        super().__init__(self._note, lambda tensor: tensor)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._storages.values())
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._weights:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+
+def _first(output: Any) -> Tensor:
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first

@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", default=["time", "one-shot", "moves"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu", help="or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="cores of scoring and of a pass")
     parser.add_argument("--average", type=float, default=3.0)
     parser.add_argument("--sequences", type=int, default=16, help="of the timed pass and of the predicted moves")
     parser.add_argument("--one-shot", type=int, nargs="+", default=[8, 32], help="sequences of the one-shot solutions")
@@ -46,14 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--picture", type=Path, help="scatter plot of the moves to write")
     options = parser.parse_args(arguments)
-    os.environ.setdefault("EVO_HPO_THREADS", "1")
+    os.environ["EVO_HPO_THREADS"] = str(options.threads)
     problem = smollm2(
         average=options.average, dtype=options.dtype, device=options.device, held_out_tokens=4096, tokens=LENGTH
     )
-    print(
-        f"{problem.name}, {options.device}, {options.dtype}, {options.average} bits, load {os.getloadavg()[0]:.2f}",
-        flush=True,
-    )
+    place = f"{options.device} x {options.threads}, {options.dtype}"
+    print(f"{problem.name}, {place}, {options.average} bits, load {os.getloadavg()[0]:.2f}", flush=True)
     if "time" in options.parts:
         timed(problem, options.sequences, options.rounds)
     if "one-shot" in options.parts:
@@ -74,7 +73,7 @@ def timed(problem: LanguageModelProblem, sequences: int, rounds: int) -> None:
     problem.score([tuple(0 for _ in uniform)], minibatch)
     problem.sensitivities(None, minibatch)
     for number in range(rounds):
-        others = [(level + number + 1) % 5 for level in uniform]  # never scored before
+        others = np.random.default_rng(number).integers(5, size=len(uniform)).tolist()  # never scored before
         start = time.perf_counter()
         problem.score([tuple(others)], minibatch)
         scored = time.perf_counter()

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evo_hpo.levels.levels import Levels
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.arithmetic import InputTypes
 from evo_hpo.scoring.head import Chunk, OutputHead
@@ -57,10 +58,10 @@ class _Segment:
 
 @dataclass
 class _Run:
-    """Some of a group's sequences, on their way through the model and back.
+    """Some of a replica's sequences, on their way through the model and back.
 
     Attributes:
-        rows: their places in the group.
+        rows: their places among the replica's.
         segments: of the blocks, in order; taken off the end on the way back.
         front: input of the first block, with the graph from the embedding on.
         gradient: of the output of the last segment that is left.
@@ -93,9 +94,9 @@ class BackwardReplica:
 
     Args:
         model: with the uncompressed weights; it is not changed.
-        decoded: the units' levels.
+        levels: the weights of each unit's levels; of a model whose blocks are streamed, what brings the decoded ones.
+        decoded: the same, shared with other replicas.
         example: token ids for checks of the model.
-        lock: held while the store is read.
         chunk: logits that exist at one time.
         batch: sequences that run together.
         stream, inputs: as of the pass.
@@ -104,19 +105,18 @@ class BackwardReplica:
     def __init__(
         self,
         model: nn.Module,
+        levels: Levels,
         decoded: Decoded,
         example: Tensor,
-        lock: Lock,
         chunk: Chunk,
         batch: int,
         stream: torch.device | None,
         inputs: InputTypes | None,
     ) -> None:
-        levels = decoded.levels
         self.gated = GatedModel(model, example, stream)
         self.head = OutputHead(self.gated, example)
         self.head.chunk = chunk
-        self._switch = WeightSwitch(self.gated, levels, example, lock, inputs=inputs)
+        self._switch = WeightSwitch(self.gated, levels if stream else decoded, example, Lock(), inputs=inputs)
         self._batch = batch
         self._numbers = {name: number for number, name in enumerate(self.gated.blocks)}
         modules = dict(self.gated.model.named_modules())
@@ -126,7 +126,7 @@ class BackwardReplica:
         self._searched_head = next((n for n, m in members.items() if getattr(m, "weight", None) is shared), "")
         self._wholes = [name for name in members if name in self._numbers]
         self._runs: list[_Run] = []
-        self._run: _Run | None = None  # whose blocks' graphs are being made
+        self._recording: _Run | None = None  # whose blocks' graphs are being made
         self._graph_bytes = 0
         self.kept_from = len(self._numbers)
         for name, block in self.gated.blocks.items():
@@ -192,15 +192,16 @@ class BackwardReplica:
         """Gives back what a pass that ended, or failed, has left."""
         self._runs.clear()
         self._projector.forget()
+        self._switch.set(None)
 
     def _forward(self, run: _Run, ids: Tensor) -> Tensor:
         """The input of the output head, with the graph from the last block on; the blocks' graphs are the run's."""
-        self._run = run
+        self._recording = run
         try:
             with torch.enable_grad():
                 return self.gated.final_hidden(ids)[0]
         finally:
-            self._run = None  # a block that runs again makes no new segment
+            self._recording = None  # a block that runs again makes no new segment
 
     def _at_output(
         self,
@@ -248,11 +249,11 @@ class BackwardReplica:
         number = self._numbers[name]
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self._run is None:
+            if self._recording is None:
                 return gate(*args, **kwargs)
             given = args[0] if args else kwargs["hidden_states"]
             if number == 0:
-                self._run.front = given
+                self._recording.front = given
             leaf = given.detach().requires_grad_()
             if args:
                 args = (leaf, *args[1:])
@@ -273,7 +274,7 @@ class BackwardReplica:
             tail = first.detach().requires_grad_()
             real = partial(type(block).forward, block, *args, **kwargs)
             kept = first if number >= self.kept_from else None
-            self._run.segments.append(_Segment(name, leaf, tail, kept, partial(gate, *args, **kwargs), real))
+            self._recording.segments.append(_Segment(name, leaf, tail, kept, partial(gate, *args, **kwargs), real))
             return (tail, *output[1:]) if isinstance(output, tuple) else tail
 
         return run
@@ -287,8 +288,8 @@ class BackwardReplica:
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes of what a graph of a block saves, each storage once and without the block's weights.
 
-    What is saved has no graph of its own: a node that held its own output would outlive its block's pass where nothing
-    is read back through it, as of the norm before a dropped module.
+    What it saves has no graph: by way of a hook a node would hold its own output, and outlive its block's pass where
+    nothing is read back through it, as of the norm before a dropped module.
     """
 
     def __init__(self, block: nn.Module) -> None:

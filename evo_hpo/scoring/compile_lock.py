@@ -34,7 +34,7 @@ class CompileLock:
         try:
             yield
         finally:
-            if outermost:
+            if outermost and self._is_working():  # not if it was interrupted where it waited to go on
                 self._leave()
 
     @contextmanager
@@ -44,20 +44,22 @@ class CompileLock:
         if was_working:
             self._leave()
         try:
-            with self._changed:
-                self._waiting += 1
-                try:
-                    self._changed.wait_for(lambda: not self._working and not self._alone)
-                    self._alone = True
-                finally:
-                    self._waiting -= 1
-                    self._changed.notify_all()
+            own = False
             try:
+                with self._changed:
+                    self._waiting += 1
+                    try:
+                        self._changed.wait_for(lambda: not self._working and not self._alone)
+                        own = self._alone = True
+                    finally:
+                        self._waiting -= 1
+                        self._changed.notify_all()
                 yield
             finally:
-                with self._changed:
-                    self._alone = False
-                    self._changed.notify_all()
+                if own:
+                    with self._changed:
+                        self._alone = False
+                        self._changed.notify_all()
         finally:
             if was_working:
                 self._enter()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from evo_hpo.levels.levels import Levels
+from evo_hpo.models.experts import LinearExperts
 from evo_hpo.scoring.attention import compile_with_attention
 from evo_hpo.scoring.compile_lock import COMPILE_LOCK
 from evo_hpo.scoring.dense import DenseSide
@@ -97,7 +98,7 @@ def _compiler(code: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _layout(value: object) -> object:
-    """What of some inputs decides whether code compiled for others fits them."""
+    """What inputs of compiled code must have in common, weights apart (which are alike in blocks that are)."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, tuple | list):
@@ -176,6 +177,8 @@ def _chunk(replica: Replica, ids: Tensor) -> object:
 def _obstacle(pool: ReplicaPool, levels: Levels) -> str:
     if pool.replicas[0].switch.rounding is not None:
         return "the inputs of their layers are rounded, at each level in its own way"
+    if any(isinstance(module, LinearExperts) for module in pool.replicas[0].gated.model.modules()):
+        return "experts see another number of tokens in every pass"
     blocks = pool.replicas[0].gated.blocks
     for number in range(len(levels.units)):
         dropped = [name for name, weight in levels.weights(number, 0).items() if weight is None]

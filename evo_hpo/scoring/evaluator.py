@@ -32,7 +32,7 @@ from evo_hpo.scoring.dense import DenseSide, PackedSide
 from evo_hpo.scoring.divergence import FITNESS, Fitness
 from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.kept_inputs import KeptPaths
-from evo_hpo.scoring.pool import ReplicaPool
+from evo_hpo.scoring.pool import ReplicaPool, one_core
 from evo_hpo.scoring.replica import Replica
 from evo_hpo.scoring.rounds import Rounds, Sums, scored
 from evo_hpo.scoring.sampling import sequences_of
@@ -138,7 +138,8 @@ class Evaluator:
         members = {name for unit in levels.units for name in unit.members}
         check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_matrix(m)}, example)
         self._packs = packed > 0
-        self.pool = ReplicaPool([self._replica(model, example, lock, packed) for _ in range(count)], on_cpu)
+        with one_core():
+            self.pool = ReplicaPool([self._replica(model, example, lock, packed) for _ in range(count)], on_cpu)
         self.blocks = tuple(self.pool.replicas[0].gated.blocks)
         self._batches = BatchScorer(
             self.pool,

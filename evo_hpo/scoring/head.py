@@ -110,11 +110,12 @@ class OutputHead:
         for entries in self.entries():
             yield self.part(entries)
 
-    def entries(self) -> Iterator[slice]:
-        """The vocabulary in chunks."""
+    def entries(self, tokens: int = 0) -> Iterator[slice]:
+        """The vocabulary in chunks; of fewer entries where so many tokens are more than a chunk has."""
         size = self.weight.shape[0]
-        for first in range(0, size, self.chunk.vocabulary):
-            yield slice(first, min(first + self.chunk.vocabulary, size))
+        step = max(1, self.chunk.vocabulary * self.chunk.tokens // max(tokens, self.chunk.tokens))
+        for first in range(0, size, step):
+            yield slice(first, min(first + step, size))
 
     def log_normaliser(self, hidden: Tensor) -> Tensor:
         """log sum exp of the logits (tokens), float32."""

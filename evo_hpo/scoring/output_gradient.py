@@ -52,8 +52,7 @@ def sampled_labels(head: OutputHead, hidden: Tensor, uniforms: Tensor) -> tuple[
     before = cumulative.gather(1, chosen[:, None])[:, 0] - own.masses.double().gather(1, chosen[:, None])[:, 0]
     labels = torch.empty_like(chosen)
     for number, entries in enumerate(head.entries()):
-        rows = (chosen == number).nonzero()[:, 0]
-        if len(rows):
+        for rows in torch.split((chosen == number).nonzero()[:, 0], head.chunk.tokens):
             mass = (head.logits(own.hidden[rows], entries) - own.top[rows, None]).double().exp_().cumsum(-1)
             place = (mass <= (wanted - before)[rows, None]).sum(-1)
             labels[rows] = entries.start + place.clamp_max(mass.shape[1] - 1)
@@ -76,7 +75,7 @@ def divergence_gradient(head: OutputHead, hidden: Tensor, reference: Reference) 
         return ((own.expected - _own(head, dense).expected) * head.scale).to(hidden.dtype)
     under_dense, scaled = torch.zeros_like(own.expected), first.scaled(dense)
     normaliser = first.log_normaliser(scaled)
-    for entries in head.entries():
+    for entries in head.entries(len(hidden)):
         p = (first.logits(scaled, entries) - normaliser[:, None]).exp_()
         slope = 1.0 if head.cap is None else _slope(head, head.logits(own.hidden, entries))
         under_dense += p.mul_(slope) @ head.weight[entries].float()
@@ -100,7 +99,7 @@ def logit_gradients(
     first, dense = reference or (head, hidden)
     wanted = first.scaled(dense)
     theirs = normaliser if reference is None else first.log_normaliser(wanted)
-    for entries in head.entries():
+    for entries in head.entries(len(hidden)):
         logits = head.logits(scaled, entries)
         found = (logits - normaliser[:, None]).exp_()
         if labels is None:

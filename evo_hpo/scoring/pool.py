@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -38,34 +39,26 @@ class ReplicaPool:
         return len(self.replicas)
 
     def map(self, tasks: Sequence[Callable[[Replica], T]]) -> list[T]:
-        """Results of the tasks, in order."""
-        before = torch.get_num_threads()
-        if self._on_cpu:
-            torch.set_num_threads(1)
-        try:
+        """Results of the tasks, in order; if one fails, or the wait is interrupted, once none runs any more."""
+        with one_core() if self._on_cpu else nullcontext():
             if len(self) == 1 or len(tasks) < 2:
                 return [self._call(task) for task in tasks]
-            return list(self._threads.map(self._call, tasks))
-        finally:
-            torch.set_num_threads(before)
+            waiting = [self._threads.submit(self._call, task) for task in tasks][::-1]
+            results = []
+            try:
+                while waiting:  # taken off: an error would hold the future that holds it
+                    results.append(waiting.pop().result())
+                return results
+            finally:
+                _end(waiting)
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Results of tasks that bring models of their own, in order; whatever fails, all of them end before."""
+        """Results of tasks that bring models of their own; as :meth:`map`."""
 
-        def outcome(task: Callable[[], T]) -> Callable[[Replica], tuple[list[T], BaseException | None]]:
-            def run(_: Replica) -> tuple[list[T], BaseException | None]:
-                try:
-                    return [task()], None
-                except BaseException as error:  # raised below
-                    return [], error
+        def alone(task: Callable[[], T]) -> Callable[[Replica], T]:
+            return lambda _: task()
 
-            return run
-
-        outcomes = self.map([outcome(task) for task in tasks])
-        for _, error in outcomes:
-            if error is not None:
-                raise error
-        return [result for found, _ in outcomes for result in found]
+        return self.map([alone(task) for task in tasks])
 
     def shrink(self, count: int) -> None:
         """Uses fewer replicas from now on; call it while none is busy."""
@@ -93,5 +86,22 @@ class ReplicaPool:
             self._free.put(replica)
 
 
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Operations of this thread run on one core: how many there are changes the last bits of sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _one_core() -> None:
     torch.set_num_threads(1)
+
+
+def _end(futures: Sequence[Future[T]]) -> None:
+    for future in futures:
+        future.cancel()
+    wait(futures)

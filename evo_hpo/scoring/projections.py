@@ -24,23 +24,23 @@ PART = 32
 
 
 class Decoded:
-    """Weights of units' levels, decoded by whoever of several threads asks first.
+    """Levels, each decoded by whoever of several threads asks first, and kept until all are given back."""
 
-    Args:
-        lock: held while the store is read.
-    """
+    def __init__(self, levels: Levels) -> None:
+        self.units, self.fingerprint = levels.units, levels.fingerprint
+        self._levels, self._lock = levels, Lock()
+        self._weights: dict[tuple[int, int], Mapping[str, Tensor | None]] = {}
 
-    def __init__(self, levels: Levels, lock: Lock) -> None:
-        self.levels, self._lock = levels, lock
-        self._weights: dict[int, list[Mapping[str, Tensor | None]]] = {}
+    def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
+        """See `Levels`."""
+        with self._lock:
+            if (unit, level) not in self._weights:
+                self._weights[unit, level] = self._levels.weights(unit, level)
+            return self._weights[unit, level]
 
     def of(self, unit: int) -> list[Mapping[str, Tensor | None]]:
         """Member -> weight of each level of one unit."""
-        with self._lock:
-            if unit not in self._weights:
-                count = len(self.levels.units[unit].costs)
-                self._weights[unit] = [self.levels.weights(unit, level) for level in range(count)]
-            return self._weights[unit]
+        return [self.weights(unit, level) for level in range(len(self.units[unit].costs))]
 
     def forget(self) -> None:
         """Gives them back."""
@@ -78,7 +78,7 @@ class Projector:
         outer: nn.Module,
     ) -> None:
         self._levels, self._modules, self._dropped = decoded.of, modules, in_place
-        self._units = decoded.levels.units
+        self._units = decoded.units
         self._original = {
             name: weight.data for name, m in modules.items() if is_matrix(m) and isinstance(weight := m.weight, Tensor)
         }
@@ -271,8 +271,10 @@ class Projector:
                 place_or_original = self._original[name].to(weight.device) if self._form == "absolute" else place
                 sums = weight_changes(pairs, place_or_original, targets, self._form)
                 if bias is not None and self._form == "inner":
-                    outputs = torch.cat([gradient.sum(dim=1).double() for gradient, _ in seen])
-                    sums += torch.outer(outputs @ bias.double(), sums.new_tensor(signs))
+                    outputs = torch.cat(
+                        [(gradient.sum(dim=1).double() * bias.double()).sum(dim=1) for gradient, _ in seen]
+                    )
+                    sums += torch.outer(outputs, sums.new_tensor(signs))
             self._sums.append((sequences, unit, sums))
 
     def _of(self, unit: int) -> NDArray[np.float64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -38,8 +37,9 @@ next token of all of them takes little longer than that of one."""
 class SensitivityPass:
     """Measures :class:`Sensitivities` of a language model; shares the memory of the model's weights.
 
-    On a CPU each core takes some of the sequences, one at a time, with a replica of its own: no number depends on how
-    many cores there are. All go through a block before any goes on, so that levels are decoded once.
+    On a CPU, where nothing is streamed, each thread of the pool takes some of the sequences with a replica of its own,
+    one core each, so that no number depends on how many there are. All go through a block before any goes on: levels
+    are decoded once.
 
     Args:
         model: decoder-only Hugging Face model with the uncompressed weights; it is not changed.
@@ -53,7 +53,7 @@ class SensitivityPass:
             are streamed) the group. A mixture of experts takes one: its experts see tokens, not sequences.
         stream: device that each block comes to for its turn; no graph outlives a turn. None: blocks are where they run.
         inputs: as of the evaluator; a gradient passes a rounding as if it were not there.
-        pool: of the evaluator, whose threads run it; None: the calling thread does.
+        pool: of the evaluator, whose threads run it, each on one core; None: the calling thread does.
     """
 
     def __init__(
@@ -79,17 +79,15 @@ class SensitivityPass:
         self._model, self._tokens, self._stream = model, tokens, stream
         self._graph_bytes = 0 if stream else graph_bytes
         self._group = batch if stream else group  # a block comes to the device once for all that run
-        self._pool = pool if on_cpu else None
-        lock = threading.Lock()
-        self._decoded = Decoded(levels, lock)
+        self._pool, self._splits = pool, on_cpu
+        self._decoded, self._batch = Decoded(levels), batch
         chunk = chunk or default_shape(tokens.device, tokens.shape[1], compiled=False).chunk
         example = tokens[:1, : min(tokens.shape[1], 16)]
 
-        def replica() -> BackwardReplica:
-            return BackwardReplica(model, self._decoded, example, lock, chunk, batch, stream, inputs)
-
-        self._replica = replica
-        self._replicas = [replica()]
+        self._new_replica = partial(
+            BackwardReplica, model, levels, self._decoded, example, chunk, batch, stream, inputs
+        )
+        self._replicas = self._side_by_side([self._new_replica])
 
     def measure(
         self, assignment: Assignment | None, minibatch: Minibatch, kind: Kind = "sampled", form: Form = "inner"
@@ -128,30 +126,29 @@ class SensitivityPass:
         length = self._tokens.shape[1]
         together = max(1, WRITTEN_TOGETHER // length)
         count = minibatch.tokens // length
-        (text,) = self._run([lambda: sample_from_model(self._model, count, length, minibatch.seed, together)])
+        (text,) = self._side_by_side([lambda: sample_from_model(self._model, count, length, minibatch.seed, together)])
         return text.to(self._tokens.device)
 
     def _measure(
         self, asked: Asked, ids: Tensor, sequences: tuple[int, ...]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        count = 1 if self._pool is None else min(len(self._pool), len(ids))
-        while len(self._replicas) < count:
-            self._replicas.append(self._replica())
-        replicas, size = self._replicas[:count], -(-len(ids) // count)
+        count = len(self._pool) if self._pool is not None and self._splits else 1
+        size = -(-len(ids) // (self._batch * count)) * self._batch  # of whole batches, in which bits may depend on all
         parts = [slice(i, i + size) for i in range(0, len(ids), size)]
-        at_work = list(zip(replicas, parts, strict=False))
+        self._replicas += self._side_by_side([self._new_replica] * (len(parts) - len(self._replicas)))
+        replicas = self._replicas[: len(parts)]
         try:
-            self._run(
+            self._side_by_side(
                 [
-                    partial(replica.begin, asked, ids[part], sequences[part], self._graph_bytes // len(at_work))
-                    for replica, part in at_work
+                    partial(replica.begin, asked, ids[part], sequences[part], self._graph_bytes // len(parts))
+                    for replica, part in zip(replicas, parts, strict=True)
                 ]
             )
             self._decoded.forget()
             for number in reversed(range(replicas[0].blocks)):
-                self._run([partial(replica.through, number) for replica, _ in at_work])
+                self._side_by_side([partial(replica.through, number) for replica in replicas])
                 self._decoded.forget()
-            projections, squares = zip(*self._run([replica.end for replica, _ in at_work]), strict=True)
+            projections, squares = zip(*self._side_by_side([replica.end for replica in replicas]), strict=True)
             return np.concatenate(projections), np.concatenate(squares)
         finally:
             for replica in replicas:
@@ -160,5 +157,5 @@ class SensitivityPass:
             if self._tokens.device.type == "cpu":
                 give_back_freed_memory()  # graphs of every size leave the heap in pieces
 
-    def _run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+    def _side_by_side(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         return [task() for task in tasks] if self._pool is None else self._pool.run(tasks)

@@ -30,8 +30,8 @@ sequences and positions."""
 
 
 def weight_changes(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | None], form: Form = "inner") -> Tensor:
-    """<g_s, target - place> with g_s = left_s^T right_s, for each sequence s and target (sequences x targets; sums in
-    float64 on a CPU, else in the precision of a product).
+    """<g_s, target - place> with g_s = left_s^T right_s, for each sequence s and target (sequences x targets; float64,
+    or in the precision of a product where all rows are taken at once).
 
     Form ``absolute``: <|g_s|, |target - place|>; ``trace``: |g_s|^2 |target - place|^2 over the number of weights.
 

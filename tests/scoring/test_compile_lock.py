@@ -101,3 +101,20 @@ def test_what_fails_leaves_nothing_locked(way: str) -> None:
     other = started(lambda: lock.alone().__enter__())
     other.join(WAIT)
     assert not other.is_alive()
+
+
+def test_an_interruption_while_it_waits_to_go_on_locks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = CompileLock()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        with lock.working(), monkeypatch.context() as patch:
+            patch.setattr(lock, "_enter", interrupted)
+            with lock.alone():
+                pass
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert (lock._working, lock._waiting, lock._alone) == (0, 0, False)

@@ -13,13 +13,23 @@ import torch
 import transformers
 from torch import Tensor
 
+from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.scoring import compiling, prepacking
+from evo_hpo.scoring.compile_lock import COMPILE_LOCK
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.replica import Replica
 from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.problem import Minibatch
 from tests.scoring.evaluators import LARGE, LENGTH, Parts, losses_of, make_evaluator
-from tests.tiny import VOCABULARY, RoundedLevels, random_assignments, random_model, tiny_model, tiny_tokens
+from tests.tiny import (
+    VOCABULARY,
+    RoundedLevels,
+    random_assignments,
+    random_model,
+    tiny_mixtral,
+    tiny_model,
+    tiny_tokens,
+)
 
 
 def test_nothing_is_paid_for_twice(llama: Parts, tmp_path: Path) -> None:
@@ -158,6 +168,29 @@ def test_no_other_thread_runs_the_model_while_one_compiles(llama: Parts, monkeyp
     losses_of(evaluator, random_assignments(3, len(llama[1].units), 3))
     assert compiled_by - {threading.get_ident()}  # some of it in the threads
     assert not any(told)
+    torch._dynamo.reset()
+
+
+def test_what_is_compiled_for_new_inputs_is_so_alone_and_experts_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts see another number of tokens each time, and would be compiled for each of them."""
+    compiler, alone = torch.compile, list[bool]()
+
+    def backend(module: Any, _: Any) -> Any:
+        alone.append(COMPILE_LOCK._alone)
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", lambda code, **given: compiler(code, **(given | {"backend": backend})))
+    monkeypatch.setattr(compiling, "GAIN", 0.0)
+    for model in (tiny_model("gpt2"), tiny_model("gemma2"), tiny_mixtral()):
+        torch._dynamo.reset()
+        alone.clear()
+        experts = unfuse_experts(model)
+        levels = RoundedLevels(model)
+        evaluator = make_evaluator((model, levels), batch_size=3, compile=True, threads=2)
+        losses_of(evaluator, random_assignments(3, len(levels.units), 3))
+        assert evaluator.compiled.parts == (("chunk",) if experts else ("blocks", "chunk"))
+        assert alone
+        assert all(alone)
     torch._dynamo.reset()
 
 

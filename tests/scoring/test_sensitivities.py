@@ -271,15 +271,17 @@ def test_a_bfloat16_model_errs_no_more_than_its_own_gradients_do() -> None:
     assert np.linalg.norm(found - exact) < 1.2 * np.linalg.norm(plain - exact) < 0.5 * np.linalg.norm(exact)
 
 
-def test_the_problem_measures_them_after_scoring_and_leaves_losses_as_they_are() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_problem_measures_them_after_scoring_and_leaves_losses_as_they_are(threads: int) -> None:
     model = tiny_model("llama")
     levels, tokens = RoundedLevels(model), tiny_tokens()
     space = CompressionSpace.from_average(levels.units, 4)
-    evaluator = Evaluator(model, levels, tokens, threads=1)
+    evaluator = Evaluator(model, levels, tokens, threads=threads)
     problem = LanguageModelProblem(evaluator, space, tokens[:2], tokens=24, name="tiny")
     levels_before = space.uniform()
     before = problem.score([levels_before], MINIBATCH)
     found = problem.sensitivities(levels_before, MINIBATCH, kind="kl")
+    assert len(problem._gradients._replicas) == threads
     expected = _by_autograd(lambda: tiny_model("llama"), levels, levels_before, "kl")
     np.testing.assert_allclose(found.projections, expected, atol=2e-4 * np.abs(expected).max())
     evaluator.cache.close()

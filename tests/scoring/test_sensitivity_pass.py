@@ -15,6 +15,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
+from evo_hpo.levels.levels import Levels
+from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.scoring import sensitivities, weight_changes
 from evo_hpo.scoring.backward import BackwardReplica
 from evo_hpo.scoring.head import Chunk
@@ -23,7 +25,16 @@ from evo_hpo.scoring.tuning import PassShape
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.sensitivities import Form, Kind
 from tests.scoring.evaluators import Parts, make_evaluator
-from tests.tiny import VOCABULARY, DropLevels, RoundedLevels, random_assignments, random_model, tiny_model, tiny_tokens
+from tests.tiny import (
+    VOCABULARY,
+    DropLevels,
+    RoundedLevels,
+    random_assignments,
+    random_model,
+    tiny_mixtral,
+    tiny_model,
+    tiny_tokens,
+)
 
 MINIBATCH = Minibatch(seed=5, tokens=60)
 
@@ -131,7 +142,7 @@ def test_a_pass_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
 def test_cores_share_the_sequences_and_no_bit_depends_on_how_many_there_are(
     monkeypatch: pytest.MonkeyPatch, kind: Kind, form: Form, dtype: torch.dtype
 ) -> None:
-    """Head and embedding searched too; levels are decoded once for all of the cores."""
+    """Head and embedding searched too; each level is decoded once for all of the cores, where they are in place too."""
     model = tiny_model("llama").to(dtype)
     levels, decoded = RoundedLevels(model, outer=True), Counter[tuple[int, int]]()
     weights = levels.weights
@@ -160,10 +171,47 @@ def test_cores_share_the_sequences_and_no_bit_depends_on_how_many_there_are(
             patch.setattr(levels, "weights", counted)
             found = passed.measure(at, MINIBATCH, kind, form)
         assert len(at_work) == cores
-        assert kind == "kl" or set(decoded.values()) <= {1, 2}  # the tied matrix: as head, and as embedding
+        assert set(decoded.values()) <= {1, 2}  # in place; the tied matrix: as head, and as embedding
         np.testing.assert_array_equal(found.projections, alone.projections)
         if found.squares is not None:
             np.testing.assert_array_equal(found.squares, alone.squares)
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch": 2}, {"graph_bytes": 1 << 17}, {"group": 3}])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "cohere", "mixtral", "dropped"])
+def test_cores_share_the_sequences_of_every_model(name: str, settings: dict[str, int]) -> None:
+    """Biased and transposed layers, a soft cap or scale of logits, experts, modules and blocks that are dropped."""
+    model = tiny_mixtral() if name == "mixtral" else tiny_model("llama" if name == "dropped" else name)
+    if name == "mixtral":
+        unfuse_experts(model)
+    drops = DropLevels(model, ["attention", "mlp", "block"])
+    levels: Levels = drops if name == "dropped" else RoundedLevels(model)
+    at = random_assignments(1, len(levels.units), 2)[0]
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        try:
+            pool = make_evaluator((model, levels), threads=threads).pool
+            passed = SensitivityPass(model, levels, tiny_tokens(), pool=pool, **settings)  # type: ignore[arg-type]
+            forms: list[tuple[Kind, Form]] = [("kl", "inner"), ("true", "absolute"), ("sampled", "inner")]
+            found.append([passed.measure(at, MINIBATCH, kind, form).projections for kind, form in forms])
+        finally:
+            torch.set_num_threads(before)
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
+
+
+def test_after_a_pass_no_replica_holds_levels() -> None:
+    """Decoded weights of a large model are as many bytes as the model."""
+    model = tiny_model("llama")
+    levels = RoundedLevels(model)
+    passed = SensitivityPass(model, levels, tiny_tokens(), pool=make_evaluator((model, levels), threads=2).pool)
+    passed.measure(random_assignments(1, len(levels.units), 3)[0], MINIBATCH, "kl")
+    own = {p.data_ptr() for p in model.parameters()}
+    assert len(passed._replicas) == 2
+    for replica in passed._replicas:
+        assert {p.data_ptr() for p in replica.gated.model.parameters()} == own
 
 
 def test_a_larger_minibatch_begins_with_the_same_projections() -> None:

@@ -100,7 +100,7 @@ def _compiler(code: Callable[..., Any]) -> Callable[..., Any]:
 def _layout(value: object) -> object:
     """What inputs of compiled code must have in common, weights apart (which are alike in blocks that are)."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad, value.is_inference()
     if isinstance(value, tuple | list):
         return tuple(map(_layout, value))
     if isinstance(value, dict):

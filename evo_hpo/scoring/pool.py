@@ -6,6 +6,7 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -33,7 +34,8 @@ class ReplicaPool:
         self._free: queue.SimpleQueue[Replica] = queue.SimpleQueue()
         for replica in replicas:
             self._free.put(replica)
-        self._threads = ThreadPoolExecutor(len(replicas), initializer=_one_core if on_cpu else None)
+        begin = partial(torch.set_num_threads, 1) if on_cpu else None
+        self._threads = ThreadPoolExecutor(len(replicas), initializer=begin)
 
     def __len__(self) -> int:
         return len(self.replicas)
@@ -95,10 +97,6 @@ def one_core() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _one_core() -> None:
-    torch.set_num_threads(1)
 
 
 def _end(futures: Sequence[Future[T]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,19 @@ def test_what_is_compiled_is_kept_where_it_is_faster_and_the_decision_stays(
         assert evaluator.report()["compiled"] == kept
 
 
+def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Callable[[Any, Any], Any]) -> None:
+    """In place of inductor; kept whether it is faster or not."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda code, **given: compiler(code, **(given | {"backend": backend})))
+    monkeypatch.setattr(compiling, "GAIN", 0.0)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_shape_of_a_pass_is_compiled_whatever_ran_before(
     llama: Parts, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     """Torch itself gives up after some: from then on, what a pass computes would depend on the passes before it."""
-    compiler, graphs, limits = torch.compile, list[str](), set[int]()
+    graphs, limits = list[str](), set[int]()
 
     def backend(module: Any, _: Any) -> Any:
         def run(*inputs: Any) -> Any:
@@ -131,8 +139,7 @@ def test_every_shape_of_a_pass_is_compiled_whatever_ran_before(
 
         return run
 
-    monkeypatch.setattr(torch, "compile", lambda code, **given: compiler(code, **(given | {"backend": backend})))
-    monkeypatch.setattr(compiling, "GAIN", 0.0)
+    compile_with(monkeypatch, backend)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=2):
         evaluator = make_evaluator(llama, batch_size=5, compile=True, threads=threads)
@@ -148,7 +155,7 @@ def test_every_shape_of_a_pass_is_compiled_whatever_ran_before(
 
 def test_no_other_thread_runs_the_model_while_one_compiles(llama: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """That something compiles is a flag of the process, and with it set, a model's own code makes other masks."""
-    compiler, compiled_by, told = torch.compile, set[int](), list[bool]()
+    compiled_by, told = set[int](), list[bool]()
     embed = torch.nn.Embedding.forward
 
     def backend(module: Any, _: Any) -> Any:
@@ -160,8 +167,7 @@ def test_no_other_thread_runs_the_model_while_one_compiles(llama: Parts, monkeyp
         told.append(torch.compiler.is_compiling())
         return embed(module, ids)
 
-    monkeypatch.setattr(torch, "compile", lambda code, **given: compiler(code, **(given | {"backend": backend})))
-    monkeypatch.setattr(compiling, "GAIN", 0.0)
+    compile_with(monkeypatch, backend)
     torch._dynamo.reset()
     evaluator = make_evaluator(llama, batch_size=5, compile=True, threads=2)
     monkeypatch.setattr(torch.nn.Embedding, "forward", embedding)
@@ -173,14 +179,13 @@ def test_no_other_thread_runs_the_model_while_one_compiles(llama: Parts, monkeyp
 
 def test_what_is_compiled_for_new_inputs_is_so_alone_and_experts_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts see another number of tokens each time, and would be compiled for each of them."""
-    compiler, alone = torch.compile, list[bool]()
+    alone = list[bool]()
 
     def backend(module: Any, _: Any) -> Any:
         alone.append(COMPILE_LOCK._alone)
         return module.forward
 
-    monkeypatch.setattr(torch, "compile", lambda code, **given: compiler(code, **(given | {"backend": backend})))
-    monkeypatch.setattr(compiling, "GAIN", 0.0)
+    compile_with(monkeypatch, backend)
     for model in (tiny_model("gpt2"), tiny_model("gemma2"), tiny_mixtral()):
         torch._dynamo.reset()
         alone.clear()

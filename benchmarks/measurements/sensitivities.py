@@ -1,8 +1,8 @@
 """What sensitivities cost and what they foretell: `python -m benchmarks.measurements.sensitivities`.
 
-On SmolLM2 with GPTQ levels: the time of a pass beside that of scoring one assignment; predicted against measured
-changes of one unit alone, at uniform 3 and 5 bits (`--picture FILE` draws them); and the exact knapsack over the
-curvature at the uncompressed model.
+On SmolLM2, with GPTQ levels unless told otherwise: the time of a pass beside that of scoring one assignment; predicted
+against measured changes of one unit alone, at uniform 3 and 5 bits (`--picture FILE` draws them); and the exact
+knapsack over the curvature at the uncompressed model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", default=["time", "one-shot", "moves"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu", help="or cuda")
+    parser.add_argument(
+        "--method", default="gptq", help="of the levels; rtn is built in seconds and takes as long to read"
+    )
     parser.add_argument("--threads", type=int, default=1, help="cores of scoring and of a pass")
     parser.add_argument("--average", type=float, default=3.0)
     parser.add_argument("--sequences", type=int, default=16, help="of the timed pass and of the predicted moves")
@@ -48,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="scatter plot of the moves to write")
     options = parser.parse_args(arguments)
     os.environ["EVO_HPO_THREADS"] = str(options.threads)
-    problem = smollm2(
-        average=options.average, dtype=options.dtype, device=options.device, held_out_tokens=4096, tokens=LENGTH
-    )
+    settings = {"average": options.average, "dtype": options.dtype, "device": options.device, "method": options.method}
+    settings |= {"held_out_tokens": 4096, "tokens": LENGTH}
+    smollm2.prepare(settings, partial(print, flush=True))
+    problem = smollm2(**settings)
     place = f"{options.device} x {options.threads}, {options.dtype}"
     print(f"{problem.name}, {place}, {options.average} bits, load {os.getloadavg()[0]:.2f}", flush=True)
     if "time" in options.parts:

@@ -7,7 +7,7 @@ the gradients of the layers' outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.gates import GatedModel
@@ -30,7 +31,7 @@ from evo_hpo.scoring.output_gradient import (
     logit_gradients,
     sampled_labels,
 )
-from evo_hpo.scoring.projections import Decoded, Projector
+from evo_hpo.scoring.projections import Decoded, Noted, Projector
 from evo_hpo.scoring.switching import WeightSwitch
 from evo_hpo.search.sensitivities import Form, Kind
 from evo_hpo.space.compression_space import Assignment
@@ -46,6 +47,7 @@ class _Segment:
         output: its output with the graph; None: not kept.
         again: runs the block on ``leaf``.
         real: runs its own code on ``leaf``, also where it is dropped.
+        noted: members that ran in it, where the graph is kept.
     """
 
     name: str
@@ -54,6 +56,7 @@ class _Segment:
     output: Tensor | None
     again: Callable[[], Any]
     real: Callable[[], Any]
+    noted: list[Noted]
 
 
 @dataclass
@@ -64,12 +67,15 @@ class _Run:
         rows: their places among the replica's.
         segments: of the blocks, in order; taken off the end on the way back.
         front: input of the first block, with the graph from the embedding on.
+        before, after: members that ran in front of the first block, and behind the last one.
         gradient: of the output of the last segment that is left.
     """
 
     rows: slice
     segments: list[_Segment] = field(default_factory=list)
     front: Tensor | None = None
+    before: list[Noted] = field(default_factory=list)
+    after: list[Noted] = field(default_factory=list)
     gradient: Tensor | None = None
 
 
@@ -121,7 +127,9 @@ class BackwardReplica:
         self._numbers = {name: number for number, name in enumerate(self.gated.blocks)}
         modules = dict(self.gated.model.named_modules())
         members = {name: modules[name] for unit in levels.units for name in unit.members}
-        self._projector = Projector(decoded, members, self._numbers, self._is_dropped, self.gated.head)
+        self._projector = Projector(
+            decoded, members, self._numbers, self._is_dropped, self.gated.head, waits=stream is None
+        )
         shared = self.gated.head.weight
         self._searched_head = next((n for n, m in members.items() if getattr(m, "weight", None) is shared), "")
         self._wholes = [name for name in members if name in self._numbers]
@@ -166,7 +174,7 @@ class BackwardReplica:
                 gradient = self._at_output(
                     head, ids[run.rows], final.detach(), reference, asked.kind, np.concatenate(uniforms)
                 )
-            (run.gradient,) = torch.autograd.grad(final, run.segments[-1].tail, gradient)
+            run.gradient = _back(final, gradient, run.segments[-1].tail, run.after)
         self._projector.finish()
 
     def through(self, number: int) -> None:
@@ -181,10 +189,10 @@ class BackwardReplica:
     def end(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Back to the embedding; what :meth:`Projector.end` gives."""
         for run in self._runs:
-            if run.front is not None and run.front.requires_grad:
+            if run.front is not None and run.before:
                 assert run.gradient is not None
                 self._projector.running(run.rows)
-                torch.autograd.backward(run.front, run.gradient.to(run.front.device))
+                _back(run.front, run.gradient.to(run.front.device), None, run.before)
         self._projector.finish()
         return self._projector.end()
 
@@ -199,7 +207,9 @@ class BackwardReplica:
         self._recording = run
         try:
             with torch.enable_grad():
-                return self.gated.final_hidden(ids)[0]
+                final = self.gated.final_hidden(ids)[0]
+            run.after = self._projector.noted()
+            return final
         finally:
             self._recording = None  # a block that runs again makes no new segment
 
@@ -232,17 +242,18 @@ class BackwardReplica:
 
     def _through(self, segment: _Segment, gradient: Tensor) -> Tensor:
         """The gradient of a block's input, from that of its output."""
-        output, gradient = segment.output, gradient.to(segment.leaf.device)
+        output, noted, gradient = segment.output, segment.noted, gradient.to(segment.leaf.device)
         if output is None:
             with torch.enable_grad():
                 output = _first(segment.again())
+            noted = self._projector.noted()
         if segment.name in self._wholes:
             with torch.no_grad():
                 kept = _first(segment.real()) if self._is_dropped(segment.name) else output.detach()
                 self._projector.whole(segment.name, kept - segment.leaf, gradient)
-        torch.autograd.backward(output, gradient)
-        assert segment.leaf.grad is not None
-        return segment.leaf.grad
+        found = _back(output, gradient, segment.leaf, noted)
+        assert found is not None
+        return found
 
     def _segmented(self, name: str, block: nn.Module, gate: Callable[..., Any]) -> Callable[..., Any]:
         """The block's forward, cut off from the one before; ``gate`` passes its input through where it is dropped."""
@@ -253,7 +264,7 @@ class BackwardReplica:
                 return gate(*args, **kwargs)
             given = args[0] if args else kwargs["hidden_states"]
             if number == 0:
-                self._recording.front = given
+                self._recording.front, self._recording.before = given, self._projector.noted()
             leaf = given.detach().requires_grad_()
             if args:
                 args = (leaf, *args[1:])
@@ -274,7 +285,8 @@ class BackwardReplica:
             tail = first.detach().requires_grad_()
             real = partial(type(block).forward, block, *args, **kwargs)
             kept = first if number >= self.kept_from else None
-            self._recording.segments.append(_Segment(name, leaf, tail, kept, partial(gate, *args, **kwargs), real))
+            again, noted = partial(gate, *args, **kwargs), self._projector.noted()
+            self._recording.segments.append(_Segment(name, leaf, tail, kept, again, real, noted))
             return (tail, *output[1:]) if isinstance(output, tuple) else tail
 
         return run
@@ -306,6 +318,18 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
         if storage.data_ptr() not in self._weights:
             self._storages[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()
+
+
+def _back(output: Tensor, gradient: Tensor, leaf: Tensor | None, noted: Sequence[Noted]) -> Tensor | None:
+    """The gradient of the leaf, from that of an output; members between them are told theirs, the last one first."""
+    edges = [each.edge for each in noted]
+    leaves = [] if leaf is None else [get_gradient_edge(leaf)]
+    found = torch.autograd.grad(output, [*edges, *leaves], gradient, allow_unused=True)
+    with torch.no_grad():
+        for each, own in reversed([*zip(noted, found)]):  # noqa: B905 -- the leaf's is the last
+            if own is not None:
+                each.tell(own)
+    return None if leaf is None else found[-1]
 
 
 def _first(output: Any) -> Tensor:

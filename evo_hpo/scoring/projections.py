@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -10,12 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.nn.functional import pad
 
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import Absent, absent, first_of
 from evo_hpo.models.structure import is_linear, is_matrix, is_transposed
+from evo_hpo.scoring.layers_together import WAITING_BYTES, LayersTogether, Visit, suits
 from evo_hpo.scoring.weight_changes import output_changes, row_changes, squared_lengths, weight_changes
 from evo_hpo.search.sensitivities import Form
 
@@ -34,27 +38,52 @@ class Decoded:
     def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
         """See `Levels`."""
         with self._lock:
-            if (unit, level) not in self._weights:
-                self._weights[unit, level] = self._levels.weights(unit, level)
-            return self._weights[unit, level]
+            return self._of(unit, level)
 
     def of(self, unit: int) -> list[Mapping[str, Tensor | None]]:
         """Member -> weight of each level of one unit."""
-        return [self.weights(unit, level) for level in range(len(self.units[unit].costs))]
+        with self._lock:
+            return [self._of(unit, level) for level in range(len(self.units[unit].costs))]
+
+    def _of(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
+        key = (unit, level)
+        if key not in self._weights:
+            self._weights[key] = self._levels.weights(unit, level)
+        return self._weights[key]
 
     def forget(self) -> None:
         """Gives them back."""
         self._weights.clear()
 
 
+@dataclass(frozen=True)
+class Noted:
+    """A member that ran within a graph.
+
+    Attributes:
+        edge: where the gradient of its output arises, whatever is done to the output later.
+        tell: takes that gradient.
+    """
+
+    edge: GradientEdge
+    tell: Callable[[Tensor], None]
+
+    @classmethod
+    def of(cls, output: Tensor, tell: Callable[[Tensor], None]) -> Noted:
+        """Of an output that requires a gradient."""
+        node = output.grad_fn
+        return cls(GradientEdge(node, output.output_nr) if node else get_gradient_edge(output), tell)
+
+
 class Projector:
     """Collects g . (W_level - W_in_place) for every level of every unit, sequence by sequence, or another form of it.
 
-    Hooks on the members keep a linear layer's input until the gradient of its output is there, and both until all runs
-    have been through the block (:meth:`finish`). A per-sequence weight gradient exists only for some rows at a time; it
-    meets all levels at once. A member that may be dropped adds its output or takes it away: its projection is the
-    gradient of the output times that output. The bias of a layer that is switched on or off counts in the forms
-    ``inner`` and ``output``.
+    Hooks on the members note what runs (:meth:`noted`); whoever goes back through it tells the gradients of the
+    outputs. A linear layer's input is kept until then, and both until all runs have been through the block
+    (:meth:`finish`). A per-sequence weight gradient exists only for some rows at a time; it meets all levels at once.
+    On a GPU, layers of 16-bit weights may wait for those of later blocks (:class:`LayersTogether`). A member that may
+    be dropped adds its output or takes it away: its projection is the gradient of the output times that output. The
+    bias of a layer that is switched on or off counts in the forms ``inner`` and ``output``.
 
     The embedding's gradient is that of its output; the output head, whose logits exist a chunk at a time, is told its
     own by :meth:`head`. Of one matrix that is both, the two are added up, in every form.
@@ -67,6 +96,7 @@ class Projector:
         modules: members by name; those in ``blocks`` are whole decoder blocks, for which :meth:`whole` is called.
         in_place: name -> whether the member is switched off at the moment.
         outer: the output head, which gets no hook.
+        waits: whether layers may wait for those of later blocks, whose weights stay where they are.
     """
 
     def __init__(
@@ -76,6 +106,7 @@ class Projector:
         blocks: Mapping[str, int],
         in_place: Callable[[str], bool],
         outer: nn.Module,
+        waits: bool = True,
     ) -> None:
         self._levels, self._modules, self._dropped = decoded.of, modules, in_place
         self._units = decoded.units
@@ -86,9 +117,12 @@ class Projector:
         for number, unit in enumerate(self._units):
             for name in unit.members:
                 self._owners.setdefault(name, []).append(number)
+        self._noted: list[Noted] = []
         self._waiting: dict[str, list[tuple[slice, tuple[Tensor, Tensor]]]] = {}
-        self._sums: list[tuple[NDArray[np.int64], int, Tensor]] = []  # of linear layers, on their devices
+        self._sums: list[tuple[NDArray[np.int64], list[int], Tensor]] = []  # of linear layers, on their devices
         self._rows = slice(0, 0)
+        self._together_bytes = WAITING_BYTES if waits else 0
+        self._together = LayersTogether(1, self._together_bytes)
         self._absent: dict[str, Absent] = {}
         self._found: NDArray[np.float64] = np.zeros((0, 0, 0, 0))
         self._form: Form = "inner"
@@ -108,18 +142,26 @@ class Projector:
             self._found[:, :, number, count:] = np.nan
         self._sums.clear()
         self.forget()
+        self._together = LayersTogether(parts, self._together_bytes)
         self.running(slice(0, sequences))
 
     def running(self, sequences: slice) -> None:
         """Of the sequences that it began with, those that the hooks will hear of from now on."""
         self._rows = sequences
 
+    def noted(self) -> list[Noted]:
+        """The members that ran since it was last asked, in order."""
+        noted, self._noted = self._noted, []
+        return noted
+
     def end(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """What was collected (sequences x units x levels), and the sums of the squares of its parts, alike."""
+        self._take_together()
         fetched = _on_host([found for _, _, found in self._sums])  # only now: a GPU would be waited for at each
-        for (sequences, unit, _), found in zip(self._sums, fetched, strict=True):
-            by_sequence = found.reshape(len(sequences), -1, found.shape[1])
-            np.add.at(self._found[:, :, unit, : found.shape[1]], sequences, by_sequence)  # a layer may run twice
+        for (sequences, units, _), found in zip(self._sums, fetched, strict=True):
+            levels = found.shape[-1]
+            for unit, own in zip(units, found.reshape(len(units), len(sequences), -1, levels), strict=True):
+                np.add.at(self._found[:, :, unit, :levels], sequences, own)  # a layer may run twice
         self._sums.clear()
         sums = self._found.sum(axis=1)
         return np.sqrt(sums) if self._form in ("output", "trace") else sums, np.square(self._found).sum(axis=1)
@@ -129,11 +171,15 @@ class Projector:
         """Takes what several runs left at linear layers: after each block."""
         for name, waiting in self._waiting.items():
             self._linear(name, waiting)
-        self.forget()
+        self._waiting.clear()
+        if self._together.are_full:
+            self._take_together()
 
     def forget(self) -> None:
-        """Gives back what waits; what was collected stays."""
+        """Gives back what was noted and what waits; what was collected stays."""
+        self._noted.clear()
         self._waiting.clear()
+        self._together.forget()
 
     def whole(self, name: str, output: Tensor, gradient: Tensor) -> None:
         """A member that is kept or dropped as a whole.
@@ -166,8 +212,7 @@ class Projector:
             given: final hidden states, (sequences x positions that predict) x hidden.
             gradients: of the products of head and hidden states, by entries of the vocabulary, alike.
         """
-        place, form = self._modules[name].weight, self._form
-        assert isinstance(place, Tensor)
+        place, form = self._weight(name), self._form
         inputs = self._predicting(given.to(place.dtype))
         targets = {unit: self._targets(unit, name) for unit in self._owners[name]}
         lengths: dict[int, list[tuple[Tensor, Tensor]]] = {unit: [] for unit in targets}
@@ -198,22 +243,25 @@ class Projector:
             if not torch.is_grad_enabled():
                 return None
             leaf = output.detach().requires_grad_()
-            leaf.register_hook(lambda gradient: self._embedded(name, args[0], gradient))  # type: ignore[no-untyped-call]
+            self._noted.append(Noted.of(leaf, partial(self._embedded, name, args[0])))
             return leaf
 
         return hook
 
     def _embedded(self, name: str, ids: Tensor, gradient: Tensor) -> None:
-        module = self._modules[name]
-        place = module.weight
-        assert isinstance(place, Tensor)
+        place = self._weight(name)
         ones = {"weight": place.data.new_ones(()).expand(place.shape)}
-        scale = functional_call(module, ones, (ids[:1, :1],))  # some embeddings multiply by a number
+        scale = functional_call(self._modules[name], ones, (ids[:1, :1],))  # some embeddings multiply by a number
         taken, gradient = self._by_part(ids[..., None])[..., 0], self._by_part(gradient * scale)
         for unit in self._owners[name]:
             targets = self._targets(unit, name)
             at = self._original[name] if self._form == "absolute" else place.data
             self._of(unit)[:, : len(targets)] += row_changes(taken, gradient, at, targets, self._form).cpu().numpy()
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self._modules[name].weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def _targets(self, unit: int, name: str) -> list[Tensor]:
         """A matrix outside of the blocks at each level, which drops none."""
@@ -231,31 +279,53 @@ class Projector:
             if off and not first.requires_grad:
                 first = first.detach().requires_grad_()  # zeros, so that their gradient is there
             if linear:
-                kind = module.weight.dtype
-                given = (args[0] if args else kwargs["input"]).detach().to(kind)
-                first.register_hook(lambda gradient: self._wait(name, given, gradient.to(kind)))
+                self._noted.append(Noted.of(first, partial(self._wait, name, args[0] if args else kwargs["input"])))
             else:
                 with torch.no_grad():
                     kept = first_of(type(module).forward(module, *args, **kwargs)) if off else first.detach()
                     if name not in self._absent:
                         self._absent[name] = absent(name, module, args, kwargs)
                     added = kept - first_of(self._absent[name](*args, **kwargs))  # not the residual, if it adds that
-                first.register_hook(lambda gradient: self.whole(name, added, gradient))
+                self._noted.append(Noted.of(first, partial(self.whole, name, added)))
             return None if not off else first if rest is None else (first, *rest)
 
         return hook
 
+    @torch.no_grad()
+    def _take_together(self) -> None:
+        every = np.arange(len(self._found))
+        self._sums += [(every, units, sums) for units, sums in self._together.take()]
+
     def _wait(self, name: str, given: Tensor, gradient: Tensor) -> None:
+        kind = self._weight(name).dtype
+        given, gradient = given.detach().to(kind), gradient.to(kind)
+        if suits(gradient) and self._visited(name, given, gradient):
+            return
         seen = self._rows, (self._by_part(gradient), self._by_part(given))
         if self._rows == slice(0, len(self._found)):
             self._linear(name, [seen])
         else:
             self._waiting.setdefault(name, []).append(seen)
 
+    def _visited(self, name: str, given: Tensor, gradient: Tensor) -> bool:
+        """Whether the layer's changes are changes of its weight alone, and can be taken together with others'."""
+        if self._form != "inner" or self._rows != slice(0, len(self._found)) or self._dropped(name):
+            return False
+        sides = [side.reshape(len(self._found), -1, side.shape[-1]) for side in (gradient, given)]
+        left, right = reversed(sides) if is_transposed(self._modules[name]) else sides
+        visits = []
+        for unit in self._owners[name]:
+            found = [level.get(name, self._original[name]) for level in self._levels(unit)]
+            targets = [target for target in found if target is not None and target.device == gradient.device]
+            if len(targets) < len(found):
+                return False
+            visits.append(Visit(unit, left, right, self._weight(name).data, targets))
+        self._together.add(visits)
+        return True
+
     def _linear(self, name: str, waiting: list[tuple[slice, tuple[Tensor, Tensor]]]) -> None:
         module, off = self._modules[name], self._dropped(name)
-        weight, bias = module.weight, getattr(module, "bias", None)
-        assert isinstance(weight, Tensor)
+        weight, bias = self._weight(name), getattr(module, "bias", None)
         sequences = np.concatenate([np.arange(rows.start, rows.stop) for rows, _ in waiting])
         seen, place = [pair for _, pair in waiting], None if off else weight.data
         for unit in self._owners[name]:
@@ -275,7 +345,7 @@ class Projector:
                         [(gradient.sum(dim=1).double() * bias.double()).sum(dim=1) for gradient, _ in seen]
                     )
                     sums += torch.outer(outputs, sums.new_tensor(signs))
-            self._sums.append((sequences, unit, sums))
+            self._sums.append((sequences, [unit], sums))
 
     def _of(self, unit: int) -> NDArray[np.float64]:
         """A unit's numbers, all parts of the sequences that are running x levels, to be added to."""

@@ -67,7 +67,7 @@ def squared_lengths(seen: Seen, place: Tensor | None, targets: Sequence[Tensor |
     return gradient, change
 
 
-def _has_small_caches(device: torch.device) -> bool:
+def has_small_caches(device: torch.device) -> bool:
     """Whether work is best done a few rows at a time; elsewhere what counts is how many operations are started."""
     return device.type == "cpu"
 
@@ -75,7 +75,7 @@ def _has_small_caches(device: torch.device) -> bool:
 def _all_at_once(left: Tensor, right: Tensor) -> bool:
     """Whether all rows and sequences of one run are taken together."""
     columns = right.shape[2]
-    return not _has_small_caches(left.device) and _rows_at_a_time(left.device, len(left), columns) >= left.shape[2]
+    return not has_small_caches(left.device) and _rows_at_a_time(left.device, len(left), columns) >= left.shape[2]
 
 
 def _exact(values: Tensor) -> torch.dtype:
@@ -85,7 +85,7 @@ def _exact(values: Tensor) -> torch.dtype:
 
 def _rows_at_a_time(device: torch.device, together: int, columns: int) -> int:
     """Rows of so many columns, of which so many matrices exist at one time."""
-    if _has_small_caches(device):
+    if has_small_caches(device):
         return max(16, ELEMENTS // (together * columns))
     return max(1, min(ELEMENTS_ELSEWHERE // together, LONGEST) // columns)
 
@@ -101,7 +101,7 @@ def _in_rows(
     left, right = seen[0]
     exact = _exact(right)
     height, columns, together = left.shape[2], right.shape[2], max(len(each) for each, _ in seen)
-    if _has_small_caches(left.device):
+    if has_small_caches(left.device):
         together = min(together, SEQUENCES)
     step = min(_rows_at_a_time(left.device, together, columns), height)
     # The same memory for all of them: pages fresh from the system cost as much as the products.
@@ -196,7 +196,7 @@ def _changes(
 ) -> Tensor:
     """Some rows of target - place, targets x rows x columns."""
     there = next((target for target in targets if target is not None), None)
-    if there is not None and not _has_small_caches(device):
+    if there is not None and not has_small_caches(device):
         nothing = there if all(target is not None for target in targets) else there.new_zeros(()).expand(there.shape)
         whole = rows.stop - rows.start == len(there)  # a slice of all rows would be started for nothing
         each = (nothing if target is None else target for target in targets)

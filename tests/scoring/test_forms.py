@@ -145,7 +145,7 @@ def test_blocks_of_rows_and_of_sequences_add_up(monkeypatch: pytest.MonkeyPatch,
 def test_rows_as_a_gpu_takes_them_add_up(
     monkeypatch: pytest.MonkeyPatch, form: Form, elements: int, longest: int
 ) -> None:
-    monkeypatch.setattr(weight_changes, "_has_small_caches", lambda _: False)
+    monkeypatch.setattr(weight_changes, "has_small_caches", lambda _: False)
     monkeypatch.setattr(weight_changes, "ELEMENTS_ELSEWHERE", elements)
     monkeypatch.setattr(weight_changes, "LONGEST", longest)
     model = tiny_model("llama")
@@ -173,7 +173,7 @@ def test_a_gpu_takes_what_is_dropped_alike(monkeypatch: pytest.MonkeyPatch, form
         return weight_changes.weight_changes(seen, at, targets, form)
 
     expected = found()
-    monkeypatch.setattr(weight_changes, "_has_small_caches", lambda _: False)
+    monkeypatch.setattr(weight_changes, "has_small_caches", lambda _: False)
     torch.testing.assert_close(found().double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert (expected[:, 1] != 0).all() == place
 

@@ -85,8 +85,8 @@ def test_levels_are_decoded_once_for_all_sequences(monkeypatch: pytest.MonkeyPat
 
 
 def test_as_on_a_gpu_a_pass_starts_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of a small model takes longer to start there than to do: at most 3.4 times those of a forward pass."""
-    monkeypatch.setattr(weight_changes, "_has_small_caches", lambda _: False)
+    """One of a small model takes longer to start there than to do: at most 2.5 times those of a forward pass."""
+    monkeypatch.setattr(weight_changes, "has_small_caches", lambda _: False)
 
     def started(blocks: int) -> tuple[int, int]:
         size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -101,7 +101,7 @@ def test_as_on_a_gpu_a_pass_starts_few_operations(monkeypatch: pytest.MonkeyPatc
         return whole.count, forward.count
 
     (fewer, forward_fewer), (more, forward_more) = started(2), started(4)
-    assert more - fewer < 3.4 * (forward_more - forward_fewer)
+    assert more - fewer < 2.5 * (forward_more - forward_fewer)
 
 
 def test_logits_are_taken_in_chunks_that_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

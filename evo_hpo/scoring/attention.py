@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from evo_hpo.scoring.devices import has_matrix_units
+
 QUERIES = 32
 """In one block. Fewer read fewer keys that a query does not see; more are fewer products."""
 
@@ -92,7 +94,7 @@ def _replaceable(node: fx.Node) -> bool:
     if given.get("is_causal") is not True or given.get("attn_mask") is not None or given.get("dropout_p", 0.0) != 0.0:
         return False
     query, key, value = map(_example, node.args)
-    if query is None or key is None or value is None or torch.cpu.get_capabilities().get("amx_bf16"):
+    if query is None or key is None or value is None or has_matrix_units(query.device):
         return False  # where the kernel multiplies by AMX, nothing was measured
     return bool(
         query.device.type == "cpu"

@@ -7,9 +7,9 @@ the gradients of the layers' outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.scoring.arithmetic import InputTypes
+from evo_hpo.scoring.decoded import Decoded
 from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.output_gradient import (
     Reference,
@@ -31,52 +31,11 @@ from evo_hpo.scoring.output_gradient import (
     logit_gradients,
     sampled_labels,
 )
-from evo_hpo.scoring.projections import Decoded, Noted, Projector
+from evo_hpo.scoring.projections import Projector
+from evo_hpo.scoring.segments import Run, SavedBytes, Segment, gradients_within, tell
 from evo_hpo.scoring.switching import WeightSwitch
 from evo_hpo.search.sensitivities import Form, Kind
 from evo_hpo.space.compression_space import Assignment
-
-
-@dataclass
-class _Segment:
-    """A block's part of the graph.
-
-    Attributes:
-        leaf: its input, cut off from the block before.
-        tail: its output as the next block sees it.
-        output: its output with the graph; None: not kept.
-        again: runs the block on ``leaf``.
-        real: runs its own code on ``leaf``, also where it is dropped.
-        noted: members that ran in it, where the graph is kept.
-    """
-
-    name: str
-    leaf: Tensor
-    tail: Tensor
-    output: Tensor | None
-    again: Callable[[], Any]
-    real: Callable[[], Any]
-    noted: list[Noted]
-
-
-@dataclass
-class _Run:
-    """Some of a replica's sequences, on their way through the model and back.
-
-    Attributes:
-        rows: their places among the replica's.
-        segments: of the blocks, in order; taken off the end on the way back.
-        front: input of the first block, with the graph from the embedding on.
-        before, after: members that ran in front of the first block, and behind the last one.
-        gradient: of the output of the last segment that is left.
-    """
-
-    rows: slice
-    segments: list[_Segment] = field(default_factory=list)
-    front: Tensor | None = None
-    before: list[Noted] = field(default_factory=list)
-    after: list[Noted] = field(default_factory=list)
-    gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -133,8 +92,8 @@ class BackwardReplica:
         shared = self.gated.head.weight
         self._searched_head = next((n for n, m in members.items() if getattr(m, "weight", None) is shared), "")
         self._wholes = [name for name in members if name in self._numbers]
-        self._runs: list[_Run] = []
-        self._recording: _Run | None = None  # whose blocks' graphs are being made
+        self._runs: list[Run] = []
+        self._recording: Run | None = None  # whose blocks' graphs are being made
         self._graph_bytes = 0
         self.kept_from = len(self._numbers)
         for name, block in self.gated.blocks.items():
@@ -153,7 +112,7 @@ class BackwardReplica:
             sequences: their numbers in the pool.
             graph_bytes: memory for the graphs of blocks; blocks beyond it run a second time.
         """
-        self._runs = [_Run(slice(i, min(i + self._batch, len(ids)))) for i in range(0, len(ids), self._batch)]
+        self._runs = [Run(slice(i, min(i + self._batch, len(ids)))) for i in range(0, len(ids), self._batch)]
         dense: list[Tensor] = []
         if asked.kind == "kl":
             self._switch.set(None)
@@ -174,7 +133,7 @@ class BackwardReplica:
                 gradient = self._at_output(
                     head, ids[run.rows], final.detach(), reference, asked.kind, np.concatenate(uniforms)
                 )
-            run.gradient = _back(final, gradient, run.segments[-1].tail, run.after)
+            run.gradient = tell(run.after, gradients_within(final, gradient, run.segments[-1].tail, run.after))
         self._projector.finish()
 
     def through(self, number: int) -> None:
@@ -182,8 +141,7 @@ class BackwardReplica:
         with self.gated.stream.turn(number) if self.gated.stream else nullcontext():
             for run in self._runs:
                 self._projector.running(run.rows)
-                assert run.gradient is not None
-                run.gradient = self._through(run.segments.pop(), run.gradient)
+                self._through(run)
             self._projector.finish()
 
     def end(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -192,7 +150,7 @@ class BackwardReplica:
             if run.front is not None and run.before:
                 assert run.gradient is not None
                 self._projector.running(run.rows)
-                _back(run.front, run.gradient.to(run.front.device), None, run.before)
+                tell(run.before, gradients_within(run.front, run.gradient.to(run.front.device), run.front, run.before))
         self._projector.finish()
         return self._projector.end()
 
@@ -202,7 +160,7 @@ class BackwardReplica:
         self._projector.forget()
         self._switch.set(None)
 
-    def _forward(self, run: _Run, ids: Tensor) -> Tensor:
+    def _forward(self, run: Run, ids: Tensor) -> Tensor:
         """The input of the output head, with the graph from the last block on; the blocks' graphs are the run's."""
         self._recording = run
         try:
@@ -240,8 +198,10 @@ class BackwardReplica:
         gradient[:, :-1] = found.view(len(ids), -1, final.shape[-1])
         return gradient
 
-    def _through(self, segment: _Segment, gradient: Tensor) -> Tensor:
+    def _through(self, run: Run) -> None:
         """The gradient of a block's input, from that of its output."""
+        segment, gradient = run.segments.pop(), run.gradient
+        assert gradient is not None
         output, noted, gradient = segment.output, segment.noted, gradient.to(segment.leaf.device)
         if output is None:
             with torch.enable_grad():
@@ -251,9 +211,7 @@ class BackwardReplica:
             with torch.no_grad():
                 kept = _first(segment.real()) if self._is_dropped(segment.name) else output.detach()
                 self._projector.whole(segment.name, kept - segment.leaf, gradient)
-        found = _back(output, gradient, segment.leaf, noted)
-        assert found is not None
-        return found
+        run.gradient = tell(noted, gradients_within(output, gradient, segment.leaf, noted))
 
     def _segmented(self, name: str, block: nn.Module, gate: Callable[..., Any]) -> Callable[..., Any]:
         """The block's forward, cut off from the one before; ``gate`` passes its input through where it is dropped."""
@@ -271,7 +229,7 @@ class BackwardReplica:
             else:
                 kwargs["hidden_states"] = leaf
             tells = number == 0 and self.kept_from == 0  # how many graphs fit; the last blocks' stay
-            saved = _Saved(block) if tells else None
+            saved = SavedBytes(block) if tells else None
             if number >= self.kept_from:
                 with torch.enable_grad(), saved or nullcontext():
                     output = gate(*args, **kwargs)
@@ -286,7 +244,8 @@ class BackwardReplica:
             real = partial(type(block).forward, block, *args, **kwargs)
             kept = first if number >= self.kept_from else None
             again, noted = partial(gate, *args, **kwargs), self._projector.noted()
-            self._recording.segments.append(_Segment(name, leaf, tail, kept, again, real, noted))
+            noted = noted if number >= self.kept_from else []  # or they would keep the graph
+            self._recording.segments.append(Segment(name, leaf, tail, kept, again, real, noted))
             return (tail, *output[1:]) if isinstance(output, tuple) else tail
 
         return run
@@ -295,41 +254,6 @@ class BackwardReplica:
         if name in self._numbers:
             return self._numbers[name] in self.gated.dropped
         return name in self._switch.silent
-
-
-class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes of what a graph of a block saves, each storage once and without the block's weights.
-
-    What it saves has no graph: by way of a hook a node would hold its own output, and outlive its block's pass where
-    nothing is read back through it, as of the norm before a dropped module.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        self._weights = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *block.buffers())}
-        self._storages: dict[int, int] = {}
-        super().__init__(self._note, lambda tensor: tensor)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._storages.values())
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._weights:
-            self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
-
-
-def _back(output: Tensor, gradient: Tensor, leaf: Tensor | None, noted: Sequence[Noted]) -> Tensor | None:
-    """The gradient of the leaf, from that of an output; members between them are told theirs, the last one first."""
-    edges = [each.edge for each in noted]
-    leaves = [] if leaf is None else [get_gradient_edge(leaf)]
-    found = torch.autograd.grad(output, [*edges, *leaves], gradient, allow_unused=True)
-    with torch.no_grad():
-        for each, own in reversed([*zip(noted, found)]):  # noqa: B905 -- the leaf's is the last
-            if own is not None:
-                each.tell(own)
-    return None if leaf is None else found[-1]
 
 
 def _first(output: Any) -> Tensor:

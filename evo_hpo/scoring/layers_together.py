@@ -1,9 +1,4 @@
-"""Linear layers of one shape, whose changes are taken together: starting operations is what takes a GPU longest.
-
-A layer's change moves its outputs: <g_s, change> with g_s = left_s^T right_s is also the sum over a sequence's
-positions of left . (change right). The weight gradients of every part of every sequence are far larger than those
-outputs, and to write and read them took a GPU longer than all else; products of 16-bit numbers take it next to no time.
-"""
+"""Linear layers of one shape, taken together by how their outputs move: starting operations takes a GPU longest."""
 
 from __future__ import annotations
 
@@ -14,14 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from evo_hpo.scoring import weight_changes
+from evo_hpo.scoring import devices, weight_changes
 
 WAITING_BYTES = 1 << 28
 """Of inputs and output gradients that wait for layers of the same shape: some blocks of a small model."""
-
-OUTPUTS = 1 << 27
-"""Moved outputs, and changed weights, that exist at one time (0.3 GB of 16-bit numbers each): rows of a large model's
-layers are taken by so many."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Visit:
 
 def suits(gradient: Tensor) -> bool:
     """Whether layers with such gradients are better taken together."""
-    return gradient.dtype in (torch.bfloat16, torch.float16) and not weight_changes.has_small_caches(gradient.device)
+    return weight_changes.moves_outputs(gradient) and not devices.has_small_caches(gradient.device)
 
 
 class LayersTogether:
@@ -77,13 +68,11 @@ class LayersTogether:
         None waits then.
         """
         for visits in self._visits.values():
-            first = visits[0]
-            positions, rows = first.left.shape[0] * first.left.shape[1], first.left.shape[2]
-            each = len(first.targets) * rows * max(positions, first.right.shape[2])
-            together = max(1, OUTPUTS // each)
+            left, right, levels = visits[0].left, visits[0].right, len(visits[0].targets)
+            rows, positions = left.shape[2], left.shape[0] * left.shape[1]
+            together, step = weight_changes.output_rows(levels, rows, positions, right.shape[2])
+            blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
             for some in (visits[i : i + together] for i in range(0, len(visits), together)):
-                step = min(rows, max(1, OUTPUTS * rows // each))
-                blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
                 yield [visit.unit for visit in some], self._sums(some, blocks)
         self.forget()
 
@@ -95,20 +84,13 @@ class LayersTogether:
     def _sums(self, visits: Sequence[Visit], blocks: Sequence[slice]) -> Tensor:
         """Visits x parts of sequences x targets, some rows of the weights at a time."""
         lefts, rights = (self._by_part(torch.stack([getattr(v, side) for v in visits])) for side in ("left", "right"))
-        count, parts, positions, columns = rights.shape
-        levels = len(visits[0].targets)
         total = torch.zeros((), device=lefts.device)
         for rows in blocks:
-            height = rows.stop - rows.start
             whole = len(blocks) == 1  # a slice of all rows would be started for nothing
             changes = torch.stack([t if whole else t[rows] for v in visits for t in v.targets])
             places = torch.stack([v.place if whole else v.place[rows] for v in visits])
-            changes = changes.view(count, levels, height, columns).sub_(places.unsqueeze(1))
-            changes = changes.view(count, levels * height, columns).transpose(1, 2)
-            moved = torch.bmm(rights.view(count, parts * positions, columns), changes)
-            moved = moved.view(count, parts, positions, levels, height)
-            moved *= (lefts if whole else lefts[..., rows]).unsqueeze(3)
-            sums = moved.sum(dim=(2, 4), dtype=torch.float32)
+            changes = changes.view(len(visits), -1, *places.shape[1:]).sub_(places.unsqueeze(1))
+            sums = weight_changes.moved_sums(lefts if whole else lefts[..., rows], rights, changes)
             total = sums if whole else total + sums
         return total
 

@@ -3,76 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 from torch.nn.functional import pad
 
-from evo_hpo.levels.levels import Levels
 from evo_hpo.models.dropping import Absent, absent, first_of
 from evo_hpo.models.structure import is_linear, is_matrix, is_transposed
+from evo_hpo.scoring.decoded import Decoded
 from evo_hpo.scoring.layers_together import WAITING_BYTES, LayersTogether, Visit, suits
+from evo_hpo.scoring.segments import Noted
 from evo_hpo.scoring.weight_changes import output_changes, row_changes, squared_lengths, weight_changes
 from evo_hpo.search.sensitivities import Form
 
 PART = 32
 """Positions of a part of a sequence."""
-
-
-class Decoded:
-    """Levels, each decoded by whoever of several threads asks first, and kept until all are given back."""
-
-    def __init__(self, levels: Levels) -> None:
-        self.units, self.fingerprint = levels.units, levels.fingerprint
-        self._levels, self._lock = levels, Lock()
-        self._weights: dict[tuple[int, int], Mapping[str, Tensor | None]] = {}
-
-    def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
-        """See `Levels`."""
-        with self._lock:
-            return self._of(unit, level)
-
-    def of(self, unit: int) -> list[Mapping[str, Tensor | None]]:
-        """Member -> weight of each level of one unit."""
-        with self._lock:
-            return [self._of(unit, level) for level in range(len(self.units[unit].costs))]
-
-    def _of(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
-        key = (unit, level)
-        if key not in self._weights:
-            self._weights[key] = self._levels.weights(unit, level)
-        return self._weights[key]
-
-    def forget(self) -> None:
-        """Gives them back."""
-        self._weights.clear()
-
-
-@dataclass(frozen=True)
-class Noted:
-    """A member that ran within a graph.
-
-    Attributes:
-        edge: where the gradient of its output arises, whatever is done to the output later.
-        tell: takes that gradient.
-    """
-
-    edge: GradientEdge
-    tell: Callable[[Tensor], None]
-
-    @classmethod
-    def of(cls, output: Tensor, tell: Callable[[Tensor], None]) -> Noted:
-        """Of an output that requires a gradient."""
-        node = output.grad_fn
-        return cls(GradientEdge(node, output.output_nr) if node else get_gradient_edge(output), tell)
 
 
 class Projector:

@@ -18,9 +18,9 @@ from evo_hpo.models.text import sample_from_model
 from evo_hpo.scoring.allocator import give_back_freed_memory
 from evo_hpo.scoring.arithmetic import InputTypes
 from evo_hpo.scoring.backward import Asked, BackwardReplica
+from evo_hpo.scoring.decoded import Decoded
 from evo_hpo.scoring.head import Chunk
 from evo_hpo.scoring.pool import ReplicaPool
-from evo_hpo.scoring.projections import Decoded
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.tuning import default_shape
 from evo_hpo.search.problem import Minibatch
@@ -106,10 +106,14 @@ class SensitivityPass:
         text = self._written(minibatch) if minibatch.generated else self._tokens[list(sequences)]
         parted = self._parted(kind, form)
         asked = Asked(assignment, kind, form, minibatch.seed, parted)
-        groups = [
-            self._measure(asked, text[part], sequences[part])
-            for part in (slice(i, i + self._group) for i in range(0, len(sequences), self._group))
-        ]
+        try:
+            groups = [
+                self._measure(asked, text[part], sequences[part])
+                for part in (slice(i, i + self._group) for i in range(0, len(sequences), self._group))
+            ]
+        finally:
+            if self._tokens.device.type == "cpu":
+                give_back_freed_memory()  # graphs of every size leave the heap in pieces
         projections, squares = (np.concatenate(found).astype(np.float32) for found in zip(*groups, strict=True))
         charged = (READS + minibatch.generated) * minibatch.tokens
         return Sensitivities(kind, assignment, projections, length - 1, charged, form, squares if parted else None)
@@ -154,8 +158,6 @@ class SensitivityPass:
             for replica in replicas:
                 replica.forget()
             self._decoded.forget()
-            if self._tokens.device.type == "cpu":
-                give_back_freed_memory()  # graphs of every size leave the heap in pieces
 
     def _side_by_side(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         return [task() for task in tasks] if self._pool is None else self._pool.run(tasks)

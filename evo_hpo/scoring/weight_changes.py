@@ -1,4 +1,9 @@
-"""Per-sequence gradients of one weight against the changes that its levels are, a block of rows at a time."""
+"""Per-sequence gradients of one weight against the changes that its levels are, a block of rows at a time.
+
+With g_s = left_s^T right_s, <g_s, change> is also the sum over positions of left_s . (change right_s): how the outputs
+would move. The gradients of every part of every sequence are far larger than those outputs, so where products of 16-bit
+numbers take next to no time it is the outputs that are computed.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from evo_hpo.scoring import devices
 from evo_hpo.search.sensitivities import Form
 
 ELEMENTS = 1 << 20
@@ -23,6 +29,9 @@ LONGEST = 1 << 20
 SEQUENCES = 8
 """Sequences, or parts of them, whose gradients exist at one time on a CPU: with more of them, fewer rows do, and narrow
 products take longer."""
+
+OUTPUTS = 1 << 27
+"""Numbers of moved outputs, and of changed weights, that exist at one time (0.3 GB each, of 16 bits)."""
 
 Seen = Sequence[tuple[Tensor, Tensor]]
 """Pairs of left and right, one a run: sequences x positions x rows, sequences x positions x columns; runs may differ in
@@ -40,6 +49,8 @@ def weight_changes(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | 
         place, targets: rows x columns; None: nothing.
     """
     left, right = seen[0]
+    if form == "inner" and moves_outputs(left):
+        return _by_outputs(seen, place, targets)
     if form == "trace":
         return torch.outer(*squared_lengths(seen, place, targets)) / (left.shape[2] * right.shape[2])
     if len(seen) == 1 and _all_at_once(left, right):
@@ -56,6 +67,44 @@ def weight_changes(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | 
     return total
 
 
+def moves_outputs(left: Tensor) -> bool:
+    """Whether moved outputs are computed, not gradients."""
+    return left.dtype == torch.bfloat16 and devices.has_matrix_units(left.device)
+
+
+def moved_sums(left: Tensor, right: Tensor, changes: Tensor) -> Tensor:
+    """Sums over positions of left . (change right), for several layers of one shape: layers x parts x targets, float32.
+
+    Args:
+        left, right: layers x parts x positions x rows, or x columns.
+        changes: layers x targets x rows x columns.
+    """
+    layers, targets, rows, columns = changes.shape
+    parts, positions = left.shape[1:3]
+    moved = torch.bmm(right.reshape(layers, -1, columns), changes.flatten(1, 2).transpose(1, 2))
+    products = torch.bmm(moved.view(-1, targets, rows), left.reshape(-1, rows, 1))
+    return products.view(layers, parts, positions, targets).sum(dim=2, dtype=torch.float32)
+
+
+def output_rows(targets: int, rows: int, positions: int, columns: int) -> tuple[int, int]:
+    """Layers whose outputs are moved together, and rows of them at a time: one layer's where it is a large one."""
+    each = targets * rows * max(positions, columns)
+    return max(1, OUTPUTS // each), min(rows, max(1, OUTPUTS * rows // each))
+
+
+def _by_outputs(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | None]) -> Tensor:
+    left, right = seen[0]
+    height, columns, count = left.shape[2], right.shape[2], len(targets)
+    positions = max(each.shape[0] * each.shape[1] for each, _ in seen)
+    _, step = output_rows(count, height, positions, columns)
+    total = torch.zeros(_sequences(seen), count, device=left.device)
+    for first in range(0, height, step):
+        rows = slice(first, min(first + step, height))
+        changes = _changes(place, targets, rows, columns, left.dtype, left.device)
+        total += torch.cat([moved_sums(own[None, ..., rows], given[None], changes[None])[0] for own, given in seen])
+    return total
+
+
 def squared_lengths(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """|g_s|^2 of each sequence and |target - place|^2 of each target, float64; see :func:`weight_changes`."""
     device, counts = seen[0][0].device, (_sequences(seen), len(targets))
@@ -67,15 +116,12 @@ def squared_lengths(seen: Seen, place: Tensor | None, targets: Sequence[Tensor |
     return gradient, change
 
 
-def has_small_caches(device: torch.device) -> bool:
-    """Whether work is best done a few rows at a time; elsewhere what counts is how many operations are started."""
-    return device.type == "cpu"
-
-
 def _all_at_once(left: Tensor, right: Tensor) -> bool:
     """Whether all rows and sequences of one run are taken together."""
     columns = right.shape[2]
-    return not has_small_caches(left.device) and _rows_at_a_time(left.device, len(left), columns) >= left.shape[2]
+    return (
+        not devices.has_small_caches(left.device) and _rows_at_a_time(left.device, len(left), columns) >= left.shape[2]
+    )
 
 
 def _exact(values: Tensor) -> torch.dtype:
@@ -85,7 +131,7 @@ def _exact(values: Tensor) -> torch.dtype:
 
 def _rows_at_a_time(device: torch.device, together: int, columns: int) -> int:
     """Rows of so many columns, of which so many matrices exist at one time."""
-    if has_small_caches(device):
+    if devices.has_small_caches(device):
         return max(16, ELEMENTS // (together * columns))
     return max(1, min(ELEMENTS_ELSEWHERE // together, LONGEST) // columns)
 
@@ -101,7 +147,7 @@ def _in_rows(
     left, right = seen[0]
     exact = _exact(right)
     height, columns, together = left.shape[2], right.shape[2], max(len(each) for each, _ in seen)
-    if has_small_caches(left.device):
+    if devices.has_small_caches(left.device):
         together = min(together, SEQUENCES)
     step = min(_rows_at_a_time(left.device, together, columns), height)
     # The same memory for all of them: pages fresh from the system cost as much as the products.
@@ -196,14 +242,19 @@ def _changes(
 ) -> Tensor:
     """Some rows of target - place, targets x rows x columns."""
     there = next((target for target in targets if target is not None), None)
-    if there is not None and not has_small_caches(device):
+    if there is not None and not devices.has_small_caches(device):
         nothing = there if all(target is not None for target in targets) else there.new_zeros(()).expand(there.shape)
         whole = rows.stop - rows.start == len(there)  # a slice of all rows would be started for nothing
         each = (nothing if target is None else target for target in targets)
         found = torch.stack([(target if whole else target[rows]).to(device) for target in each]).to(dtype)
         return found if place is None else found.sub_(place if whole else place[rows])
-    changes = torch.zeros(len(targets), rows.stop - rows.start, columns, dtype=dtype, device=device)
+    every = place is not None and all(target is not None for target in targets)
+    make = torch.empty if every else torch.zeros
+    changes = make(len(targets), rows.stop - rows.start, columns, dtype=dtype, device=device)
     for change, target in zip(changes, targets, strict=True):
+        if target is not None and place is not None and target.dtype == place.dtype == dtype:
+            torch.sub(target[rows], place[rows], out=change)
+            continue
         if target is not None:
             change.copy_(target[rows])
         if place is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.text import sample_from_model
-from evo_hpo.scoring import weight_changes
+from evo_hpo.scoring import devices, weight_changes
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.language_model_problem import LanguageModelProblem
 from evo_hpo.scoring.sampling import sequences_of
@@ -145,7 +145,7 @@ def test_blocks_of_rows_and_of_sequences_add_up(monkeypatch: pytest.MonkeyPatch,
 def test_rows_as_a_gpu_takes_them_add_up(
     monkeypatch: pytest.MonkeyPatch, form: Form, elements: int, longest: int
 ) -> None:
-    monkeypatch.setattr(weight_changes, "has_small_caches", lambda _: False)
+    monkeypatch.setattr(devices, "has_small_caches", lambda _: False)
     monkeypatch.setattr(weight_changes, "ELEMENTS_ELSEWHERE", elements)
     monkeypatch.setattr(weight_changes, "LONGEST", longest)
     model = tiny_model("llama")
@@ -172,10 +172,16 @@ def test_a_gpu_takes_what_is_dropped_alike(monkeypatch: pytest.MonkeyPatch, form
             return weight_changes.output_changes(seen, at, targets, None, False)
         return weight_changes.weight_changes(seen, at, targets, form)
 
+    monkeypatch.setattr(devices, "has_matrix_units", lambda _: False)
     expected = found()
-    monkeypatch.setattr(weight_changes, "has_small_caches", lambda _: False)
-    torch.testing.assert_close(found().double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    largest = float(expected.abs().max())
+    monkeypatch.setattr(devices, "has_small_caches", lambda _: False)
+    torch.testing.assert_close(found().double(), expected, rtol=1e-5, atol=1e-5 * largest)
     assert (expected[:, 1] != 0).all() == place
+    monkeypatch.setattr(devices, "has_matrix_units", lambda _: True)
+    for small_caches in (True, False):
+        monkeypatch.setattr(devices, "has_small_caches", lambda _, own=small_caches: own)
+        torch.testing.assert_close(found().double(), expected, rtol=1e-2, atol=1e-2 * largest)  # 16 bits
 
 
 def test_memory_of_a_gpu_is_bounded_whatever_the_layer() -> None:

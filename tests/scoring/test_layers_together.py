@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from evo_hpo.levels.levels import Levels
-from evo_hpo.scoring import layers_together, projections
+from evo_hpo.scoring import projections, weight_changes
 from evo_hpo.scoring.layers_together import LayersTogether, Visit, suits
 from evo_hpo.scoring.sensitivities import SensitivityPass
 from evo_hpo.search.problem import Minibatch
@@ -58,7 +58,7 @@ def by_gradients(visit: Visit, parts: int) -> Tensor:
 @pytest.mark.parametrize("parts", [1, 3])
 def test_sums_are_those_of_the_gradients(monkeypatch: pytest.MonkeyPatch, outputs: int, parts: int) -> None:
     """Of layers of three kinds; few rows of one at a time, a whole layer at a time, or all that are alike."""
-    monkeypatch.setattr(layers_together, "OUTPUTS", outputs)
+    monkeypatch.setattr(weight_changes, "OUTPUTS", outputs)
     every = [*visits((6, 5), 3, 4), *visits((5, 6), 3, 2, 4), *visits((6, 5), 2, 1, 6)]
     together = LayersTogether(parts)
     for visit in every:
@@ -74,7 +74,7 @@ def test_sums_are_those_of_the_gradients(monkeypatch: pytest.MonkeyPatch, output
 @pytest.mark.parametrize("outputs", [1, 100, 1000, 5000])
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, outputs: int) -> None:
     """Moved outputs and changed weights: one row's at least, a layer's at most where those of two are too many."""
-    monkeypatch.setattr(layers_together, "OUTPUTS", outputs)
+    monkeypatch.setattr(weight_changes, "OUTPUTS", outputs)
     sizes = []
     bmm = torch.bmm
 

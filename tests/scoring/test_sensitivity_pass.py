@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import unfuse_experts
-from evo_hpo.scoring import sensitivities, weight_changes
+from evo_hpo.scoring import devices, sensitivities
 from evo_hpo.scoring.backward import BackwardReplica
 from evo_hpo.scoring.head import Chunk
 from evo_hpo.scoring.sensitivities import SensitivityPass
@@ -49,6 +49,14 @@ class Started(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += not operator.is_view
         return operator(*args, **(kwargs or {}))
+
+
+def made(name: str) -> tuple[nn.Module, Levels]:
+    """An architecture with rounded weights, or a Llama whose modules and blocks may be dropped."""
+    model = tiny_mixtral() if name == "mixtral" else tiny_model("llama" if name == "dropped" else name)
+    if name == "mixtral":
+        unfuse_experts(model)
+    return model, DropLevels(model, ["attention", "mlp", "block"]) if name == "dropped" else RoundedLevels(model)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +94,8 @@ def test_levels_are_decoded_once_for_all_sequences(monkeypatch: pytest.MonkeyPat
 
 def test_as_on_a_gpu_a_pass_starts_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of a small model takes longer to start there than to do: at most 2.5 times those of a forward pass."""
-    monkeypatch.setattr(weight_changes, "has_small_caches", lambda _: False)
+    monkeypatch.setattr(devices, "has_small_caches", lambda _: False)
+    monkeypatch.setattr(devices, "has_matrix_units", lambda _: True)
 
     def started(blocks: int) -> tuple[int, int]:
         size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -120,10 +129,10 @@ def test_a_pass_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
     expected = sensitivities.measure(None, MINIBATCH)
     through, calls = BackwardReplica._through, itertools.count()
 
-    def failing(*args: Any) -> Tensor:
+    def failing(*args: Any) -> None:
         if next(calls) == 2:
             raise MemoryError
-        return through(*args)
+        through(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(BackwardReplica, "_through", failing)
@@ -181,11 +190,7 @@ def test_cores_share_the_sequences_and_no_bit_depends_on_how_many_there_are(
 @pytest.mark.parametrize("name", ["gpt2", "opt", "cohere", "mixtral", "dropped"])
 def test_cores_share_the_sequences_of_every_model(name: str, settings: dict[str, int]) -> None:
     """Biased and transposed layers, a soft cap or scale of logits, experts, modules and blocks that are dropped."""
-    model = tiny_mixtral() if name == "mixtral" else tiny_model("llama" if name == "dropped" else name)
-    if name == "mixtral":
-        unfuse_experts(model)
-    drops = DropLevels(model, ["attention", "mlp", "block"])
-    levels: Levels = drops if name == "dropped" else RoundedLevels(model)
+    model, levels = made(name)
     at = random_assignments(1, len(levels.units), 2)[0]
     before = torch.get_num_threads()
     found = []

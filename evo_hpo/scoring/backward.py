@@ -133,7 +133,8 @@ class BackwardReplica:
                 gradient = self._at_output(
                     head, ids[run.rows], final.detach(), reference, asked.kind, np.concatenate(uniforms)
                 )
-            run.gradient = tell(run.after, gradients_within(final, gradient, run.segments[-1].tail, run.after))
+            noted = [*run.before, *run.after]
+            run.gradient = tell(noted, gradients_within(final, gradient, run.segments[-1].tail, noted))
         self._projector.finish()
 
     def through(self, number: int) -> None:
@@ -211,6 +212,7 @@ class BackwardReplica:
             with torch.no_grad():
                 kept = _first(segment.real()) if self._is_dropped(segment.name) else output.detach()
                 self._projector.whole(segment.name, kept - segment.leaf, gradient)
+        noted = [*run.before, *noted]
         run.gradient = tell(noted, gradients_within(output, gradient, segment.leaf, noted))
 
     def _segmented(self, name: str, block: nn.Module, gate: Callable[..., Any]) -> Callable[..., Any]:

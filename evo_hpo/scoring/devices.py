@@ -1,4 +1,4 @@
-"""What kinds of devices are good at; asked, not measured, since it decides the last bits of results."""
+"""What kinds of devices are good at; asked, not measured, since it decides the bits of results."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def has_small_caches(device: torch.device) -> bool:
 
 
 def has_matrix_units(device: torch.device) -> bool:
-    """Whether products of bfloat16 matrices take next to no time beside reading and writing what is multiplied."""
+    """Whether to multiply bfloat16 matrices takes next to no time beside reading them: taken for granted of a GPU."""
     return device.type != "cpu" or bool(torch.cpu.get_capabilities().get("amx_bf16"))

@@ -11,8 +11,9 @@ from torch.nn.functional import pad
 
 from evo_hpo.scoring import devices, weight_changes
 
-WAITING_BYTES = 1 << 28
-"""Of inputs and output gradients that wait for layers of the same shape: some blocks of a small model."""
+WAITING_BYTES = 1 << 29
+"""Of inputs, output gradients and levels that wait for layers of the same shape: some blocks of a small model's, or one
+block's."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Visit:
     """What a pass left at a layer for one of its units.
 
     Attributes:
+        unit: its number in the space.
         left, right: sequences x positions x rows, or x columns, of the gradient left^T right of the weight.
         place: the weight in place, rows x columns.
         targets: it at each level of the unit, alike.
@@ -32,8 +34,8 @@ class Visit:
     targets: Sequence[Tensor]
 
 
-def suits(gradient: Tensor) -> bool:
-    """Whether layers with such gradients are better taken together."""
+def are_taken_together(gradient: Tensor) -> bool:
+    """Whether layers with such gradients of their outputs wait for others of the same shape."""
     return weight_changes.moves_outputs(gradient) and not devices.has_small_caches(gradient.device)
 
 
@@ -56,7 +58,7 @@ class LayersTogether:
             left, right = visit.left, visit.right
             key = (left.device, left.dtype, left.shape, right.shape, len(visit.targets))
             self._visits.setdefault(key, []).append(visit)
-            self._bytes += left.nbytes + right.nbytes
+            self._bytes += sum(each.nbytes for each in (left, right, *visit.targets))
 
     @property
     def are_full(self) -> bool:
@@ -67,10 +69,11 @@ class LayersTogether:
 
         None waits then.
         """
-        for visits in self._visits.values():
+        while self._visits:
+            _, visits = self._visits.popitem()
             left, right, levels = visits[0].left, visits[0].right, len(visits[0].targets)
             rows, positions = left.shape[2], left.shape[0] * left.shape[1]
-            together, step = weight_changes.output_rows(levels, rows, positions, right.shape[2])
+            together, step = weight_changes.output_rows(left.device, levels, rows, positions, right.shape[2])
             blocks = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
             for some in (visits[i : i + together] for i in range(0, len(visits), together)):
                 yield [visit.unit for visit in some], self._sums(some, blocks)
@@ -83,7 +86,7 @@ class LayersTogether:
 
     def _sums(self, visits: Sequence[Visit], blocks: Sequence[slice]) -> Tensor:
         """Visits x parts of sequences x targets, some rows of the weights at a time."""
-        lefts, rights = (self._by_part(torch.stack([getattr(v, side) for v in visits])) for side in ("left", "right"))
+        lefts, rights = (self._by_part(_stacked([getattr(v, side) for v in visits])) for side in ("left", "right"))
         total = torch.zeros((), device=lefts.device)
         for rows in blocks:
             whole = len(blocks) == 1  # a slice of all rows would be started for nothing
@@ -101,3 +104,8 @@ class LayersTogether:
         if missing := each * self._parts - length:
             values = pad(values, (0, 0, 0, missing))
         return values.view(count, sequences * self._parts, each, width)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """One alone is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack([*tensors])

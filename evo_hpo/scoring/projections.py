@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from evo_hpo.models.dropping import Absent, absent, first_of
 from evo_hpo.models.structure import is_linear, is_matrix, is_transposed
 from evo_hpo.scoring.decoded import Decoded
-from evo_hpo.scoring.layers_together import WAITING_BYTES, LayersTogether, Visit, suits
+from evo_hpo.scoring.layers_together import WAITING_BYTES, LayersTogether, Visit, are_taken_together
 from evo_hpo.scoring.segments import Noted
 from evo_hpo.scoring.weight_changes import output_changes, row_changes, squared_lengths, weight_changes
 from evo_hpo.search.sensitivities import Form
@@ -30,7 +30,7 @@ class Projector:
 
     Hooks on the members note what runs (:meth:`noted`); whoever goes back through it tells the gradients of the
     outputs. A linear layer's input is kept until then, and both until all runs have been through the block
-    (:meth:`finish`). A per-sequence weight gradient exists only for some rows at a time; it meets all levels at once.
+    (:meth:`finish`). A per-sequence weight gradient, or how outputs move, exists only for some rows at a time.
     On a GPU, layers of 16-bit weights may wait for those of later blocks (:class:`LayersTogether`). A member that may
     be dropped adds its output or takes it away: its projection is the gradient of the output times that output. The
     bias of a layer that is switched on or off counts in the forms ``inner`` and ``output``.
@@ -83,7 +83,7 @@ class Projector:
                 module.register_forward_hook(self._hook(name), with_kwargs=True)
 
     def begin(self, sequences: int, length: int, form: Form = "inner", parted: bool = True) -> None:
-        """Starts with zeros; ``parted``: the squares of parts are wanted, which takes the time of half a pass."""
+        """Starts with zeros; ``parted``: the squares of parts are wanted, which may take half a pass longer."""
         self._form = form
         counts = [len(unit.costs) for unit in self._units]
         parts = -(-length // PART) if parted else 1
@@ -96,7 +96,7 @@ class Projector:
         self.running(slice(0, sequences))
 
     def running(self, sequences: slice) -> None:
-        """Of the sequences that it began with, those that the hooks will hear of from now on."""
+        """Of the sequences that it began with, those that will be told of from now on."""
         self._rows = sequences
 
     def noted(self) -> list[Noted]:
@@ -229,7 +229,8 @@ class Projector:
             if off and not first.requires_grad:
                 first = first.detach().requires_grad_()  # zeros, so that their gradient is there
             if linear:
-                self._noted.append(Noted.of(first, partial(self._wait, name, args[0] if args else kwargs["input"])))
+                given = (args[0] if args else kwargs["input"]).detach().to(self._weight(name).dtype)
+                self._noted.append(Noted.of(first, partial(self._wait, name, given)))
             else:
                 with torch.no_grad():
                     kept = first_of(type(module).forward(module, *args, **kwargs)) if off else first.detach()
@@ -247,9 +248,8 @@ class Projector:
         self._sums += [(every, units, sums) for units, sums in self._together.take()]
 
     def _wait(self, name: str, given: Tensor, gradient: Tensor) -> None:
-        kind = self._weight(name).dtype
-        given, gradient = given.detach().to(kind), gradient.to(kind)
-        if suits(gradient) and self._visited(name, given, gradient):
+        gradient = gradient.to(given.dtype)
+        if are_taken_together(gradient) and self._visited(name, given, gradient):
             return
         seen = self._rows, (self._by_part(gradient), self._by_part(given))
         if self._rows == slice(0, len(self._found)):

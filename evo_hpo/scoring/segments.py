@@ -16,7 +16,7 @@ class Noted:
     """A member that ran within a graph.
 
     Attributes:
-        edge: where the gradient of its output arises, whatever is done to the output later.
+        edge: where the gradient of its output arises.
         tell: takes that gradient.
     """
 
@@ -60,7 +60,8 @@ class Run:
         rows: their places among the replica's.
         segments: of the blocks, in order; taken off the end on the way back.
         front: input of the first block, with the graph from the embedding on.
-        before, after: members that ran in front of the first block, and behind the last one.
+        before, after: members that ran in front of the first block, and behind the last one. Blocks may read what the
+            former give by way of other arguments too.
         gradient: of the output of the last segment that is left.
     """
 
@@ -95,16 +96,21 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return tensor.detach()
 
 
-def gradients_within(output: Tensor, gradient: Tensor, leaf: Tensor, noted: Sequence[Noted]) -> Sequence[Tensor | None]:
-    """Of what members between a leaf and the output gave, and of the leaf, from that of the output."""
+def gradients_within(output: Tensor, gradient: Tensor, leaf: Tensor, noted: Sequence[Noted]) -> list[Tensor | None]:
+    """Of what members between a leaf and the output gave, and at last of the leaf, from that of the output.
+
+    None: it does not reach the output.
+    """
     edges = [each.edge for each in noted]
-    return torch.autograd.grad(output, [*edges, get_gradient_edge(leaf)], gradient, allow_unused=True)
+    return [*torch.autograd.grad(output, [*edges, get_gradient_edge(leaf)], gradient, allow_unused=True)]
 
 
-def tell(noted: Sequence[Noted], found: Sequence[Tensor | None]) -> Tensor | None:
-    """Tells members their gradients, the last one first; what is left is the leaf's."""
+def tell(noted: Sequence[Noted], found: list[Tensor | None]) -> Tensor:
+    """Tells members their gradients, the last one first, each of which can be freed then; gives back the leaf's."""
+    leaf = found.pop()
+    assert leaf is not None
     with torch.no_grad():
-        for each, own in zip(reversed(noted), reversed(found[:-1]), strict=True):
-            if own is not None:
+        for each in reversed(noted):
+            if (own := found.pop()) is not None:
                 each.tell(own)
-    return found[-1]
+    return leaf

@@ -31,7 +31,14 @@ SEQUENCES = 8
 products take longer."""
 
 OUTPUTS = 1 << 27
-"""Numbers of moved outputs, and of changed weights, that exist at one time (0.3 GB each, of 16 bits)."""
+"""Numbers of moved outputs, and of changed weights, that exist at one time on a GPU (0.3 GB each, of 16 bits)."""
+
+OUTPUTS_ON_A_CPU = 1 << 23
+"""Numbers of changed weights that exist at one time on each core of a CPU; no bit may depend on how many positions a
+core has, so those are not asked."""
+
+PRODUCTS = 1 << 15
+"""Small products in one operation: of more than 65 535 some versions of cuBLAS made nonsense."""
 
 Seen = Sequence[tuple[Tensor, Tensor]]
 """Pairs of left and right, one a run: sequences x positions x rows, sequences x positions x columns; runs may differ in
@@ -39,8 +46,8 @@ sequences and positions."""
 
 
 def weight_changes(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | None], form: Form = "inner") -> Tensor:
-    """<g_s, target - place> with g_s = left_s^T right_s, for each sequence s and target (sequences x targets; float64,
-    or in the precision of a product where all rows are taken at once).
+    """<g_s, target - place> with g_s = left_s^T right_s, for each sequence s and target (sequences x targets; float64
+    where gradients are taken some rows at a time, else in the precision in which products are summed).
 
     Form ``absolute``: <|g_s|, |target - place|>; ``trace``: |g_s|^2 |target - place|^2 over the number of weights.
 
@@ -82,21 +89,24 @@ def moved_sums(left: Tensor, right: Tensor, changes: Tensor) -> Tensor:
     layers, targets, rows, columns = changes.shape
     parts, positions = left.shape[1:3]
     moved = torch.bmm(right.reshape(layers, -1, columns), changes.flatten(1, 2).transpose(1, 2))
-    products = torch.bmm(moved.view(-1, targets, rows), left.reshape(-1, rows, 1))
-    return products.view(layers, parts, positions, targets).sum(dim=2, dtype=torch.float32)
+    sides = moved.view(-1, targets, rows), left.reshape(-1, rows, 1)
+    products = [torch.bmm(*pair) for pair in zip(*(torch.split(side, PRODUCTS) for side in sides), strict=True)]
+    each = products[0] if len(products) == 1 else torch.cat(products)
+    return each.view(layers, parts, positions, targets).sum(dim=2, dtype=torch.float32)
 
 
-def output_rows(targets: int, rows: int, positions: int, columns: int) -> tuple[int, int]:
-    """Layers whose outputs are moved together, and rows of them at a time: one layer's where it is a large one."""
-    each = targets * rows * max(positions, columns)
-    return max(1, OUTPUTS // each), min(rows, max(1, OUTPUTS * rows // each))
+def output_rows(device: torch.device, targets: int, rows: int, positions: int, columns: int) -> tuple[int, int]:
+    """Layers whose outputs are moved together, and rows of them at a time: some of one layer's where it is large."""
+    on_cpu = devices.has_small_caches(device)
+    most, each = OUTPUTS_ON_A_CPU if on_cpu else OUTPUTS, targets * (columns if on_cpu else max(positions, columns))
+    return max(1, most // (each * rows)), min(rows, max(1, most // each))
 
 
 def _by_outputs(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | None]) -> Tensor:
     left, right = seen[0]
     height, columns, count = left.shape[2], right.shape[2], len(targets)
     positions = max(each.shape[0] * each.shape[1] for each, _ in seen)
-    _, step = output_rows(count, height, positions, columns)
+    _, step = output_rows(left.device, count, height, positions, columns)
     total = torch.zeros(_sequences(seen), count, device=left.device)
     for first in range(0, height, step):
         rows = slice(first, min(first + step, height))

@@ -17,9 +17,10 @@ from transformers import LlamaConfig
 
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import unfuse_experts
-from evo_hpo.scoring import devices, sensitivities
+from evo_hpo.scoring import devices, projections, sensitivities, weight_changes
 from evo_hpo.scoring.backward import BackwardReplica
 from evo_hpo.scoring.head import Chunk
+from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.sensitivities import SensitivityPass
 from evo_hpo.scoring.tuning import PassShape
 from evo_hpo.search.problem import Minibatch
@@ -186,10 +187,76 @@ def test_cores_share_the_sequences_and_no_bit_depends_on_how_many_there_are(
             np.testing.assert_array_equal(found.squares, alone.squares)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral", "outer"])
+def test_moved_outputs_tell_what_gradients_do(monkeypatch: pytest.MonkeyPatch, name: str, batch: int) -> None:
+    """In single precision, where both are exact; some rows at a time, and all."""
+    model, levels = made("llama" if name == "outer" else name)
+    levels = RoundedLevels(model, outer=True) if name == "outer" else levels
+    at = random_assignments(1, len(levels.units), 2)[0]
+    monkeypatch.setattr(projections, "PART", 4)
+    asked: list[Kind] = ["kl", "true"]
+
+    def found(moves: bool) -> list[Any]:
+        monkeypatch.setattr(weight_changes, "moves_outputs", lambda _: moves)
+        measured = SensitivityPass(model, levels, tiny_tokens(), batch=batch)
+        return [measured.measure(at if kind == "kl" else None, MINIBATCH, kind) for kind in asked]
+
+    expected = found(False)
+    for most in (1 << 23, 200):
+        monkeypatch.setattr(weight_changes, "OUTPUTS_ON_A_CPU", most)
+        for own, other in zip(found(True), expected, strict=True):
+            scale = np.abs(other.projections).max()
+            np.testing.assert_allclose(own.projections, other.projections, rtol=1e-3, atol=1e-5 * scale)
+            if other.squares is not None:
+                np.testing.assert_allclose(own.squares, other.squares, rtol=1e-3, atol=1e-5 * scale**2)
+
+
+def test_blocks_may_read_the_embedding_by_way_of_another_argument() -> None:
+    """As Zamba's do: what reaches it there counts too."""
+    model: Any = tiny_model("llama")
+    embedding = model.get_input_embeddings()
+    read: list[Tensor] = []
+
+    class Reading(type(model.model)):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            kwargs.pop("inputs_embeds", None)
+            embedded = self.embed_tokens(input_ids)
+            read[:] = [embedded.clone()]
+            return super().forward(inputs_embeds=embedded, **kwargs)
+
+    model.model.__class__ = Reading
+    for block in model.model.layers:
+        own = block.forward
+
+        def forward(hidden_states: Tensor, *args: Any, own: Any = own, **kwargs: Any) -> Any:
+            return own(hidden_states + 0.5 * read[0], *args, **kwargs)
+
+        block.forward = forward
+    levels = RoundedLevels(model, outer=True)
+    number = next(i for i, u in enumerate(levels.units) if any("embed" in m for m in u.members))
+    found = SensitivityPass(model, levels, tiny_tokens()).measure(None, Minibatch(5, 12), "true")
+    weight = embedding.weight
+    weight.requires_grad_()
+    (ids,) = tiny_tokens()[list(sequences_of(Minibatch(5, 12), len(tiny_tokens()), 12))]
+    logits = model(ids[None]).logits[0, :-1]
+    loss = torch.log_softmax(logits.double(), -1).gather(1, ids[1:, None]).sum()
+    (gradient,) = torch.autograd.grad(loss, weight)
+    for level in range(3):
+        target = levels.weights(number, level)[levels.units[number].members[0]]
+        expected = float((gradient.double() * (target - weight).detach().double()).sum())
+        assert found.projections[0, number, level] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"batch": 2}, {"graph_bytes": 1 << 17}, {"group": 3}])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "cohere", "mixtral", "dropped"])
-def test_cores_share_the_sequences_of_every_model(name: str, settings: dict[str, int]) -> None:
+def test_cores_share_the_sequences_of_every_model(
+    monkeypatch: pytest.MonkeyPatch, name: str, settings: dict[str, int], moves: bool
+) -> None:
     """Biased and transposed layers, a soft cap or scale of logits, experts, modules and blocks that are dropped."""
+    monkeypatch.setattr(weight_changes, "moves_outputs", lambda _: moves)
+    monkeypatch.setattr(weight_changes, "OUTPUTS_ON_A_CPU", 200)
     model, levels = made(name)
     at = random_assignments(1, len(levels.units), 2)[0]
     before = torch.get_num_threads()

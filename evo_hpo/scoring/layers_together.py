@@ -103,7 +103,7 @@ class LayersTogether:
         each = -(-length // self._parts)
         if missing := each * self._parts - length:
             values = pad(values, (0, 0, 0, missing))
-        return values.view(count, sequences * self._parts, each, width)
+        return values.reshape(count, sequences * self._parts, each, width)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

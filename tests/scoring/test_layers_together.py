@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,17 @@ def test_sums_are_those_of_the_gradients(
         expected = by_gradients(visit, parts).float()
         torch.testing.assert_close(found[visit.unit], expected, rtol=1e-4, atol=1e-4)
     assert not list(together.take())
+
+
+def test_one_alone_may_lie_in_memory_in_any_order() -> None:
+    """A gradient that comes from transposed heads, or the same for all positions."""
+    (plain,) = visits((6, 5), 3, 1)
+    left = plain.left.transpose(0, 1).contiguous().transpose(0, 1)
+    own = replace(plain, left=left, right=plain.right[:, :1].expand(plain.right.shape))
+    together = LayersTogether(7)
+    together.add([own])
+    ((_, sums),) = together.take()
+    torch.testing.assert_close(sums[0], by_gradients(own, 7).float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("outputs", [1, 100, 1000, 5000])

@@ -5,7 +5,6 @@ Skipped where there is no GPU. `python -m pytest tests/scoring/test_gpu.py` need
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from evo_hpo.levels.build import build
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.language_model_problem import LanguageModelProblem
-from evo_hpo.scoring.layers_together import LayersTogether
 from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.registry import make_searcher
@@ -127,18 +125,11 @@ def test_sensitivities_in_bfloat16_are_near_those_in_single_precision(folder: Pa
     assert np.corrcoef(rough.ravel(), fine.ravel())[0, 1] > 0.98
 
 
-def test_layers_of_16_bits_are_taken_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[int] = []
-    take = LayersTogether.take
-
-    def counted(together: LayersTogether) -> Iterator[Any]:
-        for units, sums in take(together):
-            counts.append(len(units))
-            yield units, sums
-
-    monkeypatch.setattr(LayersTogether, "take", counted)
+def test_layers_of_16_bits_are_taken_together(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, taken_together: list[int]
+) -> None:
     found = problem(folder, dtype="bfloat16").sensitivities(None, MINIBATCH, kind="true").projections
-    assert max(counts) > 1
+    assert max(taken_together) > 1
     monkeypatch.setattr("evo_hpo.scoring.projections.are_taken_together", lambda _: False)
     alone = problem(folder, dtype="bfloat16").sensitivities(None, MINIBATCH, kind="true").projections
     np.testing.assert_allclose(found, alone, rtol=0, atol=1e-2 * np.abs(alone).max())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -130,20 +129,11 @@ def test_only_16_bits_elsewhere_than_on_a_cpu() -> None:
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """As on a GPU, in whatever precision; what is returned collects how many layers were taken together."""
-    counts: list[int] = []
-    take = LayersTogether.take
-
-    def counted(together: LayersTogether) -> Iterator[Any]:
-        for units, sums in take(together):
-            counts.append(len(units))
-            yield units, sums
-
-    monkeypatch.setattr(LayersTogether, "take", counted)
+def taken(monkeypatch: pytest.MonkeyPatch, taken_together: list[int]) -> list[int]:
+    """As on a GPU, in whatever precision; how many layers were taken together each time."""
     monkeypatch.setattr(weight_changes, "OUTPUTS_ON_A_CPU", 1 << 27)
     monkeypatch.setattr(projections, "are_taken_together", lambda _: True)
-    return counts
+    return taken_together
 
 
 class Switched:

@@ -10,7 +10,7 @@ address of the weight: so compiled code has the weight itself as its input, and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from weakref import WeakValueDictionary
 
@@ -108,6 +108,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         product: Tensor = torch.ops.evo_hpo.linear(x, weight, bias)
         return product
     return functional.linear(x, weight, bias)
+
+
+def product_by(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+    """``x -> x weight^T`` for many x, most of which have so many rows: for those the weight is rearranged only once.
+
+    Other than :class:`Prepacked` it asks for no bits to stay as they were. The weight (outputs x inputs) must not be
+    written to while it is used.
+    """
+    if not _packable(weight):
+        return lambda x: functional.linear(x, weight)
+    packed = _pack(weight, rows)
+    return lambda x: _multiply(x, packed, weight, None, rows) if len(x) == rows else functional.linear(x, weight)
 
 
 class PrepackedLinear(nn.Linear):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from evo_hpo.models.mixed import MixedLinear
 from evo_hpo.scoring import prepacking
-from evo_hpo.scoring.prepacking import Prepacked, PrepackedLinear, linear, use_prepacked
+from evo_hpo.scoring.prepacking import Prepacked, PrepackedLinear, linear, product_by, use_prepacked
 
 pytestmark = pytest.mark.skipif(
     not (prepacking._packs(torch.float32) and prepacking._packs(torch.bfloat16)),
@@ -154,3 +154,15 @@ def test_only_plain_and_mixed_linear_layers_are_turned() -> None:
     assert use_prepacked([*layers, *others]) == {*layers[:2], others[0]}
     expected = [PrepackedLinear, PrepackedLinear, nn.Linear, PrepackedLinear, Own, nn.LayerNorm]
     assert [type(layer) for layer in (*layers, *others)] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(96, 64), (5, 3), (480, 577)])
+def test_many_products_by_one_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = _random(*shape, seed=1).to(dtype)
+    multiply = product_by(weight, ROWS)
+    for rows in (ROWS, ROWS, 7):
+        x = _random(rows, shape[1], seed=rows).to(dtype)
+        expected = x.double() @ weight.double().T
+        error = (multiply(x).double() - expected).norm() / expected.norm()
+        assert error < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float64: 1e-14}[dtype]

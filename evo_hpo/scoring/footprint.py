@@ -120,8 +120,8 @@ class Footprint:
         levels: every level of every unit, decoded ("resident") or as packed as on disk.
         decoding: where levels are packed: the assignment in place, decoded, and room to decode the largest layer.
         dense: what is kept of the uncompressed model, for calibration and held-out tokens.
-        copies: of the searched layers and the head, arranged as a CPU multiplies them, in processes where replicas have
-            mostly the same levels in place.
+        copies: of the searched layers and the head, arranged as a CPU multiplies them. Replicas share that of a weight
+            that lies at one place for all of them: the head, and a resident level.
         kept: block inputs that candidates share.
         running: a pass: hidden states, the widest layer, a chunk of logits.
         process: on a CPU: the libraries, and freed memory.
@@ -187,7 +187,9 @@ def footprint(
         state_bytes, reference_bytes, packed_bytes: the evaluator's own settings.
     """
     pass_tokens = max(sequence_length, (COMPILED_TOKENS if compiled else 0) if on_cpu else GPU_TOKENS)
-    copied = (shape.linear, shape.hidden * shape.vocabulary) if on_cpu and (compiled or number == 4) else ()
+    copying = on_cpu and memory != "streamed" and (compiled or number == 4)
+    sets = replicas if memory == "packed" else min(replicas, len(levels))
+    layers, head = (min(packed_bytes, count * number) for count in (shape.linear, shape.hidden * shape.vocabulary))
     chunk = (COMPILED_TOKENS if compiled else 512, 1024) if on_cpu else (2048, 16384)
     state_number = state_number or number
     state = pass_tokens * shape.hidden * state_number
@@ -205,7 +207,7 @@ def footprint(
         levels=decoded if memory == "resident" else 0 if brought else packed,
         decoding=0 if memory == "resident" else in_place + at_a_time * (number + 2 * 4),
         dense=2 * shape.hidden * (calibration_tokens + held_out_tokens),
-        copies=0 if memory == "streamed" else sum(min(packed_bytes, count * number) for count in copied),
+        copies=sets * layers + head if copying else 0,
         kept=replicas * min(state_bytes, path) + min(reference_bytes, 2 * path),
         running=replicas * ((2 + FLASH + GROUP) * state + 3 * pass_tokens * shape.widest * state_number + 3 * logits),
         process=PROCESS + HOLES if on_cpu else 0,

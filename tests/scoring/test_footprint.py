@@ -83,6 +83,13 @@ def test_packed_copies_of_weights_count_up_to_their_limit() -> None:
     assert footprint(shape, [2], compiled=True).copies == 0
 
 
+@pytest.mark.parametrize(("memory", "sets"), [("resident", 3), ("packed", 8), ("streamed", 0)])
+def test_replicas_with_other_levels_in_place_have_packed_copies_of_their_own(memory: str, sets: int) -> None:
+    shape = ModelShape.of(configuration("1B"))
+    found = footprint(shape, [2, 3, 4], memory=memory, on_cpu=True, compiled=True, replicas=8)
+    assert found.copies == 2 * (sets * shape.linear + (128256 * 2048 if sets else 0))
+
+
 def test_of_a_streamed_model_two_blocks_are_on_the_device() -> None:
     shape = ModelShape.of(configuration("70B"))
     streamed = footprint(shape, [2, 4], memory="streamed")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,13 @@ def made_whole(path: Path) -> Iterator[Path]:
         else:
             growing.unlink(missing_ok=True)
         raise
+
+
+def as_readable_as(path: Path, others: Iterable[Path]) -> None:
+    """Gives other files a file's permissions: those that safetensors writes are the owner's alone."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    for other in others:
+        other.chmod(mode)
 
 
 def write_whole(path: Path, data: str | bytes) -> Path:

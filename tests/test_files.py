@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evo_hpo.files import made_whole, write_whole
+from evo_hpo.files import as_readable_as, made_whole, write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +20,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         write_whole(path, "new" * 1000)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_others_may_read_what_they_may_read_beside_it(tmp_path: Path) -> None:
+    config, weights = tmp_path / "config.json", tmp_path / "weights"
+    for path, mode in ((config, 0o640), (weights, 0o600)):
+        path.touch()
+        path.chmod(mode)
+    as_readable_as(config, [weights])
+    assert weights.stat().st_mode & 0o777 == 0o640
 
 
 def half(target: Path) -> None:

@@ -46,7 +46,8 @@ def dry_run(plan: Plan, console: Console) -> None:
         console,
         "tokens a second: one block of the model, of random weights, read a sequence here; on a CPU, on all cores if\n"
         "nothing else runs. Hours: one search after another, without levels that are still to build, held-out text\n"
-        "and switching; candidates that share blocks take less. Memory: of one process that scores. Nothing was built.",
+        "and switching; candidates that share blocks, and searches that end early as uniform does, take less.\n"
+        "Memory: of one process that scores. Nothing was built.",
     )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from evo_hpo.cli.options import TrackOption, UriOption, console
+from evo_hpo.cli.options import UriOption, console
 from evo_hpo.cli.progress import say
 from evo_hpo.cli.unexpected import safe
 from evo_hpo.errors import EvoHpoError, InvalidSettingError
@@ -34,7 +34,7 @@ def evaluate(
     task_folder: Annotated[Path | None, typer.Option(help="Task files of your own; only these are known then.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples a task.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of table and picture. Default: the comparison's.")] = None,
-    track: TrackOption = True,
+    track: Annotated[bool, typer.Option(help="Write what was measured to MLflow.")] = True,
     tracking_uri: UriOption = None,
 ) -> None:
     """Measure perplexity, KL to the original and tasks of several models, in one table.

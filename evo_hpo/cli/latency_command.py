@@ -37,12 +37,14 @@ def latency(
     from evo_hpo.export.folder import task_of
     from evo_hpo.export.latency import measured
     from evo_hpo.files import write_whole
+    from evo_hpo.models.paths import writable_folder
     from evo_hpo.record.environment import machine as this_machine
     from evo_hpo.scoring.expected_levels import expected_levels
 
     _, entry = next(iter(problems_of(plan)))
     if output.suffix != ".json" or output.exists():
         raise PlanError(f"{output} must be a new file that ends in .json")
+    writable_folder(output.parent)
     task = task_of({"problem": entry})
     runs = _program(program, task.model, threads, device)
     name = machine or f"{platform.node()} ({this_machine()['processor']}, {this_machine()['cores']} cores)"
@@ -58,7 +60,6 @@ def latency(
             profiles=profiles,
             progress=progress,
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, table.text())
     _show(table, output)
 

@@ -20,7 +20,9 @@ def show_settings(name: str, console: Console) -> None:
     if members:
         console.print("  ".join(members), highlight=False)
         return
-    known_problem = name in registry.available_problems()
+    known_problem, searchers = name in registry.available_problems(), registry.available_searchers()
+    if not known_problem and name not in searchers and ":" not in name:
+        raise registry.unknown("searcher or problem", name, (*searchers, *registry.available_problems()))
     described = registry.describe_problem(name) if known_problem else registry.describe_searcher(name)
     console.print(f"[bold]{described.name}[/bold]: {escape(described.summary)}")
     table = Table("setting", "default", "what it does")

@@ -69,7 +69,7 @@ def export(
     with safe(kept):
         data = export_profile(profile, output, dtype, format, check=check)
     console.print(
-        f"{output}: {data['bytes']:,} bytes, {data['average']:.4g} a weight, held-out loss"
+        f"{output}: {data['bytes']:,} bytes, average {data['average']:.4g}, held-out loss"
         f" {data['held_out']['loss']:.4g}; loaded back: {data['checked']}",
         markup=False,
         soft_wrap=True,

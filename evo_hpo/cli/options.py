@@ -17,7 +17,9 @@ console = LastingConsole(width=None if sys.stdout and sys.stdout.isatty() else 1
 errors = LastingConsole(stderr=True)
 
 RootOption = Annotated[Path, typer.Option(help="Folder that holds the comparisons.")]
-UriOption = Annotated[str | None, typer.Option(help="MLflow tracking URI; default: sqlite under mlruns/.")]
+UriOption = Annotated[
+    str | None, typer.Option(help="MLflow tracking URI; default: $MLFLOW_TRACKING_URI, or sqlite in mlruns.")
+]
 TrackOption = Annotated[bool, typer.Option(help="Write every trial to MLflow while searching.")]
 WorkersOption = Annotated[int | None, typer.Option(help="Processes; changes no result. Default: the plan's.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting; repeatable.")]

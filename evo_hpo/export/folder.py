@@ -17,7 +17,7 @@ from evo_hpo.export.figures import Estimate, measure
 from evo_hpo.export.packed_folder import refuse_unservable, write_packed
 from evo_hpo.export.published_layout import write_level_lines
 from evo_hpo.export.reading import load_served, size_of
-from evo_hpo.files import made_whole
+from evo_hpo.files import as_readable_as, made_whole
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.levels import Levels
 from evo_hpo.levels.packing import Encoded
@@ -81,6 +81,7 @@ def export_profile(
         loaded.tokenizer.save_pretrained(folder)
         if packs:
             write_packed(folder, loaded, encoded)
+        as_readable_as(folder / "config.json", folder.glob("*.safetensors"))
         write_level_lines(folder / "profile.txt", levels, assignment)
         (folder / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
         types = {} if inputs is None else inputs.at(assignment)

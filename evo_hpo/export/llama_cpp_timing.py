@@ -6,12 +6,12 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from evo_hpo.errors import InvalidSettingError, StoreError
+from evo_hpo.errors import InvalidSettingError, MissingPackageError, StoreError
 from evo_hpo.export.ggml_kernels import Kernel, any_blocks
 from evo_hpo.export.gguf_file import write_gguf
 from evo_hpo.export.llama_cpp import LlamaCpp
@@ -39,7 +39,10 @@ class LlamaCppProgram:
     name = "llama.cpp"
 
     def __init__(self, model: str, threads: int = 1) -> None:
-        self.version = f"of xllamacpp {version('xllamacpp')}"
+        try:
+            self.version = f"of xllamacpp {version('xllamacpp')}"
+        except PackageNotFoundError:
+            raise MissingPackageError("timing llama.cpp needs it: pip install 'evo-hpo[gguf]'") from None
         self.threads = threads
         self._loaded = load_model(model)
         self._template = source_gguf(model)

@@ -46,7 +46,7 @@ def check_bits(bits: Sequence[int]) -> tuple[int, ...]:
         InvalidSettingError: none, repeated, or outside 1..8.
     """
     if not bits or len(set(bits)) != len(bits) or any(not 1 <= b <= 8 for b in bits):
-        raise InvalidSettingError(f"bits={list(bits)} must be distinct whole numbers from 1 to 8")
+        raise InvalidSettingError(f"bit-widths {list(bits)} must be distinct whole numbers from 1 to 8")
     return tuple(bits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 import itertools
@@ -262,6 +263,8 @@ def _divided(documents: Iterable[str], split: Split) -> Iterator[str]:
 
 
 def _hub(spec: str, split: Split) -> Iterator[str]:
+    if spec.removeprefix(WHOLE).startswith(("/", "./", "../", "~")) or spec.endswith(_SUFFIXES):
+        raise TextError(f"no text {spec!r}: there is no such file or folder")
     name, configuration, column, calibration, held_out = _hub_entry(spec)
     import datasets
 
@@ -277,8 +280,15 @@ def _hub(spec: str, split: Split) -> Iterator[str]:
     except TextError:
         raise
     except Exception as error:  # whatever a name that is none makes the library raise
+        if spec in _HUB:
+            raise TextError(
+                f"text {spec!r}: the hub's data set {name!r} cannot be read ({type(error).__name__}): go online, give"
+                f" {', '.join(map(repr, CARRIED))}, 'self', or a file or folder"
+            ) from error
+        near = difflib.get_close_matches(spec, [*CARRIED, *_HUB, "self"], n=1)
         raise TextError(
-            f"no text {spec!r}: give {', '.join(map(repr, CARRIED))}, 'self', an existing file or folder,"
+            f"no text {spec!r}: {f'did you mean {near[0]!r}? ' if near else ''}give"
+            f" {', '.join(map(repr, CARRIED))}, 'self', an existing file or folder,"
             f" {', '.join(map(repr, _HUB))} or a reachable hub data set as name:config:column ({type(error).__name__})"
         ) from error
     texts = itertools.chain([first], texts)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from evo_hpo.errors import ModelError
-from evo_hpo.files import made_whole
+from evo_hpo.files import as_readable_as, made_whole
 from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.models.identity import file_digest, folder_identity, model_identity
 from evo_hpo.models.paths import cache_folder, made_folder, user_path
@@ -227,6 +227,7 @@ def _dequantize_gguf(path: Path, folder: Path) -> None:
         raise ModelError(f"cannot load a causal language model from {str(path)!r}: {one_line(error)}") from error
     with quiet_transformers():
         model.save_pretrained(folder)
+    as_readable_as(folder / "config.json", folder.glob("*.safetensors"))
     (folder / "source.json").write_text(json.dumps({"gguf": path.name, "bytes": path.stat().st_size}))
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evo_hpo.report.results import Results
-from evo_hpo.report.tables import Column, columns, interval_note, rows
+from evo_hpo.report.tables import Column, cache_note, columns, interval_note, rows
 from evo_hpo.report.texts import text_columns
 
 LAST = 7
@@ -29,7 +29,7 @@ def problem_table(
     found = rows(results, problem)
     shown = [c for c in columns(results, problem, found) if (0 < c.priority <= moved) == second or c.key == "searcher"]
     title = None if second else results.name if len(results.problems) == 1 else f"{results.name}: {problem}"
-    caption = None if second else interval_note(found)
+    caption = None if second else interval_note(found) + cache_note(results, problem)
     return laid_out(results, problem, shown, title, caption, compact=compact, second=second)
 
 

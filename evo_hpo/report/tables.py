@@ -185,6 +185,14 @@ def interval_note(found: Sequence[Row]) -> str:
     return "Median; in brackets: " + "; ".join(parts) + "." if parts else "One run each: no interval."
 
 
+def cache_note(results: Results, problem: str) -> str:
+    """That searches' seconds cannot be compared, where some were answered from the cache; else nothing."""
+    known = any(run.scoring.get("cached") for run in results.runs if run.problem == problem and run.scoring)
+    return (
+        " What another search had scored before took no model seconds; its tokens are charged alike." if known else ""
+    )
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of the shown table.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
-from evo_hpo.errors import EvoHpoError, JournalError, PlanError
+from evo_hpo.errors import EvoHpoError, JournalError, MissingPackageError, PlanError
 from evo_hpo.record.comparison import ERRORS, Comparison, PlannedSearch
 from evo_hpo.record.environment import cores
 from evo_hpo.run import processes
@@ -49,6 +50,12 @@ def comparison_folder(plan: Plan, root: Path, *, resume: bool) -> Path:
     raise refused
 
 
+def check_ray(address: str | None) -> None:
+    """Raises MissingPackageError where a cluster is asked for without the extra ``ray``."""
+    if address and find_spec("ray") is None:
+        raise MissingPackageError("scoring on a Ray cluster needs Ray: pip install 'evo-hpo[ray]'")
+
+
 def compare(
     plan: Plan,
     *,
@@ -77,6 +84,7 @@ def compare(
         KeyboardInterrupt: after stopping the processes; everything scored so far is on disk.
     """
     plan.check()
+    check_ray(ray)
     folder = folder or comparison_folder(plan, root, resume=resume)
     tasks = list(plan.planned())
     comparison = _settled(Comparison.start(folder, plan.plain(), tasks, plan_text), plan)

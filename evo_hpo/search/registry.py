@@ -110,7 +110,8 @@ def _entries(group: str) -> dict[str, EntryPoint]:
     return dict(sorted(found.items()))
 
 
-def _unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownNameError:
+def unknown(kind: str, name: str, known: tuple[str, ...]) -> UnknownNameError:
+    """The error for a name that is none of those known, which says what was meant."""
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     shown = [k for k in known if ":" not in k] if len(known) > 40 else known
@@ -148,16 +149,16 @@ def searcher_class(name: str) -> type[Searcher]:
     prefix, _, member = name.partition(":")
     entry = _entries("evo_hpo.searchers").get(prefix)
     if entry is None:
-        raise _unknown("searcher", name, tuple(_entries("evo_hpo.searchers")))
+        raise unknown("searcher", name, tuple(_entries("evo_hpo.searchers")))
     target = _load(entry)
     if isinstance(target, type) and issubclass(target, Searcher):
         if member:
-            raise _unknown("searcher", name, available_searchers())
+            raise unknown("searcher", name, available_searchers())
         return target
     try:
         found: type[Searcher] = target.member(member)
     except UnknownNameError:
-        raise _unknown("searcher", name, tuple(f"{prefix}:{m}" for m in target.members())) from None
+        raise unknown("searcher", name, tuple(f"{prefix}:{m}" for m in target.members())) from None
     return found
 
 
@@ -243,7 +244,7 @@ def problem_factory(name: str) -> Callable[..., Problem]:
     """
     entry = _entries("evo_hpo.problems").get(name)
     if entry is None:
-        raise _unknown("problem", name, available_problems())
+        raise unknown("problem", name, available_problems())
     factory: Callable[..., Problem] = _load(entry)
     return factory
 

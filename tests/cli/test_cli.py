@@ -118,7 +118,21 @@ def test_a_single_search_runs_by_name(tmp_path: Path, capsys: pytest.CaptureFixt
         (["compare", "nowhere.toml"], "no plan at nowhere.toml"),
         (["compare"], "Missing argument"),
         (["report", "nowhere"], "not a comparison's folder"),
-        (["list", "nobody"], "unknown searcher 'nobody'"),
+        (["list", "additiv"], "did you mean 'additive'"),
+        (
+            [
+                "search",
+                "evopress",
+                "--evaluations",
+                "9",
+                "--problem",
+                "additive",
+                "--tracking-uri",
+                "sqlite:////proc/x/m",
+            ],
+            "choose another place",
+        ),
+        (["list", "nobody"], "unknown searcher or problem 'nobody'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -10,8 +10,10 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ import torch
 import transformers
 
 from evo_hpo.cli.commands import main
-from evo_hpo.errors import InvalidSettingError
+from evo_hpo.errors import InvalidSettingError, MissingPackageError
+from evo_hpo.export import llama_cpp_timing
 from evo_hpo.export.ggml_kernels import Kernel, any_blocks
 from evo_hpo.export.latency import layers_of, measured, random_profiles, references
 from evo_hpo.export.llama_cpp import forget
@@ -199,6 +202,12 @@ def test_llama_cpp_is_measured_on_files_of_the_levels(model: str) -> None:
     assert found.version.startswith("of xllamacpp 20")
 
 
+def test_without_the_extra_llama_cpp_is_not_timed(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp_timing, "version", Mock(side_effect=PackageNotFoundError))
+    with pytest.raises(MissingPackageError, match=r"pip install 'evo-hpo\[gguf\]'"):
+        LlamaCppProgram(model)
+
+
 def test_torch_is_measured_and_leaves_the_model_as_it_was(model: str) -> None:
     levels = expected_levels(task(model, method="rtn", levels=(2, 4, 8), build={"group_size": 32}))
     program = TorchProgram(model)
@@ -254,7 +263,11 @@ def test_from_a_plan_to_a_table_to_a_space(
         count * table.times[*shape, "Q4_0"]
         for shape, count in (((64, 64), 2), ((32, 64), 2), ((128, 64), 2), ((64, 128), 1))
     )
-    for wrong, told in ((words, "must be a new file"), ([*words[:2], "u.json", "--program", "vllm"], "measured are")):
+    for wrong, told in (
+        (words, "must be a new file"),
+        ([*words[:2], "u.json", "--program", "vllm"], "measured are"),
+        ([*words[:2], "/proc/x/u.json"], "choose another place"),
+    ):
         with pytest.raises(SystemExit) as ended:
             main(wrong)
         assert ended.value.code == 2

@@ -147,6 +147,7 @@ def test_zero_points_at_four_and_eight_bits_are_for_vllm_alone(model: Path, tmp_
     profile, assignment = found(tmp_path, problem)
     export_profile(profile, tmp_path / "out", "float32", "compressed-tensors")
     tensors = load_file(tmp_path / "out/model.safetensors")
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1, "one may read all or nothing"
     assert any(name.endswith("weight_zero_point") for name in tensors)
     again = load_served(str(tmp_path / "out")).model  # through the package's own unpacking
     assert torch.allclose(logits(again), logits(placed(problem, assignment)), rtol=0, atol=1e-5)

@@ -101,7 +101,18 @@ def test_what_cannot_be_reached_is_refused_with_what_can(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(TextError, match=r"'wikitext2'.*ConnectionError"):
+        read_documents("my_texts", "calibration")
+    with pytest.raises(TextError, match="hub's data set 'HuggingFaceFW/fineweb-edu' cannot be read"):
         read_documents("fineweb_edu", "calibration")
+    with pytest.raises(TextError, match=r"no text 'pydocs': did you mean 'pydoc'\?"):
+        read_documents("pydocs", "calibration")
+
+
+@pytest.mark.parametrize("name", ["./mine", "/nowhere/mine", "~/nowhere", "nowhere.jsonl", "whole:../nowhere"])
+def test_a_file_that_is_missing_is_not_asked_of_the_hub(hub: Hub, name: str) -> None:
+    with pytest.raises(TextError, match="there is no such file or folder"):
+        read_documents(name, "calibration")
+    assert not hub.calls
 
 
 def test_held_out_text_is_kept_apart_from_all_that_was_drawn_of_a_large_data_set(hub: Hub, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from evo_hpo.errors import JournalError, PlanError
+from evo_hpo.errors import JournalError, MissingPackageError, PlanError
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.journal import read_journals
 from evo_hpo.record.profiles import open_profile
+from evo_hpo.run import schedule
 from evo_hpo.run.events import (
     BatchScored,
     CheckpointTaken,
@@ -82,6 +83,13 @@ def test_a_killed_comparison_resumes_to_the_same_trials(tmp_path: Path) -> None:
     assert 0 < len(partial) < 3000
     resumed = compare(make_plan(data), root=tmp_path / "cut", resume=True)
     assert trials(resumed) == trials(whole)
+
+
+def test_without_ray_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'evo-hpo\[ray\]'"):
+        compare(make_plan(plan_data()), root=tmp_path, ray="local")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_comparison_is_never_overwritten_and_a_changed_plan_not_resumed(tmp_path: Path) -> None:

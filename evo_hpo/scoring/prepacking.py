@@ -110,16 +110,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
-def product_by(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """``x -> x weight^T`` for many x, most of which have so many rows: for those the weight is rearranged only once.
+def product_by(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """``x -> x weight^T`` (x: rows x inputs) for many x; for neighbours of as many rows it is rearranged only once.
 
-    Other than :class:`Prepacked` it asks for no bits to stay as they were. The weight (outputs x inputs) must not be
-    written to while it is used.
+    Other than :class:`Prepacked` it asks for no bits to stay as they were; they depend on nothing but x and the weight
+    (outputs x inputs), which must not be written to while it is used.
     """
-    if not _packable(weight):
-        return lambda x: functional.linear(x, weight)
-    packed = _pack(weight, rows)
-    return lambda x: _multiply(x, packed, weight, None, rows) if len(x) == rows else functional.linear(x, weight)
+    packed: dict[int, Tensor] = {}
+
+    def multiply(x: Tensor) -> Tensor:
+        x, rows = x.contiguous(), len(x)
+        if not (rows and _packable(weight)):
+            return functional.linear(x, weight)
+        if rows not in packed:
+            packed.clear()
+            packed[rows] = _pack(weight, rows)
+        return _multiply(x, packed[rows], weight, None, rows)
+
+    return multiply
 
 
 class PrepackedLinear(nn.Linear):

@@ -113,16 +113,16 @@ def _by_outputs(seen: Seen, place: Tensor | None, targets: Sequence[Tensor | Non
         rows = slice(first, min(first + step, height))
         changes = _changes(place, targets, rows, columns, left.dtype, left.device)
         if devices.has_small_caches(left.device):
-            found = _run_by_run([(own[..., rows], given) for own, given in seen], changes, positions)
+            found = _run_by_run([(own[..., rows], given) for own, given in seen], changes)
         else:
             found = [moved_sums(own[None, ..., rows], given[None], changes[None])[0] for own, given in seen]
         total += torch.cat(found)
     return total
 
 
-def _run_by_run(seen: Seen, changes: Tensor, positions: int) -> list[Tensor]:
+def _run_by_run(seen: Seen, changes: Tensor) -> list[Tensor]:
     """What :func:`moved_sums` gives for one layer, on a CPU: of each run, parts x targets."""
-    multiply = product_by(changes.flatten(0, 1), positions)  # every run's inputs, most of which have so many rows
+    multiply = product_by(changes.flatten(0, 1))
     moved = (multiply(given.flatten(0, 1)).view(*given.shape[:2], *changes.shape[:2]) for _, given in seen)
     each = (torch.linalg.vecdot(m, own.unsqueeze(2)) for m, (own, _) in zip(moved, seen, strict=True))
     return [products.sum(dim=1, dtype=torch.float32) for products in each]

@@ -160,9 +160,12 @@ def test_only_plain_and_mixed_linear_layers_are_turned() -> None:
 @pytest.mark.parametrize("shape", [(96, 64), (5, 3), (480, 577)])
 def test_many_products_by_one_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = _random(*shape, seed=1).to(dtype)
-    multiply = product_by(weight, ROWS)
-    for rows in (ROWS, ROWS, 7):
-        x = _random(rows, shape[1], seed=rows).to(dtype)
+    multiply = product_by(weight)
+    for rows in (ROWS, ROWS, 7, 0, 1):
+        x = _random(shape[1], rows, seed=rows).to(dtype).T
+        assert torch.equal(multiply(x), product_by(weight)(x.contiguous())), "whatever was multiplied before"
+        if not rows:
+            continue
         expected = x.double() @ weight.double().T
         error = (multiply(x).double() - expected).norm() / expected.norm()
         assert error < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float64: 1e-14}[dtype]

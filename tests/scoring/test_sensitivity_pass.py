@@ -187,6 +187,16 @@ def test_cores_share_the_sequences_and_no_bit_depends_on_how_many_there_are(
             np.testing.assert_array_equal(found.squares, alone.squares)
 
 
+def test_experts_see_other_tokens_of_each_sequence_and_no_bit_depends_on_the_cores() -> None:
+    model = tiny_mixtral().bfloat16()
+    unfuse_experts(model)
+    levels, tokens = RoundedLevels(model), tiny_tokens(length=120)
+    alone = SensitivityPass(model, levels, tokens).measure(None, Minibatch(0, 5 * 120))
+    pool = make_evaluator((model, levels), threads=3).pool
+    found = SensitivityPass(model, levels, tokens, pool=pool).measure(None, Minibatch(0, 5 * 120))
+    np.testing.assert_array_equal(found.projections, alone.projections)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral", "outer"])
 def test_moved_outputs_tell_what_gradients_do(monkeypatch: pytest.MonkeyPatch, name: str, batch: int) -> None:

@@ -226,7 +226,7 @@ def _bits(value: float | int | str) -> int:
     except (ValueError, OverflowError):  # no number, or none that is finite
         bits = 0
     if not bits or float(value) != bits:
-        raise InvalidSettingError(f"bits={value!r} must be a whole number from 1 to 8")
+        raise InvalidSettingError(f"bit-width {value!r} must be a whole number from 1 to 8")
     return bits
 
 

@@ -108,5 +108,5 @@ def test_levels_are_expected_whatever_else_their_build_is_told(
 def test_sizes_of_levels_that_cannot_be_are_refused_as_their_build_refuses_them(model: Path, tmp_path: Path) -> None:
     for levels in ([2.5, 3], [3, 3], [9]):
         task = language_model.task(settings(model, levels=levels, store=str(tmp_path / "none")))
-        with pytest.raises(InvalidSettingError, match="bit-widths"):
+        with pytest.raises(InvalidSettingError, match="bit-width"):
             expected_levels(task)

@@ -81,8 +81,8 @@ def _sheet(title: str, shown: Sequence[Column], note: str, strong: tuple[int, ..
 
 
 FAIR = (
-    " Held-out figures are taken outside the budget; “model s” is scoring time, none for what another search"
-    " had scored before, “searcher s” the time inside the searcher itself; medians over seeds."
+    " Held-out figures are taken outside the budget; “model s” is scoring time, none for what had been scored"
+    " before, “searcher s” the time inside the searcher itself; medians over seeds."
 )
 
 

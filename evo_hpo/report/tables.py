@@ -186,11 +186,9 @@ def interval_note(found: Sequence[Row]) -> str:
 
 
 def cache_note(results: Results, problem: str) -> str:
-    """That searches' seconds cannot be compared, where some were answered from the cache; else nothing."""
+    """Where some scores came from the cache: that seconds do not tell what a search would take alone; else nothing."""
     known = any(run.scoring.get("cached") for run in results.runs if run.problem == problem and run.scoring)
-    return (
-        " What another search had scored before took no model seconds; its tokens are charged alike." if known else ""
-    )
+    return " What had been scored before took no model seconds; its tokens are charged alike." if known else ""
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,12 @@ class ComparisonProgress:
     def __init__(self, plan: Plan, console: Console) -> None:
         self.total = plan.budget.amount
         self.kind = plan.budget.kind
-        self.tasks = len(list(plan.planned()))
+        self._problems = {planned.id: planned.problem for planned in plan.planned()}
+        self.tasks = len(self._problems)
         self.console = console
         self.searches: dict[str, _Running] = {}
         self.done = 0
+        self._ranged: set[str] = set()  # problems with a range of budgets
         self._bars: Progress | None = None
         self._all: TaskID | None = None
         if console.is_terminal:
@@ -82,6 +84,8 @@ class ComparisonProgress:
             case events.ProblemLoading(problem):
                 say(self.console, f"{problem}: loading")
             case events.ProblemMade(made):
+                if made.space.ranged:
+                    self._ranged.add(made.key)
                 for note in made.notes:
                     say(self.console, f"{made.key}: {note}")
             case events.ScorersUp(count):
@@ -112,26 +116,29 @@ class ComparisonProgress:
             running.best = event.loss if running.best is None else min(running.best, event.loss)
         if self._bars and running.bar is not None:
             used = f"{_amount(running.spent)}/{_amount(self.total)} {self.kind}"
-            self._bars.update(running.bar, completed=running.spent, used=used, loss=self._loss(running))
+            self._bars.update(running.bar, completed=running.spent, used=used, loss=self._loss(event.search))
         elif running.spent / self.total >= running.reported + 0.25:
             running.reported = running.spent / self.total // 0.25 * 0.25
             elapsed = time.monotonic() - running.started
             left = elapsed * (self.total / running.spent - 1) if running.spent else 0.0
             used = f"{_amount(running.spent)} of {_amount(self.total)} {self.kind}, {running.trials} trials"
-            say(self.console, f"{event.search}: {used}, {self._loss(running)}, {left:.0f} s left")
+            say(self.console, f"{event.search}: {used}, {self._loss(event.search)}, {left:.0f} s left")
 
     def _end(self, key: str, reason: str) -> None:
         running = self.searches[key]
         self.done += 1
         if self._bars and running.bar is not None and self._all is not None:
-            self._bars.update(running.bar, completed=self.total, loss=self._loss(running), visible=False)
+            self._bars.update(running.bar, completed=self.total, loss=self._loss(key), visible=False)
             self._bars.update(self._all, completed=self.done, used=f"{self.done}/{self.tasks} searches")
         failed = f", {running.failed} failed" if running.failed else ""
         used = f"{_amount(running.spent)} {self.kind}, {running.trials} trials{failed}"
-        say(self.console, f"{key}: finished, {used}, {self._loss(running)} ({reason})")
+        say(self.console, f"{key}: finished, {used}, {self._loss(key)} ({reason})")
 
-    def _loss(self, running: _Running) -> str:
+    def _loss(self, search: str) -> str:
+        running = self.searches[search]
         best = "nothing scored yet" if running.best is None else f"best {running.best:.4g}"
+        if running.best is not None and self._problems[search] in self._ranged:
+            best = f"of any budget: {best}"  # a search goes on improving at smaller ones
         losses = losses_by_text(running.held_out)
         return " ".join([best, *(f"{text or 'held-out'} {loss:.4g}" for text, loss in losses.items())])
 
@@ -144,7 +151,7 @@ class BuildProgress:
         self.console = console
         self._shown: dict[str, TaskID] = {}
         self._said: dict[str, int] = {}
-        self._started = time.monotonic()
+        self._first, self._started = time.monotonic(), dict[str, float]()
         self._bars: Progress | None = None
         self._lock = threading.Lock()
 
@@ -159,9 +166,13 @@ class BuildProgress:
                 if title not in self._shown:
                     self._shown[title] = self._bars.add_task(title, total=total, what="")
                 self._bars.update(self._shown[title], completed=done, total=total, what=what)
-            elif total and (tenth := 10 * done // total) > self._said.get(title, -1):
+                return
+            tenth, said = 10 * done // max(total, 1), self._said.get(title, -1)
+            if tenth < 10 == said:  # the next thing of this title, such as the second of two stores
+                said, self._started[title] = -1, time.monotonic()
+            if total and tenth > said:
                 self._said[title] = tenth
-                elapsed = time.monotonic() - self._started
+                elapsed = time.monotonic() - self._started.get(title, self._first)
                 say(self.console, f"{title}: {done} of {total} {what} ({elapsed:.0f} s)")
 
     def close(self) -> None:

@@ -265,6 +265,9 @@ def _divided(documents: Iterable[str], split: Split) -> Iterator[str]:
 def _hub(spec: str, split: Split) -> Iterator[str]:
     if spec.removeprefix(WHOLE).startswith(("/", "./", "../", "~")) or spec.endswith(_SUFFIXES):
         raise TextError(f"no text {spec!r}: there is no such file or folder")
+    near = difflib.get_close_matches(spec, [*CARRIED, *_HUB, "self"], n=1)
+    if near and spec not in _HUB and not {"/", ":"} & {*spec}:  # a slip: the hub would be waited for in vain
+        raise _no_text(spec, f"did you mean {near[0]!r}? ", "")
     name, configuration, column, calibration, held_out = _hub_entry(spec)
     import datasets
 
@@ -285,16 +288,19 @@ def _hub(spec: str, split: Split) -> Iterator[str]:
                 f"text {spec!r}: the hub's data set {name!r} cannot be read ({type(error).__name__}): go online, give"
                 f" {', '.join(map(repr, CARRIED))}, 'self', or a file or folder"
             ) from error
-        near = difflib.get_close_matches(spec, [*CARRIED, *_HUB, "self"], n=1)
-        raise TextError(
-            f"no text {spec!r}: {f'did you mean {near[0]!r}? ' if near else ''}give"
-            f" {', '.join(map(repr, CARRIED))}, 'self', an existing file or folder,"
-            f" {', '.join(map(repr, _HUB))} or a reachable hub data set as name:config:column ({type(error).__name__})"
-        ) from error
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise _no_text(spec, hint, f" ({type(error).__name__})") from error
     texts = itertools.chain([first], texts)
     if name == "Salesforce/wikitext":
         texts = _joined(texts)
     return texts if held_out else _divided(_unique(texts), split)
+
+
+def _no_text(spec: str, hint: str, reason: str) -> TextError:
+    return TextError(
+        f"no text {spec!r}: {hint}give {', '.join(map(repr, CARRIED))}, 'self', an existing file or folder,"
+        f" {', '.join(map(repr, _HUB))} or a reachable hub data set as name:config:column{reason}"
+    )
 
 
 def _hub_text(value: Any, spec: str, column: str) -> str:

@@ -174,11 +174,12 @@ PARTS = {
 
 @contextmanager
 def _at(place: str) -> Iterator[None]:
-    """Prefixes the place to any error of ours raised inside."""
+    """Prefixes the place to any error of ours raised inside that does not name it itself."""
     try:
         yield
     except EvoHpoError as error:
-        raise PlanError(f"{place}: {error}") from error
+        message = str(error)
+        raise PlanError(message if message.startswith(f"unknown {place};") else f"{place}: {message}") from error
 
 
 def _near(key: str, known: dict[str, Any]) -> str:

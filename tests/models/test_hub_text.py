@@ -104,8 +104,15 @@ def test_what_cannot_be_reached_is_refused_with_what_can(monkeypatch: pytest.Mon
         read_documents("my_texts", "calibration")
     with pytest.raises(TextError, match="hub's data set 'HuggingFaceFW/fineweb-edu' cannot be read"):
         read_documents("fineweb_edu", "calibration")
-    with pytest.raises(TextError, match=r"no text 'pydocs': did you mean 'pydoc'\?"):
-        read_documents("pydocs", "calibration")
+
+
+@pytest.mark.parametrize(("slip", "meant"), [("pydocs", "pydoc"), ("wikitext", "wikitext2"), ("slef", "self")])
+def test_a_slip_in_a_name_is_told_and_not_asked_of_the_hub(hub: Hub, slip: str, meant: str) -> None:
+    with pytest.raises(TextError, match=rf"no text '{slip}': did you mean '{meant}'\?"):
+        read_documents(slip, "calibration")
+    assert not hub.calls
+    assert list(read_documents("someone/pydoc", "calibration"))
+    assert [call[0] for call in hub.calls] == ["someone/pydoc"]
 
 
 @pytest.mark.parametrize("name", ["./mine", "/nowhere/mine", "~/nowhere", "nowhere.jsonl", "whole:../nowhere"])

@@ -106,6 +106,15 @@ def test_wrong_names_and_settings_are_refused_before_any_work(changes: dict[str,
     assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_name_is_said_once_and_a_label_beside_it() -> None:
+    with pytest.raises(PlanError, match="^unknown searcher 'evopres'; did you mean"):
+        make_plan(plan_data(searchers=[{"name": "evopres"}])).check()
+    with pytest.raises(PlanError, match="^searcher 'mine': unknown searcher 'evopres'; did you mean"):
+        make_plan(plan_data(searchers=[{"name": "evopres", "label": "mine"}])).check()
+    with pytest.raises(PlanError, match="^unknown problem 'additve'; did you mean"):
+        make_plan(plan_data(problems=[{"name": "additve"}])).check()
+
+
 def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no plan at"):
         PlanFile.read(tmp_path / "none.toml").plan()

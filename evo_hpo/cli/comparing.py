@@ -18,7 +18,7 @@ from evo_hpo.record.comparison import Comparison
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.preparing import prepare
 from evo_hpo.run.schedule import ComparisonFailed, check_ray, compare, comparison_folder
-from evo_hpo.tracking.location import database_path
+from evo_hpo.tracking.location import database_path, default_uri
 
 
 def run(
@@ -46,7 +46,7 @@ def run(
     command = shlex.join(["evo-hpo", *(w for w in words if w != "--resume"), "--resume"])
     plan.check()
     check_ray(ray)
-    if track and tracking_uri and (database := database_path(tracking_uri)):
+    if track and (database := database_path(tracking_uri or default_uri(root))):
         writable_folder(database.parent)
     kept = "no search was started; the units that were built are kept, and the same command goes on from there"
     with safe(kept, KeyboardInterrupt), BuildProgress("", console) as bars:

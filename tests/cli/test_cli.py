@@ -216,6 +216,21 @@ def test_a_plan_with_an_ablation_of_its_own_can_be_varied(tmp_path: Path) -> Non
     assert not any("max_switches" in name for name in searches)
 
 
+@pytest.mark.parametrize(
+    ("uri", "message"), [("mlruns/mine", "tracking URI 'mlruns/mine' is not usable"), ("sqlite:////proc/x/m", "choose")]
+)
+def test_a_store_of_the_environment_is_checked_before_the_searches(
+    uri: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    command = ["search", "evopress", "--evaluations", "9", "--problem", "additive"]
+    assert run(*command) == 2
+    assert message in capsys.readouterr().err
+    assert not [*tmp_path.rglob("*.jsonl")]
+    assert run(*command, "--no-track") == 0
+
+
 def test_list_shows_searchers_problems_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("list") == 0
     shown = capsys.readouterr().out

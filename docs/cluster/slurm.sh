@@ -24,6 +24,7 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
 fi
 
 # goes on where an earlier job of the same plan ended
-if ! evo-hpo compare "$PLAN" --ray "$HEAD:$PORT" --resume; then
-    evo-hpo compare "$PLAN" --ray "$HEAD:$PORT"
-fi
+NAME=$(python -c 'import sys, tomllib; print(tomllib.load(open(sys.argv[1], "rb"))["name"])' "$PLAN")
+RESUME=
+if [ -d "mlruns/comparisons/$NAME" ]; then RESUME=--resume; fi
+evo-hpo compare "$PLAN" --ray "$HEAD:$PORT" $RESUME

@@ -43,7 +43,8 @@ class Plan(Strict):
         seeds: of the searchers that are random; the minibatches of a seed are the same for every searcher.
         budget: of each search.
         checkpoints: fractions of the budget at which the incumbent is validated on held-out data.
-        workers: processes that run searches at the same time; 0: one a core. Results do not depend on it.
+        workers: processes that run searches at the same time; 0: one a core, or where a GPU
+            scores one in all. Results do not depend on it.
         problems, searchers: the grid.
         ablation: variants of one of the searchers, added to the grid.
     """

@@ -15,7 +15,7 @@ from evo_hpo.run.cluster_process import run_on_cluster
 from evo_hpo.run.events import Event, Listener, ProblemMade, SearchFailed
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.search_process import run_searches
-from evo_hpo.search.registry import settled
+from evo_hpo.search.registry import claims_of, settled
 
 DEFAULT_ROOT = Path("mlruns") / "comparisons"
 
@@ -124,8 +124,13 @@ def _settled(comparison: Comparison, plan: Plan) -> Comparison:
 
 
 def process_count(plan: Plan, tasks: int) -> tuple[int, int]:
-    """Processes that a plan runs at the same time on this machine, and the cores that each may use."""
-    count = max(1, min(plan.workers or cores(), tasks))
+    """Processes that a plan runs at the same time on this machine, and the cores that each may use.
+
+    Unless the plan says how many: one where a GPU scores, whose memory each would fill anew, else one a core.
+    """
+    devices = {device for entry in plan.problems for device in claims_of(entry.name, entry.settings).devices}
+    most = plan.workers or (cores() if devices <= {"cpu"} else 1)
+    count = max(1, min(most, tasks))
     return count, max(1, cores() // count)
 
 

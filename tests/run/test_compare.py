@@ -29,7 +29,7 @@ from evo_hpo.run.events import (
     SearchStarted,
 )
 from evo_hpo.run.plan import make_plan
-from evo_hpo.run.schedule import ComparisonFailed, compare, comparison_folder
+from evo_hpo.run.schedule import ComparisonFailed, compare, comparison_folder, process_count
 from evo_hpo.search.problem import FunctionProblem
 from evo_hpo.search.registry import make_problem
 from evo_hpo.space.compression_space import CompressionSpace
@@ -42,6 +42,17 @@ def trials(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
         r.search: [(o.trial.number, o.trial.levels, o.loss, o.tokens, o.minibatch, o.trial.parent) for o in r.outcomes]
         for r in read_journals(folder)
     }
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 3), ("cuda", 1), ("cuda:1", 1)])
+def test_a_gpu_is_shared_by_several_searches_only_where_the_plan_says_so(
+    device: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evo_hpo.run.schedule.cores", lambda: 3)
+    data = plan_data(problems=[{"name": "smollm2", "settings": {"device": device}}])
+    assert process_count(make_plan(data), tasks=8) == (expected, 3 // expected)
+    assert process_count(make_plan({**data, "workers": 2}), tasks=8)[0] == 2
+    assert process_count(make_plan(plan_data()), tasks=8) == (3, 1)
 
 
 def test_one_and_two_workers_give_identical_results(tmp_path: Path) -> None:

@@ -33,12 +33,13 @@ class Factory(Generic[T]):
         )
 
     def task(self, settings: dict[str, Any]) -> T:
-        """The task with these settings.
+        """The task with these settings; the levels and build settings that are usual are those of bit-widths.
 
         Raises:
             InvalidSettingError: a required setting is missing or out of range.
         """
-        chosen = {**self.defaults, **settings}
+        other = settings.get("method", "gptq") not in ("gptq", "rtn")
+        chosen = {**self.defaults, **({"levels": (), "build": ()} if other else {}), **settings}
         if "model" not in chosen:
             raise InvalidSettingError("setting 'model' is required: a hub id, a folder, a .gguf file or pypi:<package>")
         made: T = self.documented_by(**chosen)

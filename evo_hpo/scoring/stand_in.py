@@ -28,6 +28,8 @@ def stand_in(method: str, levels: Sequence[float], average: float, dropped: bool
     Raises:
         InfeasibleError: the average is outside what the levels allow.
     """
+    if method in ("sparsegpt", "magnitude", "wanda") and not 0 <= average <= 1:
+        raise InfeasibleError(f"average={average} of {method} must be a sparsity, from 0 to 1")
     if not levels and method != "drop":
         return unknown()
     if method in ("gptq", "rtn"):

@@ -23,6 +23,7 @@ from evo_hpo.run.plan import Plan, make_plan
 from evo_hpo.run.rehearsal import rehearse
 from evo_hpo.run.schedule import compare
 from evo_hpo.scoring import task
+from evo_hpo.scoring.factory import Factory
 from evo_hpo.scoring.file_size import FileSize
 from evo_hpo.scoring.task import language_model
 from evo_hpo.search.problem import Minibatch
@@ -57,6 +58,25 @@ def settings(folder: Path, store: Path, **changes: Any) -> dict[str, Any]:
         "dtype": "float32",
         "tokens": 64,
     } | changes
+
+
+@pytest.mark.parametrize(
+    ("method", "average", "levels"),
+    [("magnitude", 0.6, 5), ("drop", 1, 2), ("rtn", 3.0, 5)],
+)
+def test_a_method_alone_brings_levels_of_its_own(
+    method: str, average: float, levels: int, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVO_HPO_CACHE", str(tmp_path / "cache"))
+    usual = settings(model_folder, tmp_path / "store", method=method, average=average)
+    del usual["levels"], usual["build"]
+    problem = Factory(task.LanguageModelTask, "tiny", build={"group_size": 8})  # as of bit-widths alone
+    preview = problem.preview(usual)
+    assert preview.tokens == 64
+    problem.prepare(usual, lambda *_: None)
+    made = problem(**usual)
+    assert {len(unit.levels) for unit in made.space.units} == {levels}
+    assert problem.task(usual).build == ((("group_size", 8),) if method == "rtn" else ())
 
 
 def plan_of(problem: dict[str, Any], **changes: Any) -> Plan:
@@ -159,6 +179,7 @@ def test_a_range_of_bits_or_sizes_gives_a_front_of_which_a_point_is_exported(
         ({"dtype": "int4"}, "float32"),
         ({"cache": "losses.sqlite"}, "early_stopping = false"),
         ({"method": "gguf"}, "gguf"),
+        ({"method": "wanda", "levels": [], "build": {}}, "average=3.0 of wanda must be a sparsity, from 0 to 1"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"tensor_parallel": 0}, "tensor_parallel=0 must be at least 1"),
         ({"build": {"group_size": "16"}}, "gptq: group_size='16' must be an integer"),

@@ -16,7 +16,7 @@ from evo_hpo.space.compression_space import Assignment
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
-TOLD = ("name", "space", "tokens", "pool_tokens", "optimum", "notes", "has_sensitivities", "reading", "texts")
+TOLD = ("name", "space", "tokens", "pool_tokens", "optimum", "notes", "has_sensitivities", "reading", "texts", "optima")
 
 
 class Asked(Protocol):
@@ -54,10 +54,9 @@ class SpreadProblem(Problem):
             return [score for scores in self._each(calls) for score in scores]
         sequences = sequences_of(minibatch, self.reading.pool, self.reading.length)
         groups = groups_of(sequences, self.reading.group)
-        found, todo = self._rounds.known_of(assignments, minibatch.seed, len(sequences))
+        found, todo, keep = self._rounds.known_of(assignments, minibatch.seed, groups, keep)
         if todo:
-            totals = [float(s.sum()) for s in found.values()]
-            sums, _ = self._rounds.read(todo, groups, keep, totals, self._read)
+            sums, _ = self._rounds.read(todo, groups, keep, self._read)
             found.update(zip(todo, sums, strict=True))
         return [scored(found[tuple(map(int, a))], self.reading.length) for a in assignments]
 

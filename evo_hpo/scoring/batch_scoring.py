@@ -44,15 +44,11 @@ class BatchScorer:
     reference: KeptPaths
     dense: dict[int, DenseSide | PackedSide] = field(default_factory=dict)
 
-    def evaluate(
-        self, todo: Sequence[Assignment], sequences: Sequence[int], keep: int | None, totals: Sequence[float]
-    ) -> tuple[Sums, int]:
+    def evaluate(self, todo: Sequence[Assignment], sequences: Sequence[int], keep: int | None) -> tuple[Sums, int]:
         """Sums (candidates x sequences) and how many sequences were read for them.
 
         Args:
-            todo: all different, none complete.
-            keep: how many, together with those of ``totals``, must be complete; None: all.
-            totals: of candidates of the same batch that are complete already.
+            todo, keep: as of :meth:`Rounds.known_of`.
         """
         groups = groups_of(sequences, self.batch_size)
         self.make_dense(sequences)
@@ -68,7 +64,7 @@ class BatchScorer:
                 for i, reference in found.items():
                     paths[members[i]][group[0]] = reference
 
-        sums, count = self.rounds.read(todo, groups, keep, totals, read)
+        sums, count = self.rounds.read(todo, groups, keep, read)
         for row, path in zip(sums, paths, strict=True):
             if len(path) == len(groups):
                 self.reference.offer(float(row.mean()), path)

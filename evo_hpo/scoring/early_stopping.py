@@ -17,9 +17,7 @@ It runs the leaders apart from the rest and so shares fewer prefixes among them.
 """
 
 
-def complete_best(
-    run: Run, sums: NDArray[np.float64], columns: Sequence[slice], keep: int, known: Sequence[float]
-) -> None:
+def complete_best(run: Run, sums: NDArray[np.float64], columns: Sequence[slice], keep: int) -> None:
     """Completes at least the best ``keep`` candidates; a row that ends with NaN was stopped.
 
     A sequence's sum is never negative, so a partial sum bounds the total from below. The candidates that look best
@@ -29,8 +27,7 @@ def complete_best(
         run: called with candidates and batch numbers.
         sums: candidates x sequences, NaN where unknown; filled in place. Lower is better.
         columns: each batch's columns of ``sums``.
-        keep: how many of the candidates, those of ``known`` included, must be complete.
-        known: totals of candidates that are complete already.
+        keep: how many of the candidates must be complete.
     """
     everyone, batches = range(len(sums)), range(len(columns))
     run(everyone, batches[:1])
@@ -41,7 +38,7 @@ def complete_best(
         run(everyone, batches[1:])
         return
     run(leaders, batches[1:])
-    bound = sorted([*known, *(float(sums[i].sum()) for i in leaders)])[keep - 1]
+    bound = max(float(sums[i].sum()) for i in leaders)
     bound += 1e-6 * abs(bound) + 1e-9  # rounding must not stop an equal
     for batch in batches[1:]:
         rest = [i for i in rest if float(np.nansum(sums[i])) <= bound]

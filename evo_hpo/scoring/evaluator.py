@@ -34,7 +34,7 @@ from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.kept_inputs import KeptPaths
 from evo_hpo.scoring.pool import ReplicaPool, one_core
 from evo_hpo.scoring.replica import Replica
-from evo_hpo.scoring.rounds import Rounds, Sums, scored
+from evo_hpo.scoring.rounds import Rounds, Sums, groups_of, scored
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.score_cache import ScoreCache
 from evo_hpo.scoring.switching import WeightSwitch, blocks_of_units
@@ -215,13 +215,13 @@ class Evaluator:
         """
         start = time.perf_counter()
         sequences = sequences_of(minibatch, len(self.tokens), self.length)
-        found, todo = self._batches.rounds.known_of(
-            assignments, minibatch.seed, len(sequences), lambda a: self.cache.get(a, minibatch)
+        groups = groups_of(sequences, self._batches.batch_size)
+        found, todo, keep = self._batches.rounds.known_of(
+            assignments, minibatch.seed, groups, keep, lambda a: self.cache.get(a, minibatch)
         )
         self.counts["cached"] += len(found)
         if todo:
-            totals = [float(s.sum()) for s in found.values()]
-            sums, read = self._with_less_memory(lambda: self._batches.evaluate(todo, sequences, keep, totals))
+            sums, read = self._with_less_memory(lambda: self._batches.evaluate(todo, sequences, keep))
             self._count(sums, read)
             new = dict(zip(todo, sums, strict=True))
             self.cache.put({a: s for a, s in new.items() if not np.isnan(s).any()}, minibatch)

@@ -30,7 +30,8 @@ Read = Callable[[Sequence[Assignment], Sequence[int], Sequence[Group], Sums], No
 
 def groups_of(sequences: Sequence[int], size: int) -> list[Group]:
     """The sequences in passes of at most ``size``."""
-    return [(tuple(sequences[i : i + size]), slice(i, i + size)) for i in range(0, len(sequences), size)]
+    ends = [(i, min(i + size, len(sequences))) for i in range(0, len(sequences), size)]
+    return [(tuple(sequences[a:b]), slice(a, b)) for a, b in ends]
 
 
 def scored(sums: Sums, length: int) -> Score:
@@ -48,6 +49,9 @@ def scored(sums: Sums, length: int) -> Score:
 class Rounds:
     """What is known on the last seed's minibatches, and the order in which the rest is read.
 
+    What is known saves time and decides nothing: which candidates are stopped, and what is charged, follows from the
+    batch alone, whatever this process has scored before.
+
     Attributes:
         early_stopping: with ``keep``, stop candidates that are provably not among the best; exact.
         known: complete and partial sums on the last seed's minibatches, in its order of sequences.
@@ -62,18 +66,23 @@ class Rounds:
         self,
         assignments: Sequence[Assignment],
         seed: int,
-        sequences: int,
+        groups: Sequence[Group],
+        keep: int | None,
         elsewhere: Callable[[Assignment], Sums | None] = lambda _: None,
-    ) -> tuple[dict[Assignment, Sums], list[Assignment]]:
-        """Complete sums of the first sequences that are known, and the assignments that must be read; each once.
+    ) -> tuple[dict[Assignment, Sums], list[Assignment], int | None]:
+        """Complete sums that are known of a minibatch, the assignments that must be read, each once, and of these how
+        many must be complete; None: all.
 
-        What is known of another seed's minibatches is forgotten. ``elsewhere`` is asked for what is not known here.
+        Where some may be stopped, all must be read as if nothing were known. What is known of another seed's
+        minibatches is forgotten. ``elsewhere`` is asked for what is not known here.
         """
         if seed != self.seed:
             self.known, self.seed = {}, seed
         found: dict[Assignment, Sums] = {}
         todo: list[Assignment] = []
-        for assignment in dict.fromkeys(tuple(map(int, a)) for a in assignments):
+        distinct = dict.fromkeys(tuple(map(int, a)) for a in assignments)
+        sequences = sum(len(members) for members, _ in groups)
+        for assignment in distinct:
             sums = self.known.get(assignment)
             if sums is None or len(sums) < sequences or np.isnan(sums[:sequences]).any():
                 sums = elsewhere(assignment)
@@ -81,31 +90,47 @@ class Rounds:
                 todo.append(assignment)
             else:
                 found[assignment] = sums[:sequences]
-        return found, todo
+        if self.early_stopping and len(groups) > 1 and keep is not None and keep < len(distinct):
+            for assignment, sums in found.items():
+                self._note(assignment, sums)
+            return {}, [*distinct], keep
+        return found, todo, None
+
+    def _note(self, assignment: Assignment, sums: Sums) -> None:
+        """Keeps what was read, beside what is known of the same and of later sequences."""
+        known = self.known.get(assignment, sums[:0])
+        both = min(len(known), len(sums))
+        start = np.where(np.isnan(sums[:both]), known[:both], sums[:both])
+        self.known[assignment] = np.concatenate([start, known[both:], sums[both:]])
 
     def read(
-        self, todo: Sequence[Assignment], groups: Sequence[Group], keep: int | None, totals: Sequence[float], read: Read
+        self, todo: Sequence[Assignment], groups: Sequence[Group], keep: int | None, read: Read
     ) -> tuple[Sums, int]:
         """Sums (candidates x sequences) and how many sequences were read for them.
 
         Args:
-            todo: all different, none complete.
-            keep: how many, together with those of ``totals``, must be complete; None: all.
-            totals: of candidates of the same batch that are complete already.
+            todo, keep: as of :meth:`known_of`.
         """
         sums = np.full((len(todo), sum(len(sequences) for sequences, _ in groups)), np.nan)
-        for row, assignment in zip(sums, todo, strict=True):  # a nested minibatch begins with sequences that were read
-            earlier = self.known.get(assignment, row[:0])[: len(row)]
-            row[: len(earlier)] = earlier
-        unread = int(np.isnan(sums).sum())
+        known, count = [self.known.get(assignment, sums[0, :0]) for assignment in todo], 0
 
         def run(candidates: Sequence[int], numbers: Sequence[int]) -> None:
-            read(todo, candidates, [groups[n] for n in numbers], sums)
+            nonlocal count
+            wanted = [groups[n] for n in numbers]
+            unread = 0
+            for i in candidates:
+                for _, columns in wanted:  # a nested minibatch begins with sequences that were read
+                    earlier = known[i][columns]
+                    sums[i, columns.start : columns.start + len(earlier)] = earlier
+                    unread += int(np.isnan(sums[i, columns]).sum())
+            if unread:
+                read(todo, candidates, wanted, sums)
+            count += unread
 
-        stoppable = self.early_stopping and len(groups) > 1
-        if stoppable and keep is not None and keep < len(todo) + len(totals) and keep <= len(todo):
-            complete_best(run, sums, [columns for _, columns in groups], keep, totals)
-        else:
+        if keep is None or len(groups) == 1:
             run(range(len(todo)), range(len(groups)))
-        self.known.update(zip(todo, sums, strict=True))
-        return sums, unread - int(np.isnan(sums).sum())
+        else:
+            complete_best(run, sums, [columns for _, columns in groups], keep)
+        for assignment, row in zip(todo, sums, strict=True):
+            self._note(assignment, row)
+        return sums, count

@@ -192,6 +192,8 @@ class _Run:
         if probe is not None and pool and (probe.tokens or 0) > pool:  # more text than there is tells no more
             probe = replace(probe, tokens=pool)
         batch = None if probe else self.searcher.ask(allowance)
+        if isinstance(batch, Batch) and pool and (batch.tokens or 0) > pool:
+            batch = Batch(batch.trials, replace(batch.terms, tokens=pool))
         self.result.searcher_seconds += time.perf_counter() - before
         if probe is not None:
             if allowance.affords(probe.reads, probe.tokens) == probe.reads:

@@ -48,6 +48,11 @@ class Procedure(Searcher):
     def steps(self) -> Steps[None]:
         """The algorithm; returning ends the search, before anything was asked after the uniform assignment is."""
 
+    @property
+    def pending(self) -> Batch | Probe | None:
+        """What it will ask for next, where it has decided already."""
+        return self._yielded
+
     def next_probe(self, allowance: Allowance) -> Probe | None:
         """The probe that the generator has yielded, if it has."""
         self._wait(allowance)
@@ -82,7 +87,8 @@ class Procedure(Searcher):
     def learn_sensitivities(self, found: Sensitivities) -> None:
         """Hands them to the generator."""
         assert isinstance(self._yielded, Probe)
-        self.allowance = self.allowance.less(self._yielded.reads, self._yielded.tokens)
+        reads = self._yielded.reads  # of the text that there was, if less than was asked for
+        self.allowance = self.allowance.less(reads, found.tokens // reads if reads else 0)
         self._yielded = None
         self._advance(found)
 

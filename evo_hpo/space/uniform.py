@@ -24,7 +24,11 @@ def uniform(knapsack: Knapsack, sizes: Sequence[int], groups: Iterable[Sequence[
     order = _order(groups)
     if knapsack.several:
         levels = _raised(knapsack, knapsack.lowest, order)
-        return levels if knapsack.feasible(levels) else _raised(knapsack, repair(knapsack, levels), order)
+        if knapsack.feasible(levels):
+            return levels
+        repaired = repair(knapsack, levels)
+        raised = _raised(knapsack, repaired, order)
+        return raised if knapsack.feasible(raised) else repaired  # what eases a budget may miss a floor
     if len(set(knapsack.costs)) == 1:  # a level costs the same in all units, as a dropped module does
         sizes = [1] * len(sizes)
     offered = {(c, size) for size, unit in zip(sizes, knapsack.first_costs, strict=True) for c in unit}

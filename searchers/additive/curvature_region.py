@@ -14,6 +14,7 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 from searchers.additive.forecast import Forecast
 from searchers.additive.informed import InformedModel, expected
 from searchers.additive.model import Array, within_reach
+from searchers.additive.noise import Noise
 from searchers.additive.one_shot import effects_of
 from searchers.additive.solvers import solve_many
 from searchers.evopress.mutation import Uniforms, mutation, switch_counts
@@ -87,7 +88,8 @@ class CurvatureRegion(Procedure):
         self.batch, self.first_tokens = positive("batch", batch), positive("first_tokens", first_tokens)
         self.first_radius = max(4, len(space) // 10) if radius is None else positive("radius", radius)
         self.explore, self.mutate = probability("explore", explore), probability("mutate", mutate)
-        self.prior, self.slopes = boolean("prior", prior), boolean("slopes", slopes)
+        self.asks_for_sensitivities = self.prior = boolean("prior", prior)
+        self.slopes = boolean("slopes", slopes)
         self.racing, self.region = boolean("racing", racing), boolean("region", region)
         self.incumbent: Assignment = space.uniform()
         self.model = InformedModel(space)
@@ -97,7 +99,7 @@ class CurvatureRegion(Procedure):
         self._left: list[Assignment] = []  # since it was last measured: where it was, before each move on slopes alone
         self._elsewhere: Assignment | None = None  # the one look at what other units' removal does
         self._apart: dict[Assignment, list[float]] = {}  # differences from the present incumbent
-        self._squares, self._freedom, self._guesses = 0.0, 0, list[float]()
+        self._noise = Noise()
 
     def fidelities(self) -> tuple[int | None, ...]:
         return (self.tokens,)
@@ -264,7 +266,7 @@ class CurvatureRegion(Procedure):
         """
         running, cost, purse = candidates, 0, self._purse()
         for number in range(ROUNDS if self.racing else 1):
-            tokens = self._each if self._alone else min(self._each * 2**number, max(self._each, LONGEST))
+            tokens = self._each if self._alone else min(self._each * 2**number, self._longest)
             sent = [self.incumbent, *running]
             cost += tokens * len(sent)
             if number and cost > purse:
@@ -281,8 +283,8 @@ class CurvatureRegion(Procedure):
             if clear > EVIDENCE or (clear < -EVIDENCE and self._leads(running)):
                 break
             running = running[: max(1, len(running) // 2)]
-        if self._left and outcomes and not outcomes[0].usable:
-            self.incumbent = self._left[0]  # the last that was measured
+        if outcomes and not outcomes[0].usable:
+            return self._leaves(outcomes)
         self._left.clear()
         doubt = DOUBT if self.racing and self._fidelity and not self._alone else 0.0
         if not running or self._mean(running[0]) >= -doubt * self._error(running[0]):
@@ -290,6 +292,20 @@ class CurvatureRegion(Procedure):
         self.incumbent = running[0]
         self._apart.clear()
         return True
+
+    def _leaves(self, outcomes: list[Outcome]) -> bool:
+        """From an incumbent that cannot be used to the last that was measured, or else the best of the race, if any."""
+        usable = [o for o in outcomes if o.usable]
+        best = [min(usable, key=lambda o: o.loss).trial.levels] if usable else []
+        before, self.incumbent = self.incumbent, (*self._left, *best, self.incumbent)[0]
+        self._left.clear()
+        self._apart.clear()
+        return self.incumbent != before
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest minibatch, whole minibatches of the first round."""
+        return max(self._each, LONGEST // max(self._each, 1) * self._each)
 
     def _leads(self, running: list[Assignment]) -> bool:
         """Whether the first is twice as much better than the incumbent as the second."""
@@ -315,7 +331,7 @@ class CurvatureRegion(Procedure):
             self._apart.setdefault(outcome.trial.levels, []).extend(found)
             if not teaches:
                 continue
-            self._note(outcome.trial.levels, found)
+            self._noise.learn(found, self._changed(outcome.trial.levels))
             weight = outcome.tokens / self._each if self._each else 1.0
             self.model.add(outcome.trial.levels, self.incumbent, outcome.loss - reference.loss, weight)
 
@@ -326,24 +342,8 @@ class CurvatureRegion(Procedure):
         """Standard error of the mean difference; few differences borrow their variance from all that were measured."""
         own = self._apart[levels]
         squares = float(np.var(own)) * len(own) if math.isfinite(sum(own)) else 0.0
-        variance = (squares + BORROWED * self._spread * self._changed(levels)) / (len(own) - 1 + BORROWED)
+        variance = (squares + BORROWED * self._noise.variance * self._changed(levels)) / (len(own) - 1 + BORROWED)
         return math.sqrt(variance / len(own)) or 1e-12
 
     def _changed(self, levels: Assignment) -> int:
         return sum(a != b for a, b in zip(levels, self.incumbent, strict=True))
-
-    def _note(self, levels: Assignment, differences: list[float]) -> None:
-        """Learns how much a difference varies from sequence to sequence, for each unit that is changed."""
-        changed = self._changed(levels)
-        if len(differences) > 1:
-            self._squares += float(np.var(differences)) * len(differences) / changed
-            self._freedom += len(differences) - 1
-        else:  # of a single one, half is taken for noise until something better is known
-            self._guesses.append(differences[0] ** 2 / 2 / changed)
-
-    @property
-    def _spread(self) -> float:
-        """Variance of a sequence's difference, for each unit that is changed."""
-        if self._freedom:
-            return self._squares / self._freedom
-        return float(np.mean(self._guesses)) if self._guesses else 0.0

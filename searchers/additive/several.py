@@ -30,6 +30,9 @@ MOST_LABELS = 5_000
 """Partial assignments that are kept; where there are more, those of least reduced cost."""
 
 
+SMALL = 1e-3
+"""Losses below it are scaled for the relaxation, whose tolerance is absolute (1e-7)."""
+
 LARGEST_EXACT = 2**50
 """Of doubles, with room for sums."""
 
@@ -143,6 +146,8 @@ def _relaxed(
     changes: int | None,
 ) -> _Relaxed | None:
     """None: even the relaxation has no solution."""
+    if len({u for u, _ in pairs}) < len(space):
+        return None
     from scipy.optimize import linprog  # slow to import, and most processes never come here
     from scipy.sparse import coo_array
 
@@ -156,10 +161,11 @@ def _relaxed(
         costs = np.column_stack([costs, [float(start[u] != k) for u, k in pairs]])
         low, high = np.append(low, 0.0), np.append(high, changes)
     scale = np.maximum(np.abs(costs).max(0), 1.0)
+    unit = largest if 0 < (largest := float(np.abs(losses).max())) < SMALL else 1.0
     rows, floored = costs.T / scale[:, None], low > 0
     one_level = coo_array((np.ones(len(pairs)), (units, np.arange(len(pairs)))), shape=(len(space), len(pairs)))
     found: Any = linprog(  # type: ignore[call-overload]
-        losses,
+        losses / unit,
         A_ub=np.vstack([rows, -rows[floored]]),
         b_ub=np.append(high / scale, -(low / scale)[floored]),
         A_eq=one_level.tocsr(),
@@ -168,8 +174,9 @@ def _relaxed(
     )
     if found.x is None:
         return None
-    prices = -found.ineqlin.marginals[: len(rows)]
-    prices[floored] += found.ineqlin.marginals[len(rows) :]
+    marginals = unit * found.ineqlin.marginals
+    prices = -marginals[: len(rows)]
+    prices[floored] += marginals[len(rows) :]
     reduced = losses + prices @ rows
     best = np.full(len(space), np.inf)
     np.minimum.at(best, units, reduced)

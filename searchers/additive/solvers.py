@@ -160,6 +160,8 @@ def solve_by_integer_programming(
     from scipy.sparse import coo_array
 
     pairs = allowed(space, effects)
+    if len({u for u, _ in pairs}) < len(space):
+        return None
     units = np.array([u for u, _ in pairs])
     counter = space.knapsack.counter
     options = zip(*(counter.options[u][k - space.lowest[u]] for u, k in pairs), strict=True)

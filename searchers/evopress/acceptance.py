@@ -43,7 +43,7 @@ class PairedAcceptance:
         found = Differences.between(best.by_sequence, own[0].by_sequence)
         race, read = Race(self.doubt), 1
         most = found.count * self.minibatches
-        while read & (read - 1) or not race.won(found):
+        while (read & (read - 1) and read < self.minibatches) or not race.won(found):
             if race.hopeless(found, most) or owner.allowance.affords(2, best.terms.tokens) < 2:
                 return [own]
             more = yield self._again(owner, own[0], best)

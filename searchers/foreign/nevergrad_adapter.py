@@ -26,6 +26,7 @@ from searchers.foreign.encoding import ENCODINGS, Decoded
 from searchers.foreign.foreign import ForeignSearcher
 from searchers.foreign.nevergrad_limits import why_not
 
+_GLOBAL = threading.RLock()  # whoever has numpy's global generator
 SIGMA = 0.5
 TWO_LEVEL_SIGMA = 2.0  # of CMA: with less, what it draws between 0 and 1 is hardly ever anything but the start
 
@@ -92,6 +93,7 @@ class NevergradSearcher(ForeignSearcher):
         self.optimizer: Any = None
         self._numpy_state = np.random.RandomState(self._library_seed ^ 0x5EED).get_state()
         self._worst = 1.0
+        self._given = 0  # of the starts
         self._running: list[tuple[Any, Decoded]] = []
         self._waiting: list[tuple[Any, Decoded]] = []
 
@@ -138,6 +140,11 @@ class NevergradSearcher(ForeignSearcher):
     @contextmanager
     def _lent(self, doing: str) -> Iterator[None]:
         """Lends the optimizer numpy's global generator in this searcher's own state, and names it in its errors."""
+        with _GLOBAL, self._swapped(doing):
+            yield
+
+    @contextmanager
+    def _swapped(self, doing: str) -> Iterator[None]:
         ours = np.random.get_state()  # noqa: NPY002
         np.random.set_state(self._numpy_state)  # noqa: NPY002
         try:
@@ -168,8 +175,9 @@ class NevergradSearcher(ForeignSearcher):
                 self.optimizer = self._make()
             self._running = []
             if self.start == "uniform":
-                left = range(self._asked, min(self._asked + count, len(self._starts)))
+                left = range(self._given, min(self._given + count, len(self._starts)))
                 self._running = [self._first() if number == 0 else (None, self._start(number)) for number in left]
+                self._given += len(left)
             while len(self._running) < count:
                 self._running.append(self._waiting.pop() if self._waiting else self._candidate())
         return [decoded for _, decoded in self._running]

@@ -46,11 +46,12 @@ class CurvatureFront(Interleaved):
     ) -> None:
         super().__init__(space, seed=seed, budgets=budgets)
         self._settings = settings
+        self.asks_for_sensitivities = bool(settings.get("prior", True))
         self._all = one_of("share", share, "pass", "all") == "all"
         self._common = Forecast(space), InformedModel(space)
         self.regions: list[CurvatureRegion] = []
         self._first: CurvatureRegion | None = None  # of the searches, until the pass for all is paid
-        assert self.inner
+        _ = self.inner  # made now: it is their settings that say whether there is a first pass
 
     def make(self, space: CompressionSpace) -> Searcher:
         region = CurvatureRegion(space, seed=int(self.rng.integers(2**31)), **self._settings)

@@ -29,6 +29,7 @@ class Interleaved(Searcher):
         super().__init__(space, seed=seed)
         self.budgets = positive("budgets", budgets, least=2, most=1000)
         self._turn = 0
+        self._probe = Probe()  # the last one
         self._waiting: Batch | None = None  # what the inner search whose turn it is has asked for
         self._scored: dict[Assignment, bool] = {}
 
@@ -68,10 +69,12 @@ class Interleaved(Searcher):
         """Lets inner searches ask until one has a probe or a batch that its share pays for."""
         inner = self.inner
         while self._waiting is None and self._running:
-            self._turn = min(self._running, key=self._spent.__getitem__)
+            if not self._stays:
+                self._turn = min(self._running, key=self._spent.__getitem__)
             searcher, own = inner[self._turn], self._share(allowance)
             probe = searcher.next_probe(own)
             if probe is not None and own.affords(probe.reads, probe.tokens) == probe.reads:
+                self._probe = probe
                 return probe
             batch = None if probe is not None else searcher.ask(own)
             count = 0 if batch is None else own.affords(len(batch), batch.tokens)
@@ -84,6 +87,12 @@ class Interleaved(Searcher):
             else:
                 self._waiting = batch.first(count)
         return None
+
+    @property
+    def _stays(self) -> bool:
+        """Whether the search whose turn it was reads on what it has just read."""
+        pending = getattr(self.inner[self._turn], "pending", None)
+        return self._turn in self._running and isinstance(pending, Probe) and pending.draw == "same"
 
     def _share(self, allowance: Allowance) -> Allowance:
         """What the search whose turn it is may spend: an equal part of all that those running have, less its own."""
@@ -100,7 +109,7 @@ class Interleaved(Searcher):
 
     def learn_sensitivities(self, found: Sensitivities) -> None:
         """Handed to the search that asked."""
-        self._spent[self._turn] += found.tokens if self._in_tokens else Probe().reads
+        self._spent[self._turn] += found.tokens if self._in_tokens else self._probe.reads
         self.inner[self._turn].learn_sensitivities(found)
 
     def ask(self, allowance: Allowance) -> Batch | None:

@@ -14,6 +14,7 @@ from evo_hpo.run.events import ScorersUp, SearchFailed
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.search_process import begin_process, run_tasks
 from evo_hpo.run.spread_problem import SpreadProblem
+from evo_hpo.search.loop import one_blas_thread
 from evo_hpo.search.registry import claims_of
 
 
@@ -42,10 +43,11 @@ def run_on_cluster(plan: Plan, folder: Path, resume: bool, address: str, tasks: 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
     for _ in threads:
         tasks.put(None)
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with one_blas_thread():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     scorers.close()
     disconnect()
     events.put(None)

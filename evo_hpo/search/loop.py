@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -137,8 +138,7 @@ def search(
     searcher.check_sensitivities(problem.name, problem.has_sensitivities)
     start = time.perf_counter()
     run = _Run(searcher, problem, budget, seed, journal, tuple(observers), sorted(checkpoints))
-    # numpy rounds otherwise with other threads, and searchers then ask otherwise
-    with _libraries(len(sys.modules)).limit(limits=1, user_api="blas"):
+    with one_blas_thread():
         while not run.ledger.exhausted and (request := run.ask()) is not None:
             if isinstance(request, Probe):
                 run.measure(request)
@@ -151,6 +151,16 @@ def search(
     if journal:
         journal.finish(result)
     return result
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """numpy rounds otherwise with other threads, and searchers then ask otherwise.
+
+    In a process whose searches run in threads the thread that starts them holds it too, or the first that ends would
+    take it from the others: libraries listen to one thread alone, the first to hold it.
+    """
+    found: AbstractContextManager[Any] = _libraries(len(sys.modules)).limit(limits=1, user_api="blas")
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -156,8 +156,7 @@ def search(
 def one_blas_thread() -> AbstractContextManager[Any]:
     """numpy rounds otherwise with other threads, and searchers then ask otherwise.
 
-    In a process whose searches run in threads the thread that starts them holds it too, or the first that ends would
-    take it from the others: libraries listen to one thread alone, the first to hold it.
+    Where searches run in threads, the one that starts them holds it too: libraries listen to the first holder alone.
     """
     found: AbstractContextManager[Any] = _libraries(len(sys.modules)).limit(limits=1, user_api="blas")
     return found

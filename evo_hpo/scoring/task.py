@@ -84,8 +84,7 @@ class LanguageModelTask:
         fitness: ``kl``, ``perplexity`` or ``topk_kl``.
         early_stopping: exact; False: every trial reads all its tokens.
         seed: order of the texts.
-        cache: SQLite file of losses that were paid for before; found ones are charged like all, and cost no time. Needs
-            ``early_stopping = false``, or what is in the file would decide which trials are stopped.
+        cache: SQLite file of losses that were paid for before; found ones are charged like all, and cost no time.
         device: ``cpu``, ``cuda``, or ``auto``: a GPU where there is one; levels are built on all of them.
         devices: of one machine, that a model's blocks are spread over instead, as ["cuda:0", "cuda:1"].
         dtype: float32, bfloat16, float16, ``mixed`` (products of matrices in bfloat16, all else in float32: in the time
@@ -159,8 +158,6 @@ class LanguageModelTask:
             raise InvalidSettingError(f"fitness={self.fitness!r} must be one of: {', '.join(FITNESS)}")
         if self.placement.streamed and (self.method == "drop" or self.compile):
             raise InvalidSettingError("memory='streamed' brings levels of weights: no drop, and compile = false")
-        if self.cache and self.early_stopping:
-            raise InvalidSettingError(f"cache={self.cache!r} needs early_stopping = false, so that it changes no trial")
         sizes = [Amount.of(size).bytes for size in each(self.size, "size")] if self.size else []
         if self.limits and self.method == "drop":
             raise InvalidSettingError("latency and parts count layers: they need a method with levels, not 'drop'")

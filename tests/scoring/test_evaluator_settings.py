@@ -21,7 +21,7 @@ from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.replica import Replica
 from evo_hpo.scoring.tuning import fastest_dtype
 from evo_hpo.search.problem import Minibatch
-from tests.scoring.evaluators import LARGE, LENGTH, Parts, losses_of, make_evaluator
+from tests.scoring.evaluators import LARGE, LENGTH, SMALL, Parts, losses_of, make_evaluator
 from tests.tiny import (
     VOCABULARY,
     RoundedLevels,
@@ -45,6 +45,21 @@ def test_nothing_is_paid_for_twice(llama: Parts, tmp_path: Path) -> None:
     assert exported[candidates[0], LARGE].mean() / (LENGTH - 1) == pytest.approx(losses[0], rel=1e-12)
     other = make_evaluator(llama, cache=tmp_path / "scores.db", fitness="perplexity")
     assert losses_of(other, candidates) != losses
+
+
+def test_what_was_scored_before_decides_not_who_is_stopped(llama: Parts, tmp_path: Path) -> None:
+    units = len(llama[1].units)
+    candidates = [tuple([k] * i + [2] * (units - i)) for k in (0, 1) for i in (1, 5, 9, 14)]
+    fresh = make_evaluator(llama).score(candidates, LARGE, keep=2)
+    assert any(score.stopped for score in fresh)
+    for known in (candidates[:4], candidates[4:], candidates):
+        used = make_evaluator(llama, cache=tmp_path / f"{len(known)}.db")
+        losses_of(used, known)
+        losses_of(used, candidates[2:6], SMALL)
+        assert used.score(candidates, LARGE, keep=2) == fresh
+    read = used.counts["tokens"]
+    assert used.score(candidates, LARGE, keep=2) == fresh
+    assert used.counts["tokens"] == read
 
 
 def test_measured_settings_are_kept_so_that_bits_stay(llama: Parts, tmp_path: Path) -> None:

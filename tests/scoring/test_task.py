@@ -177,7 +177,6 @@ def test_a_range_of_bits_or_sizes_gives_a_front_of_which_a_point_is_exported(
         ({"levels": ["", 3, 4]}, "must be numbers"),
         ({"method": "ggml"}, "must be ggml types"),
         ({"dtype": "int4"}, "float32"),
-        ({"cache": "losses.sqlite"}, "early_stopping = false"),
         ({"method": "gguf"}, "gguf"),
         ({"method": "wanda", "levels": [], "build": {}}, "average=3.0 of wanda must be a sparsity, from 0 to 1"),
         ({"seed": -1}, "seed=-1 must be at least 0"),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from evo_hpo.scoring.compile_lock import GUARD_LOCK
 from evo_hpo.scoring.devices import has_matrix_units
 
 QUERIES = 32
@@ -78,7 +79,13 @@ def compile_with_attention(graph: fx.GraphModule, inputs: Sequence[Any]) -> Call
             node.target = causal_attention
             node.kwargs = {"scale": node.kwargs.get("scale")}
     graph.recompile()
-    return cast(Callable[..., Any], lookup_backend("inductor")(graph, list(inputs)))
+    compiled = cast(Callable[..., Any], lookup_backend("inductor")(graph, list(inputs)))
+
+    def run(*args: Any) -> Any:
+        GUARD_LOCK.over()
+        return compiled(*args)
+
+    return run
 
 
 def _example(argument: object) -> Tensor | None:

@@ -86,5 +86,34 @@ class CompileLock:
             self._changed.notify_all()
 
 
+class GuardLock:
+    """One thread at a time sees which of its compiled versions a call can take.
+
+    In PyTorch 2.13 what looks for aliases among inputs remembers them in itself: two threads that look at once may find
+    that no version fits, and one compiles again ("runtime guards failed even though they passed"), beside the other.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._own = threading.Lock(), threading.local()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Until :meth:`over`, or to the end where that is not called."""
+        self._lock.acquire()
+        self._own.looks = True
+        try:
+            yield
+        finally:
+            self.over()
+
+    def over(self) -> None:
+        """This thread has found a version, and runs it."""
+        if getattr(self._own, "looks", False):
+            self._own.looks = False
+            self._lock.release()
+
+
+GUARD_LOCK = GuardLock()
+
 COMPILE_LOCK = CompileLock()
 """Of this process, as the flag is."""

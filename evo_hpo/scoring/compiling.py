@@ -14,7 +14,7 @@ from torch import Tensor
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import LinearExperts
 from evo_hpo.scoring.attention import compile_with_attention
-from evo_hpo.scoring.compile_lock import COMPILE_LOCK
+from evo_hpo.scoring.compile_lock import COMPILE_LOCK, GUARD_LOCK
 from evo_hpo.scoring.dense import DenseSide
 from evo_hpo.scoring.divergence import divergences
 from evo_hpo.scoring.kernels import Kernels
@@ -88,7 +88,8 @@ def _compiler(code: Callable[..., Any]) -> Callable[..., Any]:
             torch._dynamo.config.recompile_limit = SHAPES
         COMPILE_LOCK.let_pass()
         if (inputs := _layout((args, kwargs))) in known:
-            return compiled(*args, **kwargs)
+            with GUARD_LOCK.looking():
+                return compiled(*args, **kwargs)
         with COMPILE_LOCK.alone():
             result = compiled(*args, **kwargs)
         known.add(inputs)

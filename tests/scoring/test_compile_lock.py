@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from evo_hpo.scoring.compile_lock import CompileLock
+from evo_hpo.scoring.compile_lock import CompileLock, GuardLock
 
 WAIT = 30.0
 """Seconds after which a thread is taken for stuck."""
@@ -118,3 +118,40 @@ def test_an_interruption_while_it_waits_to_go_on_locks_nothing(monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         work()
     assert (lock._working, lock._waiting, lock._alone) == (0, 0, False)
+
+
+def test_one_thread_looks_at_a_time_until_it_has_found_something_to_run() -> None:
+    lock, order = GuardLock(), list[str]()
+    found, run = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with lock.looking():
+            assert not found.wait(0.05)
+            order.append("first has found")
+            lock.over()
+            assert run.wait(WAIT)  # while the other looks
+
+    def second() -> None:
+        with lock.looking():
+            found.set()
+            order.append("second looks")
+        run.set()
+
+    threads = [started(first)]
+    while not lock._lock.locked():
+        pass
+    threads.append(started(second))
+    for thread in threads:
+        thread.join(WAIT)
+        assert not thread.is_alive()
+    assert order == ["first has found", "second looks"]
+
+
+def test_who_fails_as_it_looks_leaves_the_turn_to_others() -> None:
+    lock = GuardLock()
+    with pytest.raises(ValueError, match="no"), lock.looking():
+        raise ValueError("no")
+    lock.over()  # of who does not look
+    with lock.looking():
+        pass
+    assert not lock._lock.locked()

@@ -137,10 +137,12 @@ class MultiStep(Procedure):
         trials, tokens = self.selection.price(count, parents, allowance.default_tokens)
         first = self.selection.stages[0].tokens or allowance.default_tokens
         share = count * first / tokens if tokens else 1.0
-        return Allowance(
-            None if allowance.tokens is None else max(int(allowance.tokens * share), min(first, allowance.tokens)),
-            None if allowance.evaluations is None else max(allowance.evaluations * count // trials, 1),
-            first,
+        left = allowance.tokens
+        return replace(
+            allowance,
+            tokens=None if left is None else max(int(left * share), min(first, left)),
+            evaluations=None if allowance.evaluations is None else max(allowance.evaluations * count // trials, 1),
+            default_tokens=first,
         )
 
     def _screen(self, batch: Batch) -> Steps[None]:

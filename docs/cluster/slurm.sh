@@ -23,7 +23,7 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
         ray start --address="$HEAD:$PORT" --block &
 fi
 
-# goes on where an earlier job of the same plan ended
+# goes on where an earlier job of the same plan ended; give a plan that you changed another name
 NAME=$(python -c 'import sys, tomllib; print(tomllib.load(open(sys.argv[1], "rb"))["name"])' "$PLAN")
 RESUME=
 if [ -d "mlruns/comparisons/$NAME" ]; then RESUME=--resume; fi

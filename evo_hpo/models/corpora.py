@@ -265,7 +265,7 @@ def _divided(documents: Iterable[str], split: Split) -> Iterator[str]:
 def _hub(spec: str, split: Split) -> Iterator[str]:
     if spec.removeprefix(WHOLE).startswith(("/", "./", "../", "~")) or spec.endswith(_SUFFIXES):
         raise TextError(f"no text {spec!r}: there is no such file or folder")
-    near = difflib.get_close_matches(spec, [*CARRIED, *_HUB, "self"], n=1)
+    near = difflib.get_close_matches(spec, [*CARRIED, *_HUB, "self"], n=1, cutoff=0.7)
     if near and spec not in _HUB and not {"/", ":"} & {*spec}:  # a slip: the hub would be waited for in vain
         raise _no_text(spec, f"did you mean {near[0]!r}? ", "")
     name, configuration, column, calibration, held_out = _hub_entry(spec)

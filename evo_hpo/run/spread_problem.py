@@ -62,14 +62,16 @@ class SpreadProblem(Problem):
 
     def _read(self, todo: Sequence[Assignment], candidates: Sequence[int], groups: Sequence[Group], sums: Sums) -> None:
         """Candidates whose sums on a group are not known, spread over the scorers; neighbours share their blocks."""
-        order = sorted(candidates, key=todo.__getitem__)
-        wanted = [g for g in groups if any(np.isnan(sums[i, g[1]]).any() for i in order)]
-        parts = _parts(order, len(self._scorers))
-        if len(parts) >= len(self._scorers) or len(wanted) < 2:
-            questions = [(part, wanted) for part in parts]
-        else:  # fewer candidates than scorers: their sequences are spread too
-            slices = max(1, len(self._scorers) // max(1, len(parts)))
-            questions = [(part, some) for part in parts for some in _parts(wanted, slices)]
+        lacking: dict[tuple[int, ...], list[int]] = {}
+        for i in sorted(candidates, key=todo.__getitem__):
+            unread = tuple(n for n, (_, columns) in enumerate(groups) if np.isnan(sums[i, columns]).any())
+            lacking.setdefault(unread, []).append(i)
+        questions: list[tuple[list[int], list[Group]]] = []
+        for numbers, alike in lacking.items():
+            wanted, parts = [groups[n] for n in numbers], _parts(alike, len(self._scorers))
+            # fewer candidates than scorers: their sequences are spread too
+            slices = max(1, len(self._scorers) // len(parts)) if len(wanted) > 1 else 1
+            questions += [(part, some) for part in parts for some in _parts(wanted, slices)]
         calls: list[Call] = [("read", ([todo[i] for i in part], [g[0] for g in some]), {}) for part, some in questions]
         for (part, some), told in zip(questions, self._each(calls), strict=True):
             sums[np.ix_(part, np.r_[tuple(columns for _, columns in some)])] = told

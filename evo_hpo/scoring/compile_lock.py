@@ -99,6 +99,9 @@ class GuardLock:
     @contextmanager
     def looking(self) -> Iterator[None]:
         """Until :meth:`over`, or to the end where that is not called."""
+        if getattr(self._own, "looks", False):  # one inside another: it is this thread's turn
+            yield
+            return
         self._lock.acquire()
         self._own.looks = True
         try:

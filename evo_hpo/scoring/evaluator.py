@@ -222,10 +222,10 @@ class Evaluator:
         self.counts["cached"] += len(found)
         if todo:
             sums, read = self._with_less_memory(lambda: self._batches.evaluate(todo, sequences, keep))
-            self._count(sums, read)
-            new = dict(zip(todo, sums, strict=True))
+            new = {a: s for a, s in zip(todo, sums, strict=True) if a not in found}
+            self._count([*new.values()], read)
             self.cache.put({a: s for a, s in new.items() if not np.isnan(s).any()}, minibatch)
-            found.update(new)
+            found.update(zip(todo, sums, strict=True))
         self.seconds += time.perf_counter() - start
         return [scored(found[tuple(map(int, a))], self.length) for a in assignments]
 
@@ -242,11 +242,11 @@ class Evaluator:
         count = len(self.tokens) if sequences is None else sequences
         self._with_less_memory(lambda: self._batches.make_dense(range(count)))
 
-    def _count(self, sums: Sums, read: int) -> None:
+    def _count(self, sums: Sequence[Sums], read: int) -> None:
         self.counts["candidates"] += len(sums)
         self.counts["tokens"] += read * self.length
-        self.counts["stopped"] += int(np.isnan(sums).any(axis=1).sum())
-        self.counts["non_finite"] += int(np.isinf(sums).any(axis=1).sum())
+        self.counts["stopped"] += sum(bool(np.isnan(each).any()) for each in sums)
+        self.counts["non_finite"] += sum(bool(np.isinf(each).any()) for each in sums)
 
     def _with_less_memory(self, work: Callable[[], T]) -> T:
         """Runs the work; each time memory runs out, halves the batch, and keeps fewer states when it is at 1."""

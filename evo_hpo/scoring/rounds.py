@@ -70,11 +70,11 @@ class Rounds:
         keep: int | None,
         elsewhere: Callable[[Assignment], Sums | None] = lambda _: None,
     ) -> tuple[dict[Assignment, Sums], list[Assignment], int | None]:
-        """Complete sums that are known of a minibatch, the assignments that must be read, each once, and of these how
+        """Complete sums that are known of a minibatch, the assignments for :meth:`read`, each once, and of these how
         many must be complete; None: all.
 
-        Where some may be stopped, all must be read as if nothing were known. What is known of another seed's
-        minibatches is forgotten. ``elsewhere`` is asked for what is not known here.
+        Where some may be stopped, these are all assignments, also those whose sums are known: they may be stopped too.
+        What is known of another seed's minibatches is forgotten. ``elsewhere`` is asked for what is not known here.
         """
         if seed != self.seed:
             self.known, self.seed = {}, seed
@@ -86,14 +86,14 @@ class Rounds:
             sums = self.known.get(assignment)
             if sums is None or len(sums) < sequences or np.isnan(sums[:sequences]).any():
                 sums = elsewhere(assignment)
+                if sums is not None:
+                    self._note(assignment, sums)
             if sums is None:
                 todo.append(assignment)
             else:
                 found[assignment] = sums[:sequences]
         if self.early_stopping and len(groups) > 1 and keep is not None and keep < len(distinct):
-            for assignment, sums in found.items():
-                self._note(assignment, sums)
-            return {}, [*distinct], keep
+            return found, [*distinct], keep
         return found, todo, None
 
     def _note(self, assignment: Assignment, sums: Sums) -> None:
@@ -117,15 +117,15 @@ class Rounds:
         def run(candidates: Sequence[int], numbers: Sequence[int]) -> None:
             nonlocal count
             wanted = [groups[n] for n in numbers]
-            unread = 0
+            unread = dict.fromkeys(candidates, 0)
             for i in candidates:
                 for _, columns in wanted:  # a nested minibatch begins with sequences that were read
                     earlier = known[i][columns]
                     sums[i, columns.start : columns.start + len(earlier)] = earlier
-                    unread += int(np.isnan(sums[i, columns]).sum())
-            if unread:
-                read(todo, candidates, wanted, sums)
-            count += unread
+                    unread[i] += int(np.isnan(sums[i, columns]).sum())
+            if lacking := [i for i, number in unread.items() if number]:
+                read(todo, lacking, wanted, sums)
+            count += sum(unread.values())
 
         if keep is None or len(groups) == 1:
             run(range(len(todo)), range(len(groups)))

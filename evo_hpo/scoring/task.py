@@ -46,7 +46,7 @@ class LanguageModelTask:
     Attributes:
         model: hub id, folder, .gguf file, or ``pypi:<package>``.
         method: how the levels are made: gptq, ggml, sparsegpt, rtn, magnitude, wanda, drop.
-        levels: bits, ggml types, sparsities, or nothing for drop; default: the method's own.
+        levels: bits, ggml types, sparsities, or nothing for drop; in a plan by default the method's own.
         average: budget: bits a weight, share of weights removed (sparsity), or number of modules dropped (drop); or a
             range, { from = 2.2, to = 5.0 }, for a front. Default: 3.0, or none where size,
             latency or parts are given.

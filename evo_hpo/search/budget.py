@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evo_hpo.errors import BudgetError
 
@@ -57,11 +57,13 @@ class Allowance:
         tokens: calibration tokens left; None: tokens are not what is limited.
         evaluations: trials left; None: trials are not what is limited.
         default_tokens: what a trial costs that names no tokens of its own; 0: the problem has no fidelity.
+        pool_tokens: of all the text that minibatches are drawn from; 0: not known.
     """
 
     tokens: int | None = None
     evaluations: int | None = None
     default_tokens: int = 0
+    pool_tokens: int = 0
 
     def affords(self, trials: int, tokens: int | None = None) -> int:
         """How many of ``trials`` trials of ``tokens`` tokens each can be paid."""
@@ -75,19 +77,19 @@ class Allowance:
     def less(self, trials: int, tokens: int | None = None) -> Allowance:
         """What is left after ``trials`` trials of ``tokens`` tokens each."""
         each = self.default_tokens if tokens is None else tokens
-        return Allowance(
-            None if self.tokens is None else self.tokens - trials * each,
-            None if self.evaluations is None else self.evaluations - trials,
-            self.default_tokens,
+        return replace(
+            self,
+            tokens=None if self.tokens is None else self.tokens - trials * each,
+            evaluations=None if self.evaluations is None else self.evaluations - trials,
         )
 
 
 class Ledger:
     """Running account of one search."""
 
-    def __init__(self, budget: Budget, default_tokens: int = 0) -> None:
+    def __init__(self, budget: Budget, default_tokens: int = 0, pool_tokens: int = 0) -> None:
         self.budget = budget
-        self.default_tokens = default_tokens
+        self.default_tokens, self.pool_tokens = default_tokens, pool_tokens
         self.tokens = 0
         self.evaluations = 0
         self.seconds = 0.0
@@ -110,6 +112,7 @@ class Ledger:
             None if self.budget.tokens is None else self.budget.tokens - self.tokens,
             None if self.budget.evaluations is None else self.budget.evaluations - self.evaluations,
             self.default_tokens,
+            self.pool_tokens,
         )
 
     def charge(self, tokens: Sequence[int], seconds: float) -> None:

@@ -183,7 +183,7 @@ class _Run:
     ) -> None:
         self.searcher = searcher
         self.problem = problem
-        self.ledger = Ledger(budget, problem.tokens)
+        self.ledger = Ledger(budget, problem.tokens, problem.pool_tokens)
         self.journal = journal
         self.observers = observers
         self.due = due  # fractions of the checkpoints that are not taken yet
@@ -201,8 +201,6 @@ class _Run:
         if probe is not None and pool and (probe.tokens or 0) > pool:  # more text than there is tells no more
             probe = replace(probe, tokens=pool)
         batch = None if probe else self.searcher.ask(allowance)
-        if isinstance(batch, Batch) and pool and (batch.tokens or 0) > pool:
-            batch = Batch(batch.trials, replace(batch.terms, tokens=pool))
         self.result.searcher_seconds += time.perf_counter() - before
         if probe is not None:
             if allowance.affords(probe.reads, probe.tokens) == probe.reads:

@@ -89,8 +89,7 @@ class CurvatureRegion(Procedure):
         self.first_radius = max(4, len(space) // 10) if radius is None else positive("radius", radius)
         self.explore, self.mutate = probability("explore", explore), probability("mutate", mutate)
         self.asks_for_sensitivities = self.prior = boolean("prior", prior)
-        self.slopes = boolean("slopes", slopes)
-        self.racing, self.region = boolean("racing", racing), boolean("region", region)
+        self.slopes, self.racing, self.region = map(boolean, ("slopes", "racing", "region"), (slopes, racing, region))
         self.incumbent: Assignment = space.uniform()
         self.model = InformedModel(space)
         self.forecast = Forecast(space)
@@ -264,13 +263,14 @@ class CurvatureRegion(Procedure):
 
         Without ``teaches`` neither the model nor what is known of the noise learns from it.
         """
-        running, cost, purse = candidates, 0, self._purse()
+        running, cost, read, purse = candidates, 0, 0, self._purse()
         for number in range(ROUNDS if self.racing else 1):
             tokens = self._each if self._alone else min(self._each * 2**number, self._longest)
             sent = [self.incumbent, *running]
             cost += tokens * len(sent)
-            if number and cost > purse:
+            if number and (cost > purse or 0 < self.allowance.pool_tokens == read):  # or all text is read
                 break
+            read = tokens
             outcomes: list[Outcome] = yield self.propose(
                 sent, tokens=tokens or None, draw="fresh", stage=number, by_sequence=True
             )
@@ -295,17 +295,18 @@ class CurvatureRegion(Procedure):
 
     def _leaves(self, outcomes: list[Outcome]) -> bool:
         """From an incumbent that cannot be used to the last that was measured, or else the best of the race, if any."""
-        usable = [o for o in outcomes if o.usable]
-        best = [min(usable, key=lambda o: o.loss).trial.levels] if usable else []
+        best = [o.trial.levels for o in sorted(outcomes, key=lambda o: o.loss) if o.usable]
         before, self.incumbent = self.incumbent, (*self._left, *best, self.incumbent)[0]
         self._left.clear()
-        self._apart.clear()
-        return self.incumbent != before
+        if moved := self.incumbent != before:
+            self._apart.clear()
+        return moved
 
     @property
     def _longest(self) -> int:
         """Tokens of the longest minibatch, whole minibatches of the first round."""
-        return max(self._each, LONGEST // max(self._each, 1) * self._each)
+        longest = min(LONGEST, self.allowance.pool_tokens or LONGEST)
+        return max(self._each, longest // max(self._each, 1) * self._each)
 
     def _leads(self, running: list[Assignment]) -> bool:
         """Whether the first is twice as much better than the incumbent as the second."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 LARGEST = 1e150
-"""A difference whose square is still a number."""
+"""Larger differences count as this: sums of their squares are still numbers."""
 
 
 class Noise:
@@ -18,11 +18,12 @@ class Noise:
 
     def learn(self, differences: Sequence[float], changed: int) -> None:
         """Differences of one assignment's losses, a sequence each, with so many changed units."""
+        clipped = np.clip(differences, -LARGEST, LARGEST)
         if len(differences) > 1:
-            self._squares += float(np.var(differences)) * len(differences) / changed
+            self._squares += float(np.var(clipped)) * len(differences) / changed
             self._freedom += len(differences) - 1
         else:  # of a single one, half is taken for noise until something better is known
-            self._guesses.append(max(-LARGEST, min(differences[0], LARGEST)) ** 2 / 2 / changed)
+            self._guesses.append(float(clipped[0]) ** 2 / 2 / changed)
 
     @property
     def variance(self) -> float:

@@ -118,7 +118,7 @@ def _without(allowance: Allowance, spared: Allowance, most: int) -> Allowance:
     evaluations = None if allowance.evaluations is None else allowance.evaluations - (spared.evaluations or 0)
     if tokens is None and evaluations is None:
         evaluations = most
-    return Allowance(tokens, evaluations, allowance.default_tokens)
+    return replace(allowance, tokens=tokens, evaluations=evaluations)
 
 
 def initialisation(space: CompressionSpace, settings: Settings, seed: int) -> Start:

@@ -105,7 +105,7 @@ class Interleaved(Searcher):
 
         tokens, evaluations = share(allowance.tokens), share(allowance.evaluations)
         self._in_tokens = tokens is not None
-        return Allowance(tokens, evaluations, allowance.default_tokens)
+        return replace(allowance, tokens=tokens, evaluations=evaluations)
 
     def learn_sensitivities(self, found: Sensitivities) -> None:
         """Handed to the search that asked."""

@@ -122,11 +122,12 @@ def test_an_interruption_while_it_waits_to_go_on_locks_nothing(monkeypatch: pyte
 
 def test_one_thread_looks_at_a_time_until_it_has_found_something_to_run() -> None:
     lock, order = GuardLock(), list[str]()
-    found, run = threading.Event(), threading.Event()
+    looks, found, run = threading.Event(), threading.Event(), threading.Event()
 
     def first() -> None:
-        with lock.looking():
-            assert not found.wait(0.05)
+        with lock.looking(), lock.looking():  # one inside another is the same look
+            looks.set()
+            order.append("second waits" if not found.wait(0.05) else "second did not wait")
             order.append("first has found")
             lock.over()
             assert run.wait(WAIT)  # while the other looks
@@ -138,13 +139,12 @@ def test_one_thread_looks_at_a_time_until_it_has_found_something_to_run() -> Non
         run.set()
 
     threads = [started(first)]
-    while not lock._lock.locked():
-        pass
+    assert looks.wait(WAIT)
     threads.append(started(second))
     for thread in threads:
         thread.join(WAIT)
         assert not thread.is_alive()
-    assert order == ["first has found", "second looks"]
+    assert order == ["second waits", "first has found", "second looks"]
 
 
 def test_who_fails_as_it_looks_leaves_the_turn_to_others() -> None:

@@ -52,11 +52,14 @@ def test_what_was_scored_before_decides_not_who_is_stopped(llama: Parts, tmp_pat
     candidates = [tuple([k] * i + [2] * (units - i)) for k in (0, 1) for i in (1, 5, 9, 14)]
     fresh = make_evaluator(llama).score(candidates, LARGE, keep=2)
     assert any(score.stopped for score in fresh)
-    for known in (candidates[:4], candidates[4:], candidates):
-        used = make_evaluator(llama, cache=tmp_path / f"{len(known)}.db")
+    for number, known in enumerate((candidates[:4], candidates[4:], candidates)):
+        used = make_evaluator(llama, cache=tmp_path / f"{number}.db")
         losses_of(used, known)
         losses_of(used, candidates[2:6], SMALL)
+        before = dict(used.counts)
         assert used.score(candidates, LARGE, keep=2) == fresh
+        assert used.counts["cached"] - before["cached"] == len(known)
+        assert used.counts["candidates"] - before["candidates"] == len(candidates) - len(known)
     read = used.counts["tokens"]
     assert used.score(candidates, LARGE, keep=2) == fresh
     assert used.counts["tokens"] == read

@@ -36,7 +36,9 @@ class Reader:
 
     @staticmethod
     def _read(todo: Sequence[Assignment], candidates: Sequence[int], groups: Sequence[Group], sums: Sums) -> None:
+        assert candidates
         for i in candidates:
+            assert any(np.isnan(sums[i, columns]).any() for _, columns in groups)  # nobody is read for nothing
             for members, columns in groups:
                 sums[i, columns] = TRUTH[todo[i][0], list(members)]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from evo_hpo.errors import EvoHpoError, InvalidSettingError
-from evo_hpo.scoring.sampling import check_tokens
+from evo_hpo.scoring.sampling import check_tokens, sequences_of
 from evo_hpo.search.budget import Allowance, Budget
 from evo_hpo.search.conformance import SPACES, TokenProblem, loss
 from evo_hpo.search.loop import search
@@ -69,8 +69,8 @@ class Text(TokenProblem):
 
     def score(self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None) -> list[Score]:
         self.check(minibatch.tokens)
-        numbers = range(minibatch.tokens // self._length)
-        noise = [np.random.default_rng([minibatch.seed, n]).normal(size=len(self.space)) for n in numbers]
+        numbers = sequences_of(minibatch, self.pool_tokens // self._length, self._length)
+        noise = [np.random.default_rng(n).normal(size=len(self.space)) for n in numbers]
         parts = [tuple(loss(a) + 3 * float(each @ np.array(a)) for each in noise) for a in assignments]
         return [Score(float(np.mean(each)), minibatch.tokens, by_sequence=each) for each in parts]
 
@@ -88,6 +88,7 @@ def test_races_ask_for_text_that_there_is(tokens: int, pool: int, length: int) -
             make_searcher("curvature_region", space, seed=seed), problem, budget=Budget(tokens=tokens * 400), seed=seed
         )
         assert max(o.tokens for o in result.outcomes) <= min(pool, 4096)
+        assert len({o.terms.stage for o in result.outcomes if o.tokens == pool}) <= 1  # all text is read but once
 
 
 def test_less_text_than_a_pass_asks_for_is_what_it_costs() -> None:

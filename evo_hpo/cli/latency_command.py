@@ -13,6 +13,7 @@ from evo_hpo.cli.options import console
 from evo_hpo.cli.progress import BuildProgress
 from evo_hpo.cli.sizes_command import problems_of
 from evo_hpo.errors import InvalidSettingError, PlanError
+from evo_hpo.space.amounts import milliseconds
 
 if TYPE_CHECKING:
     from evo_hpo.export.latency import Program
@@ -48,11 +49,12 @@ def latency(
     task = task_of({"problem": entry})
     runs = _program(program, task.model, threads, device)
     name = machine or f"{platform.node()} ({this_machine()['processor']}, {this_machine()['cores']} cores)"
+    levels = expected_levels(task)
     with BuildProgress("measure", console) as progress:
         table = measured(
             runs,
             task.model,
-            expected_levels(task),
+            levels,
             machine=name,
             threads=threads,
             depth=depth,
@@ -61,7 +63,7 @@ def latency(
             progress=progress,
         )
     write_whole(output, table.text())
-    _show(table, output)
+    _show(table, output, table.reach(levels))
 
 
 def _program(name: str, model: str, threads: int, device: str) -> Program:
@@ -78,7 +80,7 @@ def _program(name: str, model: str, threads: int, device: str) -> Program:
     )
 
 
-def _show(table: LatencyTable, path: Path) -> None:
+def _show(table: LatencyTable, path: Path, reach: tuple[int, int]) -> None:
     shapes = list(dict.fromkeys((rows, columns) for rows, columns, _ in table.times))
     levels = list(dict.fromkeys(label for *_, label in table.times))
     shown = Table(title=f"microseconds a token, {table.place}")
@@ -95,7 +97,8 @@ def _show(table: LatencyTable, path: Path) -> None:
         f" the {len(checked['references'])} models that tell it are {100 * apart:.1f} % off at most\n"
         f"{len(checked['profiles'])} whole models of random levels: rank correlation {checked['rank_correlation']:.3f},"
         f" error {100 * checked['mean_error']:.1f} % on average, {100 * checked['largest_error']:.1f} % at most\n"
-        f'{path}: latency_table = "{path}" beside latency = "12 ms" in the plan',
+        f"the plan's levels take {milliseconds(reach[0])} to {milliseconds(reach[1])} a token; between the two, say:"
+        f' latency = "{sum(reach) / 2e6:.4g} ms" and latency_table = "{path}" in the plan',
         markup=False,
         highlight=False,
         soft_wrap=True,

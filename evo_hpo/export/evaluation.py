@@ -112,11 +112,15 @@ def evaluate(
         TextError: a text is missing or too short.
         ModelError: a model that cannot be loaded, or read the texts, or has another tokenizer than the first.
     """
-    if not specs or sequence_length < 2 or tokens < sequence_length or not 0 <= stride <= sequence_length:
+    if not specs:
+        raise InvalidSettingError("nothing to evaluate: give models or profiles")
+    if not 2 <= sequence_length <= tokens:
         raise InvalidSettingError(
-            f"sequence_length={sequence_length}, tokens={tokens}, stride={stride}: give a model, sequences of at"
-            " least 2 tokens, as many tokens as a sequence has or more, and a stride of at most as many"
+            f"sequence_length={sequence_length}, tokens={tokens}: a sequence has at least 2 tokens, and a text at least"
+            " one sequence: raise tokens or give shorter sequences"
         )
+    if not 0 <= stride <= sequence_length:
+        raise InvalidSettingError(f"stride={stride} must be 0, or 1 to {sequence_length}, the tokens of a window")
     known = None if tasks is None else check_tasks(tasks)
     plans = [task_of(open_profile(Path(spec))[0]) for spec in specs if spec.endswith(".json")]
     original = original or next((plan.model for plan in plans), "")

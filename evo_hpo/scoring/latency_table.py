@@ -97,6 +97,11 @@ class LatencyTable:
         """Nanoseconds that a token takes in the whole model."""
         return self.rest + sum(row[level] for row, level in zip(self.costs(levels), assignment, strict=True))
 
+    def reach(self, levels: LevelSet) -> tuple[int, int]:
+        """Nanoseconds that a token takes in the whole model at least and at most."""
+        costs = self.costs(levels)
+        return self.rest + sum(map(min, costs)), self.rest + sum(map(max, costs))
+
     def _time(self, choice: Choice) -> int:
         if choice.level.settings.get("kind") == "dropped":
             return 0

@@ -111,7 +111,7 @@ class Limits:
         if self.latency:
             table = self._table(model)
             costs.append(table.costs(levels))
-            budgets.append(self._left(table, costs[0]))
+            budgets.append(self._left(table, levels))
             names.append(TIME)
         for part in self.parts:
             costs.append(_bytes_on(part, levels))
@@ -130,10 +130,10 @@ class Limits:
             raise InfeasibleError(self._together(space, costs, budgets, names)) from None
         return found
 
-    def _left(self, table: LatencyTable, costs: Sequence[Sequence[int]]) -> int:
+    def _left(self, table: LatencyTable, levels: LevelSet) -> int:
         """Nanoseconds that the searched layers may take."""
         budget = nanoseconds(self.latency)
-        least, most = (table.rest + sum(map(end, costs)) for end in (min, max))
+        least, most = table.reach(levels)
         if budget < least:
             raise InfeasibleError(
                 f"latency={self.latency!r} is out of reach: the levels take {milliseconds(least)} to"

@@ -34,6 +34,7 @@ from evo_hpo.levels.manifest import LevelRecord, UnitRecord
 from evo_hpo.scoring.expected_levels import Unbuilt, expected_levels
 from evo_hpo.scoring.latency_table import LatencyTable
 from evo_hpo.scoring.task import LanguageModelTask
+from evo_hpo.space.amounts import milliseconds
 from evo_hpo.space.compression_space import Assignment
 from tests.tiny import save_tiny
 
@@ -259,10 +260,14 @@ def test_from_a_plan_to_a_table_to_a_space(
     space = own.space(expected_levels(own))
     table = LatencyTable.read("t.json")
     assert space.budgets[1] == 10**9 - table.rest
-    assert space.costs(space.lowest)[1] == 2 * sum(
-        count * table.times[*shape, "Q4_0"]
-        for shape, count in (((64, 64), 2), ((32, 64), 2), ((128, 64), 2), ((64, 128), 1))
-    )
+    counts = (((64, 64), 2), ((32, 64), 2), ((128, 64), 2), ((64, 128), 1))
+    assert space.costs(space.lowest)[1] == 2 * sum(n * table.times[*shape, "Q4_0"] for shape, n in counts)
+    ends = [
+        table.rest + 2 * sum(n * end(table.times[*shape, label] for label in ("Q4_0", "Q8_0")) for shape, n in counts)
+        for end in (min, max)
+    ]
+    assert f'latency = "{sum(ends) / 2e6:.4g} ms" and latency_table = "t.json"' in said
+    assert f"{milliseconds(ends[0])} to {milliseconds(ends[1])} a token" in said
     for wrong, told in (
         (words, "must be a new file"),
         ([*words[:2], "u.json", "--program", "vllm"], "measured are"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -10,11 +12,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+"""Errors of file systems that have none: there nobody is kept out."""
+
+GROWING = ".growing"
+"""How names of files end that are not whole yet; those of a killed process stay."""
+
 
 @contextmanager
 def made_whole(path: Path) -> Iterator[Path]:
     """A free name beside ``path``: the file or folder made there takes its place, or is removed where that fails."""
-    growing = path.with_name(f".{uuid.uuid4().hex[:8]}.growing")
+    growing = path.with_name(f".{uuid.uuid4().hex[:8]}{GROWING}")
     try:
         yield growing
         os.replace(growing, path)
@@ -40,3 +48,22 @@ def write_whole(path: Path, data: str | bytes) -> Path:
         file.flush()
         os.fsync(file.fileno())
     return path
+
+
+@contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds an exclusive lock on a file between processes; gives False when it is taken and ``wait`` is false."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+        yield True
+    finally:
+        os.close(descriptor)

@@ -74,9 +74,11 @@ def build_store(
         resource=compressor.resource,
     )
     devices, writer = usable_devices(device), StoreWriter(folder, plan)
-    if (folder / "manifest.json").is_file():
-        return Manifest.read(folder)
-    with LayerJobs(compressor, writer, devices) as jobs:
+    if found := writer.whole():
+        return found
+    with writer, LayerJobs(compressor, writer, devices) as jobs:
+        if found := writer.whole():  # by another process
+            return found
         builder = _Builder(loaded.model, writer, compressor, chosen, inputs, devices[0], jobs)
         builder.progress = progress or (lambda done, total, what: None)
         if compressor.needs == "nothing":
@@ -84,7 +86,7 @@ def build_store(
         else:
             assert tokens is not None
             builder.with_data(torch.split(tokens, max(1, batch_tokens // tokens.shape[1])))
-    return writer.finish()
+        return writer.finish()
 
 
 def _offered(compressor: Compressor, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -148,7 +150,7 @@ def _calibration(
     compressor: Compressor, tokens: torch.Tensor | None, inputs: str | None, text: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     if compressor.needs == "nothing" or tokens is None:
-        return {}
+        return {key: value for key, value in (text or {}).items() if key == "dtype"}
     shape = {"sequences": tokens.shape[0], "length": tokens.shape[1], "tokens": tokens_identity(tokens)}
     return {**shape, "inputs": inputs, **(text or {})}
 

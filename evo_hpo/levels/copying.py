@@ -26,16 +26,16 @@ def copied(folder: Path, manifest: bytes, read: Callable[[UnitRecord], Iterable[
         if Manifest.read(folder).units != wanted.units:
             raise StoreError(f"{str(folder)!r} holds another store than the one that is searched: delete it")
         return wanted
-    StoreWriter(folder, wanted.plan)  # refuses what is begun there of another store
-    for record in wanted.units:
-        path = folder / record.file
-        if record.file and not _whole(path, record):
-            with made_whole(path) as growing:
-                with growing.open("wb") as file:
-                    file.writelines(read(record))
-                if not _whole(growing, record):
-                    raise StoreError(f"{record.file!r} came damaged to {str(folder)!r}: try again")
-    wanted.write(folder)
+    with StoreWriter(folder, wanted.plan) as writer:  # refuses what is begun there of another store
+        for record in wanted.units:
+            path = folder / record.file
+            if record.file and not _whole(path, record):
+                with made_whole(path) as growing:
+                    with growing.open("wb") as file:
+                        file.writelines(read(record))
+                    if not _whole(growing, record):
+                        raise StoreError(f"{record.file!r} came damaged to {str(folder)!r}: try again")
+        writer.end(wanted)
     return wanted
 
 

@@ -47,7 +47,10 @@ def build_drop_store(
         resource="modules",
     )
     writer = StoreWriter(folder, plan)
-    return Manifest.read(folder) if (folder / "manifest.json").is_file() else writer.finish(records)
+    if found := writer.whole():
+        return found
+    with writer:
+        return writer.finish(records)
 
 
 def records_of(model: nn.Module, kinds: Sequence[str], may_drop: str = ".") -> tuple[UnitRecord, ...]:

@@ -88,8 +88,9 @@ class Recipe:
     def differences(self, wanted: Recipe) -> str:
         """What decides about the files and is not equal in the plan that is wanted, in words; empty: the same store."""
         words = [differences(self.identity, wanted.identity)]
-        named = {"tokens": "calibration text"}
+        named = {"tokens": "calibration text", "dtype": "dtype"}
         skipped = {"text"} if self.identity else {"tokens"}  # earlier versions know texts by their names
+        skipped |= set() if self.calibration else {"dtype"}  # and of methods without data no dtype
         for key in dict.fromkeys([*self.calibration, *wanted.calibration]):
             if key not in skipped and self.calibration.get(key) != wanted.calibration.get(key):
                 words.append(named.get(key, f"calibration {key}"))
@@ -151,6 +152,15 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "transformers": str(transformers.__version__),
     }
+
+
+def missing_bytes(folder: Path, record: UnitRecord) -> str:
+    """What is wrong with the size of a unit's file, in words; empty: nothing."""
+    path = folder / record.file
+    if not record.file or (path.is_file() and path.stat().st_size == record.bytes):
+        return ""
+    found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
+    return f"{record.file!r} in {str(folder)!r} is {found}, not {record.bytes} bytes"
 
 
 def checksum(path: Path) -> int:

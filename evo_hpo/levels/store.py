@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from evo_hpo.errors import InvalidSettingError, StoreError
 from evo_hpo.levels.level_set import Choice, LevelSet
-from evo_hpo.levels.manifest import Manifest, UnitRecord, checksum
+from evo_hpo.levels.manifest import Manifest, UnitRecord, checksum, missing_bytes
 from evo_hpo.levels.packing import Encoded, decode_record
 from evo_hpo.models.identity import differences, warn_unchecked
 from evo_hpo.models.paths import user_path
@@ -176,18 +176,14 @@ class LevelStore:
 
     def _check_sizes(self) -> None:
         for record in self.manifest.units:
-            path = self.folder / record.file
-            if record.file and (not path.is_file() or path.stat().st_size != record.bytes):
-                found = f"{path.stat().st_size} bytes" if path.is_file() else "missing"
-                raise StoreError(
-                    f"damaged store: {record.file!r} in {str(self.folder)!r} is {found}, not {record.bytes} bytes:"
-                    " delete it and build again"
-                )
+            if wrong := missing_bytes(self.folder, record):
+                raise StoreError(f"damaged store: {wrong}: build it again, which writes what is missing")
 
     def _check_content(self, record: UnitRecord) -> None:
         if checksum(self.folder / record.file) != record.crc32:
             raise StoreError(
-                f"damaged store: {record.file!r} in {str(self.folder)!r} fails its checksum: delete it and build again"
+                f"damaged store: {record.file!r} in {str(self.folder)!r} fails its checksum: delete that file and"
+                " build again, which writes what is missing"
             )
 
 

@@ -2,59 +2,128 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from evo_hpo.errors import StoreError
-from evo_hpo.files import write_whole
+from evo_hpo.files import GROWING, file_lock, write_whole
 from evo_hpo.levels.compressor import CompressedLevel
-from evo_hpo.levels.manifest import LevelRecord, Manifest, Recipe, UnitRecord, checksum, versions
+from evo_hpo.levels.manifest import LevelRecord, Manifest, Recipe, UnitRecord, checksum, missing_bytes, versions
 from evo_hpo.levels.packing import Encoded, decode_record
 from evo_hpo.models.paths import made_folder
 
+_log = logging.getLogger("evo_hpo")
+
 
 class StoreWriter:
-    """The store under construction in `folder`.
+    """The store under construction in `folder`; a context, in which no other process builds it.
+
+    Units whose files are there, and hold what was written, are not built again: after a build that was killed, and in
+    a store that lost files.
 
     Raises:
-        StoreError: the folder holds a build with another plan.
+        StoreError: the folder holds a store, or the begin of one, with another plan.
     """
 
     def __init__(self, folder: Path, plan: Recipe) -> None:
         self.folder = folder
         self.plan = plan
-        made_folder(folder / "units")
-        begun = folder / "build.json"
-        if begun.is_file():
-            try:
-                recorded = Recipe.from_json(json.loads(begun.read_text()))
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise StoreError(f"damaged file {str(begun)!r} ({error}): delete the folder and build again") from error
-            self._check(recorded)
-        else:
-            write_whole(begun, json.dumps(plan.to_json(), indent=1))
+        self._begun = folder / "build.json"
+        self._log = folder / "built.jsonl"  # what was written: unit, bytes, CRC-32
+        self._contents: dict[str, tuple[int, int]] | None = None  # the same; None: not known, of earlier versions
         self._records: dict[str, UnitRecord] = {}
+        self._lock = contextlib.ExitStack()
+        self._check()
 
-    def _check(self, found: Recipe) -> None:
-        wanted = Recipe.from_json(self.plan.to_json())
-        if different := found.differences(wanted):
+    def __enter__(self) -> Self:
+        made_folder(self.folder / "units")
+        self._alone()
+        self._check()
+        if not self._begun.is_file():
+            write_whole(self._begun, json.dumps(self.plan.to_json(), indent=1))
+            self._log.touch()
+        for left in (self.folder / "units").glob(f".*{GROWING}"):  # by a process that was killed
+            left.unlink()
+        self._contents = self._known()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
+
+    def whole(self) -> Manifest | None:
+        """The manifest, where the store is complete and no file is missing or of another size."""
+        if not (self.folder / "manifest.json").is_file():
+            return None
+        found = Manifest.read(self.folder)
+        return None if any(missing_bytes(self.folder, record) for record in found.units) else found
+
+    def _alone(self) -> None:
+        path = self.folder / "build.lock"
+        if not self._lock.enter_context(file_lock(path, wait=False)):
+            _log.warning("another process builds %s: waiting for it", self.folder)
+            self._lock.enter_context(file_lock(path))
+
+    def _check(self) -> None:
+        """Raises StoreError where the folder holds something else than this store or a part of it."""
+        if (self.folder / "manifest.json").is_file():
+            recorded = Manifest.read(self.folder).plan
+        elif self._begun.is_file():
+            try:
+                recorded = Recipe.from_json(json.loads(self._begun.read_text()))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise StoreError(
+                    f"damaged file {str(self._begun)!r} ({error}): delete the folder and build again"
+                ) from error
+        elif any((self.folder / "units").glob("*.safetensors")):
+            raise StoreError(
+                f"{str(self.folder)!r} holds levels of layers, but neither manifest.json nor build.json says of which"
+                " store: use another folder or delete it"
+            )
+        else:
+            return
+        if different := recorded.differences(Recipe.from_json(self.plan.to_json())):
             raise StoreError(
                 f"{str(self.folder)!r} holds a store with other {different}: use another folder or delete it"
             )
+
+    def _known(self) -> dict[str, tuple[int, int]] | None:
+        """Unit -> bytes and CRC-32 of its file, by the manifest and by the log of a build."""
+        if not self._log.is_file() and not (self.folder / "manifest.json").is_file():
+            return None
+        found = {}
+        if (self.folder / "manifest.json").is_file():
+            found = {record.name: (record.bytes, record.crc32) for record in Manifest.read(self.folder).units}
+        for line in self._log.read_text().splitlines() if self._log.is_file() else ():
+            with contextlib.suppress(ValueError):  # cut off
+                name, size, crc32 = json.loads(line)
+                found[name] = (size, crc32)
+        return found
 
     def done(self, name: str) -> bool:
         """Whether the unit is already written (its file is complete whenever it exists)."""
         if name not in self._records and self._path(name).is_file():
             record = self._read(name)
-            if record is not None:
+            if record is not None and self._is_as_written(record):
                 self._records[name] = record
         return name in self._records
+
+    def _is_as_written(self, record: UnitRecord) -> bool:
+        if self._contents is None:
+            self._note(record)
+            return True
+        return self._contents.get(record.name) == (record.bytes, record.crc32)
 
     def write(self, name: str, shape: tuple[int, ...], transposed: bool, levels: Sequence[CompressedLevel]) -> None:
         """Write all levels of one linear layer; shape is outputs x inputs."""
@@ -67,6 +136,7 @@ class StoreWriter:
         tensors = {f"{v.label}/{key}": t.contiguous() for v in levels for key, t in v.encoded.tensors().items()}
         write_whole(self._path(name), save(tensors, {"record": json.dumps(asdict(record))}))
         self._records[name] = self._complete(record)
+        self._note(self._records[name])
 
     def decode(self, name: str, label: str, dtype: torch.dtype) -> torch.Tensor:
         """A level that is already written, in the module's own layout."""
@@ -89,8 +159,14 @@ class StoreWriter:
         if missing:
             raise StoreError(f"{len(missing)} units were not built, the first is {min(missing)!r}: run the build again")
         manifest = Manifest(self.plan, complete, versions())
-        manifest.write(self.folder)
+        self.end(manifest)
         return manifest
+
+    def end(self, manifest: Manifest) -> None:
+        """Write this manifest; the build is over."""
+        manifest.write(self.folder)
+        for ended in (self._log, self.folder / "build.lock"):  # who waits for the lock finds the manifest
+            ended.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / "units" / f"{name}.safetensors"
@@ -98,6 +174,10 @@ class StoreWriter:
     def _complete(self, record: UnitRecord) -> UnitRecord:
         path = self._path(record.name)
         return replace(record, file=f"units/{path.name}", bytes=path.stat().st_size, crc32=checksum(path))
+
+    def _note(self, record: UnitRecord) -> None:
+        with self._log.open("a") as log:  # one short write, whole beside those of other threads
+            log.write(json.dumps([record.name, record.bytes, record.crc32]) + "\n")
 
     def _read(self, name: str) -> UnitRecord | None:
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -42,7 +44,8 @@ def load_tokens(
             with their shares of a mix, as {"pydoc": 3, "wikitext2": 1}: whatever number of sequences is drawn holds
             them in these shares, to one sequence.
         sequence_length: tokens a sequence; sequences never overlap.
-        seed: order of the sequences. More tokens with the same seed begin with the same sequences.
+        seed: order of the sequences. More tokens with the same seed begin with the same sequences where the whole text
+            is here; a hub data set is read in part, and "self" is sampled anew.
         split: "calibration" and "held_out" come from different documents.
         apart_from: texts whose calibration split may hold nothing of what is drawn here: sequences that stand in it,
             under whatever name, are left out; of a local text also those of its own other split.
@@ -207,12 +210,14 @@ def token_stream(spec: str, tokenizer: Any, split: Split, limit: int | None = No
     documents = read_documents(spec, split, None if limit is None else 8 * limit)
     key = digest([tokenizer_identity(tokenizer), split, *documents])
     path = cache_folder() / "tokens" / f"{key}.npy"
-    if path.is_file():
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # not there, or damaged
         return np.asarray(np.load(path, mmap_mode="r"))
     stream = _tokenize(documents, tokenizer)
     made_folder(path.parent)
     with made_whole(path) as growing, growing.open("wb") as file:
         np.save(file, stream)
+        file.flush()
+        os.fsync(file.fileno())
     return stream
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import os
@@ -12,7 +11,6 @@ import sqlite3
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 from evo_hpo.errors import TrackingError
@@ -111,19 +109,3 @@ def experiment_location(uri: str, name: str) -> str | None:
         return None
     plain = re.sub(r"[^\w-]+", "_", name, flags=re.ASCII)[:40]
     return f"{root}/{plain}" if plain == name else f"{root}/{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-@contextlib.contextmanager
-def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds an exclusive lock on a file between processes; gives False when it is taken and ``wait`` is false."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)

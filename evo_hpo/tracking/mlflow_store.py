@@ -20,8 +20,8 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy import event
 
 from evo_hpo.errors import MissingPackageError, TrackingError
-from evo_hpo.files import made_whole
-from evo_hpo.tracking.location import artifact_root, database_path, file_lock, refuse_no_store
+from evo_hpo.files import file_lock, made_whole
+from evo_hpo.tracking.location import artifact_root, database_path, refuse_no_store
 
 OUR_LOCATIONS = """
     SELECT e.artifact_location, e.experiment_id FROM experiments e JOIN experiment_tags t USING (experiment_id)

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from evo_hpo.errors import EvoHpoError, JournalError, TrackingError
+from evo_hpo.files import file_lock
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.records import JournalTail, check_header, journal_paths
-from evo_hpo.tracking.location import file_lock, refuse_no_store
+from evo_hpo.tracking.location import refuse_no_store
 from evo_hpo.tracking.tracker import SearchTracker, Tracker
 
 CHUNK = 200

@@ -68,6 +68,16 @@ def test_tokens_are_cached(cache: Path) -> None:
     assert list((cache / "tokens").iterdir()) == files
 
 
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_damaged_cache_is_written_anew(cache: Path, left: int) -> None:
+    tokens = load_tokens("pydoc", Characters(), 16, 160)
+    (path,) = (cache / "tokens").glob("*.npy")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:left])
+    assert torch.equal(load_tokens("pydoc", Characters(), 16, 160), tokens)
+    assert path.read_bytes() == whole
+
+
 def test_local_files_of_every_kind(tmp_path: Path) -> None:
     documents = [f"document {i} " * 20 for i in range(30)]
     (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": d, "id": 1}) for d in documents))

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from evo_hpo.errors import TrackingError
+from evo_hpo.files import file_lock
 from evo_hpo.tracking import BackgroundTracker, log_comparison, track
-from evo_hpo.tracking.location import default_uri, experiment_location, file_lock
+from evo_hpo.tracking.location import default_uri, experiment_location
 from evo_hpo.tracking.mlflow_tracker import MlflowTracker
 from evo_hpo.tracking.runs import safe_key, shown
 from tests.tracking.conftest import Runs, Script

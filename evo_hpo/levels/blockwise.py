@@ -95,17 +95,19 @@ def _offered(compressor: Compressor, modules: Mapping[str, nn.Module]) -> dict[s
     Raises:
         InvalidSettingError: none is offered any.
     """
-    columns = {name: rows_by_columns(module).shape[1] for name, module in modules.items()}
-    for wide in sorted(set(columns.values())):
-        missing = [label for label in compressor.labels if label not in compressor.offered(wide)]
-        of = [name for name, found in columns.items() if found == wide]
+    shapes = {name: tuple(rows_by_columns(module).shape) for name, module in modules.items()}
+    without: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name, shape in sorted(shapes.items(), key=lambda row: row[1][1]):
+        missing = tuple(label for label in compressor.labels if label not in compressor.offered(*shape))
         if missing:
-            what = "stay as they are" if len(missing) == len(compressor.labels) else "have other levels"
-            _log.warning(
-                "%d of %d layers %s: rows of %d weights are no multiple of the blocks of %s (such as %s)",
-                *(len(of), len(columns), what, wide, ", ".join(missing), of[0]),
-            )
-    found = {name: module for name, module in modules.items() if compressor.offered(columns[name])}
+            without.setdefault((compressor.unfit(*shape), missing), []).append(name)
+    for (why, missing), names in without.items():
+        what = "stay as they are" if len(missing) == len(compressor.labels) else "have other levels"
+        _log.warning(
+            "%d of %d layers %s: %s of %s (such as %s)",
+            *(len(names), len(shapes), what, why, ", ".join(missing), names[0]),
+        )
+    found = {name: module for name, module in modules.items() if compressor.offered(*shapes[name])}
     if not found:
         raise InvalidSettingError(
             f"no layer has rows that the blocks of {', '.join(compressor.labels)} divide: choose types with smaller"

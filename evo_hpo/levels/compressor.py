@@ -98,9 +98,13 @@ class Compressor(ABC):
         """Labels of levels that every layer is offered, whatever its shape."""
         return self.labels
 
-    def offered(self, columns: int) -> tuple[str, ...]:
-        """Labels of the levels of a layer with so many inputs."""
+    def offered(self, rows: int, columns: int) -> tuple[str, ...]:
+        """Labels of the levels of a layer of this shape (outputs, inputs), in the order of `labels`."""
         return self.labels
+
+    def unfit(self, rows: int, columns: int) -> str:
+        """What keeps levels from a layer of this shape, where it is not offered all."""
+        raise NotImplementedError
 
     @abstractmethod
     def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:

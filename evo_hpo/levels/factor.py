@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,7 @@ def factorise(hessian: torch.Tensor, damping: float = 0.01, activation_order: bo
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ModelError("H is not finite: the layer's inputs are NaN, infinite or too large to be squared")
-    if damping <= 0:
-        raise InvalidSettingError(f"damping={damping} must be positive (the usual value is 0.01)")
+    check_damping(damping)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if activation_order else None
     damped = hessian.clone() if order is None else hessian[order][:, order]
     diagonal = damped.diagonal()
@@ -60,6 +60,12 @@ def factorise(hessian: torch.Tensor, damping: float = 0.01, activation_order: bo
     identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
     upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
     return Factor(upper.contiguous(), order, hessian)
+
+
+def check_damping(damping: float) -> None:
+    """Raises InvalidSettingError where H cannot be damped so."""
+    if not 0 < damping < math.inf:
+        raise InvalidSettingError(f"damping={damping} must be a number above 0 (the usual value is 0.01)")
 
 
 def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:

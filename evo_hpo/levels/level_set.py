@@ -14,8 +14,10 @@ import torch
 
 from evo_hpo.errors import InvalidSettingError, StoreError
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
+from evo_hpo.levels.masks import Sparsity, as_share
 from evo_hpo.levels.packed_size import file_bytes
 from evo_hpo.levels.packing import Encoded
+from evo_hpo.models.structure import is_attention
 from evo_hpo.space.compression_space import CompressionSpace, Unit
 
 RESOURCES = ("bits", "weights", "modules", "storage", "bytes")
@@ -160,7 +162,8 @@ class LevelSet:
             floor: least total cost.
 
         Raises:
-            InvalidSettingError: none or several of them given, or another resource than theirs, or unknown groups.
+            InvalidSettingError: none or several of them given, or another resource than theirs, or unknown groups;
+                a sparsity outside 0 to 1, or to drop no whole number of units, or more than there are.
         """
         given = {"average": average, "budget": budget, "sparsity": sparsity, "drop": drop}
         if sum(value is not None for value in given.values()) != 1:
@@ -168,13 +171,14 @@ class LevelSet:
         if average is not None and self.resource == "weights":
             sparsity = average
         elif average is not None and self.resource == "modules":
-            drop = int(average)
+            budget = self._kept(average)
         elif average is not None:
             return CompressionSpace.from_average(self.units, average, floor=floor, resources=(self.resource,))
         total = sum(unit.size for unit in self.units)
         if sparsity is not None:
             self._only("weights", "sparsity")
-            budget = max(math.floor((1 - Fraction(str(sparsity))) * total), self._kept_at(Fraction(str(sparsity))))
+            share = as_share(sparsity)
+            budget = max(math.floor((1 - share) * total), self._kept_at(share))
         elif isinstance(drop, Mapping):
             self._only("modules", "drop")
             if floor:
@@ -182,22 +186,34 @@ class LevelSet:
             return self._dropping(drop)
         elif drop is not None:
             self._only("modules", "drop")
-            budget = len(self.units) - drop
+            budget = self._kept(drop)
         return CompressionSpace(self.units, int(budget or 0), floor=floor, resources=(self.resource,))
 
     def _kept_at(self, sparsity: Fraction) -> int:
-        """Weights that uniform compression keeps where the sparsity is a level of every unit, else 0.
+        """Weights that uniform compression keeps where every unit has a level of this sparsity, else 0.
 
         Each layer rounds its number of kept weights. A few weights over the exact share, or uniform compression itself
-        would be out of reach.
+        would be out of reach. Such a level is told by what it keeps, whatever it is called.
         """
-        total = 0
+        exact, total = Sparsity("", sparsity), 0
         for _, levels in self._rows:
-            same = [level for level in levels if all(_fraction(c.level.label) == sparsity for c in level)]
-            if not same:
+            kept = [c.unit.size - exact.removed(c.unit.size) for c in levels[0]]
+            if not any([c.level.weights for c in level] == kept for level in levels):
                 return 0
-            total += sum(c.cost(self.resource) for c in same[0])
+            total += sum(kept)
         return total
+
+    def _kept(self, drop: float | str) -> int:
+        """Units that are kept where so many are dropped."""
+        try:
+            count = Fraction(str(drop))
+        except (ValueError, ZeroDivisionError):
+            count = Fraction(-1)
+        if count.denominator != 1 or not 0 <= count <= len(self.units):
+            raise InvalidSettingError(
+                f"{drop!r} must be a whole number of units to drop, from 0 to {len(self.units)}, all that there are"
+            )
+        return len(self.units) - int(count)
 
     def _dropping(self, counts: Mapping[str, int]) -> CompressionSpace:
         """One resource a group: the modules of it that are kept."""
@@ -239,39 +255,6 @@ class LevelSet:
         return [(name, list(levels)) for name, levels in self._rows]
 
 
-def joined(sets: Sequence[LevelSet], resource: str = "bits", prefixes: Sequence[str] | None = None) -> LevelSet:
-    """One set with the levels of all: units of the same name offer every level of each (quantized, sparse or dropped).
-
-    Args:
-        resource: "bits" counts nominal bits (16 for each kept weight of a sparse layer, 0 where dropped).
-        prefixes: put before each set's labels, to tell equal labels apart.
-
-    Raises:
-        StoreError: equal labels; or modules of one set hold those of another, which would be counted twice.
-    """
-    if len({each.resource == "modules" for each in sets}) > 1:
-        raise StoreError("dropped modules cannot be joined with levels of their layers: drop these, tied to modules")
-    names: dict[str, list[Sequence[Choice]]] = {}
-    for number, each in enumerate(sets):
-        prefix = prefixes[number] if prefixes else ""
-        for name, levels in each.rows():
-            names.setdefault(name, []).extend([_renamed(choice, prefix) for choice in level] for level in levels)
-    rows = list(names.items())
-    for name, levels in rows:
-        labels = [level[0].level.label for level in levels]
-        if len(set(labels)) != len(labels):
-            raise StoreError(f"unit {name!r} has two levels with one label in {labels}: give prefixes=")
-    return LevelSet(rows, resource)
-
-
-def _renamed(choice: Choice, prefix: str) -> Choice:
-    if not prefix:
-        return choice
-    return Choice(
-        _Renamed(choice.source, prefix), choice.unit, replace(choice.level, label=prefix + choice.level.label)
-    )
-
-
 class _Dropped:
     """Source of the levels that `with_dropped` adds."""
 
@@ -290,22 +273,10 @@ def _dropped(choices: Sequence[Choice]) -> list[Choice]:
     return [Choice(_Dropped(choice.unit.members), choice.unit, level) for choice in choices]
 
 
-@dataclass(frozen=True)
-class _Renamed:
-    source: ModuleWeights
-    prefix: str
-
-    def unit_weights(self, unit: str, label: str) -> Mapping[str, torch.Tensor | None]:
-        return self.source.unit_weights(unit, label.removeprefix(self.prefix))
-
-    def unit_encoded(self, unit: str, label: str) -> Encoded | None:
-        return self.source.unit_encoded(unit, label.removeprefix(self.prefix))
-
-
 def _unit(name: str, levels: Sequence[Sequence[Choice]], resource: str) -> Unit:
     settings: dict[str, Any] = {}
     if resource == "modules":
-        settings["group"] = "attention" if re.search(r"attn|attention", name) else "mlp" if "mlp" in name else "block"
+        settings["group"] = _group(name)
     members = tuple(dict.fromkeys(m for level in levels for choice in level for m in choice.unit.members))
     return Unit(
         name,
@@ -315,6 +286,12 @@ def _unit(name: str, levels: Sequence[Sequence[Choice]], resource: str) -> Unit:
         size=1 if resource == "modules" else sum(choice.unit.size for choice in levels[0]),
         **settings,
     )
+
+
+def _group(name: str) -> str:
+    """What is dropped with the unit: attention, or what else is in a block (whatever it is called), or whole blocks."""
+    found = re.search(r"(?:^|\.)\d+\.(.+)", name)
+    return "block" if found is None else "attention" if is_attention(found.group(1)) else "mlp"
 
 
 def _error(level: Sequence[Choice]) -> float:
@@ -328,10 +305,3 @@ def bundled(name: str, patterns: Mapping[str, str]) -> str:
         if found := re.match(pattern, name):
             return f"{found.group(1)}.{bundle}"
     return name
-
-
-def _fraction(label: str) -> Fraction | None:
-    try:
-        return Fraction(label)
-    except ValueError:
-        return None

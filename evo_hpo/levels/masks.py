@@ -34,6 +34,18 @@ class Sparsity:
         """Number of weights to remove of `size`."""
         return min(max(round(self.share * size) + self.extra, 0), size)
 
+    def fits(self, size: int) -> bool:
+        """Whether a layer of so many weights has those that the extra ones would take from it or give back to it."""
+        return 0 <= round(self.share * size) + self.extra <= size
+
+    @property
+    def spelling(self) -> str:
+        """The share or pattern as text: exact, and the same however it was given."""
+        if self.pattern is not None:
+            return self.label
+        short = (text for text in (f"{float(self.share):g}", repr(float(self.share))) if Fraction(text) == self.share)
+        return next(short, str(self.share))
+
 
 def parse_sparsities(
     sparsities: Sequence[float | str], step: int | None = None, steps: int = 8
@@ -43,7 +55,7 @@ def parse_sparsities(
     Args:
         step: with it, `sparsities` must be one number, the centre; the levels are `steps` steps to either side, each
             removing `step` weights more in every unit whatever its size, so that any two units can exchange steps
-            at equal cost (EvoPress, section on unstructured sparsity).
+            at equal cost (EvoPress, section on unstructured sparsity); a layer has those that fit it.
 
     Raises:
         InvalidSettingError: out of range, repeated, or none.
@@ -54,11 +66,34 @@ def parse_sparsities(
                 f"step={step}, steps={steps}, sparsities={list(sparsities)}: need one centre, step >= 1"
             )
         centre = _one(sparsities[0])
+        if centre.pattern is not None:
+            raise InvalidSettingError(
+                f"step={step} moves a share of weights, and {centre.label!r} is a pattern: give a sparsity from 0 to 1"
+                " as the centre, or leave step out"
+            )
         return tuple(Sparsity(f"{offset:+d}", centre.share, offset * step) for offset in range(steps, -steps - 1, -1))
     levels = [_one(value) for value in sparsities]
     if not levels or len({level.label for level in levels}) != len(levels):
         raise InvalidSettingError(f"sparsities={list(sparsities)} must be at least one, each once")
     return tuple(sorted(levels, key=lambda level: -level.share))
+
+
+def as_share(value: float | str, otherwise: str = "") -> Fraction:
+    """A sparsity as an exact share of all weights.
+
+    Args:
+        otherwise: what else it could have been, for the message.
+
+    Raises:
+        InvalidSettingError: it is no number from 0 to 1.
+    """
+    try:
+        share = Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(-1)
+    if not 0 <= share <= 1:
+        raise InvalidSettingError(f"sparsity {value!r} must be a number from 0 to 1{otherwise}")
+    return share
 
 
 def _one(value: float | str) -> Sparsity:
@@ -67,14 +102,7 @@ def _one(value: float | str) -> Sparsity:
         if not 0 <= keep <= of or of < 1:
             raise InvalidSettingError(f"pattern {value!r} must keep n of m with 0 <= n <= m")
         return Sparsity(str(value), 1 - Fraction(keep, of), pattern=Pattern(keep, of))
-    try:
-        share = Fraction(str(value))
-    except ValueError:
-        raise InvalidSettingError(
-            f"sparsity {value!r} must be a number from 0 to 1 or a pattern such as '2:4'"
-        ) from None
-    if not 0 <= share <= 1:
-        raise InvalidSettingError(f"sparsity {value!r} must be from 0 to 1")
+    share = as_share(value, " or a pattern such as '2:4'")
     return Sparsity(f"{float(share):g}", share)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.compressor import CompressedLevel, Compressor, Inputs
-from evo_hpo.levels.factor import output_energy
+from evo_hpo.levels.factor import check_damping, output_energy
 from evo_hpo.levels.masks import Sparsity, lowest, lowest_in_each_row, lowest_n_of_m, parse_sparsities
 from evo_hpo.levels.packing import PackedSparse
 from evo_hpo.levels.sparsegpt import sparsegpt
@@ -40,11 +40,27 @@ class _Pruner(Compressor):
             raise InvalidSettingError(f"values={values!r} must be one of {', '.join(_VALUES)}")
         self.levels = parse_sparsities(sparsities, step, steps)
         self.values = values
-        self._given = {"sparsities": [str(s) for s in sparsities], "step": step, "steps": steps if step else None}
+        given = sorted(parse_sparsities(sparsities), key=lambda level: (level.share, level.label))
+        spelled = [level.spelling for level in given]  # however they were given, the same levels are the same store
+        self._given = {"sparsities": spelled, "step": step, "steps": steps if step else None}
 
     @property
     def labels(self) -> tuple[str, ...]:
         return tuple(level.label for level in self.levels)
+
+    @property
+    def everywhere(self) -> tuple[str, ...]:
+        return tuple(level.label for level in self.levels if level.extra == 0)
+
+    def offered(self, rows: int, columns: int) -> tuple[str, ...]:
+        return tuple(level.label for level in self.fitting(rows * columns))
+
+    def unfit(self, rows: int, columns: int) -> str:
+        return f"{rows * columns} weights are too few for the steps"
+
+    def fitting(self, size: int) -> list[Sparsity]:
+        """The levels of a layer of so many weights."""
+        return [level for level in self.levels if level.fits(size)]
 
     def settings(self) -> dict[str, Any]:
         return {**self._given, "values": self.values}
@@ -82,8 +98,9 @@ class SparseGPT(_Pruner):
         activation_order: bool = False,
     ) -> None:
         super().__init__(sparsities, step=step, steps=steps, values=values)
-        if damping <= 0 or block < 1:
-            raise InvalidSettingError(f"damping={damping} must be positive, and block={block} at least 1")
+        check_damping(damping)
+        if block < 1:
+            raise InvalidSettingError(f"block={block} must be at least 1")
         if activation_order and any(level.pattern for level in self.levels):
             raise InvalidSettingError(
                 f"activation_order=True cannot hold the patterns among {list(self.labels)}: build them without it"
@@ -94,11 +111,9 @@ class SparseGPT(_Pruner):
 
     def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
         weight, hessian = weight.float(), inputs.factor.hessian
-        energy = output_energy(weight, hessian) or 1.0
+        energy, levels = output_energy(weight, hessian) or 1.0, self.fitting(weight.numel())
         found = []
-        for level, (pruned, kept) in zip(
-            self.levels, sparsegpt(weight, inputs.factor, self.levels, self.block), strict=True
-        ):
+        for level, (pruned, kept) in zip(levels, sparsegpt(weight, inputs.factor, levels, self.block), strict=True):
             packed, decoded = self._encoded(pruned, kept)
             found.append(self._level(level, packed, output_energy(weight - decoded, hessian) / energy))
         return found
@@ -136,7 +151,7 @@ def _by_score(
     """Remove the lowest scores at every level; `squares` weighs the columns in the error."""
     energy = float((weight.square() * squares).double().sum()) or 1.0
     found = []
-    for level in pruner.levels:
+    for level in pruner.fitting(weight.numel()):
         count = level.removed(weight.numel())
         if level.pattern is not None:
             removed = lowest_n_of_m(score, level.pattern)

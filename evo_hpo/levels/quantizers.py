@@ -10,7 +10,7 @@ import torch
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.compressor import CompressedLevel, Compressor, Inputs, Needs
-from evo_hpo.levels.factor import output_energy
+from evo_hpo.levels.factor import check_damping, output_energy
 from evo_hpo.levels.ggml import GGML_TYPES, fitting, ggml_type, library, quantize
 from evo_hpo.levels.ggml_feedback import BITS, with_feedback
 from evo_hpo.levels.gptq import GPTQSettings, check_bits, gptq
@@ -44,6 +44,7 @@ class GPTQ(Compressor):
         activation_order: bool = False,
         damping: float = 0.01,
     ) -> None:
+        check_damping(damping)
         self.bits = tuple(sorted(check_bits(bits)))
         self.gptq = GPTQSettings(GridSettings(group_size or None, symmetric), static_groups)
         self.activation_order = activation_order
@@ -139,8 +140,11 @@ class Ggml(Compressor):
     def everywhere(self) -> tuple[str, ...]:
         return ()
 
-    def offered(self, columns: int) -> tuple[str, ...]:
+    def offered(self, rows: int, columns: int) -> tuple[str, ...]:
         return fitting(self.types, columns)
+
+    def unfit(self, rows: int, columns: int) -> str:
+        return f"rows of {columns} weights are no multiple of the blocks"
 
     def compress(self, weight: torch.Tensor, inputs: Inputs) -> list[CompressedLevel]:
         weight, squares = weight.float(), importance(inputs)
@@ -153,7 +157,7 @@ class Ggml(Compressor):
 
         whole = energy(weight) or 1.0
         found = []
-        for name in self.offered(weight.shape[1]):
+        for name in self.offered(*weight.shape):
             data = quantize(weight, name, squares)
             if known and name in BITS:
                 data = with_feedback(weight, data, name, inputs.factor)

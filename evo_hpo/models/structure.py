@@ -11,7 +11,9 @@ from torch import nn
 
 from evo_hpo.errors import ModelError
 
-ROUTERS = r"(^|\.)(gate|router|shared_expert_gate)$"
+ROUTERS = r"(^|\.)(gate|gate\.wg|router|router\..+|router_gate|shared_expert_gate)$"
+"""Names of the routers of mixtures of experts, and of the layers of those that are modules of several."""
+
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|feed_forward|ffn|moe|experts", re.IGNORECASE)
 
@@ -121,8 +123,13 @@ def droppable_modules(model: nn.Module, kind: str) -> dict[str, tuple[str, ...]]
     return found
 
 
+def is_attention(name: str) -> bool:
+    """Whether a module inside of a block is its attention, or a part of it, by its name there."""
+    return _ATTENTION.search(name) is not None
+
+
 def _attention(block: nn.Module) -> list[str]:
-    return [name for name, child in block.named_children() if _ATTENTION.search(name) and _has_linear(child)]
+    return [name for name, child in block.named_children() if is_attention(name) and _has_linear(child)]
 
 
 def _feed_forward(block: nn.Module) -> list[str]:
@@ -130,7 +137,7 @@ def _feed_forward(block: nn.Module) -> list[str]:
     named = [
         name
         for name, child in children.items()
-        if _FEED_FORWARD.search(name) and not _ATTENTION.search(name) and _has_weights(child)
+        if _FEED_FORWARD.search(name) and not is_attention(name) and _has_weights(child)
     ]
     if named:
         return named

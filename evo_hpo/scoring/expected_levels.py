@@ -106,7 +106,7 @@ def _quantized(task: Any, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
 def _ggml(task: Any, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
     kinds = Ggml(task.levels) if task.levels else Ggml()
     weights, rows = shape[0] * shape[1], shape[0]
-    found = {kind: 8 * rows * row_bytes(kind, shape[1]) for kind in kinds.offered(shape[1])}
+    found = {kind: 8 * rows * row_bytes(kind, shape[1]) for kind in kinds.offered(*shape)}
     return tuple(
         LevelRecord(kind, bits, weights, 1, bits, float("nan"), {"kind": "ggml", "type": kind})
         for kind, bits in found.items()
@@ -116,7 +116,7 @@ def _ggml(task: Any, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
 def _sparse(task: Any, shape: tuple[int, int]) -> tuple[LevelRecord, ...]:
     pruner: Any = make_compressor(task.method, task.levels or None, method_settings(dict(task.build)))
     size, width = shape[0] * shape[1], 32 if pruner.values == "float32" else 16
-    kept = {level.label: size - level.removed(size) for level in pruner.levels}
+    kept = {level.label: size - level.removed(size) for level in pruner.fitting(size)}
     return tuple(
         LevelRecord(label, 16 * n, n, 1, 8 * -(-size // 8) + width * n, float("nan"), {"kind": "sparse"})
         for label, n in kept.items()

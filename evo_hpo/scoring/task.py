@@ -12,7 +12,8 @@ import torch
 
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.build import build, default_folder
-from evo_hpo.levels.level_set import LevelSet, joined
+from evo_hpo.levels.joining import joined
+from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.serving import check_levels, server_named
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.corpora import Spec, shares_of

@@ -86,6 +86,7 @@ def build_store(
         else:
             assert tokens is not None
             builder.with_data(torch.split(tokens, max(1, batch_tokens // tokens.shape[1])))
+        _tell_unreached(builder.unreached, len(chosen), exclude)
         return writer.finish()
 
 
@@ -129,12 +130,26 @@ def _refuse_leftovers(model: nn.Module, include: str, exclude: str) -> None:
     }
     if left:
         name, size = next(iter(left.items()))
-        wanted = exclude_also(left, exclude)
-        typed = shlex.quote(f"exclude={wanted}")
         raise ModelError(
             f"{name!r} ({size} weights) holds its matrices in a layout that is not supported: leave all such"
-            f" uncompressed with exclude = {toml_text(wanted)} under build in a plan, or --set {typed}"
+            f" uncompressed with {_excluding(left, exclude)}"
         )
+
+
+def _tell_unreached(names: Sequence[str], of: int, exclude: str) -> None:
+    """A warning where layers read none of the calibration text."""
+    if names:
+        _log.warning(
+            "%d of %d layers (such as %s) are never called with the calibration text: their levels are made without"
+            " data, and they take budget though they may do nothing. Leave them uncompressed with %s",
+            *(len(names), of, names[0], _excluding(names, exclude)),
+        )
+
+
+def _excluding(names: Iterable[str], exclude: str) -> str:
+    """How these are left out too, as it is typed."""
+    wanted = exclude_also(names, exclude)
+    return f"exclude = {toml_text(wanted)} under build in a plan, or --set {shlex.quote(f'exclude={wanted}')}"
 
 
 def exclude_also(names: Iterable[str], exclude: str) -> str:
@@ -174,6 +189,7 @@ class _Builder:
         self._begun: Begun = []  # of the block before, while its layers are compressed
         self.outer = {name: module for name, module in outer_matrices(model).items() if name in chosen}
         self.progress: BuildProgress = lambda done, total, what: None
+        self.unreached: list[str] = []  # layers that read none of the text; experts may do so by chance
         self._finished = 0
 
     def without_data(self) -> None:
@@ -225,6 +241,7 @@ class _Builder:
             diagonal = self.compressor.needs == "diagonal"
             with InputStatistics(missing, diagonal=diagonal, stop_early=not (once and onward)) as statistics:
                 run_block(block, index, calls, self.device, keep=once and onward)
+            self.unreached += [n for n in missing if statistics.of(n) is None and ".experts." not in n]
             begun = self._begin(missing, statistics)
             if once and self.jobs.several:
                 begun, self._begun = self._begun, begun

@@ -29,6 +29,9 @@ _TYPES: dict[str, Any] = {
 }
 """Of settings that are no method's own."""
 
+_LEAST = {"seed": 0, "calibration_tokens": 1, "sequence_length": 2, "batch_tokens": 1}
+"""The first token of a sequence is predicted by nothing."""
+
 
 def build(
     model: str,
@@ -69,6 +72,7 @@ def build(
     """
     from evo_hpo.levels.blockwise import build_store
     from evo_hpo.levels.drop import build_drop_store
+    from evo_hpo.levels.layer_jobs import usable_devices
     from evo_hpo.levels.store import open_store
     from evo_hpo.models.gates import GatedModel, example_tokens
     from evo_hpo.models.loading import compute_dtype, load_model
@@ -78,6 +82,8 @@ def build(
     text = {"calibration": calibration, "calibration_tokens": calibration_tokens, "sequence_length": sequence_length}
     names = {"inputs": inputs, "include": include, "exclude": exclude}
     check_settings(method, levels, {**text, **names, "seed": seed, "batch_tokens": batch_tokens, **settings})
+    if method != "drop":
+        usable_devices(device)
     folder = user_path(folder)
     loaded = load_model(model, compute_dtype(dtype))
     GatedModel(loaded.model, example_tokens(loaded.model))  # what cannot be scored is refused before it is compressed
@@ -119,8 +125,9 @@ def check_settings(method: str, levels: Sequence[float | int | str] | None, sett
     further = method_settings(settings)
     check_types(method, _TYPES, settings)
     shares_of(settings.get("calibration", "pydoc"))
-    if settings.get("seed", 0) < 0:
-        raise InvalidSettingError(f"seed={settings['seed']} must be 0 or more")
+    for name, least in _LEAST.items():
+        if (given := settings.get(name, least)) < least:
+            raise InvalidSettingError(f"{name}={given} must be {least} or more")
     for name in ("include", "exclude", "may_drop"):
         try:
             re.compile(settings.get(name) or "")

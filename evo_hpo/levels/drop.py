@@ -31,7 +31,8 @@ def build_drop_store(
         may_drop: regular expression; modules whose name does not contain it are always kept, and are no units.
 
     Raises:
-        InvalidSettingError: no kind, an unknown one, blocks together with their own parts, nothing left to drop.
+        InvalidSettingError: no kind, an unknown one, one twice, blocks together with their own parts, nothing left to
+            drop.
         ModelError: an architecture of which such modules cannot be left out.
     """
     records = records_of(loaded.model, kinds, may_drop)
@@ -67,9 +68,12 @@ def records_of(model: nn.Module, kinds: Sequence[str], may_drop: str = ".") -> t
 
 
 def check_kinds(kinds: Sequence[str]) -> None:
-    """Raises InvalidSettingError for no kind, an unknown one, or blocks together with their own parts."""
-    if not kinds or set(kinds) - set(KINDS) or (set(kinds) & {"block", "pair"} and len(set(kinds)) > 1):
-        raise InvalidSettingError(f"kinds={list(kinds)} must be 'attention' and/or 'mlp', or 'block' or 'pair' alone")
+    """Raises InvalidSettingError for no kind, an unknown one, one twice, or blocks together with their own parts."""
+    once = len(set(kinds)) == len(kinds)
+    if not kinds or not once or set(kinds) - set(KINDS) or (set(kinds) & {"block", "pair"} and len(kinds) > 1):
+        raise InvalidSettingError(
+            f"kinds={list(kinds)} must be 'attention' and/or 'mlp', each once, or 'block' or 'pair' alone"
+        )
 
 
 def _record(model: nn.Module, name: str, members: tuple[str, ...]) -> UnitRecord:

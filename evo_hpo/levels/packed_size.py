@@ -25,10 +25,14 @@ def has_zero_points(unit: UnitRecord, level: LevelRecord) -> bool:
     return _beside_codes(unit, level) > 0
 
 
-def follows_columns(unit: UnitRecord, level: LevelRecord) -> bool:
-    """Whether consecutive columns share a scale; or else the level stores a number for each column."""
+def follows_columns(unit: UnitRecord, level: LevelRecord) -> bool | None:
+    """Whether consecutive columns share a scale; or else the level stores a number for each column.
+
+    None: its record fits both, zero points and no such numbers, or no zero points and a number for each column.
+    """
     rows, columns = unit.shape
-    return _beside_codes(unit, level) in (0, 8 * rows * -(-columns // int(level.settings["group_size"])))
+    beside, zeros = _beside_codes(unit, level), 8 * rows * -(-columns // int(level.settings["group_size"]))
+    return None if beside == zeros == 32 * columns else beside in (0, zeros)
 
 
 def _beside_codes(unit: UnitRecord, level: LevelRecord) -> int:

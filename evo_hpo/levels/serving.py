@@ -69,7 +69,7 @@ class Server:
             return "its weights are stored as inputs x outputs, which packed weights cannot be"
         if re.search(r"\.experts\.\d+\.", name) and not self.experts:
             return f"{self.name} loads no mixture of experts with packed weights"
-        if not follows_columns(choice.unit, choice.level):
+        if not _follows_columns(choice):
             return "its groups do not follow its columns: build with static_groups = true"
         if not 2 <= bits <= 8:
             return f"{bits} bits are outside 2 to 8"
@@ -115,6 +115,13 @@ class Server:
                 told = ", ".join(f"{m} at level {modules[m].level.label}" for m in members)
                 return f"{self.name} reads {told} as one matrix with one scheme: search with serve = {self.name!r}"
         return ""
+
+
+def _follows_columns(choice: Choice) -> bool:
+    told = follows_columns(choice.unit, choice.level)
+    if told is None:  # what is stored says it
+        told = getattr(choice.source.unit_encoded(choice.unit.name, choice.level.label), "group_of", None) is None
+    return told
 
 
 def _kind(choice: Choice) -> object:

@@ -38,7 +38,7 @@ def shares_of(spec: Spec) -> dict[str, float]:
     """Name of each text -> its share, which add up to 1, in the order given; a single text has all.
 
     Raises:
-        TextError: no text, or a share that is no number above 0.
+        TextError: no text, or a share that is no number above 0, or two names of one text.
     """
     if isinstance(spec, str):
         return {spec: 1.0}
@@ -46,8 +46,17 @@ def shares_of(spec: Spec) -> dict[str, float]:
         raise TextError(
             f"text {spec!r:.120} must be a name, or names with shares above 0: {{ pydoc = 3, wikitext2 = 1 }}"
         )
+    for one, other in itertools.combinations(map(str, spec), 2):
+        if same_text(one.removeprefix(WHOLE), other.removeprefix(WHOLE)):
+            raise TextError(f"texts {one!r} and {other!r} of a mix are the same: name it once, with both shares")
     total = sum(spec.values())
     return {str(name): share / total for name, share in spec.items()}
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two names, without `WHOLE`, are of one text."""
+    paths = [user_path(name) for name in (one, other)]
+    return one == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 
 def _is_share(value: object) -> bool:

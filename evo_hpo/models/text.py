@@ -16,9 +16,9 @@ from torch import nn
 
 from evo_hpo.errors import ModelError, TextError
 from evo_hpo.files import made_whole
-from evo_hpo.models.corpora import WHOLE, Spec, Split, is_local, is_path, read_documents, shares_of
+from evo_hpo.models.corpora import WHOLE, Spec, Split, is_local, is_path, read_documents, same_text, shares_of
 from evo_hpo.models.identity import digest, tokenizer_identity
-from evo_hpo.models.paths import cache_folder, made_folder, user_path
+from evo_hpo.models.paths import cache_folder, made_folder
 
 _log = logging.getLogger("evo_hpo")
 
@@ -136,10 +136,7 @@ def _mixed(shares: Mapping[str, float], count: int) -> list[str]:
 
 def _same(spec: str, other: str) -> bool:
     """Whether two names are of one text, whose splits share no document."""
-    paths = [user_path(name) for name in (spec, other)]
-    if spec.startswith(WHOLE):
-        return False
-    return spec == other or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+    return not spec.startswith(WHOLE) and same_text(spec, other)
 
 
 def _stand_in(rows: npt.NDArray[np.int32], stream: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:

@@ -95,6 +95,29 @@ def test_steps_cost_the_same_in_units_of_any_size(model: str, tmp_path: Path) ->
     assert len({unit.size for unit in store.units}) > 1
 
 
+def test_steps_that_a_layer_has_not_the_weights_for_are_left_out_and_counted(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = build(model, tmp_path / "s", method="magnitude", levels=[0.5], step=200, steps=3)
+    for unit in store.units:
+        fitting = min(3, unit.size // 2 // 200)  # half of the weights are there to remove, or to give back
+        assert unit.costs == tuple(unit.size // 2 + 200 * n for n in range(-fitting, fitting + 1))
+    assert {unit.size: len(unit.levels) for unit in store.units} == {1024: 5, 512: 3, 1536: 7}
+    assert "6 of 21 layers have other levels: 512 weights are too few for the steps of +3, +2, -2, -3" in caplog.text
+    assert "6 of 21 layers have other levels: 1024 weights are too few for the steps of +3, -3 (such as" in caplog.text
+    assert "1536" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "levels", "inputs"),
+    [("gptq", [2, 3, 4], "3"), ("gptq", [2, 4], "2"), ("gptq", [6, 5], "5"), ("wanda", [0.5], "dense")],
+)
+def test_calibration_is_on_the_level_nearest_three_bits(
+    model: str, method: str, levels: list[float], inputs: str, tmp_path: Path
+) -> None:
+    assert build(model, tmp_path, method=method, levels=levels, **TEXT).manifest.plan.calibration["inputs"] == inputs
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -113,6 +136,13 @@ def test_steps_cost_the_same_in_units_of_any_size(model: str, tmp_path: Path) ->
         ({"seed": -1}, "seed=-1 must be 0 or more"),
         ({"seed": 1e3}, r"seed=1000\.0 must be an integer"),
         ({"calibration_tokens": "many"}, "calibration_tokens='many' must be an integer"),
+        ({"calibration_tokens": -5}, "calibration_tokens=-5 must be 1 or more"),
+        ({"sequence_length": 1}, "sequence_length=1 must be 2 or more"),
+        ({"batch_tokens": -7}, "batch_tokens=-7 must be 1 or more"),
+        ({"damping": float("nan")}, "damping=nan must be a number above 0"),
+        ({"method": "magnitude", "levels": ["1/0"]}, "sparsity '1/0' must be a number from 0 to 1"),
+        ({"method": "magnitude", "levels": [0.5], "step": 9, "inputs": "+1"}, r"'dense' or one of \+0$"),
+        ({"method": "drop", "kinds": ["mlp", "mlp"]}, r"kinds=\['mlp', 'mlp'\] must be .* each once"),
         ({"include": "("}, r"include='\(' is no regular expression"),
         ({"method": "drop", "may_drop": "("}, r"may_drop='\(' is no regular expression"),
         ({"method": "drop", "kinds": 3}, "kinds=3 must be text or a list"),
@@ -126,6 +156,8 @@ def test_what_cannot_be_built_is_refused(model: str, settings: dict[str, Any], m
 def test_settings_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettingError, match="symmetric='no'"):
         build("nowhere", tmp_path, symmetric="no")
+    with pytest.raises(InvalidSettingError, match="device='abacus' cannot be used"):
+        build("nowhere", tmp_path, device="cpu,abacus")
 
 
 def test_a_level_to_calibrate_on_may_be_given_as_the_number_that_it_is(model: str, tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.measurements.tiny_architectures import tiny_architecture
 from evo_hpo.errors import InvalidSettingError, StoreError
 from evo_hpo.levels.blockwise import build_store
+from evo_hpo.levels.compressor import Compressor
 from evo_hpo.levels.drop import build_drop_store
 from evo_hpo.levels.factor import factorise
 from evo_hpo.levels.gptq import GPTQSettings, gptq
@@ -86,6 +89,54 @@ def test_layers_are_calibrated_on_what_they_will_read(
     assert (found - expected).abs().gt(1e-6).float().mean() < 0.02
 
 
+def test_a_build_damps_and_orders_as_its_compressor_says(
+    llama: LoadedModel, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    given = {"damping": 0.7, "activation_order": True}
+    build_store(llama, tmp_path, GPTQ([3], group_size=16, **given), tokens, inputs="dense", batch_tokens=10**6)  # type: ignore[arg-type]
+    store = open_store(tmp_path)
+    name = "model.layers.0.mlp.down_proj"
+    read, original = inputs_of(llama.model, name, tokens), llama.model.get_submodule(name).weight
+    assert isinstance(original, torch.Tensor)
+    found = store.weights([u.name for u in store.units].index(name), 0)[name]
+    assert found is not None
+    for settings in (given, {"damping": 0.7}, {"activation_order": True}):
+        factor = factorise(read.T @ read, **settings)  # type: ignore[arg-type]
+        expected = gptq(original, factor, [3], GPTQSettings(GridSettings(16)))[0].decode()
+        assert ((found - expected).abs().gt(1e-6).float().mean() < 0.02) == (settings == given)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method", "unreached"),
+    [
+        ("bart", GPTQ([3], group_size=16), "encoder_attn"),
+        ("mamba", Wanda([0.5]), "dt_proj"),
+        ("mixtral", GPTQ([3]), ""),
+    ],
+)
+def test_layers_that_the_text_never_reaches_are_told_with_what_leaves_them_out(
+    architecture: str,
+    method: Compressor,
+    unreached: str,
+    tokens: torch.Tensor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loaded = mixtral() if architecture == "mixtral" else LoadedModel.from_model(tiny_architecture(architecture))
+    build_store(loaded, tmp_path / "all", method, tokens[:1, :2], inputs="dense")  # some expert has no token
+    names = [u.name for u in open_store(tmp_path / "all").units]
+    idle = [name for name in names if unreached and unreached in name]
+    if not unreached:
+        assert "never called" not in caplog.text
+        return
+    assert f"{len(idle)} of {len(names)} layers (such as {idle[0]}) are never called" in caplog.text
+    exclude = tomllib.loads(caplog.text[caplog.text.index("exclude = ") : caplog.text.index(" under build")])["exclude"]
+    caplog.clear()
+    build_store(loaded, tmp_path / "rest", method, tokens[:1, :2], inputs="dense", exclude=exclude)
+    assert [u.name for u in open_store(tmp_path / "rest").units] == [name for name in names if name not in idle]
+    assert not caplog.text
+
+
 def test_the_model_is_left_as_it_was(llama: LoadedModel, tokens: torch.Tensor, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in llama.model.state_dict().items()}
     build_store(llama, tmp_path, GPTQ([2, 3], group_size=16), tokens, inputs="2")
@@ -144,6 +195,14 @@ def test_a_folder_with_another_plan_is_refused(llama: LoadedModel, tmp_path: Pat
         build_store(llama, tmp_path, RTN([4]))
 
 
+def test_a_folder_calibrated_on_another_text_is_refused(
+    llama: LoadedModel, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    build_store(llama, tmp_path, Wanda([0.5]), tokens[:2], text={"text": "mine"})
+    with pytest.raises(StoreError, match="calibration text"):
+        build_store(llama, tmp_path, Wanda([0.5]), tokens[2:4], text={"text": "mine"})
+
+
 def test_only_the_chosen_modules_are_built(llama: LoadedModel, tokens: torch.Tensor, tmp_path: Path) -> None:
     build_store(llama, tmp_path, GPTQ([4], group_size=16), tokens, inputs="dense", include=r"mlp", exclude="up_proj")
     names = [unit.name for unit in open_store(tmp_path).units]
@@ -157,12 +216,15 @@ def test_dropped_modules_are_found_everywhere(architecture: str, tmp_path: Path)
     store = open_store(tmp_path / "parts")
     layers = len(decoder_blocks(loaded.model))
     assert len(store.units) == 2 * layers
-    assert [unit.group for unit in store.units[:2]] == ["attention", "mlp"] or architecture in ("opt", "mixtral")
+    assert [unit.group for unit in store.units[:2]] == ["attention", "mlp"]
+    assert store.space(drop={"attention": 1, "mlp": 0}).budgets == (layers - 1, layers)
     assert store.weights(0, 0) == dict.fromkeys(store.units[0].members)
     assert store.weights(0, 1) == {}
     assert store.space(drop=2).budget == 2 * layers - 2
     build_drop_store(loaded, tmp_path / "blocks", kinds=("block",))
-    assert [u.name for u in open_store(tmp_path / "blocks").units] == list(decoder_blocks(loaded.model))
+    blocks = open_store(tmp_path / "blocks").units
+    assert [u.name for u in blocks] == list(decoder_blocks(loaded.model))
+    assert {u.group for u in blocks} == {"block"}
 
 
 def test_pairs_of_blocks_and_masks(tmp_path: Path) -> None:
@@ -191,3 +253,13 @@ def test_attention_and_mlp_modules_are_dropped_in_numbers_of_their_own(tmp_path:
         open_store(tmp_path / "parts").space(drop={"attention": 1})
     with pytest.raises(InvalidSettingError, match=f"mlp has {layers} modules"):
         open_store(tmp_path / "parts").space(drop={"attention": 1, "mlp": layers + 1})
+
+
+@pytest.mark.parametrize("drop", [2.7, "2.5", -3, 7, "x", True])
+def test_what_is_no_number_of_modules_to_drop_is_refused(tmp_path: Path, drop: float) -> None:
+    build_drop_store(LoadedModel.from_model(tiny_model("llama")), tmp_path)
+    levels = open_store(tmp_path).levels
+    for given in ({"average": drop}, {"drop": drop}):
+        with pytest.raises(InvalidSettingError, match=f"{drop!r} must be a whole number of units to drop, from 0 to 6"):
+            levels.space(**given)  # type: ignore[arg-type]
+    assert levels.space(2.0) == levels.space("2") == levels.space(drop=2)

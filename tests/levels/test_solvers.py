@@ -12,7 +12,7 @@ from evo_hpo.levels.compressor import Inputs
 from evo_hpo.levels.factor import factorise, output_error
 from evo_hpo.levels.gptq import GPTQSettings, gptq
 from evo_hpo.levels.grid import GridSettings
-from evo_hpo.levels.masks import Sparsity, parse_sparsities
+from evo_hpo.levels.masks import Pattern, Sparsity, lowest_n_of_m, parse_sparsities
 from evo_hpo.levels.pruners import Magnitude, SparseGPT, Wanda
 from evo_hpo.levels.quantizers import GPTQ, RTN
 from evo_hpo.levels.rtn import round_to_nearest
@@ -110,6 +110,32 @@ def test_inputs_that_never_fire_are_rounded_and_disturb_nothing() -> None:
     assert (found[:, 5] - weight[:, 5]).abs().max() < 1
 
 
+def test_an_input_that_never_fires_counts_as_one_of_mean_size() -> None:
+    """A diagonal H is inverted number by number."""
+    upper = factorise(torch.diag(torch.tensor([3.0, 0.0, 5.0, 8.0])), damping=0.5).upper
+    torch.testing.assert_close(upper, torch.diag((torch.tensor([3.0, 4.0, 5.0, 8.0]) + 2) ** -0.5))
+
+
+def test_a_layer_of_which_no_input_is_known_is_rounded_to_nearest() -> None:
+    """An expert that no token was routed to."""
+    weight, _ = layer()
+    for ours, theirs in zip(
+        GPTQ([2, 4], group_size=16).compress(weight, Inputs(None, 80)),
+        RTN([2, 4], group_size=16).compress(weight, Inputs(None, 80)),
+        strict=True,
+    ):
+        assert torch.equal(ours.encoded.decode(), theirs.encoded.decode())
+        assert ours.error == pytest.approx(theirs.error, rel=1e-5)
+    assert torch.equal(Inputs(None, 80).diagonal, torch.ones(80))
+
+
+@pytest.mark.parametrize("damping", [0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("compressor", [GPTQ, SparseGPT])
+def test_what_is_no_damping_is_refused_at_once(compressor: type[GPTQ | SparseGPT], damping: float) -> None:
+    with pytest.raises(InvalidSettingError, match=f"damping={damping} must be a number above 0"):
+        compressor(damping=damping)
+
+
 def test_a_singular_hessian_is_factorised_with_more_damping() -> None:
     columns = 40
     vector = torch.linspace(1, 2, columns)
@@ -127,6 +153,43 @@ def test_sparsegpt_matches_the_plain_float64_algorithm(sparsity: float) -> None:
     ours = output_error(weight, pruned, hessian)
     theirs = oracle.relative_error(weight.double().numpy(), expected, hessian.double().numpy())
     assert ours == pytest.approx(theirs, rel=0.01)
+
+
+def structured(weight: oracle.Matrix, hessian: oracle.Matrix, keep: int, of: int) -> oracle.Matrix:
+    """SparseGPT's n:m as the paper states it: float64, one column after the other, choices a group of columns."""
+    inverse, current = oracle.damped_inverse(hessian), weight.copy()
+    kept = np.ones(weight.shape, dtype=bool)
+    for j in range(weight.shape[1]):
+        if j % of == 0:
+            pivots, reduced = np.zeros(of), inverse.copy()
+            for k in range(of):
+                pivots[k] = reduced[j + k, j + k]
+                reduced = reduced - np.outer(reduced[:, j + k], reduced[j + k]) / pivots[k]
+            saliency = current[:, j : j + of] ** 2 / pivots
+            kept[:, j : j + of] = saliency.argsort(1).argsort(1) >= of - keep
+        error = np.where(kept[:, j], 0, current[:, j]) / inverse[j, j]
+        current = current - np.outer(error, inverse[j])
+        inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return np.where(kept, current, 0)
+
+
+@pytest.mark.parametrize("block", [8, 128])
+@pytest.mark.parametrize("pattern", ["2:4", "1:2"])
+def test_sparsegpt_with_patterns_matches_the_plain_float64_algorithm(pattern: str, block: int) -> None:
+    weight, hessian = layer()
+    pruned, kept = sparsegpt(weight, factorise(hessian), parse_sparsities([pattern]), block=block)[0]
+    keep, of = map(int, pattern.split(":"))
+    expected = structured(weight.double().numpy(), hessian.double().numpy(), keep, of)
+    assert (kept.numpy() == (expected != 0)).mean() > 0.99
+    theirs = oracle.relative_error(weight.double().numpy(), expected, hessian.double().numpy())
+    assert output_error(weight, pruned, hessian) == pytest.approx(theirs, rel=0.01)
+
+
+def test_a_pattern_that_does_not_divide_the_columns_removes_less_of_the_last_group() -> None:
+    score = torch.tensor([[4.0, 1, 2, 3, 5, 6], [1, 2, 3, 4, 2, 1]])
+    none, both = [False] * 2, [True] * 2
+    assert lowest_n_of_m(score, Pattern(2, 4)).tolist() == [[False, True, True, False, *none], [*both, *none, *none]]
+    assert lowest_n_of_m(score, Pattern(1, 4))[:, 4:].tolist() == [[True, False], [False, True]]
 
 
 def test_sparsegpt_walks_columns_by_activation() -> None:
@@ -210,7 +273,7 @@ def test_impossible_bits_are_refused(bits: list[int]) -> None:
         GPTQ(bits)
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.5, "x", "5:4"])
+@pytest.mark.parametrize("sparsity", [-0.1, 1.5, "x", "5:4", "1/0", "nan"])
 def test_impossible_sparsities_are_refused(sparsity: float | str) -> None:
     with pytest.raises(InvalidSettingError, match=str(sparsity)):
         parse_sparsities([sparsity])
@@ -221,3 +284,32 @@ def test_removed_counts_are_clamped_to_the_layer() -> None:
 
     assert Sparsity("x", Fraction(9, 10), 500).removed(1000) == 1000
     assert Sparsity("x", Fraction(1, 10), -500).removed(1000) == 0
+
+
+@pytest.mark.parametrize("compressor", [SparseGPT, Magnitude, Wanda])
+def test_a_layer_has_the_steps_that_it_has_weights_for(compressor: type[SparseGPT]) -> None:
+    weight, hessian = layer(rows=4)  # 320 weights, of which the centre removes 224
+    levels = compressor([0.7], step=50, steps=5).compress(weight, Inputs(hessian, 80))
+    kept = {level.label: int(level.encoded.decode().count_nonzero()) for level in levels}
+    assert kept == {"+1": 46, "+0": 96, "-1": 146, "-2": 196, "-3": 246, "-4": 296}
+
+
+def test_steps_are_taken_from_a_share_not_from_a_pattern() -> None:
+    with pytest.raises(InvalidSettingError, match=r"step=5 .*'2:4' is a pattern: give a sparsity from 0 to 1"):
+        parse_sparsities(["2:4"], step=5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [([0.5, 0.7], [0.7, 0.5]), (["0.5"], ["0.50"]), ([0.5], [".5"]), ([0], ["0.0"]), ([0.5, "2:4"], ["2:4", "1/2"])],
+)
+def test_sparsities_are_recorded_alike_however_they_are_given(one: list[float], other: list[float]) -> None:
+    assert Magnitude(one).settings() == Magnitude(other).settings()
+
+
+def test_sparsities_in_rising_order_are_recorded_as_they_are_written() -> None:
+    """So that stores that are there stay the same stores."""
+    usual: list[float | str] = [0, 0.123456789, 0.3, 1 / 3, 0.5, 1e-7, 1]
+    for given in ([0.3, 0.4, 0.5, 0.6, 0.7], ["0.5", "0.75"], ["2:4"], sorted(usual, key=float)):
+        assert Magnitude(given).settings()["sparsities"] == [str(value) for value in given]
+    assert len({str(Magnitude([s]).settings()) for s in (1 / 3, 0.333333, "1/3")}) == 3

@@ -13,6 +13,7 @@ import torch
 from evo_hpo.errors import InvalidSettingError, StoreError
 from evo_hpo.levels import joined, open_store
 from evo_hpo.levels.blockwise import build_store
+from evo_hpo.levels.drop import build_drop_store
 from evo_hpo.levels.pruners import Magnitude
 from evo_hpo.levels.quantizers import RTN
 from evo_hpo.levels.store import LevelStore
@@ -225,3 +226,40 @@ def test_uniform_compression_at_a_stored_sparsity_fits_the_budget_of_that_sparsi
     assert exact < space.budget < exact + len(space.units)  # each layer rounds up what it keeps
     between = open_store(tmp_path / "sparse").space(sparsity=0.5)
     assert between.budget == between.total_size // 2
+
+
+def test_uniform_compression_of_steps_is_within_the_budget_of_their_centre_under_any_name(tmp_path: Path) -> None:
+    loaded = LoadedModel.from_model(tiny_model("llama"))
+    build_store(loaded, tmp_path / "steps", Magnitude([0.7], step=20, steps=2))
+    build_store(loaded, tmp_path / "plain", Magnitude([0.5, 0.7]))
+    steps, plain = (open_store(tmp_path / name) for name in ("steps", "plain"))
+    both = joined([steps.levels, plain.levels], resource="weights", prefixes=["a ", "b "])
+    for levels, label in ((steps.levels, "+0"), (both, "a +0"), (both, "b 0.7"), (both.tied(), "b 0.7")):
+        space = levels.space(sparsity=0.7)
+        uniform = tuple(unit.levels.index(label) for unit in levels.units)
+        weights = [w for unit, level in enumerate(uniform) for w in levels.weights(unit, level).values()]
+        kept = sum(int(weight.count_nonzero()) for weight in weights if weight is not None)
+        assert space.feasible(uniform)
+        assert space.budget == kept
+        assert kept > 0.3 * space.total_size  # rounded up, layer by layer
+
+
+@pytest.mark.parametrize("sparsity", [-1, 1.01, "x", "2:4", "1/0", float("nan")])
+def test_what_is_no_sparsity_is_refused(folder: Path, sparsity: float) -> None:
+    store = open_store(folder / "magnitude")
+    for given in ({"average": sparsity}, {"sparsity": sparsity}):
+        with pytest.raises(InvalidSettingError, match=f"sparsity {sparsity!r} must be a number from 0 to 1"):
+            store.space(**given)
+
+
+def test_weights_that_two_units_hold_are_not_counted_twice(folder: Path, tmp_path: Path) -> None:
+    llama = LoadedModel.from_model(tiny_model("llama"))
+    build_drop_store(llama, tmp_path)
+    rtn, magnitude = open_store(folder / "rtn").levels, open_store(folder / "magnitude").levels
+    for dropped in (open_store(tmp_path).levels.counted_in("bits"), magnitude.tied()):
+        for sets in ([rtn, dropped], [dropped, rtn]):
+            with pytest.raises(StoreError, match=r"units '\S+' and '\S+' both hold '\S+', .* counted twice"):
+                joined(sets)
+    assert len(joined([rtn.tied(), magnitude.tied()]).units) == 4 * 3
+    halves = [rtn.select(include=part) for part in ("attn", "mlp")]
+    assert len(joined(halves).units) == len(rtn.units)

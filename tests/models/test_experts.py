@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks.measurements.tiny_architectures import tiny_architecture
 from evo_hpo.cli.options import parse_settings
 from evo_hpo.errors import ModelError
 from evo_hpo.levels.blockwise import build_store, exclude_also, toml_text
@@ -72,6 +73,30 @@ def test_taken_apart_and_put_together_they_compute_the_same(name: str, tokens: t
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "routers"),
+    [
+        ("dbrx", r"\.ffn\.router\.layer$"),
+        ("hunyuan_v1_moe", r"\.mlp\.gate\.wg$"),
+        ("jetmoe", r"(mlp|experts)\.router\.layer$"),
+        ("longcat_flash", r"\.router\.classifier$"),
+        ("afmoe", r"\.mlp\.router\.gate$"),
+    ],
+)
+def test_routers_stay_as_they_are_whatever_they_are_made_of(architecture: str, routers: str) -> None:
+    model = tiny_architecture(architecture)
+    unfuse_experts(model)
+    everything = linear_modules(model, exclude="")
+    assert any(re.search(routers, name) for name in everything)
+    assert list(linear_modules(model)) == [name for name in everything if not re.search(routers, name)]
+
+
+@pytest.mark.parametrize("name", ["mlp.gate_proj", "altup.modality_router", "forget_gate.f_proj", "gate.up_proj"])
+def test_layers_that_are_only_called_alike_are_no_routers(name: str) -> None:
+    assert not re.search(ROUTERS, f"model.layers.0.{name}")
+    assert re.search(ROUTERS, "model.layers.0.mlp.router_gate")  # Doge's
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe"])

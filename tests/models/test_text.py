@@ -202,6 +202,17 @@ def test_what_is_no_mix_is_refused_in_one_line(mix: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("twin", ["{folder}/./a.txt", "whole:{folder}/a.txt", "{folder}/link.txt"])
+def test_a_mix_does_not_hold_one_text_twice(twin: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(book(0))
+    (tmp_path / "b.txt").write_text(book(1))
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    names = [f"{tmp_path}/a.txt", twin.format(folder=tmp_path), f"{tmp_path}/b.txt"]
+    with pytest.raises(TextError, match="texts .*a.txt' and .* of a mix are the same: name it once"):
+        load_tokens(dict.fromkeys(names, 1.0), Characters(), 64, 64 * 8)
+    assert len(load_tokens(dict.fromkeys(names[::2], 1.0), Characters(), 64, 64 * 8)) == 8
+
+
 def test_what_stands_in_any_part_of_a_mix_is_not_held_out(tmp_path: Path) -> None:
     names = [str(tmp_path / name) for name in ("a.txt", "b.txt", "both.txt")]
     texts = [book(1, 3000), book(2, 3000)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,12 @@ VLLM = SERVERS["vllm"]
 @pytest.fixture(scope="module")
 def square() -> LoadedModel:
     """Layers of 64 rows: zero points of groups of 16 take as many bits as a number for each column."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     return LoadedModel.from_model(random_model(LlamaConfig(vocab_size=97, **sizes), spread=0.25))
 
 

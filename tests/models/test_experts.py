@@ -22,6 +22,7 @@ from evo_hpo.levels.quantizers import GPTQ, RTN
 from evo_hpo.levels.store import open_store
 from evo_hpo.models.experts import fuse_experts, fused_leftovers, unfuse_experts
 from evo_hpo.models.loading import LoadedModel
+from evo_hpo.models.mixed import mix
 from evo_hpo.models.structure import ROUTERS, linear_modules
 
 _COMMON: dict[str, Any] = {
@@ -91,6 +92,8 @@ def test_routers_stay_as_they_are_whatever_they_are_made_of(architecture: str, r
     everything = linear_modules(model, exclude="")
     assert any(re.search(routers, name) for name in everything)
     assert list(linear_modules(model)) == [name for name in everything if not re.search(routers, name)]
+    mix(model)
+    assert all((m.weight.dtype == torch.float32) == bool(re.search(routers, n)) for n, m in everything.items())
 
 
 @pytest.mark.parametrize("name", ["mlp.gate_proj", "altup.modality_router", "forget_gate.f_proj", "gate.up_proj"])

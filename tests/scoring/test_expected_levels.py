@@ -34,6 +34,12 @@ def test_sizes_are_told_before_anything_is_built_as_they_are_built(
             ahead = expected_levels(asked).units
             asked.ensure_store(lambda *_: None)
             assert ahead == asked.open_levels().units
+        steps = {"method": "magnitude", "levels": [0.5], "average": 0.5, "build": {"step": 300, "steps": 3}}
+        stepped = language_model.task(settings(model, **steps))
+        sparse = expected_levels(stepped).units
+        assert len({unit.levels for unit in sparse}) > 1
+        stepped.ensure_store(lambda *_: None)
+        assert sparse == stepped.open_levels().units
         dropping = language_model.task(settings(model, method="drop", levels=[], average=1, build={}))
         modules = expected_levels(dropping).units
         dropping.ensure_store(lambda *_: None)

@@ -152,7 +152,7 @@ def test_ties_and_joins_that_cannot_be_are_refused(rounded: dict[str, Any], chan
     ("recipe", "message"),
     [
         ({"method": "magnitud"}, "no compression method 'magnitud'"),
-        ({"method": "magnitude", "levels": [1.5]}, "sparsity 1.5 must be from 0 to 1"),
+        ({"method": "magnitude", "levels": [1.5]}, "sparsity 1.5 must be a number from 0 to 1"),
         ({"method": "magnitude", "build": {"group_size": 16}}, "magnitude has no setting 'group_size'"),
         ({"method": "sparsegpt", "build": {"calibration": {"pydoc": -1}}}, "with shares above 0"),
     ],

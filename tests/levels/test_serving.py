@@ -25,13 +25,8 @@ VLLM = SERVERS["vllm"]
 @pytest.fixture(scope="module")
 def square() -> LoadedModel:
     """Layers of 64 rows: zero points of groups of 16 take as many bits as a number for each column."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-    }
-    return LoadedModel.from_model(random_model(LlamaConfig(vocab_size=97, **sizes), spread=0.25))
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    return LoadedModel.from_model(random_model(LlamaConfig(vocab_size=97, num_attention_heads=4, **sizes), spread=0.25))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -12,6 +12,7 @@
     ├── StoreError (ValueError)              a level store that is missing, damaged or of another model
     ├── JournalError (ValueError)            a journal that does not belong to this search
     ├── TrackingError (RuntimeError)         a tracking store that cannot be used
+    │   └── RefusedError                     what a store will not take, however often it is asked
     ├── ScorersError (RuntimeError)          a cluster that cannot be used
     └── MissingPackageError (ImportError)    an optional package that is not installed
 
@@ -75,6 +76,10 @@ class JournalError(EvoHpoError, ValueError):
 
 class TrackingError(EvoHpoError, RuntimeError):
     """A tracking store that cannot be used."""
+
+
+class RefusedError(TrackingError):
+    """What a tracking store will not take, however often it is asked; it may take everything else."""
 
 
 class ScorersError(EvoHpoError, RuntimeError):

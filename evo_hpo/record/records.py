@@ -187,8 +187,11 @@ def read_journal(path: Path | str) -> SearchRecord:
     lines = tail.poll()
     header = check_header(tail.path, lines)
     record = SearchRecord(tail.path, header)
-    for line in lines[1:]:
-        record.add(line)
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            record.add(line)
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise JournalError(f"{path}: line {number} cannot be read ({error!r}): restore the file") from error
     return record
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from evo_hpo.errors import TrackingError
-from evo_hpo.tracking.location import database_path, default_uri, quiet_environment, refuse_no_store
+from evo_hpo.tracking.location import database_path, default_uri, quiet_environment, refuse_no_store, track_command
 
 
 def _to_stderr(message: str) -> None:
@@ -43,6 +43,7 @@ class BackgroundTracker:
         say: Callable[[str], None] = _to_stderr,
     ) -> None:
         self.folder = Path(folder)
+        self.given = tracking_uri
         self.uri = tracking_uri or default_uri(folder)
         self.grace = grace
         self.say = say
@@ -79,11 +80,16 @@ class BackgroundTracker:
         except subprocess.TimeoutExpired:
             self.say("writing the last trials to MLflow ...")
             output = self._wait(process)
-        left = _left(output) if process.returncode in (0, 3) else None
+        left, wrong = _left(output) if process.returncode in (0, 3) else (None, [])
+        for message in wrong:
+            self.say(f"not whole in MLflow: {message}")
         if left != 0:
             trials = "some trials are" if left is None else f"{left} journal lines are"
             self.say(f"{trials} not in MLflow yet (see {self.folder}/tracking.log); catch up with:")
-            self.say(f"  evo-hpo track {self.folder}")
+        elif wrong:
+            self.say("when that is mended, catch up with:")
+        if left != 0 or wrong:
+            self.say(f"  {track_command(self.folder, self.given)}")
 
     def _wait(self, process: subprocess.Popen[bytes]) -> bytes:
         try:
@@ -95,8 +101,10 @@ class BackgroundTracker:
         return process.communicate()[0]
 
 
-def _left(output: bytes) -> int | None:
+def _left(output: bytes) -> tuple[int | None, list[str]]:
+    """Lines that are left, None where that is not known, and what is wrong with other journals."""
     try:
-        return int(json.loads(output.splitlines()[-1])["left"])
+        said = json.loads(output.splitlines()[-1])
+        return int(said["left"]), list(said["wrong"])
     except (IndexError, ValueError, KeyError):
-        return None
+        return None, []

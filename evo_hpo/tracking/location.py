@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import os
 import re
+import shlex
 import sqlite3
 import ssl
 import urllib.error
@@ -76,6 +77,17 @@ def default_uri(folder: Path | str | None = None) -> str:
     path = Path(folder).resolve() if folder is not None else Path.cwd()
     root = next((p for p in (path, *path.parents) if p.name == "mlruns"), Path.cwd() / "mlruns")
     return f"sqlite:///{root.resolve() / 'mlflow.db'}"
+
+
+def track_command(folder: Path | str, tracking_uri: str | None = None) -> str:
+    """What a user types to copy a comparison into the store that it went to; ``tracking_uri`` where one was given."""
+    return shlex.join(["evo-hpo", "track", str(folder), *(["--tracking-uri", tracking_uri] if tracking_uri else [])])
+
+
+def ui_command(folder: Path | str, tracking_uri: str | None = None) -> str:
+    """What a user types here to browse the store that a comparison went to."""
+    uri = tracking_uri or default_uri(folder)
+    return shlex.join(["evo-hpo", "ui", *(["--tracking-uri", uri] if uri != default_uri() else [])])
 
 
 def database_path(uri: str) -> Path | None:

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy import event
 
-from evo_hpo.errors import MissingPackageError, TrackingError
+from evo_hpo.errors import MissingPackageError, RefusedError, TrackingError
 from evo_hpo.files import file_lock, made_whole
 from evo_hpo.tracking.location import artifact_root, database_path, refuse_no_store
 
@@ -28,8 +28,12 @@ OUR_LOCATIONS = """
     WHERE t.key = 'evo_hpo.comparison' AND e.artifact_location IS NOT NULL
 """
 
+REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
+"""Codes of MLflow that say: not this, and not later either."""
+
 for noisy in ("mlflow", "alembic"):
     logging.getLogger(noisy).setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs the trace of what it raises
 
 
 @event.listens_for(sqlalchemy.engine.Engine, "connect")
@@ -49,17 +53,23 @@ def create_schema(uri: str, artifacts: str) -> None:
 
 @contextlib.contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Turns what MLflow and the database raise into TrackingError."""
+    """Turns what MLflow and the database raise into TrackingError, and what is refused for good into RefusedError."""
     try:
         yield
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TrackingError(f"{doing}: {first}") from error
+        lasting = getattr(error, "error_code", "") in REFUSED
+        raise (RefusedError if lasting else TrackingError)(f"{doing}: {_reason(error)}") from error
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             f"{doing}: needs the database driver {error.name!r}: install it, or name another in the URI"
             " (for example postgresql+psycopg2://)"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's text that says what is wrong: SQLAlchemy may begin with where it happened."""
+    lines = [line.strip() for line in str(error).splitlines() if not line.startswith("(raised as a result of")]
+    return next(filter(None, lines), type(error).__name__)
 
 
 def prepare_store(uri: str) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evo_hpo.errors import EvoHpoError, JournalError, TrackingError
+from evo_hpo.errors import EvoHpoError, JournalError, RefusedError, TrackingError
 from evo_hpo.files import file_lock
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.record.records import JournalTail, check_header, journal_paths
@@ -36,10 +36,12 @@ log = logging.getLogger("evo_hpo.tracking")
 
 
 class JournalReplay:
-    """One journal on its way into a tracker.
+    """One journal on its way into a tracker. What is wrong with it alone keeps no other journal waiting.
 
     Attributes:
         waiting: lines read and not yet in the store.
+        damage: why it cannot be read on; it is looked at again once its file has changed.
+        refusal: why its lines cannot be written; they are not tried again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,13 +49,31 @@ class JournalReplay:
         self.waiting: list[dict[str, Any]] = []
         self.tracker: SearchTracker | None = None
         self.ended = False
+        self.damage: JournalError | None = None
+        self.refusal: EvoHpoError | None = None
+        self._changed = 0
 
     def read(self) -> None:
         """Takes in what the journal has grown by."""
-        if not self.ended:
+        if self.ended or self.refusal:
+            return
+        try:
+            changed = self.tail.path.stat().st_mtime_ns
+            if self.damage and changed == self._changed:
+                return
+            self._changed = changed
             new = self.tail.poll()
-            self.waiting += new
-            self.ended = bool(new) and new[-1]["kind"] == "end"
+        except FileNotFoundError:
+            return
+        except JournalError as error:
+            self.damage = error
+            return
+        except OSError as error:
+            self.damage, self._changed = JournalError(f"{self.tail.path}: cannot be read ({error.strerror})"), 0
+            return
+        self.damage = None
+        self.waiting += new
+        self.ended = bool(new) and new[-1]["kind"] == "end"
 
     def step(self, tracker: Tracker) -> int:
         """Writes the next chunk and returns how many of its lines were new to the store.
@@ -61,8 +81,18 @@ class JournalReplay:
         Raises:
             TrackingError: the store cannot be reached; nothing is lost, call again.
         """
-        if not self.waiting:
+        if not self.waiting or self.refusal:
             return 0
+        try:
+            return self._step(tracker)
+        except (JournalError, RefusedError) as error:
+            self.refusal = error
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            self.refusal = JournalError(f"{self.tail.path}: a line cannot be read ({error!r}): restore the file")
+            self.refusal.__cause__ = error
+        return 0
+
+    def _step(self, tracker: Tracker) -> int:
         if self.tracker is None:
             self.tracker = tracker.search(check_header(self.tail.path, self.waiting))
             seen, self.waiting = self.waiting[: self.tracker.committed], self.waiting[self.tracker.committed :]
@@ -76,7 +106,10 @@ class JournalReplay:
     def leave(self) -> None:
         """Marks an interrupted search as such."""
         if self.tracker is not None and not self.waiting:
-            self.tracker.leave(running=_being_written(self.tail.path))
+            try:
+                self.tracker.leave(running=_being_written(self.tail.path))
+            except RefusedError as error:
+                self.refusal = error
 
 
 def _being_written(path: Path) -> bool:
@@ -119,8 +152,13 @@ class Replayer:
 
     @property
     def waiting(self) -> int:
-        """Lines that are read and not in the store."""
-        return sum(len(r.waiting) for r in self.replays.values())
+        """Lines that are read and not in the store, without those that cannot be written."""
+        return sum(len(r.waiting) for r in self.replays.values() if not r.refusal)
+
+    @property
+    def errors(self) -> list[EvoHpoError]:
+        """Why some journals are not in the store, or not whole, whatever the others are."""
+        return [error for r in self.replays.values() if (error := r.refusal or r.damage)]
 
     def step(self) -> int:
         """Writes one chunk of every journal that has one; returns how many lines were new to the store.
@@ -156,6 +194,10 @@ def replay(folder: Path, uri: str) -> int:
         from evo_hpo.tracking.own_run import upload
 
         upload(folder, uri)
+    if errors := replayer.errors:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        others = "; the other journals are in MLflow" if len(replayer.replays) > len(errors) else ""
+        raise type(errors[0])(f"{errors[0]}{more}{others}") from errors[0]
     return total
 
 
@@ -177,13 +219,17 @@ def _lock_path(folder: Path, uri: str) -> Path:
     return Path(tempfile.gettempdir()) / f"evo-hpo-tracking-{os.getuid()}-{name}.lock"
 
 
-def follow_until_closed(folder: Path, uri: str, grace: float) -> int:
-    """Follows the journals until standard input is closed, then catches up; returns the lines that are left.
+def follow_until_closed(folder: Path, uri: str, grace: float) -> tuple[int, list[str]]:
+    """Follows the journals until standard input is closed, then catches up.
 
-    Nothing that the store does ends it: failures are logged and tried again, at growing intervals.
+    Nothing that the store does ends it: failures are logged and tried again, at growing intervals. Nobody waits for
+    journals that cannot be read or written.
+
+    Returns:
+        The number of lines that are left, and what is wrong with journals that are not among them.
     """
     replayer = Replayer(folder, lambda: _mlflow(folder, uri))
-    pause, deadline = 0.5, float("inf")
+    pause, deadline, logged = 0.5, float("inf"), set[str]()
     with file_lock(_lock_path(folder, uri)):
         while True:
             try:
@@ -196,6 +242,10 @@ def follow_until_closed(folder: Path, uri: str, grace: float) -> int:
             except Exception:  # whatever it is, the search goes on and the journal keeps everything
                 log.exception("tracking failed, trying again")
                 waiting, pause = 1, min(2 * pause, 10.0)
+            for found in replayer.errors:
+                if str(found) not in logged:
+                    log.warning("%s", found, exc_info=found.__cause__)
+                    logged.add(str(found))
             if deadline == float("inf"):
                 if _closed(0.0 if replayer.waiting and pause == 0.5 else pause):
                     deadline = time.monotonic() + grace
@@ -207,10 +257,11 @@ def follow_until_closed(folder: Path, uri: str, grace: float) -> int:
             if pause > 0.5:
                 time.sleep(max(0.0, min(pause, 1.0, deadline - time.monotonic())))
         try:
+            replayer.read()  # what came since a store that gives no answer was last tried is left too
             replayer.leave()
         except (EvoHpoError, OSError) as error:
             log.warning("%s", error)
-    return replayer.waiting
+    return replayer.waiting, [str(error) for error in replayer.errors]
 
 
 def _hopeless(uri: str) -> bool:
@@ -237,13 +288,13 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     os.nice(15)
-    left = follow_until_closed(arguments.folder, arguments.uri, arguments.grace)
+    left, wrong = follow_until_closed(arguments.folder, arguments.uri, arguments.grace)
     try:
-        sys.stdout.write(json.dumps({"left": left}) + "\n")
+        sys.stdout.write(json.dumps({"left": left, "wrong": wrong}) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # whoever wanted to know was killed; what is left is in the journals
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return 0 if not left else 3
+    return 0 if not left and not wrong else 3
 
 
 if __name__ == "__main__":

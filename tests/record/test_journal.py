@@ -266,6 +266,15 @@ def test_damage_in_the_middle_is_an_error(run: Runner, tmp_path: Path) -> None:
         read_journal(tmp_path / "j.jsonl")
 
 
+def test_a_line_that_lacks_something_is_named(run: Runner, tmp_path: Path) -> None:
+    run(tmp_path / "a.jsonl")
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    lines[3] = json.dumps({k: v for k, v in json.loads(lines[3]).items() if k != "loss"}) + "\n"
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    with pytest.raises(JournalError, match=r"a.jsonl: line 4 cannot be read \(KeyError\('loss'\)\)"):
+        read_journal(tmp_path / "a.jsonl")
+
+
 def test_a_folder_is_read_sorted_and_torn_headers_are_left_out(run: Runner, tmp_path: Path) -> None:
     run(tmp_path / "journals" / "b.jsonl")
     run(tmp_path / "journals" / "a.jsonl")

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import socket
 import sqlite3
 import subprocess
@@ -114,10 +115,12 @@ def test_the_background_writer_follows_and_finishes(root: Path, runs: Runs) -> N
 def test_a_store_that_cannot_be_written_only_leaves_a_message(folder: Path, tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "file").write_text("not a folder")
-    with BackgroundTracker(folder, f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}", grace=0.5, say=said.append):
+    folder = folder.rename(folder.with_name("with blanks"))
+    uri = f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}"
+    with BackgroundTracker(folder, uri, grace=0.5, say=said.append):
         pass
     assert any("not in MLflow yet" in line for line in said)
-    assert said[-1] == f"  evo-hpo track {folder}"
+    assert shlex.split(said[-1]) == ["evo-hpo", "track", str(folder), "--tracking-uri", uri]
     assert "cannot create the store" in (folder / "tracking.log").read_text()
 
 

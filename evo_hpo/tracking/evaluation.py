@@ -18,14 +18,16 @@ def upload_evaluation(folder: Path, uri: str, evaluation: Mapping[str, Any], fil
     headers = {record.search: record.header for record in Comparison.read(folder).records()}
     for row in evaluation["results"]:
         name = str(row["name"]).replace("'", "")
+        given = {"spec": row["spec"], "search": row["search"], **evaluation["protocol"]}
+        params = {key: shown(str(value), LONGEST_PARAM, "evaluation.json") for key, value in given.items() if value}
         run = tracker.own_run(
             shown(f"evaluation {name}", LONGEST_NAME, "evaluation.json"),
             {"kind": "evaluation", "model": shown(name, LONGEST_TAG, "evaluation.json")},
+            params,
         )
-        given = {"spec": row["spec"], "search": row["search"], **evaluation["protocol"]}
         tracker.log_own(
             run,
-            params={key: shown(str(value), LONGEST_PARAM, "evaluation.json") for key, value in given.items() if value},
+            params=params,
             metrics=_metrics(row),
             tags={},
             files=files,

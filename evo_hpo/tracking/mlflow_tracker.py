@@ -8,7 +8,7 @@ tag ``chunk``, finished ones are skipped, running ones are completed, and equal 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from evo_hpo.tracking.views import trials_link
 
 COMMITTED = "evo_hpo.committed"
 KEY = "evo_hpo.key"
-EXPERIMENT_TAGS = {"evo_hpo.comparison": "true", "mlflow.experimentKind": "custom_model_development"}
+OURS = "evo_hpo.comparison"
+EXPERIMENT_TAGS = {OURS: "true", "mlflow.experimentKind": "custom_model_development"}
 METRICS_A_CALL = 1000
 PARAMS_A_CALL = 100
 
@@ -99,19 +100,29 @@ class MlflowTracker:
                 f"experiment {name!r} was deleted in MLflow: restore it with `mlflow experiments restore"
                 f" --experiment-id {known.experiment_id}`, or rename the comparison"
             )
+        if OURS not in known.tags:  # such as MLflow's own "Default": from now on it is listed among comparisons too
+            self.client.set_experiment_tag(known.experiment_id, OURS, "true")
         return str(known.experiment_id), str(known.artifact_location)
 
     def search(self, header: Mapping[str, Any]) -> MlflowSearch:
         """The parent run of a search: found by the hash of its header, else created."""
         return MlflowSearch(self.client, self.experiment, header, self.rows)
 
-    def own_run(self, name: str, tags: Mapping[str, str]) -> str:
-        """The run of these tags, else a new one; running."""
+    def own_run(
+        self, name: str, tags: Mapping[str, str], params: Mapping[str, str], may_differ: Collection[str] = ()
+    ) -> str:
+        """The newest run of these tags that says nothing else of these parameters, else a new one; running.
+
+        Parameters of a run never change: one that has others is of something else that had the same name.
+
+        Args:
+            may_differ: parameters that are not looked at.
+        """
         with translated(f"run {name!r}"):
             where = " and ".join(f"tags.`{k}` = '{v}'" for k, v in tags.items())
-            found = self.client.search_runs([self.experiment], where, ViewType.ACTIVE_ONLY, max_results=1)
-            if found:
-                return str(found[0].info.run_id)
+            for run in self.client.search_runs([self.experiment], where, ViewType.ACTIVE_ONLY, max_results=1000):
+                if all(params.get(k) == v for k, v in run.data.params.items() if k not in may_differ):
+                    return str(run.info.run_id)
             return str(self.client.create_run(self.experiment, tags=dict(tags), run_name=name).info.run_id)
 
     def attach(

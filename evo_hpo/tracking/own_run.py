@@ -10,7 +10,7 @@ from typing import Any
 
 from evo_hpo.errors import JournalError, PlanError
 from evo_hpo.record.changes import flat
-from evo_hpo.record.comparison import Comparison
+from evo_hpo.record.comparison import CHANGES_NO_RESULT, Comparison
 from evo_hpo.record.fronts import judged
 from evo_hpo.record.records import SearchRecord, read_journals
 from evo_hpo.search.checkpoint import losses_by_text
@@ -41,13 +41,19 @@ def upload(folder: Path, uri: str) -> str:
         and comparison.problems[record.problem].space.ranged
     }
     details = _details(comparison, records, winners, of_fronts)
-    run = tracker.own_run(shown(f"{name} comparison", LONGEST_NAME, "comparison.json"), {"kind": "comparison"})
     files, folders = comparison.documents()
     plan = {k: v for k, v in comparison.plan.items() if v not in (None, [], {})}
-    params = flat(plan, "plan") if plan else {}
+    described = flat(plan, "plan") if plan else {}
+    params = {safe_key(k): shown(v, LONGEST_PARAM, "comparison.json") for k, v in described.items()}
+    run = tracker.own_run(
+        shown(f"{name} comparison", LONGEST_NAME, "comparison.json"),
+        {"kind": "comparison"},
+        params,
+        [f"plan/{key}" for key in CHANGES_NO_RESULT],
+    )
     tracker.log_own(
         run,
-        params={safe_key(k): shown(v, LONGEST_PARAM, "comparison.json") for k, v in params.items()},
+        params=params,
         metrics=_winner_metrics(winners),
         tags={"mlflow.note.content": "\n".join(f"- {k}: {v}" for k, v in details.items())},
         files=files,

@@ -51,7 +51,7 @@ def launch_ui(
         say: shows one line to the user.
 
     Raises:
-        TrackingError: nothing is tracked there, the port is taken, or the server does not start.
+        TrackingError: nothing is tracked there, the port is taken or none, or the server does not start.
     """
     uri = _uri(folder_or_uri)
     if uri.startswith(("http://", "https://")):
@@ -98,6 +98,8 @@ def _uri(given: str | Path | None) -> str:
 
 
 def _refuse_taken(port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise TrackingError(f"{port} is no port: give one from 1 to 65535 with --port")
     with contextlib.closing(socket.socket()) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -90,6 +90,10 @@ def test_a_final_evaluation_stands_beside_the_search_that_found_the_profile(
     }
     assert "evaluation.json" in held["a-s0"]
     assert "evaluation.json" not in held["a-s1"]
+    for stride in (512, 256):  # no figures under another protocol's parameters
+        log_evaluation(folder, {**table, "protocol": {"stride": stride}}, [])
+    strides = {(r.data.tags["model"], r.data.params["stride"]) for r in runs("tags.kind = 'evaluation'")}
+    assert strides == {(model, stride) for model in ("original", "winner") for stride in ("512", "256")}
 
 
 def test_saved_views_show_every_text(folder: Path) -> None:

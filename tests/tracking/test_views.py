@@ -46,6 +46,25 @@ def test_a_comparison_has_its_own_run_views_and_banner(folder: Path, uri: str, r
     }
 
 
+def test_a_comparison_of_another_plan_under_the_same_name_has_a_run_of_its_own(folder: Path, uri: str) -> None:
+    client = MlflowTracker(uri, "small").client
+
+    def logged(**plan: object) -> tuple[str, dict[str, str]]:
+        (folder / "comparison.json").write_text(json.dumps({"plan": plan}))
+        run = log_comparison(folder)
+        return run, {k.removeprefix("plan/"): v for k, v in client.get_run(run).data.params.items()}
+
+    first, params = logged(name="small", workers=1, budget={"tokens": 10})
+    assert params == {"name": "small", "workers": "1", "budget/tokens": "10"}
+    assert logged(name="small", workers=2, budget={"tokens": 10}, description="resumed")[0] == first
+    other, params = logged(name="small", workers=1, budget={"tokens": 20})
+    assert params == {"name": "small", "workers": "1", "budget/tokens": "20"}
+    third, params = logged(name="small", workers=1, budget={"evaluations": 10})
+    assert params == {"name": "small", "workers": "1", "budget/evaluations": "10"}
+    assert len({first, other, third}) == 3
+    assert logged(name="small", workers=1, budget={"tokens": 10})[0] == first
+
+
 def test_losses_of_different_problems_are_not_put_in_one_order(root: Path, uri: str, runs: Runs) -> None:
     folder = root / "comparisons" / "two"
     losses = {"easy-a-s0": 0.01, "easy-b-s0": 0.02, "hard-a-s0": 5.0, "hard-b-s0": 4.0}
@@ -106,3 +125,9 @@ def test_the_ui_serves_on_loopback_with_safe_settings(root: Path, uri: str) -> N
     assert f"--default-artifact-root file://{root}/artifacts" in command
     with pytest.raises(TrackingError, match="nothing is tracked here yet"):
         launch_ui(f"sqlite:///{root / 'other.db'}")
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536, 99999])
+def test_a_port_that_is_none_is_refused(uri: str, port: int) -> None:
+    with pytest.raises(TrackingError, match=f"^{port} is no port: give one from 1 to 65535 with --port"):
+        launch_ui(uri, port)

@@ -18,7 +18,7 @@ from evo_hpo.record.comparison import Comparison
 from evo_hpo.run.plan import Plan
 from evo_hpo.run.preparing import prepare
 from evo_hpo.run.schedule import ComparisonFailed, check_ray, compare, comparison_folder
-from evo_hpo.tracking.location import database_path, default_uri
+from evo_hpo.tracking.location import database_path, default_uri, track_command, ui_command
 
 
 def run(
@@ -46,12 +46,14 @@ def run(
     command = shlex.join(["evo-hpo", *(w for w in words if w != "--resume"), "--resume"])
     plan.check()
     check_ray(ray)
+    going_on = comparison_folder(plan, root, resume=True) if resume else None
+    writable_folder(going_on or root)
     if track and (database := database_path(tracking_uri or default_uri(root))):
         writable_folder(database.parent)
     kept = "no search was started; the units that were built are kept, and the same command goes on from there"
     with safe(kept, KeyboardInterrupt), BuildProgress("", console) as bars:
         prepare(plan, lambda key, done, total, what: bars(done, total, what, key))
-    folder = comparison_folder(plan, root, resume=resume)
+    folder = going_on or comparison_folder(plan, root, resume=False)
     writable_folder(folder)
     say(console, f"comparison: {folder}")
     try:
@@ -71,11 +73,12 @@ def run(
         raise
     finally:
         console.show_cursor()
-    with safe(f"the searches are done and kept in {folder}, report them with: evo-hpo report {folder}"):
+    reporting = shlex.join(["evo-hpo", "report", str(folder)])
+    with safe(f"the searches are done and kept in {folder}, report them with: {reporting}"):
         show_report(folder, console)
         if track:
             _upload(folder, tracking_uri, console)
-            say(console, "browse the runs: evo-hpo ui")
+            say(console, f"browse the runs: {ui_command(folder, tracking_uri)}")
     return folder
 
 
@@ -96,7 +99,7 @@ def _upload(folder: Path, tracking_uri: str | None, console: Console) -> None:
     try:
         log_comparison(folder, tracking_uri)
     except EvoHpoError as error:
-        say(console, f"not in MLflow: {error}; repeat with: evo-hpo track {folder}")
+        say(console, f"not in MLflow: {error}; repeat with: {track_command(folder, tracking_uri)}")
 
 
 @contextlib.contextmanager

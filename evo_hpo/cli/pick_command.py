@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -73,7 +74,7 @@ def pick(
     what = f"a file of {shown(taken)}" if size else f"{told(taken):.4g} {unit}"
     console.print(
         f"{path}: {what}, held-out loss {profile['held_out']['loss']:.4g}, of {planned.id}; export it with:"
-        f" evo-hpo export {path} MODEL",
+        f" evo-hpo export {shlex.quote(str(path))} MODEL",
         markup=False,
         highlight=False,
         soft_wrap=True,

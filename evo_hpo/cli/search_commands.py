@@ -120,8 +120,8 @@ def ablate(
     vary: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V1,V2,...", help="A setting and its values; repeatable.")
     ] = None,
-    searcher: Annotated[str | None, typer.Option(help="Which searcher of the plan; default: its first.")] = None,
-    grid: Annotated[bool, typer.Option(help="Every combination instead of one setting at a time.")] = False,
+    searcher: Annotated[str | None, typer.Option(help="With --vary: which searcher of the plan; default: its first.")] = None,
+    grid: Annotated[bool, typer.Option(help="With --vary: every combination.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with the newest ablation of this name.")] = False,
     workers: WorkersOption = None,
     root: RootOption = DEFAULT_ROOT,
@@ -140,23 +140,31 @@ def ablate(
     file = PlanFile.read(plan)
     if vary:
         base = file.plan()
-        values = {k: list(_values(v)) for k, v in (pair.partition("=")[::2] for pair in vary)}
+        values: dict[str, list[Any]] = {}
+        for key, text in (pair.partition("=")[::2] for pair in vary):
+            values.setdefault(key, []).extend(_values(key, text))
         ablation = {"searcher": searcher or base.searchers[0].key, "vary": values, "grid": grid}
         file = file.varied(f"{base.name}-ablation", ablation)
     elif "ablation" not in file.data:
         raise PlanError(
             f"{plan} has no [ablation] table: add one, or give --vary, for example --vary offspring=4,16,64"
         )
+    elif searcher is not None or grid:
+        given = "--grid" if searcher is None else "--searcher"
+        raise PlanError(f"{given} goes with --vary, and without it the plan's [ablation] table holds: say it there")
     if dry_run:
         _forecast(file)
         return
     _run(context, file, root, resume, track, tracking_uri, workers)
 
 
-def _values(text: str) -> list[Any]:
+def _values(key: str, text: str) -> list[Any]:
     """Values of ``--vary``: a TOML list, or values separated by commas."""
-    if not text:
+    if not key or not text:
         raise PlanError("--vary must be KEY=V1,V2,..., for example offspring=4,16,64")
     if text.startswith("["):
-        return list(parse_settings([f"values={text}"])["values"])
+        values = parse_settings([f"values={text}"])["values"]
+        if not isinstance(values, list):
+            raise PlanError(f'--vary {key}={text} is no TOML list: write {key}=a,b, or {key}=["a", "b"] in quotes')
+        return values
     return [parse_settings([f"value={v}"])["value"] for v in text.split(",")]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from evo_hpo.cli import comparing
+from evo_hpo.cli import comparing, search_commands
 from evo_hpo.cli.commands import app, main
 from evo_hpo.cli.options import parse_settings
-from evo_hpo.errors import PlanError
+from evo_hpo.errors import PlanError, TrackingError
 from evo_hpo.record.comparison import Comparison
 from evo_hpo.run.plan_file import PlanFile
 from evo_hpo.search.registry import available_problems, describe_problem, describe_searcher
@@ -214,6 +216,82 @@ def test_a_plan_with_an_ablation_of_its_own_can_be_varied(tmp_path: Path) -> Non
     assert {t.id for t in kept.planned()} == searches
     assert any("offspring-8" in name for name in searches)
     assert not any("max_switches" in name for name in searches)
+
+
+@pytest.mark.parametrize(
+    ("vary", "expected"),
+    [
+        (["offspring=4", "offspring=16,64"], {"offspring": [4, 16, 64]}),
+        (["offspring=2", 'init=["uniform", "random"]'], {"offspring": [2], "init": ["uniform", "random"]}),
+        (["offspring=[2,8]", "init=uniform,random"], {"offspring": [2, 8], "init": ["uniform", "random"]}),
+    ],
+)
+def test_every_value_that_is_to_vary_is_varied(
+    vary: list[str], expected: dict[str, list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varied: list[PlanFile] = []
+    monkeypatch.setattr(search_commands, "_forecast", varied.append)
+    options = [word for pair in vary for word in ("--vary", pair)]
+    assert run("ablate", write_plan(tmp_path), "--searcher", "evopress", *options, "--dry-run") == 0
+    assert varied[0].data["ablation"]["vary"] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vary", "init=[uniform,random]"], 'is no TOML list: write init=a,b, or init=["a", "b"]'),
+        (["--vary", "=4"], "--vary must be KEY=V1,V2"),
+        (["--searcher", "nonsense", "--grid"], "--searcher goes with --vary"),
+        (["--grid"], "--grid goes with --vary"),
+    ],
+)
+def test_what_ablate_would_not_heed_is_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = write_plan(tmp_path)
+    plan.write_text(plan.read_text() + '[ablation]\nsearcher = "evopress"\n[ablation.vary]\noffspring = [2, 8]\n')
+    assert run("ablate", plan, *options, "--dry-run") == 2
+    assert message in capsys.readouterr().err
+    assert run("ablate", plan, "--dry-run") == 0
+
+
+def test_where_to_write_and_what_to_resume_is_settled_before_anything_is_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> None:
+        raise AssertionError("level stores would be built")
+
+    monkeypatch.setattr(comparing, "prepare", build)
+    plan, root = write_plan(tmp_path), tmp_path / "runs"
+    for options, words in (
+        (("--root", root, "--resume"), "nothing to resume"),
+        (("--root", plan), "cannot make the folder"),
+    ):
+        assert run("compare", plan, "--no-track", *options) == 2
+        assert words in capsys.readouterr().err
+    assert not root.exists()
+    Comparison.start(root / "tiny", PlanFile.read(write_plan(tmp_path, evaluations=50)).plan().plain(), [])
+    write_plan(tmp_path)
+    assert run("compare", plan, "--no-track", "--root", root, "--resume") == 2
+    assert "started with another plan" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unreported")
+def test_commands_that_are_told_go_to_the_store_that_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise TrackingError("no")
+
+    monkeypatch.setattr(comparing, "_tracking", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("evo_hpo.tracking.log_comparison", refuse)
+    root, uri = tmp_path / "a b", f"sqlite:///{tmp_path}/my store.db"
+    assert run("compare", write_plan(tmp_path), "--root", root, "--tracking-uri", uri) == 0
+    told = capsys.readouterr().out.splitlines()
+    (again,) = (line.partition("; repeat with: ")[2] for line in told if line.startswith("not in MLflow: no;"))
+    assert shlex.split(again) == ["evo-hpo", "track", str(root / "tiny"), "--tracking-uri", uri]
+    (browse,) = (line.removeprefix("browse the runs: ") for line in told if line.startswith("browse"))
+    assert shlex.split(browse) == ["evo-hpo", "ui", "--tracking-uri", uri]
 
 
 @pytest.mark.parametrize(

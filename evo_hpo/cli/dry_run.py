@@ -6,6 +6,7 @@ from collections import Counter
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from evo_hpo.cli.progress import say
 from evo_hpo.run.plan import Plan
@@ -33,7 +34,7 @@ def dry_run(plan: Plan, console: Console) -> None:
         rate, memory = _forecast(problem.name, problem.settings)
         each = budget.seconds or (tokens / rate if rate else None)
         table.add_row(
-            problem.key,
+            Text(problem.key),  # which may hold what would be markup
             str(count),
             f"{tokens:,}" if tokens else "–",
             f"{tokens * count:,}" if tokens else "–",

@@ -24,21 +24,23 @@ def say(console: Console, line: str) -> None:
 
 def _amount(value: float) -> str:
     """A count in at most five characters: 950, 12.3k, 4.5M."""
-    for limit, unit in ((1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:g}"
+    for unit in ("", "k", "M", "G"):
+        if float(f"{value:.3g}") < 1000:  # as it will be written
+            break
+        value, unit = value / 1000, "T"
+    return f"{value:.3g}{unit}"
 
 
 def _bars(console: Console, *texts: str) -> Progress:
     """Bars with these texts, the time that passed and the time that is left."""
-    head = (TextColumn("{task.description}", style="bold"), BarColumn(bar_width=24))
+    head = (TextColumn("{task.description}", style="bold", markup=False), BarColumn(bar_width=24))
     time_left = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    return Progress(*head, *map(TextColumn, texts), *time_left, console=console)
+    return Progress(*head, *(TextColumn(text, markup=False) for text in texts), *time_left, console=console)
 
 
 @dataclass
 class _Running:
+    started: float
     bar: TaskID | None = None
     best: float | None = None
     held_out: Mapping[str, float] = field(default_factory=dict)
@@ -46,7 +48,7 @@ class _Running:
     spent: float = 0.0
     trials: int = 0
     reported: float = 0.0
-    started: float = field(default_factory=time.monotonic)
+    replayed: float = 0.0  # of what is spent, before it started
 
 
 class ComparisonProgress:
@@ -102,7 +104,7 @@ class ComparisonProgress:
                 say(self.console, f"{search}: failed: {message}")
 
     def _start(self, key: str) -> None:
-        running = self.searches[key] = _Running()
+        running = self.searches[key] = _Running(time.monotonic())
         if self._bars:
             running.bar = self._bars.add_task(key, total=self.total, used="", loss="")
         else:
@@ -114,15 +116,21 @@ class ComparisonProgress:
         running.failed += event.failed
         if event.loss is not None:
             running.best = event.loss if running.best is None else min(running.best, event.loss)
+        if event.replayed:
+            running.started, running.replayed = time.monotonic(), running.spent
         if self._bars and running.bar is not None:
             used = f"{_amount(running.spent)}/{_amount(self.total)} {self.kind}"
             self._bars.update(running.bar, completed=running.spent, used=used, loss=self._loss(event.search))
         elif running.spent / self.total >= running.reported + 0.25:
             running.reported = running.spent / self.total // 0.25 * 0.25
-            elapsed = time.monotonic() - running.started
-            left = elapsed * (self.total / running.spent - 1) if running.spent else 0.0
             used = f"{_amount(running.spent)} of {_amount(self.total)} {self.kind}, {running.trials} trials"
-            say(self.console, f"{event.search}: {used}, {self._loss(event.search)}, {left:.0f} s left")
+            left = "from its journal" if event.replayed else f"{self._left(running):.0f} s left"
+            say(self.console, f"{event.search}: {used}, {self._loss(event.search)}, {left}")
+
+    def _left(self, running: _Running) -> float:
+        """Seconds, at the speed of what was scored since the search started or went on."""
+        scored = running.spent - running.replayed
+        return (time.monotonic() - running.started) * (self.total - running.spent) / scored if scored else 0.0
 
     def _end(self, key: str, reason: str) -> None:
         running = self.searches[key]

@@ -44,6 +44,7 @@ class BatchScored:
         spent: of the budget so far, in its own unit; ``trials``: scored so far.
         loss: least usable loss of the batch (lower is better); None without any.
         failed: failed trials of the batch.
+        replayed: the batch was scored before, and is told from the journal.
     """
 
     search: str
@@ -51,6 +52,7 @@ class BatchScored:
     trials: int
     loss: float | None
     failed: int
+    replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

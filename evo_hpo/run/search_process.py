@@ -17,6 +17,7 @@ from evo_hpo.errors import EvoHpoError
 from evo_hpo.record.comparison import Comparison, PlannedSearch
 from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.record.problem_record import ProblemRecord
+from evo_hpo.record.records import SearchRecord
 from evo_hpo.run.events import (
     BatchScored,
     CheckpointTaken,
@@ -45,17 +46,24 @@ class _Queue(Protocol):
 
 
 class _Reporter:
-    def __init__(self, search: str, events: _Queue) -> None:
+    """Tells what a search does; ``held`` is what its journal held before."""
+
+    def __init__(self, search: str, events: _Queue, held: SearchRecord) -> None:
         self.search = search
         self.events = events
+        self.held = held
+        self.probes = 0
 
     def batch(self, outcomes: Sequence[Outcome], ledger: Ledger) -> None:
         loss = min((o.loss for o in outcomes if o.usable), default=None)
         failed = sum(o.status == "failed" for o in outcomes)
-        self.events.put(BatchScored(self.search, ledger.spent, ledger.evaluations, loss, failed))
+        replayed = ledger.evaluations <= len(self.held.outcomes)
+        self.events.put(BatchScored(self.search, ledger.spent, ledger.evaluations, loss, failed, replayed))
 
     def probe(self, measured: Measured, ledger: Ledger) -> None:
-        self.events.put(BatchScored(self.search, ledger.spent, ledger.evaluations, None, 0))
+        self.probes += 1
+        replayed = self.probes <= len(self.held.probes)
+        self.events.put(BatchScored(self.search, ledger.spent, ledger.evaluations, None, 0, replayed))
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         self.events.put(CheckpointTaken(self.search, checkpoint.held_out))
@@ -129,7 +137,7 @@ def _run(
             budget=budget,
             seed=task.seed,
             journal=journal,
-            observers=[_Reporter(task.id, events)],
+            observers=[_Reporter(task.id, events, journal.held)],
             checkpoints=plan.checkpoints,
         )
     events.put(SearchEnded(task.id, result.stop_reason))

@@ -120,3 +120,12 @@ def test_memory_is_that_of_the_tasks_settings(model_folder: Path, monkeypatch: p
         assert mixed is not None
         assert half < mixed < expected.total  # states and what a pass holds are as wide as in float32
     assert forecast(LanguageModelTask(**settings(model_folder, model_folder, join=["elsewhere"]))).memory is None
+
+
+def test_labels_that_look_like_markup_are_shown_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    text = PLAN.format(problem="additive", budget="seconds = 60")
+    path.write_text(text.replace('name = "additive"', 'name = "additive"\nlabel = "p [/x] q"'), encoding="utf-8")
+    found = CliRunner().invoke(app, ["compare", str(path), "--dry-run"], env={"COLUMNS": "150"})
+    assert found.exit_code == 0
+    assert "│ p [/x] q │" in " ".join(found.output.split())

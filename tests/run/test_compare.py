@@ -15,7 +15,7 @@ import pytest
 
 from evo_hpo.errors import JournalError, MissingPackageError, PlanError
 from evo_hpo.record.comparison import Comparison
-from evo_hpo.record.journal import read_journals
+from evo_hpo.record.journal import read_journal, read_journals
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.run import schedule
 from evo_hpo.run.events import (
@@ -137,6 +137,20 @@ def test_events_tell_the_whole_story_of_each_search(tmp_path: Path) -> None:
         assert min(b.loss for b in batches if b.loss is not None) == min(o.loss for o in record.outcomes)
         taken = [e.held_out for e in own if isinstance(e, CheckpointTaken)]
         assert taken == [c.held_out for c in record.checkpoints]
+
+
+def test_what_comes_from_a_journal_is_told_as_that(tmp_path: Path) -> None:
+    plan = make_plan(plan_data(seeds=[0], workers=1))
+    path = compare(plan, root=tmp_path) / "journals" / "evopress-s0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    whole = [i for i, line in enumerate(lines, start=1) if '"more"' not in line and '"outcome"' in line]
+    path.write_text("".join(lines[: whole[len(whole) // 2]]))
+    kept = len(read_journal(path).batches)
+    heard: list[Event] = []
+    compare(plan, root=tmp_path, resume=True, listener=heard.append)
+    told = [e.replayed for e in heard if isinstance(e, BatchScored) and e.search == "evopress-s0"]
+    assert 0 < kept < len(told)
+    assert told == [True] * kept + [False] * (len(told) - kept)
 
 
 def test_what_is_recorded_says_which_searchers_ignore_their_seed(tmp_path: Path) -> None:

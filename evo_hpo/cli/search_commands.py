@@ -120,7 +120,7 @@ def ablate(
     vary: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V1,V2,...", help="A setting and its values; repeatable.")
     ] = None,
-    searcher: Annotated[str | None, typer.Option(help="With --vary: which searcher of the plan; default: its first.")] = None,
+    searcher: Annotated[str | None, typer.Option(help="With --vary: whose settings; default: the first.")] = None,
     grid: Annotated[bool, typer.Option(help="With --vary: every combination.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with the newest ablation of this name.")] = False,
     workers: WorkersOption = None,

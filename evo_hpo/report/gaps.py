@@ -16,6 +16,11 @@ EXACT = 1e-9
 Problems = Mapping[str, ProblemRecord]
 
 
+def width_of(best: float, uniform: float) -> float:
+    """Loss between the best known and uniform; 1 where uniform is the best known: its gap is 0 then, not 100."""
+    return uniform - best if uniform > best else 1.0
+
+
 def as_gaps(problems: Problems, runs: Sequence[SearchRun]) -> tuple[Problems, list[SearchRun], dict[str, str]]:
     """Problems and searches with the losses of different instances made comparable; other problems stay as they are.
 
@@ -49,7 +54,7 @@ def as_gaps(problems: Problems, runs: Sequence[SearchRun]) -> tuple[Problems, li
 
 def _scaled(run: SearchRun, best: float, uniform: float) -> SearchRun:
     def scaled(checkpoint: Checkpoint) -> Checkpoint:
-        gap = 100 * ((checkpoint.held_out.get("loss", math.nan) - best) / ((uniform - best) or 1.0))
+        gap = 100 * ((checkpoint.held_out.get("loss", math.nan) - best) / width_of(best, uniform))
         return replace(checkpoint, held_out={**checkpoint.held_out, "loss": 0.0 if gap < EXACT else gap})
 
     return replace(run, checkpoints=tuple(map(scaled, run.checkpoints)))

@@ -235,7 +235,7 @@ def render(results: Results, sections: Sequence[Section], verdict: str) -> str:
 
 
 def _facts(results: Results) -> dict[str, str]:
-    budgets = {f"{v:,g} {k}" for r in results.runs for k, v in r.budget.items()}
+    budgets = {f"{v:,.15g} {k}" for r in results.runs for k, v in r.budget.items()}
     return {
         "problems": str(len(results.problems)),
         "searchers": str(len(results.labels)),

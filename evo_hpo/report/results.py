@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any, Self
 import pandas as pd
 
 from evo_hpo.errors import UnknownNameError
-from evo_hpo.record.comparison import Comparison, winner
+from evo_hpo.record.comparison import Comparison, PlannedSearch, winner
 from evo_hpo.record.fronts import judged
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.record.records import SearchRecord
-from evo_hpo.report.gaps import as_gaps
+from evo_hpo.report.gaps import as_gaps, width_of
 from evo_hpo.report.search_run import SearchRun
 from evo_hpo.search.budget import KINDS
 
@@ -67,10 +68,20 @@ class Results:
         """The searches on one problem, of one searcher where a label is given."""
         return tuple(r for r in self.runs if r.problem == problem and label in (None, r.label))
 
-    def uniform(self, problem: str) -> SearchRun | None:
-        """The search with uniform compression, if it has a result."""
-        found = [r for r in self.of(problem) if r.searcher == "uniform" and r.final is not None]
-        return found[0] if found else None
+    def absent(self, problem: str, label: str | None = None) -> tuple[PlannedSearch, ...]:
+        """The planned searches on one problem that are :attr:`missing`, of one searcher where a label is given."""
+        planned = (s for s in self.recorded.searches if s.id in self.missing)
+        return tuple(s for s in planned if s.problem == problem and label in (None, s.label))
+
+    def uniform(self, problem: str, seed: int | None = None) -> SearchRun | None:
+        """The search with uniform compression, if it has a finite held-out loss.
+
+        One run stands for every seed, but where each has an instance of its own: there it is that of the seed's.
+        """
+        found = [r for r in self.of(problem) if r.searcher == "uniform" and math.isfinite(r.loss)]
+        same = [r for r in found if r.seed == seed]
+        others = [] if seed is not None and self.problems[problem].instances else found
+        return next(iter([*same, *others]), None)
 
     def problem(self, key: str | None = None) -> ProblemRecord:
         """A problem by key; the first one without.
@@ -97,6 +108,12 @@ class Results:
             return dict.fromkeys(self.seeds(problem), runs[0])
         return {r.seed: r for r in runs}
 
+    def repeated(self, problem: str, label: str) -> list[bool]:
+        """For each of the :meth:`seeds`: whether its search is one that stands for an earlier seed already."""
+        runs = self.of(problem, label)
+        one = bool(runs) and all(r.deterministic for r in runs)
+        return [one and place > 0 for place, _ in enumerate(self.seeds(problem))]
+
     def winner(self, problem: str, label: str | None = None) -> SearchRun | None:
         """The search that won on a problem so far, see :func:`evo_hpo.record.comparison.winner`; or of one searcher."""
         return winner(r for r in self.of(problem, label) if r.final is not None)
@@ -104,19 +121,30 @@ class Results:
     def on(self, problem: str, text: str) -> Self:
         """The searches on one problem with the figures of one of its held-out texts in place of the first one's.
 
-        So tables, curves and tests are drawn of any text as of the first; who won is decided on the first.
+        So tables, curves and tests are drawn of any text as of the first; who won is decided on the first. Optima, and
+        gaps where each seed has an instance of its own, are known on the first alone.
+
+        Raises:
+            UnknownNameError: no such problem, or no such text of it.
         """
-        record = self.problems[problem]
-        if text in record.texts[:1]:
+        record = self.problem(problem)
+        if text not in record.texts:
+            raise UnknownNameError(
+                f"no held-out text {text!r} of problem {problem!r}; it has: {', '.join(record.texts) or 'none by name'}"
+            )
+        if text == record.texts[0]:
             problems, runs = {problem: replace(record, texts=(text,))}, self.of(problem)
         else:
             reference = _figures_on(record.reference, text)
-            problems = {problem: replace(record, texts=(text,), reference=reference)}
+            unknown: dict[str, Any] = {"optimum": None, "optima": (), "instances": {}}
+            problems = {problem: replace(record, texts=(text,), reference=reference, **unknown)}
             runs = tuple(
                 replace(r, checkpoints=tuple(replace(c, held_out=_figures_on(c.held_out, text)) for c in r.checkpoints))
                 for r in self.of(problem)
             )
-        return replace(self, problems=problems, runs=runs)
+        elsewhere = {s.id for s in self.recorded.searches if s.problem != problem}
+        missing = {name: why for name, why in self.missing.items() if name not in elsewhere}
+        return replace(self, problems=problems, runs=runs, missing=missing)
 
     # ------------------------------------------------------------------ frames
 
@@ -180,13 +208,16 @@ class Results:
         """(best, width): ``(loss - best) / width`` is 0 at the best known loss and 1 at uniform.
 
         Best known: the optimum where the problem names it, else the least held-out loss of any search. Without
-        uniform, 1 is the worst checkpoint of any search.
+        uniform, 1 is the worst checkpoint of any search. Losses that are not finite (failures) count for nothing here.
         """
-        seen = [c.held_out["loss"] for r in self.of(problem) for c in r.checkpoints if "loss" in c.held_out]
-        optimum, uniform = self.problems[problem].optimum, self.uniform(problem)
-        best = optimum if optimum is not None else min(seen, default=0.0)
+        info = self.problems[problem]
+        if info.instances:  # gaps already
+            return 0.0, 100.0
+        seen = [c.loss for r in self.of(problem) for c in r.checkpoints if math.isfinite(c.loss)]
+        uniform = self.uniform(problem)
+        best = info.optimum if info.optimum is not None else min(seen, default=0.0)
         top = uniform.loss if uniform is not None else max(seen, default=1.0)
-        return best, (top - best) if top > best else 1.0
+        return best, width_of(best, top)
 
     def slack(self, problem: str) -> float:
         """How far above a target a loss may lie and still have reached it: the last digit."""

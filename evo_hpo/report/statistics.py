@@ -9,7 +9,7 @@ matched pairs as in Kerby (2014); stochastic superiority A as in Vargha and Dela
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,9 @@ def spread(
     if len(array) >= FEW and np.isfinite(array).all():
         return bootstrap(values, statistic, strata=strata)
     kind = "value" if len(array) == 1 else "range"
-    return Interval(float(statistic(array)), float(array.min()), float(array.max()), kind, len(array))
+    with np.errstate(invalid="ignore"):  # between -inf and inf there is no middle: NaN
+        estimate = float(statistic(array))
+    return Interval(estimate, float(array.min()), float(array.max()), kind, len(array))
 
 
 def _paired(a: Sequence[float] | Floats, b: Sequence[float] | Floats) -> tuple[Floats, Floats]:
@@ -212,7 +214,9 @@ class PairedTest:
         difference: median (a - b) with its interval; negative: a is better.
         p: two-sided Wilcoxon signed-rank; ``p_holm``: corrected for all comparisons made together.
         effect: rank-biserial correlation, positive: a is better; ``superiority``: chance that a is below b.
-        attainable: the least ``p_holm`` that so few pairs could give; unless below alpha, no claim is possible.
+        attainable: the least ``p_holm`` that so few pairs could give beside the other comparisons; unless below alpha,
+            no claim is possible.
+        once: both run once on each problem, whatever the seeds: more seeds would give no more pairs.
     """
 
     a: str
@@ -228,6 +232,7 @@ class PairedTest:
     superiority: float
     attainable: float
     alpha: float = 0.05
+    once: bool = False
 
     @property
     def claim(self) -> str:
@@ -235,21 +240,41 @@ class PairedTest:
         if not self.pairs:
             return "no common pairs"
         if self.attainable >= self.alpha:
-            return f"too few seeds for a claim ({self.pairs} pairs cannot give p < {self.attainable:.2g})"
+            few = "one run each, too few" if self.once and self.pairs == 1 else "too few seeds"
+            count = f"{self.pairs} pair{'s' if self.pairs != 1 else ''}"
+            return f"{few} for a claim ({count} cannot give p < {self.attainable:.2g})"
         if self.p_holm < self.alpha:
             return "better" if self.effect > 0 else "worse"
         return "no difference shown"
 
 
 def compare_pairs(
-    columns: dict[str, Floats], pairs: Sequence[tuple[str, str]], *, alpha: float = 0.05
+    columns: Mapping[str, Floats],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    repeated: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+    fixed: Collection[str] = (),
+    alpha: float = 0.05,
 ) -> list[PairedTest]:
-    """Tests of the given (a, b) together, with Holm's correction over all of them."""
-    p_values = [wilcoxon(columns[a], columns[b]) if len(_paired(columns[a], columns[b])[0]) else 1.0 for a, b in pairs]
+    """Tests of the given (a, b) together, with Holm's correction over all of them.
+
+    Args:
+        columns: searcher -> its values, by (problem, seed); NaN where there is none.
+        pairs: who is tested against whom.
+        repeated: searcher -> where its value is that of a run which stands for an earlier seed already. Where both of a
+            pair are, that is no further pair: nothing was drawn anew.
+        fixed: the searchers that run once, whatever the seeds.
+        alpha: the level of claims.
+    """
+    compared = list[tuple[Floats, Floats]]()
+    for a, b in pairs:
+        again = repeated[a] & repeated[b] if repeated else np.zeros(len(columns[a]), dtype=bool)
+        compared.append(_paired(columns[a][~again], columns[b][~again]))
+    p_values = [wilcoxon(x, y) if len(x) else 1.0 for x, y in compared]
     tests = []
-    for (a, b), p, corrected in zip(pairs, p_values, holm(p_values), strict=True):
-        x, y = _paired(columns[a], columns[b])
+    for place, ((a, b), (x, y), corrected) in enumerate(zip(pairs, compared, holm(p_values), strict=True)):
         wins, ties, losses = wins_ties_losses(x, y)
+        least = [*p_values[:place], least_p(len(x)), *p_values[place + 1 :]]
         tests.append(
             PairedTest(
                 a=a,
@@ -259,12 +284,13 @@ def compare_pairs(
                 ties=ties,
                 losses=losses,
                 difference=spread(_differences(x, y)),
-                p=p,
+                p=p_values[place],
                 p_holm=corrected,
                 effect=rank_biserial(x, y),
                 superiority=superiority(x, y) if len(x) else math.nan,
-                attainable=min(1.0, least_p(len(x)) * len(pairs)),
+                attainable=holm(least)[place],
                 alpha=alpha,
+                once=a in fixed and b in fixed,
             )
         )
     return tests

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from evo_hpo.report.results import Results
-from evo_hpo.report.statistics import NOTHING, Interval, spread
+from evo_hpo.report.statistics import FEW, NOTHING, Interval, spread
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class Row:
     Attributes:
         searcher: shown name; ``dense`` for the uncompressed model.
         kind: ``dense``, ``uniform`` or ``search``.
-        seeds: searches counted; ``planned``: that there should be; ``finished``: of those counted.
+        seeds: searches counted; ``planned``: that there should be, those without a readable journal among them;
+            ``finished``: of those counted; ``progress``: share of all planned budgets that is spent, 0 to 1.
         loss, perplexity, average: held-out loss, perplexity, and cost a weight of the result.
-        gain: percent below uniform's loss, positive is better; ``wins`` of ``compared`` seeds are below uniform.
+        gain: percent below uniform's loss, positive is better; ``wins`` of ``compared`` seeds are below uniform. Where
+            each seed has an instance of its own, that is uniform on this instance.
         gap: percent of the way from the known optimum (0) to uniform (100); NaN without a known optimum.
         reached: of the seeds, how many ended at the known optimum; 0 without one.
         text: which held-out text the figures are of, where they have names; ``text_gap``: how far the loss on it is
@@ -68,22 +70,26 @@ def rows(results: Results, problem: str) -> list[Row]:
 
 
 def rows_by_text(results: Results, problem: str) -> dict[str, list[Row]]:
-    """Name of each held-out text -> the rows on it, in the order of the first; one without a name is called "" here."""
+    """Name of each held-out text -> the rows on it, in the order of the first; one without a name is called "" here.
+
+    The row of a dense model that says nothing of a text is empty.
+    """
     first = rows(results, problem)
-    order = [r.searcher for r in first]
-    found = {text: rows(results.on(problem, text), problem) for text in results.problems[problem].texts[1:]}
-    ordered = {text: sorted(of, key=lambda r: order.index(r.searcher)) for text, of in found.items()}
-    return {(results.problems[problem].texts or ("",))[0]: first} | ordered
+    found = {(results.problems[problem].texts or ("",))[0]: first}
+    for text in results.problems[problem].texts[1:]:
+        own = {(r.kind, r.searcher): r for r in rows(results.on(problem, text), problem)}
+        found[text] = [own.get((r.kind, r.searcher), Row(problem, r.searcher, r.kind, text=text)) for r in first]
+    return found
 
 
 def _search_row(results: Results, problem: str, label: str) -> Row:
     info = results.problems[problem]
     all_runs = results.of(problem, label)
     runs = [r for r in all_runs if r.final is not None]
-    uniform = results.uniform(problem)
+    planned = len(all_runs) + len(results.absent(problem, label))
     losses = [r.loss for r in runs]
-    compare = uniform is not None and runs and runs[0].searcher != "uniform"
-    gains = [100 * (1 - x / uniform.loss) for x in losses] if uniform and compare and uniform.loss > 0 else []
+    bases = [(r.loss, results.uniform(problem, r.seed)) for r in runs if r.searcher != "uniform"]
+    beside = [(loss, base.loss) for loss, base in bases if base is not None]
     gaps: list[float] = []
     reached = 0
     if info.optimum is not None:
@@ -95,17 +101,17 @@ def _search_row(results: Results, problem: str, label: str) -> Row:
         searcher=label,
         kind="uniform" if all_runs[0].searcher == "uniform" else "search",
         seeds=len(runs),
-        planned=len(all_runs),
+        planned=planned,
         finished=sum(r.finished for r in all_runs),
-        progress=float(np.mean([r.progress for r in all_runs])),
+        progress=sum(r.progress for r in all_runs) / planned,
         loss=spread(losses),
         perplexity=spread([r.final.held_out.get("perplexity", math.nan) for r in runs if r.final]),
         average=spread([info.space.average(r.final.levels) for r in runs if r.final]),
-        gain=spread(gains),
+        gain=spread([100 * (1 - loss / base) for loss, base in beside if base > 0]),
         gap=spread(gaps),
         reached=reached,
-        wins=sum(x < uniform.loss for x in losses) if uniform and compare else 0,
-        compared=len(losses) if compare else 0,
+        wins=sum(loss < base for loss, base in beside),
+        compared=len(beside),
         tokens=_median(r.tokens for r in all_runs),
         trials=_median(r.evaluations for r in all_runs),
         failed=_median(sum(o.status == "failed" for o in r.outcomes) for r in all_runs),
@@ -139,9 +145,9 @@ def figure_text(value: float, digits: int = 4) -> str:
 
 
 def interval_text(interval: Interval, digits: int = 4) -> str:
-    """``median [low, high]``; only the figure when there is one value, or no width."""
+    """``median [low, high]``; only the figure when there is one value, no width, or no median between its bounds."""
     middle, low, high = (figure_text(v, digits) for v in (interval.estimate, interval.low, interval.high))
-    return middle if low == high else f"{middle} [{low}, {high}]"
+    return middle if low == high or math.isnan(interval.estimate) else f"{middle} [{low}, {high}]"
 
 
 def percent_text(interval: Interval) -> str:
@@ -179,9 +185,11 @@ def interval_note(found: Sequence[Row]) -> str:
     parts = []
     if "95 % bootstrap" in kinds:
         parts.append("95 % bootstrap interval of the median over seeds")
-    if "range" in kinds:
-        counts = sorted({r.seeds for r in found if r.loss.kind == "range"})
+    ranges = [r for r in found if r.loss.kind == "range"]
+    if counts := sorted({r.seeds for r in ranges if r.seeds < FEW}):
         parts.append(f"least and greatest over {' or '.join(map(str, counts))} seeds (too few for a claim)")
+    if any(r.seeds >= FEW for r in ranges):
+        parts.append("least and greatest where a search failed")
     return "Median; in brackets: " + "; ".join(parts) + "." if parts else "One run each: no interval."
 
 

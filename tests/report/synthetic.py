@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from evo_hpo import Budget, CompressionSpace, Minibatch, Problem, Score, Unit, search
+from evo_hpo.record.comparison import Comparison, PlannedSearch
 from evo_hpo.record.journal import Journal, search_header
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.report.findings import Findings
 from evo_hpo.report.search_run import SearchRun
+from evo_hpo.search.loop import Checkpoint
 from evo_hpo.search.problem import FunctionProblem
+from evo_hpo.search.trial import Outcome, Trial
 from evo_hpo.space.compression_space import Assignment
 from searchers import make_searcher
 
@@ -122,8 +125,6 @@ def write_folder(
 
 def in_memory(losses: dict[str, Sequence[float]], *, optimum: float | None = None) -> Findings:
     """A comparison whose results are given: searcher -> held-out loss of each seed."""
-    from evo_hpo.search.loop import Checkpoint
-
     space = CompressionSpace([Unit(f"u{i}", (0, 1)) for i in range(4)], 2)
     runs = tuple(
         SearchRun(
@@ -151,3 +152,38 @@ def known_optimum(units: int = 8) -> FunctionProblem:
 
     best = min(map(loss, space.enumerate()))
     return FunctionProblem(space, loss, "additive", optimum=best)
+
+
+def one_run(
+    problem: str,
+    label: str,
+    seed: int,
+    losses: Sequence[float],
+    *,
+    spent: int = 100,
+    finished: bool = True,
+    fixed: bool = False,
+    searcher: str = "",
+) -> SearchRun:
+    """A search with these held-out losses, evenly along its tokens; ``fixed``: its searcher leaves nothing to chance."""
+    count = len(losses)
+    taken = tuple(
+        Checkpoint((i + 1) / count, spent * (i + 1) // count, i + 1, float(i + 1), (0, 0, 1, 1), {"loss": loss})
+        for i, loss in enumerate(losses)
+    )
+    paid = (Outcome(Trial(0, (0, 0, 1, 1)), 1.0, tokens=spent, seconds=3.0),)
+    name = f"{problem}-{label}-s{seed}"
+    return SearchRun(
+        name, problem, searcher or label, label, seed, paid, checkpoints=taken, finished=finished, deterministic=fixed
+    )
+
+
+def of_runs(runs: Sequence[SearchRun], missing: Sequence[tuple[str, str, int]] = (), **problem: Any) -> Findings:
+    """A comparison of these searches; ``missing``: problem, label and seed of planned ones that have no journal."""
+    space = CompressionSpace([Unit(f"u{i}", (0, 1)) for i in range(4)], 2)
+    planned = [(r.id, r.problem, r.searcher, r.label, {}, r.seed, "", r.deterministic) for r in runs]
+    planned += [(f"{p}-{label}-s{seed}", p, label, label, {}, seed, "", False) for p, label, seed in missing]
+    searches = tuple(PlannedSearch(*entry) for entry in planned)
+    absent = {s.id: "not started" for s in searches[len(runs) :]}
+    problems = {s.problem: ProblemRecord(s.problem, space, **problem) for s in searches}
+    return Findings("made", problems, tuple(runs), absent, Comparison(Path(), searches=searches))

@@ -26,13 +26,13 @@ from evo_hpo.files import write_whole
 from evo_hpo.record.changes import changes, told
 from evo_hpo.record.environment import environment
 from evo_hpo.record.fronts import front_files, judged
-from evo_hpo.record.planned import PlannedSearch, disambiguate, planned
+from evo_hpo.record.planned import PlannedSearch, disambiguate, distinct, planned
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.record.records import SearchRecord, read_journal
 from evo_hpo.search.checkpoint import FrontPoint
 from evo_hpo.space.spending import spent
 
-__all__ = ["ERRORS", "Comparison", "PlannedSearch", "disambiguate", "winner"]
+__all__ = ["ERRORS", "Comparison", "PlannedSearch", "disambiguate", "distinct", "winner"]
 
 RECORD, PLAN, ERRORS = "comparison.json", "plan.toml", "errors.log"
 CHANGES_NO_RESULT = ("workers", "description")
@@ -245,8 +245,9 @@ class Comparison:
                 texts[found.search] = json.dumps(self.profile(search, found), indent=1)
                 target.mkdir(exist_ok=True)
                 write_whole(target / f"{search.id}.json", texts[found.search])
+        names = distinct({key: f"winner-{key.replace('/', '-')}" for key in self.problems})
         for key, found_on in results.items():
-            name = "winner" if len(self.plan["problems"]) == 1 else f"winner-{key.replace('/', '-')}"
+            name = "winner" if len(self.plan["problems"]) == 1 else names[key]
             if best := winner(judged({key: self.problems[key]}, found_on)[1]):
                 write_whole(target / f"{name}.json", texts[best.search])
                 for path, text in front_files(self.problems[key], found_on, best.search, name):

@@ -146,7 +146,7 @@ def _optimum(problem: ProblemRecord, measure: Measure, optima: Sequence[Sequence
     return measure.mean(taken) if taken else None
 
 
-def picked(front: Sequence[FrontPoint], budget: int) -> FrontPoint | None:
+def picked(front: Sequence[FrontPoint], budget: float) -> FrontPoint | None:
     """What a front gives at a budget: its dearest point that fits; None: nothing fits."""
     return max((p for p in front if p.cost <= budget), key=lambda p: p.cost, default=None)
 

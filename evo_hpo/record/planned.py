@@ -50,6 +50,17 @@ def planned(entries: Sequence[Mapping[str, Any]]) -> tuple[PlannedSearch, ...]:
     return tuple(found)
 
 
+def distinct(names: Mapping[str, str]) -> dict[str, str]:
+    """Key -> its name, in which no two are alike: of those that share one the first keeps it, others get a number."""
+    found: dict[str, str] = {}
+    for key, name in names.items():
+        own, number = name, 2
+        while own in found.values() or (own != name and own in names.values()):
+            own, number = f"{name}-{number}", number + 1
+        found[key] = own
+    return found
+
+
 def disambiguate(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """A label for each search entry; variants that share a label get their differing settings added to it."""
     variants: dict[str, list[str]] = {}

@@ -23,7 +23,8 @@ class Curve:
     spent: Floats
     loss: Floats
     end: float
-    """What the whole search spent; the last loss holds from there on."""
+    """What the whole search spent; the last loss holds from there on if it has finished."""
+    finished: bool = True
 
     def at(self, x: npt.ArrayLike) -> Floats:
         """Loss at each x; NaN before the first checkpoint."""
@@ -43,12 +44,16 @@ def curve(run: SearchRun, axis: str) -> Curve:
         if not math.isnan(loss):
             found[float(getattr(c, axis))] = loss
     spent = sorted(found)
-    return Curve(np.array(spent), np.array([found[x] for x in spent]), max([run.spent(axis), *spent]))
+    end = max([run.spent(axis), *spent])
+    return Curve(np.array(spent), np.array([found[x] for x in spent]), end, run.finished)
 
 
 @dataclass(frozen=True)
 class Band:
-    """Median of several curves on a grid, with bounds; ``kind`` says what the bounds are."""
+    """Median of several curves on a grid, with bounds; ``kind`` says what the bounds are.
+
+    ``finished``: its last values hold beyond its end, as the searches have ended.
+    """
 
     x: Floats
     middle: Floats
@@ -56,28 +61,33 @@ class Band:
     high: Floats
     kind: str
     count: int
+    finished: bool = True
 
 
 def band(curves: Sequence[Curve], *, points: int = 200, seed: int = 0) -> Band:
     """Median over seeds, from where every seed has a value to the largest end.
 
-    Bounds are a 95 % bootstrap interval of the median from 5 curves on, else least and greatest.
+    Seeds that have not finished count only where none has: then it ends where the first of them is so far. Bounds are a
+    95 % bootstrap interval of the median from 5 curves on, else least and greatest.
     """
     usable = [c for c in curves if len(c.spent)]
+    finished = any(c.finished for c in usable)
+    usable = [c for c in usable if c.finished or not finished]
     if not usable:
         empty = np.array([])
         return Band(empty, empty, empty, empty, "none", 0)
-    start, end = max(c.spent[0] for c in usable), max(c.end for c in usable)
+    start, ends = max(c.spent[0] for c in usable), [c.end for c in usable]
+    end = max(ends) if finished else max(start, min(ends))
     corners = np.concatenate([c.spent for c in usable])
     x = np.unique(np.concatenate([np.linspace(start, end, points), corners[(corners >= start) & (corners <= end)]]))
     values = np.array([c.at(x) for c in usable])
     middle = np.median(values, axis=0)
     if len(usable) < FEW:
         kind = "range" if len(usable) > 1 else "value"
-        return Band(x, middle, values.min(axis=0), values.max(axis=0), kind, len(usable))
+        return Band(x, middle, values.min(axis=0), values.max(axis=0), kind, len(usable), finished)
     picks = np.random.default_rng(seed).integers(len(usable), size=(2000, len(usable)))
     low, high = np.quantile(np.median(values[picks], axis=1), [0.025, 0.975], axis=0)
-    return Band(x, middle, low, high, "95 % bootstrap", len(usable))
+    return Band(x, middle, low, high, "95 % bootstrap", len(usable), finished)
 
 
 def area(c: Curve, budget: float, before: float) -> float:

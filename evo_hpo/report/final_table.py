@@ -45,11 +45,14 @@ def laid_out(
 ) -> Table:
     """Columns as a table of the terminal, the best searcher in bold."""
     found = rows(results, problem)
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    heading = None if title is None else Text(title, style="table.title")  # as Text, nothing in a name is markup
+    note = None if caption is None else Text(caption, style="table.caption")
+    table = Table(title=heading, caption=note, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     table.caption_justify = "left"
     for column in shown:
         left = column.key == "searcher"
-        table.add_column(column.short if compact else column.title, justify="left" if left else "right", no_wrap=True)
+        header = Text(column.short if compact else column.title)
+        table.add_column(header, justify="left" if left else "right", no_wrap=True)
     best = next((r.searcher for r in found if r.kind != "dense"), None)
     for i, r in enumerate(found):
         style = "bold" if r.searcher == best else {"dense": "dim", "uniform": "italic"}.get(r.kind, "")

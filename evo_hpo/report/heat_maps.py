@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from evo_hpo.report.results import Results
-from evo_hpo.report.style import FAINT, INK, clean, figure
+from evo_hpo.report.style import FAINT, INK, clean, figure, literal
 from evo_hpo.space.compression_space import Assignment, CompressionSpace, Unit
 from evo_hpo.space.spending import spent
 
@@ -26,12 +27,20 @@ Floats = npt.NDArray[np.float64]
 def level_values(space: CompressionSpace) -> tuple[list[list[float]], bool]:
     """The number that each level of each unit stands for, and whether labels gave it (bits, sparsity).
 
-    Labels that are not all numbers ("dropped", "kept") count as their index, evenly from 0 to 1.
+    Labels that are not all numbers ("dropped", "kept") count as their index, evenly from 0 to 1. Where units have
+    different ones, an index says nothing: there a label counts as what it costs a weight, over all units that have it.
     """
     try:
         return [[float(label) for label in u.levels] for u in space.units], True
     except ValueError:
-        return [[k / max(1, len(u.levels) - 1) for k in range(len(u.levels))] for u in space.units], False
+        if len({u.levels for u in space.units}) == 1:
+            return [[k / max(1, len(u.levels) - 1) for k in range(len(u.levels))] for u in space.units], False
+    costs, sizes = Counter[str](), Counter[str]()
+    for unit, vectors in zip(space.units, space.vectors, strict=True):
+        for label, vector in zip(unit.levels, vectors, strict=True):
+            costs[label] += vector[0]
+            sizes[label] += unit.size
+    return [[costs[label] / sizes[label] for label in u.levels] for u in space.units], False
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ def places_of(units: Sequence[Unit]) -> tuple[list[tuple[int, int]], list[str], 
 
 @dataclass(frozen=True)
 class _Scale:
-    """Colour of a level's value; orange: compressed more than the average, purple: less."""
+    """Colour of a level's value and the labels of it; orange: compressed more than the average, purple: less."""
 
     values: list[float]
     labels: list[str]
@@ -109,8 +118,11 @@ class _Scale:
     @classmethod
     def of(cls, space: CompressionSpace, centre: float) -> _Scale:
         numbers, numeric = level_values(space)
-        label = {v: u.levels[k] for u, vs in zip(space.units, numbers, strict=True) for k, v in enumerate(vs)}
-        values = sorted(label)
+        names: dict[float, dict[str, None]] = {}
+        for unit, own in zip(space.units, numbers, strict=True):
+            for value, name in zip(own, unit.levels, strict=True):
+                names.setdefault(value, {})[name] = None
+        values = sorted(names)
         falling = numeric and any(vs[0] > vs[-1] for vs in numbers)  # sparsity: a larger number is smaller
         edges = [(a + b) / 2 for a, b in itertools.pairwise(values)]
         bounds = [values[0] - 0.5, *edges, values[-1] + 0.5]
@@ -118,7 +130,8 @@ class _Scale:
         reach = [max(centre - values[0], 1e-9), max(values[-1] - centre, 1e-9)]
         # The middle of PuOr is nearly white: near the average a cell looks empty, and what deviates stands out.
         shares = [0.5 + 0.42 * (v - centre) / reach[v > centre] * (-1 if falling else 1) for v in values]
-        return cls(values, [label[v] for v in values], ListedColormap(colormaps["PuOr"](shares)), _norm(bounds))
+        labels = [literal(" / ".join(names[v])) for v in values]
+        return cls(values, labels, ListedColormap(colormaps["PuOr"](shares)), _norm(bounds))
 
     def colour(self, value: float) -> tuple[float, float, float, float]:
         """RGBA of a value."""
@@ -145,7 +158,7 @@ def profile_figure(space: CompressionSpace, levels: Assignment, title: str = "")
     _means(top, right, grid)
     _legend(corner, scale)
     if title:
-        drawn.suptitle(title, x=0.01, ha="left", fontsize=10.5, color=INK)
+        drawn.suptitle(literal(title), x=0.01, ha="left", fontsize=10.5, color=INK)
     return drawn
 
 
@@ -153,7 +166,7 @@ def _heat(ax: Axes, grid: Layout, scale: _Scale) -> None:
     rows, columns = grid.values.shape
     image = np.ma.masked_invalid(grid.values)
     ax.pcolormesh(image, cmap=scale.colours, norm=scale.norm, edgecolors="white", linewidth=1.2)
-    ax.set_yticks(np.arange(rows) + 0.5, grid.row_names, fontsize=9)
+    ax.set_yticks(np.arange(rows) + 0.5, [*map(literal, grid.row_names)], fontsize=9)
     step = max(1, math.ceil(columns / 40))
     ax.set_xticks(np.arange(0, columns, step) + 0.5, grid.column_names[::step], fontsize=8.5)
     ax.set_xlabel("decoder block" if grid.blocks else "unit", color=INK)
@@ -168,7 +181,7 @@ def _heat(ax: Axes, grid: Layout, scale: _Scale) -> None:
         ink = INK if 0.299 * r + 0.587 * g + 0.114 * b > 0.55 else "white"
         text = grid.text[row][column] or f"{grid.values[row, column]:.1f}"
         size = 8 if longest < 4 else 6.5
-        ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=size, color=ink)
+        ax.text(column + 0.5, row + 0.5, literal(text), ha="center", va="center", fontsize=size, color=ink)
 
 
 def _means(top: Axes, right: Axes, grid: Layout) -> None:
@@ -240,12 +253,12 @@ def profiles_figure(results: Results, problem: str, labels: Sequence[str]) -> Fi
         ax.pcolormesh(np.ma.masked_invalid(grid.values), cmap=scale.colours, norm=scale.norm, edgecolors="white",
                       linewidth=0.5)  # fmt: skip
         ax.invert_yaxis()
-        ax.set_yticks(np.arange(len(grid.row_names)) + 0.5, grid.row_names, fontsize=7)
+        ax.set_yticks(np.arange(len(grid.row_names)) + 0.5, [*map(literal, grid.row_names)], fontsize=7)
         step = max(1, len(grid.column_names) // 10)
         ax.set_xticks(np.arange(0, len(grid.column_names), step) + 0.5, grid.column_names[::step], fontsize=7)
         ax.tick_params(length=0)
         ax.spines[:].set_color("#cccccc")
-        ax.set_title(f"{run.label}, seed {run.seed}: {run.loss:.4g}", loc="left", fontsize=8.5, color=INK)
+        ax.set_title(f"{literal(run.label)}, seed {run.seed}: {run.loss:.4g}", loc="left", fontsize=8.5, color=INK)
     handles = [Patch(facecolor=scale.colours(i), edgecolor=FAINT, label=label) for i, label in enumerate(scale.labels)]
     drawn.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 12), frameon=False, fontsize=8)
     return drawn

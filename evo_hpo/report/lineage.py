@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from evo_hpo.report.search_run import SearchRun
-from evo_hpo.report.style import INK, clean, figure, thousands
+from evo_hpo.report.style import INK, clean, figure, literal, thousands
 from evo_hpo.search.trial import Outcome
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
@@ -87,8 +87,7 @@ def lineage_figure(run: SearchRun, space: CompressionSpace) -> Figure:
     ax.set_xlim(left=0)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     thousands(ax)
-    ax.set_title(
-        f"{run.label}, seed {run.seed}: {count} accepted step{'s' if count != 1 else ''}", loc="left", fontsize=10
-    )
+    title = f"{run.label}, seed {run.seed}: {count} accepted step{'s' if count != 1 else ''}"
+    ax.set_title(literal(title), loc="left", fontsize=10)
     ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return drawn

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from evo_hpo.report.curves import Band, attainment, axes, band, curve, targets
 from evo_hpo.report.results import Results
-from evo_hpo.report.style import FAINT, INK, LineStyle, clean, figure, line_styles, thousands
+from evo_hpo.report.style import FAINT, INK, LineStyle, clean, figure, line_styles, literal, thousands
 from evo_hpo.report.tables import figure_text
 from evo_hpo.search.budget import KINDS
 
@@ -53,30 +53,38 @@ def _anytime(
     clean(ax)
     bands = _bands(results, problem, axis, labels)
     end = max((b.x[-1] for b in bands.values() if b.count), default=1.0)
+    names = {label: literal(label) + ("" if b.finished else " (so far)") for label, b in bands.items()}
     for label, b in sorted(bands.items(), key=lambda item: -item[1].middle[-1] if item[1].count else 0):
         if b.count:
-            _draw(ax, b, end, f"{label}  {figure_text(b.middle[-1])}", styles[label])
-    uniform = results.uniform(problem)
+            _draw(ax, b, end, f"{names[label]}  {figure_text(b.middle[-1])}", styles[label])
+    uniform = _uniform(results, problem)
     if uniform is not None:
-        ax.axhline(uniform.loss, color="black", dashes=(4, 2), linewidth=1.4)
-        ax.plot([], [], color="black", dashes=(4, 2), linewidth=1.4, label=f"uniform  {figure_text(uniform.loss)}")
+        ax.axhline(uniform, color="black", dashes=(4, 2), linewidth=1.4)
+        ax.plot([], [], color="black", dashes=(4, 2), linewidth=1.4, label=f"uniform  {figure_text(uniform)}")
     ax.set_xlim(0, end * 1.005)
-    hidden = _focus(ax, bands, uniform.loss if uniform else None)
+    hidden = {names[label] for label in _focus(ax, bands, uniform)}
     _references(ax, info.reference.get("loss"), info.optimum)
-    ax.set_ylabel(f"{info.loss_name}, lower is better" if not info.texts else f"{info.loss_name} ↓", color=INK)
+    loss = literal(info.loss_name)
+    ax.set_ylabel(f"{loss}, lower is better" if not info.texts else f"{loss} ↓", color=INK)
     thousands(ax)
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     if handles:
-        names = sorted(handles, key=lambda name: -_last_figure(name))
-        shown = [f"{n}  ↑" if n.rsplit("  ", 1)[0] in hidden else n for n in names]
+        entries = sorted(handles, key=lambda name: -_last_figure(name))
+        shown = [f"{n}  ↑" if n.rsplit("  ", 1)[0] in hidden else n for n in entries]
         title = "at the end, median" + ("\n(↑ above this picture)" if hidden else "")
         ax.legend(
-            [handles[n] for n in names], shown, title=title,
+            [handles[n] for n in entries], shown, title=title,
             loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, title_fontsize=9,
         )  # fmt: skip
     else:
         ax.text(0.5, 0.5, "no held-out checkpoint yet", transform=ax.transAxes, ha="center", color=FAINT)
     return bands
+
+
+def _uniform(results: Results, problem: str) -> float | None:
+    """Loss of uniform compression; of instances, each with its own, the median."""
+    losses = [r.loss for r in results.of(problem) if r.searcher == "uniform" and math.isfinite(r.loss)]
+    return float(np.median(losses)) if losses else None
 
 
 def _last_figure(name: str) -> float:
@@ -135,8 +143,8 @@ def shown_labels(results: Results, problem: str, most: int = SHOWN) -> list[str]
 
 
 def _draw(ax: Axes, b: Band, end: float, label: str, style: LineStyle) -> None:
-    """A step line that goes on to ``end`` (a search that stopped early keeps its incumbent) and its band."""
-    x = np.append(b.x, max(end, b.x[-1]))
+    """A step line and its band, up to ``end`` if the searches have finished: who stopped early keeps its incumbent."""
+    x = np.append(b.x, max(end, b.x[-1]) if b.finished else b.x[-1])
     middle, low, high = (np.append(v, v[-1]) for v in (b.middle, b.low, b.high))
     ax.fill_between(x, low, high, step="post", color=style.colour, alpha=0.15, linewidth=0)
     places = np.flatnonzero(np.diff(middle, prepend=np.nan) != 0)
@@ -174,7 +182,7 @@ def _title(results: Results, problem: str, bands: dict[str, Band]) -> str:
     head = problem if len(results.problems) > 1 else results.name
     hidden = sum(bool(results.of(problem, label)) for label in results.labels) - len(bands) - 1
     rest = f"best {len(bands)} searchers" if hidden > 0 and len(bands) >= SHOWN - 1 else ""
-    return "  ·  ".join(filter(None, [head, seeds, rest]))
+    return literal("  ·  ".join(filter(None, [head, seeds, rest])))
 
 
 def ecdf_figure(results: Results, problem: str, axis: str | None = None) -> Figure:
@@ -195,7 +203,7 @@ def ecdf_figure(results: Results, problem: str, axis: str | None = None) -> Figu
         style = styles[label]
         ax.plot(
             x, share, drawstyle="steps-post", color=style.colour, linestyle=style.dash, linewidth=1.9,
-            marker=style.marker, markevery=80, markersize=5, label=f"{label}  {share[-1]:.0%}",
+            marker=style.marker, markevery=80, markersize=5, label=f"{literal(label)}  {share[-1]:.0%}",
         )  # fmt: skip
     ax.set_xlim(0, end * 1.005)
     ax.set_ylim(-0.02, 1.02)
@@ -216,18 +224,18 @@ def cost_figure(results: Results, problem: str) -> Figure:
     drawn, (left, right) = figure(11.0, 1.3 + 0.36 * len(labels), ncols=2, sharey=True)
     stages = sorted({o.terms.stage for r in results.of(problem) for o in r.outcomes})
     shades = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-    start = np.zeros(len(labels))
+    names, start = [literal(label) for label in labels], np.zeros(len(labels))
     if charged and any(run.probes for run in results.of(problem)):
         start = np.array([_gradient_tokens(results, problem, label) for label in labels])
-        left.barh(labels, start, color=FAINT, label="gradients")
+        left.barh(names, start, color=FAINT, label="gradients")
     for stage in stages:
         width = np.array([_stage_cost(results, problem, label, stage, charged) for label in labels])
-        left.barh(labels, width, left=start, color=shades[stage % len(shades)], label=f"stage {stage}")
+        left.barh(names, width, left=start, color=shades[stage % len(shades)], label=f"stage {stage}")
         start += width
     model = np.array([np.mean([r.model_seconds for r in results.of(problem, label)]) for label in labels])
     own = np.array([_own_seconds(results, problem, label) for label in labels])
-    right.barh(labels, model, color="#0072B2", label="scoring (model)")
-    right.barh(labels, own, left=model, color="#D55E00", label="searcher itself")
+    right.barh(names, model, color="#0072B2", label="scoring (model)")
+    right.barh(names, own, left=model, color="#D55E00", label="searcher itself")
     left.set_xlabel("tokens a search" if charged else "trials a search")
     right.set_xlabel("seconds a search")
     thousands(left)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from evo_hpo.report.results import Results
 from evo_hpo.report.statistics import wins_ties_losses
-from evo_hpo.report.style import FAINT, INK, clean, figure
+from evo_hpo.report.style import FAINT, INK, clean, figure, literal
 from evo_hpo.report.summary import Summary
 
 
@@ -43,7 +43,7 @@ def rank_figure(summary: Summary) -> Figure:
         x = 1 - 0.04 * width if left else count + 0.04 * width
         ax.plot([s.rank, s.rank, x], [0, y, y], color=FAINT, linewidth=0.9)
         ax.plot([s.rank], [0], marker="o", markersize=5, color="#0072B2")
-        text = f"{s.label}  {s.rank:.2f}" if left else f"{s.rank:.2f}  {s.label}"
+        text = f"{literal(s.label)}  {s.rank:.2f}" if left else f"{s.rank:.2f}  {literal(s.label)}"
         ax.text(x - 0.02 * width if left else x + 0.02 * width, y, text, ha="right" if left else "left", va="center",
                 fontsize=9.5, color=INK)  # fmt: skip
     ranks = {s.label: s.rank for s in ranked}
@@ -85,8 +85,9 @@ def wins_figure(results: Results, summary: Summary) -> Figure:
         share = shares[i, j]
         ink = INK if 0.12 < share < 0.88 else "white"
         ax.text(j + 0.5, i + 0.5, f"{share:.0%}", ha="center", va="center", fontsize=8, color=ink)
-    ax.set_xticks(np.arange(count) + 0.5, labels, rotation=40, ha="right", fontsize=8.5)
-    ax.set_yticks(np.arange(count) + 0.5, labels, fontsize=8.5)
+    names = [literal(label) for label in labels]
+    ax.set_xticks(np.arange(count) + 0.5, names, rotation=40, ha="right", fontsize=8.5)
+    ax.set_yticks(np.arange(count) + 0.5, names, fontsize=8.5)
     ax.invert_yaxis()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

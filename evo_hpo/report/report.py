@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from evo_hpo.files import write_whole
+from evo_hpo.record.comparison import distinct
 from evo_hpo.report.curves import axes
 from evo_hpo.report.fronts import front_figure, front_sheets, write_fronts
 from evo_hpo.report.heat_maps import profiles_figure, winner_figure
@@ -57,7 +58,11 @@ def write_report(comparison: Path | str | Results) -> Path:
     overall = summarise(results, keys) if len(keys) > 1 else next(iter(summaries.values()), None)
     _write_statistics(by_text, overall, target)
     sections = [_overall(results, summaries, overall, target)] if overall and len(keys) > 1 else []
-    sections += [_section(results, key, by_text[key], target, single=len(keys) == 1) for key in keys]
+    names = distinct({key: re.sub(r"[^A-Za-z0-9_.-]+", "-", key) for key in results.problems})
+    anchors = distinct({key: "p-" + re.sub(r"[^A-Za-z0-9]+", "-", key) for key in results.problems})
+    for key in keys:
+        suffix = "" if len(keys) == 1 else f"-{names[key]}"
+        sections.append(_section(results, key, by_text[key], target, suffix, anchors[key]))
     verdict = overall.verdict if overall else "No search has a result yet."
     return write_whole(target / "report.html", render(results, sections, verdict))
 
@@ -97,17 +102,19 @@ def _overall(results: Results, summaries: dict[str, Summary], summary: Summary, 
     )  # fmt: skip
 
 
-def _section(results: Results, key: str, by_text: dict[str, Summary], target: Path, *, single: bool) -> Section:
+def _section(
+    results: Results, key: str, by_text: dict[str, Summary], target: Path, suffix: str, anchor: str
+) -> Section:
+    """One problem; ``suffix`` ends the names of its files, and is empty where there is one problem."""
     info, (summary, *_) = results.problems[key], by_text.values()
-    suffix = "" if single else "-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", key)
     if info.space.ranged:
         write_fronts(results, key, target, suffix)
     more = (*_elsewhere(by_text), lineage_sheet(results, key), scoring_sheet(results, key))
     return Section(
-        anchor="p-" + re.sub(r"[^A-Za-z0-9]+", "-", key),
+        anchor=anchor,
         title=key,
         text=" · ".join(info.lines),
-        verdict="" if single else summary.verdict,
+        verdict=summary.verdict if suffix else "",
         sheets=(*problem_sheets(results, key), *front_sheets(results, key), *standing_sheets(summary)),
         pictures=_saved(_drawings(results, key, summary, suffix), target),
         more=tuple(sheet for sheet in more if sheet),
@@ -149,7 +156,10 @@ def _drawings(results: Results, key: str, summary: Summary, suffix: str) -> Iter
     """All pictures of one problem, in reading order."""
     info = results.problems[key]
     if info.space.ranged and not info.instances:
-        caption = "What each searcher gives at every budget, the median over its seeds with its band."
+        caption = (
+            "At every budget the dearest point that fits it, as evo-hpo pick takes it: the median over a searcher's"
+            " seeds with its band."
+        )
         yield f"front{suffix}", "Loss against cost", front_figure(results, key), caption
     for axis in axes(results, key):
         name = "anytime-seconds" if axis == "seconds" else "anytime"

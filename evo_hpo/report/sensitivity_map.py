@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from evo_hpo.report.heat_maps import places_of
 from evo_hpo.report.results import Results
 from evo_hpo.report.search_run import SearchRun
-from evo_hpo.report.style import INK, clean, figure
+from evo_hpo.report.style import INK, clean, figure, literal
 from evo_hpo.report.tables import figure_text
 from evo_hpo.search.sensitivities import Sensitivities
 from evo_hpo.space.compression_space import CompressionSpace
@@ -51,7 +51,7 @@ def sensitivity_figure(space: CompressionSpace, found: Sensitivities, title: str
     corner.axis("off")
     colours, norm = _scale(effects)
     image = main.pcolormesh(np.ma.masked_invalid(grid), cmap=colours, norm=norm, edgecolors="white", linewidth=1.2)
-    main.set_yticks(np.arange(len(row_names)) + 0.5, row_names, fontsize=9)
+    main.set_yticks(np.arange(len(row_names)) + 0.5, [*map(literal, row_names)], fontsize=9)
     step = max(1, -(-count // 40))
     main.set_xticks(np.arange(0, count, step) + 0.5, column_names[::step], fontsize=8.5)
     main.set_xlabel("decoder block" if blocks else "unit", color=INK)
@@ -72,7 +72,7 @@ def sensitivity_figure(space: CompressionSpace, found: Sensitivities, title: str
         f"{found.kind} labels at {at}, {len(found.projections)} sequences, {found.tokens:,} tokens charged"
         + (f"; a unit's figure is good to about ±{error:.0%}" if np.isfinite(error) else ""),
     ]
-    drawn.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, color=INK)
+    drawn.suptitle(literal("\n".join(lines)), x=0.01, ha="left", fontsize=10, color=INK)
     return drawn
 
 

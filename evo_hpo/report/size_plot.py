@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from evo_hpo.report.style import COLOURS, INK, MARKERS, clean, figure
+from evo_hpo.report.style import COLOURS, INK, MARKERS, clean, figure, literal
 
 
 def size_figure(results: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Figure:
@@ -25,14 +25,14 @@ def size_figure(results: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> F
                 fmt=MARKERS[number % len(MARKERS)],
                 color=INK if row["name"] == "original" else COLOURS[number % len(COLOURS)],
                 capsize=3,
-                label=row["name"],
+                label=literal(row["name"]),
             )
         means = [level["mean"] for level in levels]
         if max(means) > 5 * min(means):
             axes.set_yscale("log")
         axes.set_xlabel("file, MB")
         axes.set_ylabel("perplexity, 95 % interval")
-        axes.set_title(str(text))
+        axes.set_title(literal(str(text)))
         clean(axes)
     found[0][-1].legend(frameon=False, fontsize=9)
     return drawn

@@ -54,6 +54,12 @@ def figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
     return found, found.subplots(**grid)
 
 
+def literal(text: str) -> str:
+    """Text that a picture shows as it is: matplotlib reads formulas between ``$``, and no legend has ``_name``."""
+    escaped = text.replace("$", r"\$")
+    return f"\u200b{escaped}" if text.startswith("_") else escaped  # a space without width
+
+
 def clean(axes: Axes, *, grid: str = "y") -> None:
     """Thin frame, light grid."""
     axes.spines[["top", "right"]].set_visible(False)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evo_hpo.report.results import Results
-from evo_hpo.report.style import COLOURS, FAINT, INK, MARKERS, clean, figure
+from evo_hpo.report.style import COLOURS, FAINT, INK, MARKERS, clean, figure, literal
 from evo_hpo.report.tables import Column, Row, figure_text, interval_text, percent_text, rows_by_text, wins_text
 
 
@@ -71,7 +71,7 @@ def gains_figure(results: Results, problem: str) -> Figure:
     ax.hlines(places, shown.min(axis=1), shown.max(axis=1), color="#c8c8c8", linewidth=3, zorder=1)
     for i, text in enumerate(texts):
         mark, colour = MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)]
-        ax.scatter(shown[:, i], places, color=colour, marker=mark, s=55, alpha=0.85, label=text, zorder=2)
+        ax.scatter(shown[:, i], places, color=colour, marker=mark, s=55, alpha=0.85, label=literal(text), zorder=2)
     for place, row in zip(places, gains, strict=True):
         if row.min() < least:
             beyond = ", ".join(f"{figure_text(v, 3)} %" for v in row if v < least)
@@ -80,7 +80,7 @@ def gains_figure(results: Results, problem: str) -> Figure:
     ax.annotate(
         "uniform", (0, 1.0), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8.5
     )
-    ax.set_yticks(places, labels)
+    ax.set_yticks(places, [literal(label) for label in labels])
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.set_xlabel("percent below uniform (median over seeds), right is better", color=INK)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, title="on", title_fontsize=9)

@@ -99,7 +99,7 @@ def write_folder(
                 variant = "".join(
                     f"-{k}{v}" for k, v in settings.items() if k == "offspring" and "tokens" not in settings
                 )
-                key = f"{problem.name}-{label}{variant}-s{seed}".replace(":", "-").replace(" ", "")
+                key = f"{problem.name}-{label}{variant}-s{seed}".replace(":", "-").replace(" ", "").replace("/", "~")
                 entry: dict[str, Any] = {"id": key, "problem": problem.name, "searcher": name, "label": label}
                 entry |= {"settings": settings, "seed": seed, "journal": f"journals/{key}.jsonl"}
                 entries.append(entry)
@@ -165,7 +165,7 @@ def one_run(
     fixed: bool = False,
     searcher: str = "",
 ) -> SearchRun:
-    """A search with these held-out losses, evenly along its tokens; ``fixed``: its searcher leaves nothing to chance."""
+    """A search with these held-out losses, evenly along its tokens; ``fixed``: its searcher draws nothing."""
     count = len(losses)
     taken = tuple(
         Checkpoint((i + 1) / count, spent * (i + 1) // count, i + 1, float(i + 1), (0, 0, 1, 1), {"loss": loss})

@@ -181,7 +181,9 @@ def one_run(
 def of_runs(runs: Sequence[SearchRun], missing: Sequence[tuple[str, str, int]] = (), **problem: Any) -> Findings:
     """A comparison of these searches; ``missing``: problem, label and seed of planned ones that have no journal."""
     space = CompressionSpace([Unit(f"u{i}", (0, 1)) for i in range(4)], 2)
-    planned = [(r.id, r.problem, r.searcher, r.label, {}, r.seed, "", r.deterministic) for r in runs]
+    planned: list[tuple[Any, ...]] = [
+        (r.id, r.problem, r.searcher, r.label, {}, r.seed, "", r.deterministic) for r in runs
+    ]
     planned += [(f"{p}-{label}-s{seed}", p, label, label, {}, seed, "", False) for p, label, seed in missing]
     searches = tuple(PlannedSearch(*entry) for entry in planned)
     absent = {s.id: "not started" for s in searches[len(runs) :]}

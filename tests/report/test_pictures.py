@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_a_curve_is_drawn_in_steps_and_says_what_its_band_is() -> None:
     assert drawn.get_drawstyle() == "steps-post"
     x, y = (np.asarray(values, dtype=float) for values in drawn.get_data())
     assert y[(x >= 50) & (x < 100)].tolist() == pytest.approx([0.8] * int(((x >= 50) & (x < 100)).sum()))
-    assert ends(axes, "a") == (100, pytest.approx(0.4))
+    assert ends(axes, "a") == pytest.approx((100, 0.4))
     assert axes.get_title(loc="left").endswith("median over 2 seeds, band: least to greatest")
     many = of_searches({"a": [([0.5 + 0.1 * s], 100, True) for s in range(5)]})
     title = anytime_figure(many, "p").axes[0].get_title(loc="left")
@@ -77,7 +78,7 @@ def test_searches_that_go_on_are_drawn_as_far_as_they_are_and_those_that_stopped
     (axes,) = anytime_figure(found, "p", "tokens").axes
     assert ends(axes, "long") == (100, 0.4)
     assert ends(axes, "early") == (100, 0.6)
-    assert ends(axes, "going (so far)") == (20, pytest.approx(0.775))
+    assert ends(axes, "going (so far)") == pytest.approx((20, 0.775))
     assert {"going (so far)  0.7750", "early  0.6000"} <= set(legend(axes))
 
 
@@ -105,7 +106,7 @@ def test_targets_met_are_counted_over_searches_and_targets() -> None:
 # ---------------------------------------------------------------------- ranks, wins, cost
 
 
-RANKED = {"a": [1.0, 1.0, 3.0, 1.0], "b": [2.0, 2.0, 1.0, 2.0], "c": [3.0, 3.0, 2.0, 3.0]}
+RANKED: dict[str, Sequence[float]] = {"a": [1.0, 1.0, 3.0, 1.0], "b": [2.0, 2.0, 1.0, 2.0], "c": [3.0, 3.0, 2.0, 3.0]}
 
 
 def test_dots_stand_at_average_ranks() -> None:
@@ -124,7 +125,7 @@ def test_a_cell_is_the_share_of_pairs_in_which_the_row_is_below_the_column() -> 
     assert by_name["b", "a"] == "38%"
     assert by_name["b", "c"] == "100%"
     assert by_name["a", "c"] == "75%"
-    shares = np.ma.filled(axes.collections[0].get_array(), np.nan)
+    shares: Any = np.ma.filled(np.ma.asarray(axes.collections[0].get_array()), np.nan)
     assert shares[names.index("a"), names.index("c")] == 0.75
 
 
@@ -164,11 +165,12 @@ def test_files_lie_at_their_bytes_and_perplexities() -> None:
         for name, (size, mean, low, high) in sizes.items()
     ]
     (axes,) = size_figure(found, ["docs"]).axes
-    points = [np.asarray(bar.lines[0].get_data(), dtype=float).ravel().tolist() for bar in axes.containers]
+    bars: Any = axes.containers
+    points = [np.asarray(bar.lines[0].get_data(), dtype=float).ravel().tolist() for bar in bars]
     assert points == [[270, 12], [60, 90]]
-    (error,) = axes.containers[0].lines[2]
+    (error,) = bars[0].lines[2]
     assert error.get_segments()[0].tolist() == [[270, 11], [270, 13.5]]
-    assert not axes.containers[1].has_yerr
+    assert not bars[1].has_yerr
     assert axes.get_yscale() == "log"
     assert axes.get_title() == "docs"
 
@@ -180,7 +182,8 @@ def entries(figure: Figure) -> dict[str, tuple[float, ...]]:
     """Colour of each entry in the legend of levels."""
     found = next(axes.get_legend() for axes in figure.axes if axes.get_legend() is not None)
     assert found is not None
-    colours = [tuple(float(x) for x in handle.get_facecolor()[0]) for handle in found.legend_handles]
+    handles: Any = found.legend_handles
+    colours = [tuple(float(x) for x in handle.get_facecolor()[0]) for handle in handles]
     return dict(zip([text.get_text() for text in found.get_texts()], colours, strict=True))
 
 
@@ -201,7 +204,7 @@ def test_a_level_has_one_colour_where_units_have_different_ones() -> None:
     grid = layout_of(space, (1, 1, 0, 0))
     assert grid.mean == pytest.approx(space.average((1, 1, 0, 0)))
     shown = next(axes.collections[0] for axes in drawn.axes if axes.get_xlabel() == "decoder block")
-    faces = shown.to_rgba(np.ma.filled(shown.get_array(), 0).ravel())
+    faces = shown.to_rgba(np.ma.filled(np.ma.asarray(shown.get_array()), 0).ravel())
     for face, name in zip(faces, ("Q2_K", "kept", "Q2_K", "Q4_K"), strict=True):
         assert tuple(face) == pytest.approx(colours[name])
 

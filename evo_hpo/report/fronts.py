@@ -57,14 +57,22 @@ def _given(run: SearchRun, key: str, budget: float) -> float:
     return math.inf if math.isnan(loss) else loss
 
 
-def given(results: Results, problem: str, label: str, key: str) -> Band:
-    """What a searcher's fronts give at every budget, the median over its seeds, with its band as in anytime curves.
+def _attained(run: SearchRun, key: str, x: Floats) -> Floats:
+    """Least held-out loss of a search's front within each cost; inf where it has nothing."""
+    points = [(cost, loss) for cost, loss in points_of(run.checkpoints[-1].front, key) if not math.isnan(loss)]
+    costs = np.array([cost for cost, _ in points], dtype=float)
+    least = np.minimum.accumulate([math.inf, *(loss for _, loss in points)])
+    return np.asarray(least[np.searchsorted(costs, x, side="right")])
 
-    ``x`` is cost; a seed that has nothing within it counts as infinite.
+
+def attained(results: Results, problem: str, label: str, key: str) -> Band:
+    """The median attainment surface of a searcher over its seeds, with its band as in anytime curves.
+
+    ``x`` is cost; what half of the seeds do not reach is infinite. Its mean is what searches are compared by.
     """
     space = results.problems[problem].space
     x = np.linspace(foot(space), space.budget, POINTS)
-    values = np.array([[_given(run, key, budget) for budget in x] for run in _ended(results, problem, label)])
+    values = np.array([_attained(run, key, x) for run in _ended(results, problem, label)])
     if not len(values):
         return Band(x[:0], x[:0], x[:0], x[:0], "none", 0)
     middle = np.median(values, axis=0)
@@ -98,7 +106,7 @@ def _draw(axes: Axes, results: Results, problem: str, key: str) -> None:
         axes.set_yscale("log")
     means = {label: _mean(results, problem, label, key) for label in results.labels}
     for label in sorted(results.labels, key=lambda label: _order(means[label])):
-        band = given(results, problem, label, key)
+        band = attained(results, problem, label, key)
         if not band.count:
             continue
         known = np.isfinite(band.middle)

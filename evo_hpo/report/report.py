@@ -157,8 +157,8 @@ def _drawings(results: Results, key: str, summary: Summary, suffix: str) -> Iter
     info = results.problems[key]
     if info.space.ranged and not info.instances:
         caption = (
-            "At every budget the dearest point that fits it, as evo-hpo pick takes it: the median over a searcher's"
-            " seeds with its band."
+            "At every budget the least held-out loss of what a search offers within it, whose mean the searches are"
+            " compared by: the median over a searcher's seeds with its band. evo-hpo pick takes the dearest that fits."
         )
         yield f"front{suffix}", "Loss against cost", front_figure(results, key), caption
     for axis in axes(results, key):

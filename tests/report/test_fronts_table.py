@@ -11,7 +11,7 @@ from evo_hpo import CompressionSpace, Unit
 from evo_hpo.record.fronts import judged, picked
 from evo_hpo.record.problem_record import ProblemRecord
 from evo_hpo.report.findings import Findings
-from evo_hpo.report.fronts import front_figure, front_sheets, given
+from evo_hpo.report.fronts import attained, front_figure, front_sheets
 from evo_hpo.report.page import Sheet
 from evo_hpo.report.search_run import SearchRun
 from evo_hpo.search.checkpoint import Checkpoint, FrontPoint
@@ -105,18 +105,18 @@ def map_seeds(label: str, points: list[dict[int, float]]) -> list[SearchRun]:
     return [search(label, seed, of) for seed, of in enumerate(points)]
 
 
-def test_picture_and_table_say_what_pick_takes() -> None:
+def test_the_table_says_what_pick_takes_and_the_picture_the_least_loss_within() -> None:
     """At 20 the dearest point that fits loses more than a cheaper one."""
     points = {10: 2.0, 15: 0.2, 20: 0.9, 30: 0.1}
     found = made(search("a", 0, points))
-    band = given(found, "p", "a", "loss")
+    band = attained(found, "p", "a", "loss")
     front = found.of("p", "a")[0].checkpoints[-1].front
     assert foot(SPACE) == 10
-    for at, loss in ((10, 2.0), (17, 0.2), (20, 0.9), (24, 0.9), (30, 0.1)):
+    for at, taken, least in ((10, 2.0, 2.0), (17, 0.2, 0.2), (20, 0.9, 0.2), (24, 0.9, 0.2), (30, 0.1, 0.1)):
         point = picked(front, at)
         assert point is not None
-        assert point.held_out["loss"] == loss
-        assert band.middle[np.searchsorted(band.x, at)] == loss
+        assert point.held_out["loss"] == taken
+        assert band.middle[np.searchsorted(band.x, at)] == least
     assert cells(found)[1]["a"] == ("2.000", "0.2000", "0.9000", "0.9000", "0.1000")
     line = next(line for line in front_figure(found, "p").axes[0].get_lines() if str(line.get_label()).startswith("a "))
     assert line.get_drawstyle() == "steps-post"

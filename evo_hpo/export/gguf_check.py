@@ -15,16 +15,22 @@ from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.models.loading import LoadedModel, load_model
 from evo_hpo.scoring.task import LanguageModelTask
 
-PROBE = "The first 1024 bytes aren't read: def size(path):\n    return path.stat().st_size  # naïve, 12,5 % of 3 °C\n"
-"""What is read by both programs: words, digits, code, other letters."""
+PROBE = (
+    "The first 1024 bytes aren't read: def size(path):\n    return path.stat().st_size  # naïve, 12,5 % of 3 °C\n"
+    "I'M sure THAT getElementById isn't camelCase, nor JSONParser or iPhone 123456789/12;\r\n\n\n\tend...\n\n  \n\n"
+)
+"""What is read by both programs: words, capitals, digits, code, ends of lines, other letters."""
 
 _FARTHEST = 0.1
 """Divergence (nats a token) of llama.cpp's outputs from ours above which a file is wrong: its rounding is far below."""
 
 
 @torch.inference_mode()
-def difference(path: Path, loaded: LoadedModel) -> float:
+def difference(path: Path, loaded: LoadedModel, *, special: bool = True) -> float:
     """Mean KL (nats a token) from a model's outputs to those of llama.cpp with this file, on a short text.
+
+    Args:
+        special: the tokens that begin and end a text must be the same too; those of a template are its own.
 
     Raises:
         ModelError: llama.cpp cannot load the file, cuts text into other tokens, or computes something else.
@@ -38,6 +44,13 @@ def difference(path: Path, loaded: LoadedModel) -> float:
                 raise ModelError(
                     f"llama.cpp cuts text into other tokens (from the {at + 1}th on): convert the model to F16 with"
                     " llama.cpp's convert_hf_to_gguf.py and give that file as --template"
+                )
+            whole = loaded.tokenizer(PROBE)["input_ids"]
+            if special and (theirs := program.tokens(PROBE, special=True)) != whole:
+                raise ModelError(
+                    f"llama.cpp begins and ends a text with the tokens {theirs[0]} and {theirs[-1]}, the model's"
+                    f" tokenizer with {whole[0]} and {whole[-1]}: convert the model to F16 with llama.cpp's"
+                    " convert_hf_to_gguf.py and give that file as --template"
                 )
         found = float(_divergences(loaded.model, program, ids).mean())
     if not found < _FARTHEST:

@@ -17,7 +17,7 @@ from evo_hpo.errors import ModelError
 from evo_hpo.export.card import Card
 from evo_hpo.export.folder import opened, place, task_of
 from evo_hpo.export.gguf_check import difference, searched_divergence
-from evo_hpo.export.gguf_header import architecture_of, copy_header, write_header
+from evo_hpo.export.gguf_header import architecture_of, copy_header, refuse_unlike, write_header
 from evo_hpo.export.gguf_tensors import kept_blocks, tensors_of, type_lines
 from evo_hpo.export.llama_cpp import forget
 from evo_hpo.files import made_whole
@@ -77,7 +77,7 @@ def export_gguf(
         place(loaded.model, levels, assignment)
         for name, kind in types.items():
             _round(loaded.model, name, kind)
-        apart = difference(output, loaded)
+        apart = difference(output, loaded, special=source is None)
         checked = f"llama.cpp reads it, {apart:.2g} nats a token from the model here on a short text"
         if check and not types:
             checked = f"{checked}; {searched_divergence(output, data, task_of(data))}"
@@ -111,6 +111,8 @@ def write_gguf(
     """Write the file, and its :func:`type_file` beside it; returns its bytes, known before they are written."""
     model, config = loaded.model, _config(loaded.model)
     architecture = architecture_of(config)
+    blocks = len(kept_blocks(model, levels, assignment))
+    refuse_unlike(config, blocks)
     given = _read(template) if template else None
     if given and (found := given.fields["general.architecture"].contents()) != architecture.name:
         raise ModelError(f"the template is of architecture {found!r}, the model's is {architecture.name!r}")
@@ -120,7 +122,6 @@ def write_gguf(
     if twice := [tensor.name for tensor in tensors if tensor.searched and tensor.name in (types or {})]:
         raise ModelError(f"the type of {twice[0]!r} was searched: leave out --embedding and --head")
     writer = GGUFWriter(None, architecture.name)
-    blocks = len(kept_blocks(model, levels, assignment))
     if given:
         copy_header(writer, given, blocks)
     else:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -51,14 +52,43 @@ def architecture_of(config: Any) -> Architecture:
     return found
 
 
+_OF_THE_FILE = ("general.architecture", "general.file_type", "general.alignment")
+
+
 def copy_header(writer: GGUFWriter, template: GGUFReader, blocks: int) -> None:
     """All that another file says; of so many blocks."""
     for name, field in template.fields.items():
         kind = field.types[0]
-        if name.startswith(("GGUF.", "split.")) or name in ("general.architecture", "general.file_type"):
+        if name.startswith(("GGUF.", "split.")) or name in _OF_THE_FILE:
             continue
         value = blocks if name.endswith(".block_count") else field.contents()
         writer.add_key_value(name, value, kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+
+
+def refuse_unlike(config: Any, blocks: int) -> None:
+    """Raises ModelError where llama.cpp computes an architecture in one way only, and the model does in another.
+
+    Args:
+        blocks: that the file will have.
+    """
+    if config.model_type != "gemma2":
+        return
+    wanted = config.hidden_size // config.num_attention_heads if blocks == _GEMMA2_27B else config.head_dim
+    if config.query_pre_attn_scalar != wanted:
+        raise ModelError(
+            f"query_pre_attn_scalar={config.query_pre_attn_scalar} is not what llama.cpp divides by in a gemma2 of"
+            f" {blocks} blocks, {wanted}: no GGUF file can say it, export a folder"
+        )
+    turns = [("sliding_attention", "full_attention")[number % 2] for number in range(config.num_hidden_layers)]
+    if list(config.layer_types) != turns:
+        raise ModelError(
+            "llama.cpp has windows in every other block of a gemma2, the first one included; layer_types says"
+            " otherwise, and no GGUF file can: export a folder"
+        )
+
+
+_GEMMA2_27B = 46
+"""Blocks by which llama.cpp knows the model that divides by its width a head."""
 
 
 def write_header(writer: GGUFWriter, config: Any, tokenizer: Any, blocks: int) -> None:
@@ -69,7 +99,7 @@ def write_header(writer: GGUFWriter, config: Any, tokenizer: Any, blocks: int) -
     """
     heads, width = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or width // heads
-    writer.add_name(str(getattr(config, "_name_or_path", "") or config.model_type))
+    writer.add_name(Path(getattr(config, "_name_or_path", "") or config.model_type).name)
     writer.add_block_count(blocks)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(width)
@@ -136,9 +166,13 @@ def _write_tokenizer(writer: GGUFWriter, config: Any, tokenizer: Any) -> None:
     for name, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id)):
         if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             add(number)
-    writer.add_add_bos_token(bool(getattr(tokenizer, "add_bos_token", False)))
-    if getattr(tokenizer, "chat_template", None):
-        writer.add_chat_template(tokenizer.chat_template)
+    ids_of_text = tokenizer("x")["input_ids"]  # what a tokenizer says of itself need not be what it does
+    writer.add_add_bos_token(ids_of_text[0] == getattr(tokenizer, "bos_token_id", None))
+    writer.add_add_eos_token(ids_of_text[-1] == getattr(tokenizer, "eos_token_id", None))
+    if templates := getattr(tokenizer, "chat_template", None):
+        several = isinstance(templates, Mapping)
+        named = [{"name": name, "template": text} for name, text in templates.items()] if several else templates
+        writer.add_chat_template(named)
 
 
 def _kind(token: str, added: Mapping[str, Mapping[str, Any]], known: bool) -> TokenType:
@@ -155,11 +189,36 @@ def _prefixed(rules: Mapping[str, Any]) -> bool:
     )
 
 
+_LETTERS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {
+    _WORDS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES: "qwen2",
+    _WORDS + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES: "llama-bpe",
+    _LETTERS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES: "tekken",
+}
+"""Expressions that byte-level tokenizers cut text by, and llama.cpp's name of each."""
+
+
 def _splitting(rules: Mapping[str, Any]) -> str:
-    """llama.cpp's name of how a byte-level tokenizer cuts text before it merges."""
-    before = json.dumps(rules.get("pre_tokenizer"))
-    if r"\\p{N}{1,3}" in before:
-        return "llama-bpe"
-    if r"\\p{N}" in before:
-        return "qwen2"
-    return "smollm" if '"Digits"' in before else "gpt-2"
+    """llama.cpp's name of how a byte-level tokenizer cuts text before it merges.
+
+    Raises:
+        ModelError: it has none that is known here.
+    """
+    before = rules.get("pre_tokenizer") or {}
+    steps = before.get("pretokenizers", [before])
+    kinds = [step.get("type") for step in steps]
+    whole = kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space")
+    if whole and kinds == ["ByteLevel"] and steps[-1].get("use_regex"):
+        return "gpt-2"
+    if whole and kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[-1].get("use_regex"):
+        return "smollm"
+    if whole and kinds == ["Split", "ByteLevel"] and not steps[-1].get("use_regex"):
+        given = steps[0]["pattern"].get("Regex", "")
+        if given in SPLITS and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert"):
+            return SPLITS[given]
+    raise ModelError(f"how this tokenizer cuts text ({' and '.join(map(str, kinds))}) is not known: {_TEMPLATE}")

@@ -97,6 +97,8 @@ class _Source:
 def kept_blocks(model: nn.Module, levels: LevelSet, assignment: Sequence[int]) -> list[int]:
     """Numbers of the blocks that do something: the others leave the file.
 
+    All stay where blocks attend in different ways by their numbers, and some would get another's.
+
     Raises:
         ModelError: none is left.
     """
@@ -108,7 +110,10 @@ def kept_blocks(model: nn.Module, levels: LevelSet, assignment: Sequence[int]) -
             kept.append(number)
     if not kept:
         raise ModelError("the profile drops every block: nothing is left to export")
-    return kept
+    config: Any = model.config
+    kinds = getattr(config, "layer_types", None) or [None] * (number + 1)
+    moved = any(kinds[old] != kinds[new] for new, old in enumerate(kept))
+    return list(range(number + 1)) if moved else kept
 
 
 def _chosen(levels: LevelSet, assignment: Sequence[int]) -> tuple[dict[str, GgmlBlocks | torch.Tensor], frozenset[str]]:

@@ -112,11 +112,11 @@ class LlamaCpp:
         self._read_until = position + count
         return self._shared.llama_get_logits(self._context)
 
-    def tokens(self, text: str) -> list[int]:
-        """The tokens of a text, without those that begin or end a sequence."""
+    def tokens(self, text: str, *, special: bool = False) -> list[int]:
+        """The tokens of a text; ``special``: with those that begin or end a sequence."""
         data = text.encode()
         found = np.zeros(len(data) + 16, dtype=np.int32)
-        arguments = (data, len(data), found.ctypes.data, len(found), False, False)
+        arguments = (data, len(data), found.ctypes.data, len(found), special, False)
         count = self._shared.llama_tokenize(self._vocabulary, *arguments)
         return [int(token) for token in found[: max(count, 0)]]
 

@@ -154,6 +154,12 @@ def byte_level_tokenizer(split: str) -> Any:
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     }
     pieces["llama-bpe"] = pieces["qwen2"].replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+    pieces["tekken"] = (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    pieces["of its own"] = pieces["qwen2"].replace(r"|\p{N}|", r"|\p{N}{1,2}|")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in pieces)
     first: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
     if split in pieces:

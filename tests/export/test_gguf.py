@@ -174,6 +174,36 @@ def test_dropped_blocks_leave_the_file_and_dropped_parts_say_nothing(tmp_path: P
         write_gguf(tmp_path / "n.gguf", loaded, levels, [0] * len(levels.units))
 
 
+def test_blocks_of_gemma_2_keep_their_windows_when_others_are_dropped(tmp_path: Path) -> None:
+    """Every other block attends within a window, in llama.cpp by its number in the file."""
+    config = transformers.Gemma2Config(
+        **SIZES | {"num_hidden_layers": 4}, head_dim=64, query_pre_attn_scalar=64, sliding_window=16
+    )
+    loaded = made(config)
+    build_drop_store(loaded, tmp_path / "store", kinds=("block",))
+    levels = open_store(tmp_path / "store").levels
+    tokens = [int(token) for token in tiny_tokens(1, 96, seed=3)[0]]
+    for assignment, blocks in (([1, 1, 1, 1], 4), ([0, 1, 1, 1], 4), ([1, 1, 1, 0], 3), ([0, 0, 1, 1], 2)):
+        write_gguf(tmp_path / "m.gguf", loaded, levels, assignment)
+        assert gguf.GGUFReader(tmp_path / "m.gguf").fields["gemma2.block_count"].contents() == blocks
+        assert distance(tmp_path / "m.gguf", compressed(loaded, levels, assignment).model, tokens) < 1e-4
+
+
+def test_a_gemma_2_that_llama_cpp_computes_otherwise_is_refused(tmp_path: Path) -> None:
+    loaded = made(MODELS["gemma2"]())
+    levels = Blocks(loaded, ["Q8_0"], "layers").levels
+    write_gguf(tmp_path / "t.gguf", loaded, levels, [0] * len(levels.units))
+    config: Any = loaded.model.config
+    config.query_pre_attn_scalar = 144
+    for template in (None, tmp_path / "t.gguf"):
+        with pytest.raises(ModelError, match="query_pre_attn_scalar=144 .* of 2 blocks, 64: .* export a folder"):
+            write_gguf(tmp_path / "m.gguf", loaded, levels, [0] * len(levels.units), template=template)
+    config.query_pre_attn_scalar, config.layer_types = 64, ["full_attention", "full_attention"]
+    with pytest.raises(ModelError, match="windows in every other block"):
+        write_gguf(tmp_path / "m.gguf", loaded, levels, [0] * len(levels.units))
+    assert not (tmp_path / "m.gguf").exists()
+
+
 def test_a_template_gives_its_header_and_what_was_not_searched(tmp_path: Path) -> None:
     loaded = made(MODELS["llama"]())
     levels = levels_of(loaded, ["Q4_K", "F16"], tmp_path / "store")

@@ -147,7 +147,7 @@ def _file_sizes(
 
     asked = Amount.of(size, "--size")
     task = task_of(profile)
-    levels = task.open_levels()
+    levels = task.open_levels(where="cpu")
     file, bytes_of = FileSize.of(task.model, levels), levels.counted_in("bytes").space(budget=10**15)
     space = found.problems[planned.problem].space
     taken = [file.rest + bytes_of.cost(bytes_of.from_labels(space.labels(p.levels))) for p in points]

@@ -161,7 +161,7 @@ def read_profile(
     loaded = load_model(task.model, dtype)
     identity = {**loaded.identity, "tokenizer": tokenizer_identity(loaded.tokenizer)}
     _refuse_others(profile, data, identity)
-    levels = task.open_levels(loaded.identity)
+    levels = task.open_levels(loaded.identity, where="cpu")  # wherever they were searched
     _refuse_others(profile, data, {"store": levels.fingerprint})
     return data, loaded, levels, task.space(levels).from_labels(data["units"])
 

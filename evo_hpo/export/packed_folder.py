@@ -33,6 +33,8 @@ def refuse_unservable(profile: Path, levels: LevelSet, assignment: Sequence[int]
     Args:
         serve: what the profile was searched for; empty: whatever can.
     """
+    if serve and SERVERS[serve].format != "compressed-tensors":
+        raise PlanError(f"{profile} was searched for {serve}, which loads no packed weights: name a FILE.gguf to make")
     chosen = levels.chosen(assignment)
     names = [serve] if serve else [name for name, s in SERVERS.items() if s.format == "compressed-tensors"]
     reasons = [SERVERS[name].refusal(chosen) for name in names]

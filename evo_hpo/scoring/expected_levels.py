@@ -60,7 +60,7 @@ def expected_levels(task: Any) -> LevelSet:
     """
     sets, methods = [_own_levels(task)], []
     for given, other in zip(task.join, beside(task), strict=True):
-        store = other.open_store() if isinstance(given, str) else None
+        store = other.open_store(where="cpu") if isinstance(given, str) else None
         sets.append(store.levels if store else _own_levels(other))
         methods.append(store.manifest.plan.method if store else other.method)
     arranged: LevelSet = task.arranged(sets, methods)
@@ -70,7 +70,7 @@ def expected_levels(task: Any) -> LevelSet:
 def _own_levels(task: Any) -> LevelSet:
     """Those of a task's own store."""
     if (task.store_folder / "manifest.json").is_file():
-        opened: LevelSet = task.open_store().levels
+        opened: LevelSet = task.open_store(where="cpu").levels
         return opened
     check_settings(task.method, task.levels or None, dict(task.build))
     model = empty_model(configuration(task.model))

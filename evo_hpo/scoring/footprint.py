@@ -11,6 +11,7 @@ from torch import nn
 
 from evo_hpo.errors import ModelError
 from evo_hpo.levels.packing import AT_A_TIME
+from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.models.loading import resolve_folder
 from evo_hpo.models.paths import user_path
 from evo_hpo.models.structure import decoder_blocks, linear_modules
@@ -93,6 +94,7 @@ class ModelShape:
         """
         model = empty_model(config)
         weights = {id(p): p.numel() for p in model.parameters()}
+        unfuse_experts(model)
         layers = linear_modules(model)
         sizes = [m.weight.numel() for m in layers.values()]  # type: ignore[operator]
         text = config.get_text_config()

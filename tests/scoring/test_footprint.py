@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 from typer.testing import CliRunner
 
 from evo_hpo.cli.commands import app
@@ -47,6 +47,15 @@ def test_levels_and_weights_take_what_is_predicted(model_folder: Path, tmp_path:
     on_disk = sum(level.storage for unit in store.manifest.units for level in unit.levels) / 8
     assert predicted["packed"].levels == pytest.approx(on_disk, rel=0.03)
     assert predicted["resident"].weights == 2 * shape.parameters
+
+
+def test_experts_are_searched_layers_as_a_build_has_them() -> None:
+    """Of Mixtral 8x7B all but embedding, head, routers and norms: numbers of its published configuration."""
+    shape = ModelShape.of(MixtralConfig())
+    attention, experts = 2 * 4096 * 4096 + 2 * 4096 * 1024, 8 * 3 * 4096 * 14336
+    assert shape.parameters == 46_702_792_704
+    assert shape.linear == 32 * (attention + experts)
+    assert shape.largest == 4096 * 14336
 
 
 def test_packed_levels_are_the_same_weights(model_folder: Path, tmp_path: Path) -> None:

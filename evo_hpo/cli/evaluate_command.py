@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,6 +19,9 @@ from evo_hpo.errors import EvoHpoError, InvalidSettingError
 from evo_hpo.files import write_whole
 from evo_hpo.models.paths import writable_folder
 from evo_hpo.space.amounts import shown
+
+if TYPE_CHECKING:
+    from evo_hpo.export.evaluation import Evaluation
 
 
 def evaluate(
@@ -45,7 +48,6 @@ def evaluate(
     from evo_hpo.export.harness_tasks import HarnessTasks
     from evo_hpo.models.loading import compute_dtype
     from evo_hpo.record.comparison import Comparison
-    from evo_hpo.report.size_plot import size_figure
 
     if (task_folder or limit is not None) and not tasks:
         raise InvalidSettingError(
@@ -55,33 +57,48 @@ def evaluate(
     profiles = [Path(model) for model in models if model.endswith(".json")]
     known = [p.parent.parent for p in profiles if p.parent.name == "profiles" and Comparison.lies_in(p.parent.parent)]
     folder = output or (known[0] if known else Path()) / "evaluation"
+    finished: list[Evaluation] = []
     with _kept_if_filled(folder):
-        found = evaluation.evaluate(
-            models,
-            text or ["pydoc"],
-            original=original,
-            sequence_length=sequence_length,
-            tokens=tokens,
-            stride=stride,
-            dtype=compute_dtype(dtype),
-            arithmetic=arithmetic,
-            tasks=wanted,
-            progress=lambda name: say(console, f"{name}: measuring"),
-        )
-        data = found.to_json()
-        _show(data)
-        table, picture = _free(folder)
-        with safe("what was measured is in the table above"):
-            write_whole(table, json.dumps(data, indent=1))
-            size_figure(data["results"], list(found.identities)).savefig(picture, dpi=150)
-    say(console, f"table and picture: {table} {picture}")
+        try:
+            found = evaluation.evaluate(
+                models,
+                text or ["pydoc"],
+                original=original,
+                sequence_length=sequence_length,
+                tokens=tokens,
+                stride=stride,
+                dtype=compute_dtype(dtype),
+                arithmetic=arithmetic,
+                tasks=wanted,
+                progress=lambda name: say(console, f"{name}: measuring"),
+                finished=finished.append,
+            )
+        except EvoHpoError:
+            if finished and finished[-1].results[-1].name != "original":
+                _kept(finished[-1], folder)
+            raise
+        data, files = _kept(found, folder)
     for comparison in dict.fromkeys(known if track else []):
         from evo_hpo.tracking import log_evaluation
 
         try:
-            log_evaluation(comparison, data, [table, picture], tracking_uri)
+            log_evaluation(comparison, data, files, tracking_uri)
         except EvoHpoError as error:
             say(console, f"not in MLflow: {error}")
+
+
+def _kept(found: Evaluation, folder: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Shows what was measured and writes table and picture of it."""
+    from evo_hpo.report.size_plot import size_figure
+
+    data = found.to_json()
+    _show(data)
+    table, picture = _free(folder)
+    with safe("what was measured is in the table above"):
+        write_whole(table, json.dumps(data, indent=1))
+        size_figure(data["results"], list(found.identities)).savefig(picture, dpi=150)
+    say(console, f"table and picture: {table} {picture}")
+    return data, [table, picture]
 
 
 def _free(folder: Path) -> tuple[Path, Path]:
@@ -120,7 +137,8 @@ def _show(data: dict[str, Any]) -> None:
     for name in names:
         table.add_column(name, justify="right")
     for row in data["results"]:
-        cells = [row["name"], shown(row["bytes"]), f"{8 * row['bytes'] / row['weights']:.3f}"]
+        size = [shown(row["bytes"]), f"{8 * row['bytes'] / row['weights']:.3f}"] if row["bytes"] else ["?", "?"]
+        cells = [row["name"], *size]
         for text in data["identities"]:
             figures = row["texts"][text]
             cells += [_estimate(figures["perplexity"]), _estimate(figures["above"], True), _estimate(figures["kl"])]

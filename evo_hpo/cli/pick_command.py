@@ -142,13 +142,13 @@ def _file_sizes(
 ) -> tuple[list[int], int]:
     """Bytes of the exported file of each point, and what was asked for."""
     from evo_hpo.export.folder import task_of
-    from evo_hpo.scoring.file_size import FileSize
+    from evo_hpo.export.gguf_size import size_in_file
     from evo_hpo.space.amounts import Amount
 
     asked = Amount.of(size, "--size")
     task = task_of(profile)
     levels = task.open_levels(where="cpu")
-    file, bytes_of = FileSize.of(task.model, levels), levels.counted_in("bytes").space(budget=10**15)
+    file, bytes_of = size_in_file(task.model, levels), levels.counted_in("bytes").space(budget=10**15)
     space = found.problems[planned.problem].space
     taken = [file.rest + bytes_of.cost(bytes_of.from_labels(space.labels(p.levels))) for p in points]
     return taken, asked.total(file.weights)

@@ -25,18 +25,20 @@ def sizes(
     [bold]Example:[/bold] evo-hpo sizes my-plan.toml --context 32768
     """
     from evo_hpo.export.folder import task_of
+    from evo_hpo.export.gguf_size import size_in_file
     from evo_hpo.scoring.expected_levels import expected_levels
-    from evo_hpo.scoring.file_size import FileSize
     from evo_hpo.scoring.footprint import ModelShape, configuration
     from evo_hpo.scoring.latency_table import LatencyTable
 
     for key, entry in problems_of(plan):
         task = task_of({"problem": entry})
         levels = expected_levels(task)
-        size, shape = FileSize.of(task.model, levels), ModelShape.of(configuration(task.model))
+        size, shape = size_in_file(task.model, levels), ModelShape.of(configuration(task.model))
         cache = 2 * shape.key_values * context * sequences
         table = Table(title=f"{key}: {size.weights:,} weights, {size.searched:,} searched")
         times = LatencyTable.read(task.latency_table) if task.latency_table else None
+        if times:
+            times.check_model(shape)
         columns = ["profile", "file", "bits a weight", "bytes a weight", f"with a cache of {sequences} x {context}"]
         for column in [*columns, "a token"] if times else columns:
             table.add_column(column, justify="left" if column == "profile" else "right")
@@ -59,7 +61,7 @@ def sizes(
             console.print(f"a token: {times.place}{asked_time}", markup=False, highlight=False, soft_wrap=True)
         console.print(
             f"file: {shown(size.rest)} of each is what is not searched (embedding, head, norms, header), in 16 bits or"
-            f" as in the GGUF template.\ncache: {shown(cache)} of keys and values in 16 bits; programs add buffers of"
+            f" as in a GGUF template.\ncache: {shown(cache)} of keys and values in 16 bits; programs add buffers of"
             " their own.",
             markup=False,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.export.figures import Estimate, SequenceFigures, measure
 from evo_hpo.export.folder import place, read_profile, task_of
+from evo_hpo.export.gguf_size import size_in_file
 from evo_hpo.export.harness_tasks import HarnessTasks, check_tasks, task_scores
 from evo_hpo.export.reading import PARTS, load_served, size_of
+from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.models.corpora import is_local
 from evo_hpo.models.identity import tokenizer_identity, tokens_identity
 from evo_hpo.models.loading import LoadedModel, resolve_folder, source_gguf
@@ -23,7 +25,6 @@ from evo_hpo.models.paths import user_path
 from evo_hpo.models.text import refuse_too_long, refuse_unknown, token_stream
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.arithmetic import InputRounding, InputTypes, check_arithmetic, file_types
-from evo_hpo.scoring.file_size import FileSize
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class EvaluatedModel:
 
     Attributes:
         name: shown; ``spec``: as it was given.
-        bytes: of its file; of a profile those that an export will take; ``weights``: of the model.
+        bytes: of its file; of a profile those that an export will take; 0: not known; ``weights``: of the model.
         texts: name of a text -> figures; ``tasks``: task and metric -> value.
         search: of a profile, the search that found it; ``folder``: its comparison's.
     """
@@ -93,6 +94,7 @@ def evaluate(
     arithmetic: str = "",
     tasks: HarnessTasks | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    finished: Callable[[Evaluation], None] = lambda _: None,
 ) -> Evaluation:
     """Measure every model on every text, and compare with the original where there is one.
 
@@ -105,6 +107,8 @@ def evaluate(
         arithmetic: "llama.cpp": inputs of the matrices of profiles and GGUF files are rounded as llama.cpp rounds them,
             those of the original and of folders are not; default: as the profiles' plans say.
         tasks: of lm-evaluation-harness.
+        progress: told the name of each model before it is measured.
+        finished: given the table so far after each model, for what is left where a later one fails.
 
     Raises:
         InvalidSettingError: lengths that cannot be, or a task that the harness does not know.
@@ -126,34 +130,42 @@ def evaluate(
     original = original or next((plan.model for plan in plans), "")
     arithmetic = arithmetic or next((plan.arithmetic for plan in plans if plan.arithmetic), "")
     check_arithmetic(arithmetic, "ggml")
+    models = [original, *(plan.model for plan in plans), *(spec for spec in specs if not spec.endswith(".json"))]
+    for model in filter(None, models):
+        if not (user_path(model) / "config.json").is_file() and source_gguf(model) is None:
+            resolve_folder(model)  # or a mistyped name would be told after hours
     reference = load_served(original, dtype) if original else None
     measured: dict[str, SequenceFigures] = {}
-    results, identities, read = [], dict[str, str](), dict[str, int]()
+    identities, read = dict[str, str](), dict[str, int]()
+    protocol = {"sequence_length": sequence_length, "tokens": tokens, "stride": stride, "original": original}
+    protocol |= {"dtype": str(dtype).removeprefix("torch."), "arithmetic": arithmetic}
+    protocol["interval"] = "95 %, Student's t over sequences"
+    table = Evaluation((), protocol, identities, read)
     first_read: tuple[str, Any] | None = None
     for name, spec, subject in _subjects(specs, original, reference, dtype, bool(arithmetic)):
         progress(name)
         first_read = first_read or (spec, subject.loaded.tokenizer)
         _refuse_apart(first_read, spec, subject.loaded, reference)
         refuse_too_long(subject.loaded.model, sequence_length)
-        found = {}
-        for text in texts:
-            rows = _tokens(text, subject.loaded, sequence_length, tokens)
+        streams = {text: _tokens(text, subject.loaded, sequence_length, tokens) for text in texts}
+        for text, rows in streams.items():
             refuse_unknown(subject.loaded.model, rows)
             if identities.setdefault(text, told := tokens_identity(rows)) != told:
                 raise ModelError(_APART.format(spec, first_read[0]))
+        found = {}
+        for text, rows in streams.items():
             read[text] = rows.numel()
             whole = reference.model if reference is not None and subject.loaded is not reference else None
             own = measure(subject.loaded.model, rows, whole, stride)
             first = measured.setdefault(text, own) if subject.loaded is reference else measured.get(text)
             found[text] = TextFigures(own.perplexity, own.kl, _above(own, first))
         scores = {} if tasks is None else task_scores(subject.loaded, tasks, known)
-        results.append(
-            EvaluatedModel(name, spec, subject.bytes, subject.weights, found, scores, subject.search, subject.folder)
+        row = EvaluatedModel(
+            name, spec, subject.bytes, subject.weights, found, scores, subject.search, subject.folder
         )
-    protocol = {"sequence_length": sequence_length, "tokens": tokens, "stride": stride, "original": original}
-    protocol |= {"dtype": str(dtype).removeprefix("torch."), "arithmetic": arithmetic}
-    protocol["interval"] = "95 %, Student's t over sequences"
-    return Evaluation(tuple(results), protocol, identities, read)
+        table = replace(table, results=(*table.results, row))
+        finished(table)
+    return table
 
 
 @dataclass(frozen=True)
@@ -170,8 +182,8 @@ def _subjects(
 ) -> Iterator[tuple[str, str, _Subject]]:
     """Name, spec and model of each row, one in memory at a time beside the original, which comes first."""
     if reference is not None:
-        weights = _weights(reference)
-        yield "original", original, _Subject(reference, 2 * weights, weights)
+        weights, file = _weights(reference), source_gguf(original)
+        yield "original", original, _Subject(reference, size_of(str(file)) if file else 2 * weights, weights)
     names = _names([spec for spec in specs if spec != original])
     for spec, name in names.items():
         made = _profile(Path(spec), dtype, rounds) if spec.endswith(".json") else _model(spec, dtype, rounds)
@@ -180,17 +192,25 @@ def _subjects(
 
 def _profile(path: Path, dtype: torch.dtype, rounds: bool) -> _Subject:
     data, loaded, levels, assignment = read_profile(path, dtype)
-    counted = levels.counted_in("bytes")
-    size = FileSize.of(loaded.name, levels)
-    labels = zip(levels.units, assignment, strict=True)
-    space = counted.space(budget=10**15)
-    taken = size.rest + space.cost(space.from_labels({unit.name: unit.levels[level] for unit, level in labels}))
-    weights = size.weights
+    taken = _size(loaded.name, levels, assignment)
+    weights = _weights(loaded)
     place(loaded.model, levels, assignment, fuse=not rounds)
     if rounds:
         InputRounding(loaded.model, InputTypes.of(source_gguf(loaded.name), loaded.model, levels).at(assignment))
     folder = str(path.parent.parent) if path.parent.name == "profiles" else ""
     return _Subject(loaded, taken, weights, str(data.get("search", "")), folder)
+
+
+def _size(model: str, levels: LevelSet, assignment: Sequence[int]) -> int:
+    """Bytes of the file that an export of an assignment will make; 0 where none of its format can be made."""
+    try:
+        size = size_in_file(model, levels)
+    except (ModelError, InvalidSettingError):
+        return 0
+    counted = levels.counted_in("bytes")
+    space = counted.space(budget=10**15)
+    labels = {unit.name: unit.levels[level] for unit, level in zip(levels.units, assignment, strict=True)}
+    return size.rest + space.cost(space.from_labels(labels))
 
 
 def _model(spec: str, dtype: torch.dtype, rounds: bool) -> _Subject:

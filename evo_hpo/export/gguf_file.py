@@ -125,7 +125,7 @@ def write_gguf(
     if given:
         copy_header(writer, given, blocks)
     else:
-        write_header(writer, config, loaded.tokenizer, blocks)
+        write_header(writer, config, loaded.tokenizer, blocks, loaded.name)
     for tensor in tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=GGMLQuantizationType[tensor.type])
     with made_whole(output) as temporary:

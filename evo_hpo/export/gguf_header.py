@@ -91,15 +91,19 @@ _GEMMA2_27B = 46
 """Blocks by which llama.cpp knows the model that divides by its width a head."""
 
 
-def write_header(writer: GGUFWriter, config: Any, tokenizer: Any, blocks: int) -> None:
+def write_header(writer: GGUFWriter, config: Any, tokenizer: Any, blocks: int, model: str) -> None:
     """What a configuration and a tokenizer say, in llama.cpp's words.
+
+    Args:
+        blocks: that the file has.
+        model: hub id or folder; its last part is the file's name of it.
 
     Raises:
         ModelError: something of them is not known here; the message says what to do.
     """
     heads, width = config.num_attention_heads, config.hidden_size
     size = getattr(config, "head_dim", None) or width // heads
-    writer.add_name(Path(getattr(config, "_name_or_path", "") or config.model_type).name)
+    writer.add_name(Path(model).name or config.model_type)
     writer.add_block_count(blocks)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(width)

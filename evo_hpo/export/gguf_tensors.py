@@ -15,7 +15,7 @@ from torch import nn
 
 from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.export.gguf_header import Architecture
-from evo_hpo.levels.ggml import block_size, quantize, row_bytes, tensor_names
+from evo_hpo.levels.ggml import block_size, quantize, row_bytes, tensor_names, zeros_type
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.packing import GgmlBlocks
 from evo_hpo.models.structure import decoder_blocks
@@ -137,6 +137,11 @@ def _is_silent(module: str, silent: frozenset[str]) -> bool:
     return any(".".join(parts[:end]) in silent for end in range(1, len(parts) + 1))
 
 
+def plain_type(name: str, dimensions: int) -> str:
+    """The type of a tensor that was not searched, without a template: vectors and routers are in single precision."""
+    return "F32" if dimensions == 1 or "ffn_gate_inp" in name else "F16"
+
+
 def _made(source: _Source, wanted: str | None) -> GgufTensor:
     """One matrix or vector in the layout of transformers."""
     name, level = source.name, source.level
@@ -144,11 +149,11 @@ def _made(source: _Source, wanted: str | None) -> GgufTensor:
         return GgufTensor(name, level.type, level.blocks.numpy(), True)
     dense = source.dense if level is None else level
     columns = dense.shape[-1]
-    if dense.dim() == 1 or "ffn_gate_inp" in name:
+    if plain_type(name, dense.dim()) == "F32":
         dense = torch.zeros_like(dense) if source.silent else dense
         return GgufTensor(name, "F32", np.ascontiguousarray(dense.float().numpy()).view(np.uint8))
     if source.silent:
-        smallest = "Q4_0" if columns % 32 == 0 else "F16"
+        smallest = zeros_type(columns)
         return GgufTensor(name, smallest, np.zeros((dense.shape[0], row_bytes(smallest, columns)), np.uint8))
     chosen = wanted or "F16"
     if columns % block_size(chosen):

@@ -16,7 +16,7 @@ import numpy as np
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.scoring.footprint import ModelShape, configuration
-from evo_hpo.scoring.latency_table import LatencyTable, Layer, agreement, check_blocks, layer_of, sizes_of
+from evo_hpo.scoring.latency_table import LatencyTable, Layer, agreement, check_blocks, layer_of, sizes_of, takes_time
 from evo_hpo.space.compression_space import Assignment
 
 RUNS = 3
@@ -46,8 +46,8 @@ class Program(Protocol):
         """The whole model at an assignment, decoding one token after `depth` others."""
 
 
-def layers_of(levels: LevelSet) -> dict[Layer, Choice]:
-    """The distinct layers of a set of levels; those that are dropped take no time.
+def layers_of(levels: LevelSet, program: str = "") -> dict[Layer, Choice]:
+    """The distinct layers of a set of levels that a program runs; see :func:`takes_time`.
 
     Raises:
         InvalidSettingError: there are experts, of which a token sees some only.
@@ -58,7 +58,7 @@ def layers_of(levels: LevelSet) -> dict[Layer, Choice]:
         if ".experts." in name:
             raise InvalidSettingError(f"{name!r}: the time of experts is not measured, a token sees some of them only")
         for choice in (choice for level in choices for choice in level):
-            if choice.level.settings.get("kind") != "dropped":
+            if takes_time(choice, program):
                 found.setdefault(layer_of(choice), choice)
     return found
 
@@ -71,11 +71,12 @@ def random_profiles(levels: LevelSet, count: int, seed: int = 0) -> list[Assignm
 
 
 def references(levels: LevelSet) -> list[Assignment]:
-    """Each level that all units have, everywhere; or the cheapest and the dearest."""
+    """Each level that all units have, everywhere; or the cheapest and the dearest; nothing is dropped."""
     units = levels.units
-    shared = [label for label in units[0].levels if all(label in unit.levels for unit in units)]
-    found = [tuple(unit.levels.index(label) for unit in units) for label in shared if label != "dropped"]
-    return found if len(found) > 1 else [(0,) * len(units), tuple(len(unit.costs) - 1 for unit in units)]
+    kept = [[label for label in unit.levels if label != "dropped"] for unit in units]
+    shared = [[label] * len(units) for label in kept[0] if all(label in labels for labels in kept)]
+    found = shared if len(shared) > 1 else [[labels[end] for labels in kept] for end in (0, -1)]
+    return [tuple(unit.levels.index(label) for unit, label in zip(units, row, strict=True)) for row in found]
 
 
 def measured(
@@ -99,13 +100,14 @@ def measured(
         profiles: number of random assignments that the table is checked on; none of its numbers comes from them.
 
     Raises:
-        InvalidSettingError: a number out of range; or as :func:`layers_of`.
+        InvalidSettingError: a number out of range; whole models took less time than their products; or as
+            :func:`layers_of`.
     """
     if threads < 1 or depth < 0 or rounds < 1 or profiles < 2:
         raise InvalidSettingError(
             f"threads={threads}, depth={depth}, rounds={rounds}, profiles={profiles}: give at least 1, 0, 1 and 2"
         )
-    layers, known = layers_of(levels), references(levels)
+    layers, known = layers_of(levels, program.name), references(levels)
     drawn, read = random_profiles(levels, profiles), min(READ, _bytes(levels))
     with contextlib.ExitStack() as stack:
         products = {layer: stack.enter_context(program.product(choice, read)) for layer, choice in layers.items()}
@@ -119,9 +121,14 @@ def measured(
             if progress:
                 progress(done + 1, rounds, "rounds of products and whole models")
     usual = {key: min(found) for key, found in times.items()}
-    alone = [_sum(levels, one, usual) for one in (*known, *drawn)]
+    alone = [_sum(levels, one, usual, program.name) for one in (*known, *drawn)]
     taken = [usual[number] for number in range(len(alone))]
     rest = float(np.mean([w - a for w, a in zip(taken[: len(known)], alone, strict=False)]))
+    if rest < 0:
+        raise InvalidSettingError(
+            f"the products of a token took {-rest / 1e6:.3g} ms longer than whole models: other programs ran meanwhile;"
+            f" measure again, with more than rounds={rounds}"
+        )
     predicted = [rest + a for a in alone]
     rows = [{"predicted": round(p), "measured": round(m)} for p, m in zip(predicted, taken, strict=True)]
     told = {"profiles": rows[len(known) :], "references": rows[: len(known)]}
@@ -144,7 +151,7 @@ def _bytes(levels: LevelSet) -> int:
     return sum(choice.level.storage for choices in middle for choice in choices) // 8
 
 
-def _sum(levels: LevelSet, assignment: Assignment, times: Mapping[Any, float]) -> float:
+def _sum(levels: LevelSet, assignment: Assignment, times: Mapping[Any, float], program: str) -> float:
     """Nanoseconds of the products of an assignment."""
     chosen = levels.chosen(assignment).values()
-    return sum(times[layer_of(choice)] for choice in chosen if choice.level.settings.get("kind") != "dropped")
+    return sum(times[layer_of(choice)] for choice in chosen if takes_time(choice, program))

@@ -15,7 +15,9 @@ from evo_hpo.errors import InvalidSettingError, MissingPackageError, StoreError
 from evo_hpo.export.ggml_kernels import Kernel, any_blocks
 from evo_hpo.export.gguf_file import write_gguf
 from evo_hpo.export.llama_cpp import LlamaCpp
+from evo_hpo.levels.ggml import zeros_type
 from evo_hpo.levels.level_set import Choice, LevelSet
+from evo_hpo.levels.packed_size import zeros_of_ggml
 from evo_hpo.levels.packing import GgmlBlocks
 from evo_hpo.models.loading import load_model, source_gguf
 from evo_hpo.space.compression_space import Assignment
@@ -44,7 +46,7 @@ class LlamaCppProgram:
         except PackageNotFoundError:
             raise MissingPackageError("timing llama.cpp needs it: pip install 'evo-hpo[gguf]'") from None
         self.threads = threads
-        self._loaded = load_model(model)
+        self._loaded = replace(load_model(model), tokenizer=None)  # it takes no time, and need not be one of llama.cpp's
         self._template = source_gguf(model)
 
     def product(self, choice: Choice, read: int) -> Kernel:
@@ -102,6 +104,8 @@ def _filled(choice: Choice) -> Choice:
 
 
 def _kind(choice: Choice) -> str:
+    if zeros_of_ggml(choice.unit, choice.level):
+        return zeros_type(choice.unit.shape[1])
     if choice.level.settings.get("kind") != "ggml":
         raise InvalidSettingError(
             f"llama.cpp runs no level {choice.level.label}: set method = 'ggml', or measure with --program torch"

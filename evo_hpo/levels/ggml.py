@@ -67,6 +67,11 @@ def row_bytes(name: str, columns: int) -> int:
     return columns // int(block) * int(size)
 
 
+def zeros_type(columns: int) -> str:
+    """The type that a GGUF file holds a dropped matrix in: zeros, which a program multiplies like all others."""
+    return "F16" if columns % block_size("Q4_0") else "Q4_0"
+
+
 def quantize(weight: torch.Tensor, name: str, importance: torch.Tensor | None = None) -> torch.Tensor:
     """The blocks (uint8, rows x bytes) of a matrix, rows x columns, as llama.cpp quantizes it.
 

@@ -1,11 +1,13 @@
 """What a level takes in the file that is exported, in bytes.
 
 Quantized levels are packed as compressed-tensors does: codes of each row in whole 32-bit words, half-precision scales,
-packed zero points, and the shape; every other level is dense there, 2 bytes a weight, zeros included.
+packed zero points, and the shape; every other level is dense there, 2 bytes a weight, zeros included. In a GGUF file
+a dropped layer is a matrix of zeros too, of a type of few bits.
 """
 
 from __future__ import annotations
 
+from evo_hpo.levels.ggml import row_bytes, zeros_type
 from evo_hpo.levels.manifest import LevelRecord, UnitRecord
 
 HEADER = 90
@@ -42,12 +44,19 @@ def _beside_codes(unit: UnitRecord, level: LevelRecord) -> int:
     return level.storage - codes - 16 * rows * -(-columns // int(settings["group_size"]))
 
 
+def zeros_of_ggml(unit: UnitRecord, level: LevelRecord) -> bool:
+    """Whether a level is that of a dropped layer whose others are ggml types: a GGUF file holds it as zeros."""
+    return level.settings.get("kind") == "dropped" and any(one.settings.get("kind") == "ggml" for one in unit.levels)
+
+
 def file_bytes(unit: UnitRecord, level: LevelRecord) -> int:
     """Bytes of a level's tensors in the exported file, with their entries in its header."""
     name = len(unit.name)
     found = scheme(unit, level)
     if level.settings.get("kind") == "ggml":
         return -(-level.storage // 256) * 32  # a tensor of a GGUF file begins at a multiple of 32 bytes
+    if zeros_of_ggml(unit, level):
+        return -(-unit.shape[0] * row_bytes(zeros_type(unit.shape[1]), unit.shape[1]) // 32) * 32
     if found is None:
         return 2 * unit.size + name + len(".weight") + HEADER
     bits, zeros, size = found

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from evo_hpo.errors import InfeasibleError, InvalidSettingError
+from evo_hpo.levels.ggml import tensor_names
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.levels.packed_size import HEADER
 from evo_hpo.models.loading import source_gguf
-from evo_hpo.models.structure import outer_matrices
+from evo_hpo.models.structure import decoder_blocks
 from evo_hpo.scoring.footprint import configuration, empty_model
 from evo_hpo.space.amounts import Amount, shown
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
-
-SEARCHED = r"blk\.\d+\.(attn_[qkv]|attn_output|ffn_(gate|up|down)(_exps)?)\.weight"
-"""Tensors of a GGUF file's blocks that are searched."""
-
-OUTER = ("token_embd.weight", "output.weight")
-"""Those of embedding and head."""
-
 
 @dataclass(frozen=True)
 class FileSize:
@@ -42,16 +35,16 @@ class FileSize:
         """For the levels of a model, which is not loaded.
 
         Raises:
-            InvalidSettingError: the size of a GGUF file that has no template, or of which not every layer is searched.
+            InvalidSettingError: the size of a GGUF file that has no template, or of which only some experts of a block
+                are searched.
         """
         empty = empty_model(configuration(model))
         parameters = {id(p): (name, p.numel()) for name, p in empty.named_parameters()}
         units = levels.counted_in("bytes").units  # sizes in weights, also where modules are counted
         weights, searched = sum(n for _, n in parameters.values()), sum(unit.size for unit in units)
         found = {member for unit in units for member in unit.members}
-        if any(c.level.settings.get("kind") == "ggml" for _, rows in levels.rows() for row in rows for c in row):
-            outer = [tensor for name, tensor in zip(outer_matrices(empty), OUTER, strict=False) if name in found]
-            return cls(weights, searched, _rest_of_gguf(model, searched, outer))
+        if is_gguf(levels):
+            return cls(weights, searched, _rest_of_gguf(model, searched, found, len(decoder_blocks(empty))))
         names = [name for name, _ in parameters.values() if name.removesuffix(".weight") not in found]
         return cls(weights, searched, 2 * (weights - searched) + sum(len(n) + HEADER for n in names) + HEADER)
 
@@ -94,8 +87,13 @@ class FileSize:
             yield name, self.rest + cost, assignment
 
 
-def _rest_of_gguf(model: str, searched: int, outer: Sequence[str]) -> int:
-    """Bytes of the file that a model was read from, without its searched tensors; ``outer``: of them, those outside."""
+def is_gguf(levels: LevelSet) -> bool:
+    """Whether a file of these levels is a GGUF file."""
+    return any(c.level.settings.get("kind") == "ggml" for _, rows in levels.rows() for row in rows for c in row)
+
+
+def _rest_of_gguf(model: str, searched: int, modules: Set[str], blocks: int) -> int:
+    """Bytes of the file that a model was read from, without the tensors of the searched modules."""
     path = source_gguf(model)
     if path is None:
         raise InvalidSettingError(
@@ -104,9 +102,13 @@ def _rest_of_gguf(model: str, searched: int, outer: Sequence[str]) -> int:
         )
     from gguf import GGUFReader
 
-    found = [t for t in GGUFReader(path).tensors if t.name in outer or re.fullmatch(SEARCHED, t.name)]
+    reader = GGUFReader(path)
+    named = tensor_names(reader.fields["general.architecture"].contents(), blocks)
+    names = {named(f"{module}.weight") for module in modules}
+    found = [tensor for tensor in reader.tensors if tensor.name in names]
     if (count := sum(int(t.n_elements) for t in found)) != searched:
         raise InvalidSettingError(
-            f"size= of a GGUF file needs every linear layer searched: {searched} of {count} weights are; give average="
+            f"size= of a GGUF file needs all experts of a block searched, which are one tensor: {searched} of {count}"
+            " weights are; give average="
         )
     return path.stat().st_size - sum(-(-int(t.n_bytes) // 32) * 32 for t in found)

@@ -24,6 +24,11 @@ def layer_of(choice: Choice) -> Layer:
     return rows, columns, choice.level.label
 
 
+def takes_time(choice: Choice, program: str) -> bool:
+    """Whether a program runs a layer at a level: a dropped one is nothing, but zeros that llama.cpp multiplies."""
+    return program == "llama.cpp" or choice.level.settings.get("kind") != "dropped"
+
+
 @dataclass(frozen=True)
 class LatencyTable:
     """Nanoseconds a token.
@@ -103,7 +108,7 @@ class LatencyTable:
         return self.rest + sum(map(min, costs)), self.rest + sum(map(max, costs))
 
     def _time(self, choice: Choice) -> int:
-        if choice.level.settings.get("kind") == "dropped":
+        if not takes_time(choice, self.program):
             return 0
         layer = layer_of(choice)
         if layer not in self.times:

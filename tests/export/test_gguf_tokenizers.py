@@ -185,6 +185,6 @@ def test_what_a_tokenizer_and_a_configuration_say_beside_is_in_the_file(tmp_path
         assert fields["tokenizer.ggml.bos_token_id"] == fast.convert_tokens_to_ids("<|begin|>")
         assert fields["tokenizer.ggml.eos_token_id"] == fast.convert_tokens_to_ids("<|end|>")
         assert fields["llama.context_length"] == 96
-    model.model.config._name_or_path = "/home/me/models/tiny"
-    write_gguf(tmp_path / "n.gguf", model, Blocks(model, ["Q8_0"], "layers").levels, [0] * 7)
+    named_so = LoadedModel(model.model, fast, model.identity, "/home/me/models/tiny")
+    write_gguf(tmp_path / "n.gguf", named_so, Blocks(model, ["Q8_0"], "layers").levels, [0] * 7)
     assert gguf.GGUFReader(tmp_path / "n.gguf").fields["general.name"].contents() == "tiny"

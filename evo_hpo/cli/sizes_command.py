@@ -34,7 +34,7 @@ def sizes(
         task = task_of({"problem": entry})
         levels = expected_levels(task)
         size, shape = size_in_file(task.model, levels), ModelShape.of(configuration(task.model))
-        cache = 2 * shape.key_values * context * sequences
+        cache = 2 * shape.cached(context) * sequences
         table = Table(title=f"{key}: {size.weights:,} weights, {size.searched:,} searched")
         times = LatencyTable.read(task.latency_table) if task.latency_table else None
         if times:

@@ -73,7 +73,8 @@ class ModelShape:
         parameters: all of them; ``shared`` weights (tied heads) counted once.
         linear: weights of the searched layers; ``largest``: of the largest of them.
         blocks, hidden, widest, vocabulary: decoder blocks, width of the stream, of the widest layer, entries.
-        key_values: numbers that a token adds to the key-value cache, all blocks together.
+        key_values: numbers that a token adds to the key-value cache, all blocks together; ``windowed``: of them, those
+            in blocks that attend to the last ``window`` tokens only.
     """
 
     parameters: int
@@ -84,6 +85,8 @@ class ModelShape:
     widest: int
     vocabulary: int
     key_values: int
+    windowed: int = 0
+    window: int = 0
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
@@ -98,9 +101,8 @@ class ModelShape:
         layers = linear_modules(model)
         sizes = [m.weight.numel() for m in layers.values()]  # type: ignore[operator]
         text = config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         blocks = len(decoder_blocks(model))
+        window, windows = _windows(text, blocks)
         return cls(
             sum(weights.values()),
             sum(sizes),
@@ -109,8 +111,35 @@ class ModelShape:
             text.hidden_size,
             max(max(m.weight.shape) for m in layers.values()),  # type: ignore[arg-type]
             text.vocab_size,
-            2 * blocks * heads * width,
+            len(windows) * _key_values(text),
+            sum(windows) * _key_values(text),
+            window,
         )
+
+    def cached(self, tokens: int) -> int:
+        """Numbers in the key-value cache of a sequence of so many tokens."""
+        return (self.key_values - self.windowed) * tokens + self.windowed * min(tokens, self.window)
+
+
+def _key_values(text: Any) -> int:
+    """Numbers that a token adds to the cache of one block; where keys and values are made of a latent vector, that."""
+    if latent := getattr(text, "kv_lora_rank", None):
+        return int(latent + text.qk_rope_head_dim)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        heads = 1
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * (heads or text.num_attention_heads) * width
+
+
+def _windows(text: Any, blocks: int) -> tuple[int, list[bool]]:
+    """Tokens of a window, and of each block with attention whether it attends within it."""
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or 0
+    usual = "sliding_attention" if window and getattr(text, "use_sliding_window", True) else "full_attention"
+    kinds = getattr(text, "layer_types", None) or [usual] * blocks
+    known = ("full_attention", "sliding_attention", "chunked_attention")
+    kinds = [kind for kind in kinds if kind in known or "attention" not in kind]
+    return window, [bool(window) and kind in known[1:] for kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -176,7 +205,7 @@ def footprint(
     """What one evaluator needs: at most, for levels that no candidate has had yet are not decoded.
 
     Args:
-        levels: bits, or sparsities.
+        levels: bits, or sparsities; dropped modules take nothing.
         memory: ``resident``: levels decoded; ``packed``: as on disk; ``streamed``: of a GPU, which has two blocks at a
             time, and levels of none; the rest waits in main memory, so on a CPU two decoded blocks of each core are
             all that it has beside it.
@@ -190,13 +219,14 @@ def footprint(
     """
     pass_tokens = max(sequence_length, (COMPILED_TOKENS if compiled else 0) if on_cpu else GPU_TOKENS)
     copying = on_cpu and memory != "streamed" and (compiled or number == 4)
-    sets = replicas if memory == "packed" else min(replicas, len(levels))
+    drops = method == "drop"
+    sets = min(replicas, 1) if drops else replicas if memory == "packed" else min(replicas, len(levels))
     layers, head = (min(packed_bytes, count * number) for count in (shape.linear, shape.hidden * shape.vocabulary))
     chunk = (COMPILED_TOKENS if compiled else 512, 1024) if on_cpu else (2048, 16384)
     state_number = state_number or number
     state = pass_tokens * shape.hidden * state_number
     path = (shape.blocks - 1) * state
-    decoded = shape.linear * number * len(levels)
+    decoded = 0 if drops else shape.linear * number * len(levels)
     packed = sum(_packed(shape.linear, level, method, group_size) for level in levels)
     logits = chunk[0] * min(chunk[1], shape.vocabulary) * 4
     at_a_time = min(shape.largest, AT_A_TIME) if on_cpu else shape.largest
@@ -207,7 +237,7 @@ def footprint(
     return Footprint(
         weights=there * number,
         levels=decoded if memory == "resident" else 0 if brought else packed,
-        decoding=0 if memory == "resident" else in_place + at_a_time * (number + 2 * 4),
+        decoding=0 if memory == "resident" or drops else in_place + at_a_time * (number + 2 * 4),
         dense=2 * shape.hidden * (calibration_tokens + held_out_tokens),
         copies=sets * layers + head if copying else 0,
         kept=replicas * min(state_bytes, path) + min(reference_bytes, 2 * path),
@@ -222,4 +252,6 @@ def _packed(weights: int, level: float, method: str, group_size: int) -> int:
         return 0
     if method in SPARSE:
         return int(weights * ((1 - level) * 2 + 1 / 8))
+    if method == "ggml":
+        return int(weights * level / 8)
     return int(weights * level / 8 + weights / group_size * 3)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MixtralConfig
+from transformers import (
+    DeepseekV3Config,
+    FalconConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3NextConfig,
+)
 from typer.testing import CliRunner
 
 from evo_hpo.cli.commands import app
@@ -15,8 +25,11 @@ from evo_hpo.levels.build import build
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.scoring.footprint import TYPICAL, ModelShape, configuration, footprint
 from tests.scoring.test_task import model_folder
+from tests.tiny import random_model
 
 __all__ = ["model_folder"]
+
+SMALL: dict[str, Any] = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.mark.parametrize(
@@ -135,3 +148,89 @@ def test_the_command_says_what_fits() -> None:
         CliRunner().invoke(app, ["plan-memory", "1B", "--method", "magic"], catch_exceptions=False)
     for option in ("--group-size", "--sequence-length", "--calibration-tokens", "--held-out-tokens"):
         assert CliRunner().invoke(app, ["plan-memory", "1B", option, "0"]).exit_code == 2
+
+
+def memory(*words: str) -> list[list[str]]:
+    """Rows of the command's table on the 8B shape."""
+    output = CliRunner().invoke(app, ["plan-memory", "8B", *words], catch_exceptions=False, env={"COLUMNS": "160"}).output
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│ 8B")]
+
+
+def test_levels_that_are_not_given_are_those_of_the_method() -> None:
+    linear = ModelShape.of(configuration("8B")).linear
+    assert [row[2] for row in memory()] == [row[2] for row in memory("--levels", "2,3,4,5,6")]
+    resident, packed, _ = memory("--method", "sparsegpt")
+    assert float(resident[2]) == pytest.approx(5 * 2 * linear / 1e9, abs=0.06)
+    kept = sum(1 - share for share in (0.3, 0.4, 0.5, 0.6, 0.7))
+    in_place, decoding = 2 * linear, 14336 * 4096 * 10
+    assert float(packed[2]) == pytest.approx((linear * (2 * kept + 5 / 8) + in_place + decoding) / 1e9, abs=0.06)
+    assert memory("--method", "magnitude") == [resident, packed, _] == memory("--method", "wanda")
+    q4_0 = memory("--method", "ggml", "--levels", "Q4_0")[1]
+    assert float(q4_0[2]) == pytest.approx((linear * 4.5 / 8 + in_place + decoding) / 1e9, abs=0.06)
+
+
+def test_what_is_dropped_takes_no_memory_and_lies_in_one_place() -> None:
+    (row,) = memory("--method", "drop")
+    assert row[:3] == ["8B, resident", "16.1", "0.0"]
+    found = footprint(ModelShape.of(configuration("1B")), (1.0, 2.0), method="drop", on_cpu=True, replicas=4, number=4)
+    one = footprint(ModelShape.of(configuration("1B")), (3,), on_cpu=True, replicas=4, number=4)
+    assert (found.levels, found.decoding, found.copies) == (0, 0, one.copies)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--method", "wanda", "--levels", "2,3"), "sparsity '2' must be from 0 to 1"),
+        (("--method", "gptq", "--levels", "0.5"), "bit-width '0.5' must be a whole number from 1 to 8"),
+        (("--method", "rtn", "--levels", "4,9"), "1 to 8"),
+        (("--method", "drop", "--levels", "2"), "leave levels out"),
+        (("--method", "ggml", "--levels", "Q4_K_M"), "no ggml type"),
+    ],
+)
+def test_levels_that_a_method_has_not_are_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InvalidSettingError, match=message):
+        memory(*words)
+
+
+KEY_VALUES: dict[str, tuple[Callable[[], PretrainedConfig], bool]] = {
+    "llama": (lambda: LlamaConfig(**SMALL, intermediate_size=48, num_key_value_heads=2), True),
+    "falcon": (lambda: FalconConfig(**SMALL, multi_query=True, new_decoder_architecture=False, alibi=False), True),
+    "qwen3_next": (
+        lambda: Qwen3NextConfig(
+            **SMALL | {"num_hidden_layers": 4},
+            **{"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "moe_intermediate_size": 16},
+            **{"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 16},
+            **{"linear_num_value_heads": 2, "linear_num_key_heads": 2},
+            **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        ),
+        True,
+    ),
+    "gemma2": (
+        lambda: Gemma2Config(
+            **SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=8, sliding_window=5, query_pre_attn_scalar=8
+        ),
+        False,  # transformers keeps one token of a window less: the newest is not in the cache yet
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEY_VALUES)
+def test_the_key_value_cache_is_that_of_transformers(name: str) -> None:
+    make, exact = KEY_VALUES[name]
+    config = make()
+    shape, model = ModelShape.of(config), random_model(config)
+    cache = model(torch.ones(1, 16, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers if hasattr(layer, "keys"))
+    assert 0 <= shape.cached(16) - held <= (0 if exact else 2 * 2 * 8)
+
+
+def test_a_latent_vector_is_cached_once_and_shared_heads_once() -> None:
+    """576 numbers a block and token of DeepSeek-V3 (its report, section 2.1.1); Falcon 40B has 8 heads of 64."""
+    small = SMALL | {"num_attention_heads": 4, "num_hidden_layers": 2}
+    latent = DeepseekV3Config(
+        **small, kv_lora_rank=512, qk_rope_head_dim=64, n_routed_experts=8, n_group=1, topk_group=1
+    )
+    assert ModelShape.of(latent).cached(10) == 10 * 2 * 576
+    grouped = FalconConfig(**small | {"hidden_size": 16 * 64, "num_attention_heads": 16}, num_kv_heads=8)
+    grouped.new_decoder_architecture = True
+    assert ModelShape.of(grouped).cached(1) == 2 * 2 * 8 * 64

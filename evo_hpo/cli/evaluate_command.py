@@ -17,7 +17,7 @@ from evo_hpo.cli.progress import say
 from evo_hpo.cli.unexpected import safe
 from evo_hpo.errors import EvoHpoError, InvalidSettingError
 from evo_hpo.files import write_whole
-from evo_hpo.models.paths import writable_folder
+from evo_hpo.models.paths import user_path, writable_folder
 from evo_hpo.space.amounts import shown
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def evaluate(
     wanted = HarnessTasks(tuple(name.strip() for name in tasks.split(",")), task_folder, limit) if tasks else None
     profiles = [Path(model) for model in models if model.endswith(".json")]
     known = [p.parent.parent for p in profiles if p.parent.name == "profiles" and Comparison.lies_in(p.parent.parent)]
-    folder = output or (known[0] if known else Path()) / "evaluation"
+    folder = user_path(output) if output else (known[0] if known else Path()) / "evaluation"
     finished: list[Evaluation] = []
     with _kept_if_filled(folder):
         try:

@@ -38,11 +38,12 @@ def latency(
     from evo_hpo.export.folder import task_of
     from evo_hpo.export.latency import measured
     from evo_hpo.files import write_whole
-    from evo_hpo.models.paths import writable_folder
+    from evo_hpo.models.paths import user_path, writable_folder
     from evo_hpo.record.environment import machine as this_machine
     from evo_hpo.scoring.expected_levels import expected_levels
 
-    _, entry = next(iter(problems_of(plan)))
+    (key, entry), *others = problems_of(plan)
+    output = user_path(output)
     if output.suffix != ".json" or output.exists():
         raise PlanError(f"{output} must be a new file that ends in .json")
     writable_folder(output.parent)
@@ -64,6 +65,15 @@ def latency(
         )
     write_whole(output, table.text())
     _show(table, output, table.reach(levels))
+    if others:
+        names = ", ".join(name for name, _ in others)
+        console.print(
+            f"measured for {key}, the plan's first problem; others ({names}) of other layers, levels or models need"
+            " tables of their own, from plans of their own",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _program(name: str, model: str, threads: int, device: str) -> Program:

@@ -48,6 +48,8 @@ def export(
     [bold]Example:[/bold] evo-hpo export mlruns/comparisons/smollm2-3bit/profiles/winner.json smollm2-3bit
     """
     kept = f"{output} was not made; the profile and the level store are as they were"
+    if output.suffix != ".gguf" and output.suffix.lower() == ".gguf":
+        raise InvalidSettingError(f"{output}: programs know a GGUF file by its ending, write it as .gguf")
     if output.suffix == ".gguf":
         from evo_hpo.export.gguf_file import export_gguf
 
@@ -69,7 +71,7 @@ def export(
     with safe(kept):
         data = export_profile(profile, output, dtype, format, check=check)
     console.print(
-        f"{output}: {data['bytes']:,} bytes, average {data['average']:.4g}, held-out loss"
+        f"{output}: {data['bytes']:,} bytes, {data['counted']}, held-out loss"
         f" {data['held_out']['loss']:.4g}; loaded back: {data['checked']}",
         markup=False,
         soft_wrap=True,

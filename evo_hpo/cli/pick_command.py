@@ -64,11 +64,14 @@ def pick(
     point = fitting[-1]
     profile = found.profile(planned, record, point)
     taken = amounts[points.index(point)]
-    path = output or found.folder / "profiles" / f"picked-{re.sub('[^0-9A-Za-z.]', '', average or size or '')}.json"
+    name = f"picked-{re.sub('[^0-9A-Za-z.]', '', average or size or '')}.json"
+    path = user_path(output) if output else found.folder / "profiles" / name
     if path.suffix != ".json":
         raise PlanError(f"{path} must end in .json: it is a profile")
-    if output is not None and user_path(path).exists():
+    if output is not None and path.exists():
         raise PlanError(f"{path} exists already: name another")
+    if path.exists() and (other := json.loads(path.read_text(encoding="utf-8")).get("search")) != planned.id:
+        raise PlanError(f"{path} is of {other}: name another file for what is of {planned.id}")
     made_folder(path.parent)
     write_whole(path, json.dumps(profile, indent=1))
     what = f"a file of {shown(taken)}" if size else f"{told(taken):.4g} {unit}"

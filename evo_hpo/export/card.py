@@ -45,7 +45,7 @@ class Card:
         parts = [
             f"# {name}, compressed layer by layer",
             f"{shown(self.bytes)} of weights, {8 * self.bytes / self.weights:.3f} bits a weight over all"
-            f" {self.weights:,} weights of the model; {self._average()}."
+            f" {self.weights:,} weights of the model; {self.average()}."
             f" Format: {self.format}, {self.dtype}.",
             *self._notes(),
             "## Figures",
@@ -62,10 +62,14 @@ class Card:
         ]
         return "\n\n".join(parts) + "\n"
 
-    def _average(self) -> str:
+    def average(self) -> str:
         """What the budget counted."""
         average, resource = self.profile["average"], self.levels.resource
-        if resource in ("weights", "modules"):
+        if resource == "modules":  # whose average is that of the first group
+            units = self.levels.units
+            kept = sum(unit.levels[level] != "dropped" for unit, level in zip(units, self.assignment, strict=True))
+            return f"{kept} of {len(units)} searched modules kept"
+        if resource == "weights":
             return f"{100 * average:.4g} % of the searched {resource} kept"
         return f"{average:.4g} {'bits of storage' if resource == 'storage' else resource} a searched weight"
 

@@ -25,10 +25,11 @@ from evo_hpo.models.experts import fuse_experts
 from evo_hpo.models.identity import differences, tokenizer_identity, warn_unchecked
 from evo_hpo.models.loading import LoadedModel, compute_dtype, load_model, quiet_transformers, refuse_non_finite
 from evo_hpo.models.mixed import MIXED, matrix_dtype
-from evo_hpo.models.paths import user_path, writable_folder
+from evo_hpo.models.paths import place_for
 from evo_hpo.record.profiles import open_profile
 from evo_hpo.scoring.arithmetic import InputRounding, inputs_of
 from evo_hpo.scoring.factory import Factory
+from evo_hpo.scoring.footprint import configuration
 from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.search.registry import problem_factory, signature_kept
 
@@ -49,7 +50,7 @@ def export_profile(
         check: load what was written, and compare its KL on the held-out text with the profile's.
 
     Returns:
-        The profile, with ``bytes`` of the weight files and what was ``checked``.
+        The profile, with ``bytes`` of the weight files, what was ``checked``, and what the budget ``counted``.
 
     Raises:
         PlanError: not a profile of a language model, or the folder exists; or model, tokenizer or level store are
@@ -62,35 +63,37 @@ def export_profile(
     packs = format == "compressed-tensors"
     if packs and check and find_spec("compressed_tensors") is None:
         raise MissingPackageError("to load packed weights back: pip install 'evo-hpo[compressed-tensors]'")
-    data, loaded, levels, assignment = opened(profile, output, dtype)
-    model: Any = loaded.model
-    task = task_of(data)
-    encoded: dict[str, Encoded] = {}
-    if packs:
-        refuse_unservable(profile, levels, assignment, task.serve)
-        encoded = {n: e for u, level in enumerate(assignment) for n, e in levels.encoded(u, level).items()}
-        if not dtype and model.dtype == torch.float32:
-            model.to(torch.float16)
-    inputs = inputs_of(task.arithmetic, task.model, model, levels)
-    place(model, levels, assignment)
-    for name, tensor in model.state_dict().items():
-        refuse_non_finite(name, tensor)
-    with made_whole(output) as folder:
-        with quiet_transformers():
-            model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
+    with place_for(output) as place_to:
+        data, loaded, levels, assignment = opened(profile, place_to, dtype)
+        model: Any = loaded.model
+        task = task_of(data)
+        encoded: dict[str, Encoded] = {}
         if packs:
-            write_packed(folder, loaded, encoded)
-        as_readable_as(folder / "config.json", folder.glob("*.safetensors"))
-        write_level_lines(folder / "profile.txt", levels, assignment)
-        (folder / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
-        types = {} if inputs is None else inputs.at(assignment)
-        checked = _loaded_back(folder, data, task, types) if check else "not done"
-        size, weights = size_of(str(folder)), sum({id(p): p.numel() for p in model.parameters()}.values())
-        kind = str(model.dtype).removeprefix("torch.")
-        card = Card(data, profile, levels, assignment, format, kind, size, weights, checked)
-        (folder / "README.md").write_text(card.text(), encoding="utf-8")
-    return {**data, "bytes": size, "checked": checked}
+            refuse_unservable(profile, levels, assignment, task.serve)
+            encoded = {n: e for u, level in enumerate(assignment) for n, e in levels.encoded(u, level).items()}
+            if not dtype and model.dtype == torch.float32:
+                model.to(torch.float16)
+        inputs = inputs_of(task.arithmetic, task.model, model, levels)
+        place(model, levels, assignment)
+        for name, tensor in model.state_dict().items():
+            refuse_non_finite(name, tensor)
+        model.config.use_cache = getattr(configuration(task.model), "use_cache", True)  # which scoring has turned off
+        with made_whole(place_to) as folder:
+            with quiet_transformers():
+                model.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
+            if packs:
+                write_packed(folder, loaded, encoded)
+            as_readable_as(folder / "config.json", folder.glob("*.safetensors"))
+            write_level_lines(folder / "profile.txt", levels, assignment)
+            (folder / "profile.json").write_text(profile.read_text(encoding="utf-8"), encoding="utf-8")
+            types = {} if inputs is None else inputs.at(assignment)
+            checked = _loaded_back(folder, data, task, types) if check else "not done"
+            size, weights = size_of(str(folder)), sum({id(p): p.numel() for p in model.parameters()}.values())
+            kind = str(model.dtype).removeprefix("torch.")
+            card = Card(data, profile, levels, assignment, format, kind, size, weights, checked)
+            (folder / "README.md").write_text(card.text(), encoding="utf-8")
+        return {**data, "bytes": size, "checked": checked, "counted": card.average()}
 
 
 def _loaded_back(folder: Path, data: Mapping[str, Any], task: LanguageModelTask, types: Mapping[str, str]) -> str:
@@ -142,9 +145,8 @@ def opened(
     Raises:
         PlanError, StoreError: as :func:`export_profile`.
     """
-    if user_path(output).exists():
+    if output.exists():
         raise PlanError(f"{output} exists already: name another")
-    writable_folder(output.parent)
     return read_profile(profile, compute_dtype(dtype) if dtype else None)
 
 

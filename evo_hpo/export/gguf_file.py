@@ -13,18 +13,18 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from torch import nn
 
-from evo_hpo.errors import ModelError
+from evo_hpo.errors import ModelError, PlanError
 from evo_hpo.export.card import Card
 from evo_hpo.export.folder import opened, place, task_of
 from evo_hpo.export.gguf_check import difference, searched_divergence
 from evo_hpo.export.gguf_header import architecture_of, copy_header, refuse_unlike, write_header
 from evo_hpo.export.gguf_tensors import kept_blocks, tensors_of, type_lines
 from evo_hpo.export.llama_cpp import forget
-from evo_hpo.files import made_whole
+from evo_hpo.files import made_whole, write_whole
 from evo_hpo.levels.ggml import dequantize, ggml_type, library, quantize
 from evo_hpo.levels.level_set import LevelSet
 from evo_hpo.models.loading import LoadedModel, one_line, source_gguf
-from evo_hpo.models.paths import user_path
+from evo_hpo.models.paths import place_for, user_path
 
 
 @dataclass(frozen=True)
@@ -63,32 +63,36 @@ def export_gguf(
             text in any case.
 
     Raises:
-        PlanError: not a profile of a language model, the file exists, or is of another model: as for a folder.
+        PlanError: not a profile of a language model, the file or one of those beside it exists, or is of another model:
+            as for a folder.
         ModelError: no GGUF file can be written of this model, or llama.cpp reads it differently; nothing is left then.
     """
     asked = {"token_embd.weight": embedding, "output.weight": head}
     types = {name: ggml_type(kind) for name, kind in asked.items() if kind}
     library()
-    user_path(type_file(output))  # the longest name of those that are written
-    data, loaded, levels, assignment = opened(profile, output, "float32")
-    source = template or source_gguf(loaded.name)
-    try:
-        size = write_gguf(output, loaded, levels, assignment, template=source, types=types)
-        place(loaded.model, levels, assignment)
-        for name, kind in types.items():
-            _round(loaded.model, name, kind)
-        apart = difference(output, loaded, special=source is None)
-        checked = f"llama.cpp reads it, {apart:.2g} nats a token from the model here on a short text"
-        if check and not types:
-            checked = f"{checked}; {searched_divergence(output, data, task_of(data))}"
-        weights = sum({id(p): p.numel() for p in loaded.model.parameters()}.values())
-        card = Card(data, profile, levels, assignment, "GGUF", "ggml types", size, weights, checked)
-        output.with_name(f"{output.name}.md").write_text(card.text(), encoding="utf-8")
-    except BaseException:
-        for made in (output, type_file(output)):
-            with suppress(OSError):
-                made.unlink()
-        raise
+    with place_for(output) as path:
+        beside = (path, card_file(path), type_file(path))
+        if there := [file for file in beside if user_path(file).exists()]:
+            raise PlanError(f"{there[0]} exists already: name another file to make")
+        data, loaded, levels, assignment = opened(profile, path, "float32")
+        source = user_path(template) if template else source_gguf(loaded.name)
+        try:
+            size = write_gguf(path, loaded, levels, assignment, template=source, types=types)
+            place(loaded.model, levels, assignment)
+            for name, kind in types.items():
+                _round(loaded.model, name, kind)
+            apart = difference(path, loaded, special=source is None)
+            checked = f"llama.cpp reads it, {apart:.2g} nats a token from the model here on a short text"
+            if check and not types:
+                checked = f"{checked}; {searched_divergence(path, data, task_of(data))}"
+            weights = sum({id(p): p.numel() for p in loaded.model.parameters()}.values())
+            card = Card(data, profile, levels, assignment, "GGUF", "ggml types", size, weights, checked)
+            write_whole(card_file(path), card.text())
+        except BaseException:
+            for made in beside:
+                with suppress(OSError):
+                    made.unlink()
+            raise
     return Exported(data, size, checked)
 
 
@@ -139,7 +143,7 @@ def write_gguf(
         if temporary.stat().st_size != size:
             raise ModelError(f"{output} has {temporary.stat().st_size} bytes, not {size}: the disk may be full")
     forget(output)  # it would be decoded more slowly from the pages that it was written to
-    type_file(output).write_text("".join(type_lines(tensors)), encoding="utf-8")
+    write_whole(type_file(output), "".join(type_lines(tensors)))
     return size
 
 
@@ -148,6 +152,11 @@ def _read(template: Path) -> GGUFReader:
         return GGUFReader(template)
     except Exception as error:  # whatever a damaged file makes the package raise
         raise ModelError(f"cannot read the GGUF file {str(template)!r}: {one_line(error)}") from error
+
+
+def card_file(output: Path) -> Path:
+    """Where the model card of a GGUF file is written."""
+    return output.with_name(f"{output.name}.md")
 
 
 def type_file(output: Path) -> Path:

@@ -55,7 +55,7 @@ def tensors_of(
     named = tensor_names(architecture.name, len(decoder_blocks(model)))
     source = {tensor.name: tensor for tensor in template.tensors} if template else {}
     kept = {old: new for new, old in enumerate(kept_blocks(model, levels, assignment))}
-    experts: dict[str, list[GgufTensor]] = {}
+    experts: dict[str, list[_Source]] = {}
     found: list[GgufTensor] = []
     for parameter_name, parameter in model.named_parameters():
         module = parameter_name.rpartition(".")[0]
@@ -64,21 +64,21 @@ def tensors_of(
             raise ModelError(
                 f"{parameter_name!r} has no name in llama.cpp's {architecture.name}: it cannot be exported"
             )
-        expert = name.endswith("_exps.weight")
         if (block := _BLOCK.match(name)) and int(block[1]) not in kept:
             continue
         level = chosen.get(module) if parameter_name.endswith(".weight") else None
         one = _Source(name, parameter.detach(), level, _is_silent(module, silent))
-        if template and not expert and not (one.level is not None or one.silent or name in (types or {})):
-            tensor = _of_template(name, parameter, source)
+        if name.endswith("_exps.weight"):
+            experts.setdefault(name, []).append(one)
+        elif template and not one.searched and name not in (types or {}):
+            found.append(_of_template(name, parameter.shape, source))
         else:
-            tensor = _laid_out(_made(one, (types or {}).get(name)), model, architecture)
-        if expert:
-            experts.setdefault(name, []).append(tensor)
-        else:
-            found.append(tensor)
+            found.append(_laid_out(_made(one, (types or {}).get(name)), model, architecture))
     for name, members in experts.items():
-        found.append(_stacked(name, members))
+        if template and not any(member.searched for member in members):
+            found.append(_of_template(name, (len(members), *members[0].dense.shape), source))
+        else:
+            found.append(_stacked(name, [_made(member, None) for member in members]))
     missing = set(source) - {tensor.name for tensor in found} - {n for n in source if _dropped(n, kept)}
     found.extend(_as_it_is(source[name]) for name in source if name in missing and name.startswith("rope_"))
     if other := sorted(name for name in missing if not name.startswith("rope_")):
@@ -92,6 +92,11 @@ class _Source:
     dense: torch.Tensor
     level: GgmlBlocks | torch.Tensor | None
     silent: bool
+
+    @property
+    def searched(self) -> bool:
+        """Whether a unit says what it is."""
+        return self.level is not None or self.silent
 
 
 def kept_blocks(model: nn.Module, levels: LevelSet, assignment: Sequence[int]) -> list[int]:
@@ -185,11 +190,11 @@ def _stacked(name: str, members: Sequence[GgufTensor]) -> GgufTensor:
     return replace(members[0], data=np.stack([member.data for member in members]))
 
 
-def _of_template(name: str, parameter: nn.Parameter, source: Mapping[str, Any]) -> GgufTensor:
+def _of_template(name: str, wanted: Sequence[int], source: Mapping[str, Any]) -> GgufTensor:
     tensor = source.get(name)
-    if tensor is None or tuple(map(int, reversed(tensor.shape))) != tuple(parameter.shape):
-        shape = None if tensor is None else tuple(map(int, reversed(tensor.shape)))
-        raise ModelError(f"the template has {name!r} of shape {shape}, the model {tuple(parameter.shape)}")
+    shape = None if tensor is None else tuple(map(int, reversed(tensor.shape)))
+    if shape != tuple(wanted):
+        raise ModelError(f"the template has {name!r} of shape {shape}, the model {tuple(wanted)}")
     return _as_it_is(tensor)
 
 

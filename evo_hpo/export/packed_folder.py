@@ -57,13 +57,16 @@ def write_packed(folder: Path, loaded: LoadedModel, encoded: Mapping[str, Encode
         Bits -> how many modules have them.
 
     Raises:
-        ModelError: groups of columns that the format cannot say, or a module's weights are not in the folder.
+        ModelError: groups of columns that the format cannot say, scales that half precision cannot hold, or a module's
+            weights are not in the folder.
     """
     packed = {name: level for name, level in encoded.items() if isinstance(level, PackedQuantized)}
     for name, level in packed.items():
         if level.group_of is not None:
             raise ModelError(f"{name!r}: its groups do not follow its columns: build with static_groups = true")
     dtype = next(p.dtype for p in loaded.model.parameters() if p.is_floating_point())
+    for name, level in packed.items():
+        _refuse_small(name, level, dtype)
     wanted: dict[str, list[str]] = {}  # several, where layers are copies of each other
     for name, level in packed.items():
         wanted.setdefault(_content(level.decode(dtype)), []).append(name)
@@ -106,15 +109,37 @@ def _tensors(level: PackedQuantized, dtype: torch.dtype) -> dict[str, torch.Tens
     """What the format stores of a module; scales in single precision where the model is, else in half."""
     rows, columns = level.shape
     codes = unpack_bits(level.codes, level.bits, rows * columns).view(rows, columns)
-    scale = level.scale.float() * 2.0**level.exponent
     found = {
         "weight_packed": pack_words(codes, level.bits),
-        "weight_scale": scale.to(torch.float32 if dtype == torch.float32 else torch.float16).contiguous(),
+        "weight_scale": _scale(level).to(_scale_dtype(dtype)).contiguous(),
         "weight_shape": torch.tensor([rows, columns]),
     }
     if level.zero is not None:
         found["weight_zero_point"] = pack_words(level.zero.T.contiguous(), level.bits).T.contiguous()
     return found
+
+
+def _scale(level: PackedQuantized) -> torch.Tensor:
+    return level.scale.float() * 2.0**level.exponent
+
+
+def _scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def _refuse_small(name: str, level: PackedQuantized, dtype: torch.dtype) -> None:
+    """Raises ModelError where scales are lost: the format has no exponent beside them, as the store has."""
+    scale = _scale(level)
+    lost = (scale.to(_scale_dtype(dtype)).double() - scale.double()).square().sum()
+    if not lost <= _ROUNDING * scale.double().square().sum():
+        raise ModelError(
+            f"{name!r} has scales of {float(scale.min()):.2g} to {float(scale.max()):.2g}, which half precision does"
+            " not hold: give --dtype float32, in which scales are in single precision"
+        )
+
+
+_ROUNDING = 1e-6
+"""Relative squared error of scales above which weights are others: half precision itself brings none about."""
 
 
 def _configure(folder: Path, groups: Mapping[tuple[int, bool, int], Sequence[str]], ignored: Sequence[str]) -> None:

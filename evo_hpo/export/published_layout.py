@@ -119,6 +119,8 @@ def _level(path: Path, resource: str, shape: tuple[int, ...]) -> LevelRecord:
     weight = _load(path)
     if tuple(weight.shape) != shape:
         raise StoreError(f"{str(path)!r} holds a tensor of shape {tuple(weight.shape)}, the model's layer has {shape}")
+    if resource == "bits" and not path.stem.isdigit():
+        raise StoreError(f"{str(path)!r} must be called by its bits, a whole number: rename it, or count weights")
     kept = int(weight.count_nonzero()) if resource == "weights" else weight.numel()
     bits = int(path.stem) * weight.numel() if resource == "bits" else 16 * kept
     stored = 8 * weight.numel() * weight.element_size()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from evo_hpo.errors import InvalidSettingError
@@ -64,3 +66,22 @@ def writable_folder(folder: Path) -> Path:
     if not os.access(made_folder(folder), os.W_OK | os.X_OK):
         raise InvalidSettingError(f"cannot write into the folder {folder}: choose another place")
     return folder
+
+
+@contextmanager
+def place_for(path: str | Path) -> Iterator[Path]:
+    """The path, `~` resolved; its folder is made where it is missing, and gone where what follows fails.
+
+    Raises:
+        InvalidSettingError: as :func:`user_path` and :func:`writable_folder`.
+    """
+    place = user_path(path)
+    missing = [folder for folder in place.parents if not folder.exists()]
+    try:
+        writable_folder(place.parent)
+        yield place
+    except BaseException:
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+        raise

@@ -13,6 +13,8 @@ from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.scoring.footprint import ModelShape
 
 FORMAT = 1
+SIZES = ("blocks", "hidden", "vocabulary", "key_values")
+"""Of :class:`ModelShape`, those that decide about the time of a model's unsearched part."""
 
 Layer = tuple[int, int, str]
 """Outputs and inputs of a layer, and the label of its level."""
@@ -62,16 +64,21 @@ class LatencyTable:
         """
         try:
             data = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-            times = {(int(r["shape"][0]), int(r["shape"][1]), str(r["level"])): int(r["ns"]) for r in data["layers"]}
+            times = {(int(r["shape"][0]), int(r["shape"][1]), str(r["level"])): r["ns"] for r in data["layers"]}
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']}")
             own = {name: data[name] for name in ("machine", "program", "version", "threads", "depth", "model", "rest")}
-            return cls(**own, times=times, checked=data.get("checked") or {})
+            numbers = [own["threads"], own["depth"], own["rest"], *own["model"].values(), *times.values()]
+            if wrong := [one for one in numbers if type(one) is not int or one < 0]:
+                raise ValueError(f"{wrong[0]!r} must be a whole number from 0")
+            if set(own["model"]) != set(SIZES):
+                raise ValueError(f"model must have {', '.join(SIZES)}")
+            return cls(**own, times=times, checked=dict(data.get("checked") or {}))
         except OSError as error:
             raise InvalidSettingError(
                 f"latency_table={str(path)!r} cannot be read ({error.strerror}): measure one with evo-hpo latency"
             ) from None
-        except (ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError) as error:
             raise InvalidSettingError(
                 f"latency_table={str(path)!r} is no table of this version ({error}): measure one with evo-hpo latency"
             ) from None
@@ -142,8 +149,8 @@ def check_blocks(levels: LevelSet) -> None:
 
 
 def sizes_of(shape: ModelShape) -> dict[str, int]:
-    """What decides about the time of a model's unsearched part."""
-    return {name: getattr(shape, name) for name in ("blocks", "hidden", "vocabulary", "key_values")}
+    """Those of a model."""
+    return {name: getattr(shape, name) for name in SIZES}
 
 
 def agreement(predicted: Sequence[float], measured: Sequence[float]) -> dict[str, float]:

@@ -47,7 +47,13 @@ def test_the_dearest_point_within_the_budget_is_a_profile(
 
 def test_without_a_name_it_lies_beside_the_other_profiles(folder: Path) -> None:
     assert run("pick", folder, "--average", "3") == 0
-    assert json.loads((folder / "profiles" / "picked-3.json").read_text())["average"] <= 3
+    picked = folder / "profiles" / "picked-3.json"
+    first = json.loads(picked.read_text())
+    assert first["average"] <= 3
+    other = "uniform" if first["searcher"] != "uniform" else "evopress_front"
+    assert run("pick", folder, "--average", "3", "--searcher", other) == 2
+    assert json.loads(picked.read_text()) == first
+    assert run("pick", folder, "--average", "3", "--searcher", first["searcher"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from evo_hpo.errors import PlanError
 from evo_hpo.export.evaluation import evaluate
 from evo_hpo.export.folder import export_profile
 from evo_hpo.export.gguf_file import export_gguf
+from evo_hpo.files import write_whole
 from evo_hpo.search.registry import make_problem, problem_factory
 from tests.export.gguf_models import SIZES, byte_level_tokenizer
 from tests.tiny import random_model
@@ -74,3 +75,25 @@ def test_what_was_searched_for_llama_cpp_is_no_folder_of_packed_weights(tmp_path
     with pytest.raises(PlanError, match=r"searched for llama.cpp, which loads no packed weights: name a FILE.gguf"):
         export_profile(profile, tmp_path / "out", format="compressed-tensors")
     assert not (tmp_path / "out").exists()
+
+
+def test_files_beside_a_gguf_file_are_not_written_over_nor_left_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, _ = profile_of(tmp_path)
+    for beside in ("m.gguf.md", "m.gguf.tensor-types.txt"):
+        (tmp_path / beside).write_text("mine")
+        with pytest.raises(PlanError, match=f"{beside} exists already"):
+            export_gguf(profile, tmp_path / "m.gguf")
+        assert (tmp_path / beside).read_text() == "mine"
+        (tmp_path / beside).unlink()
+
+    def full(path: Path, text: str) -> Path:
+        if path.suffix == ".md":
+            raise OSError(28, "No space left on device")
+        return write_whole(path, text)
+
+    monkeypatch.setattr("evo_hpo.export.gguf_file.write_whole", full)
+    with pytest.raises(OSError, match="No space"):
+        export_gguf(profile, tmp_path / "new" / "m.gguf")
+    assert not (tmp_path / "new").exists()

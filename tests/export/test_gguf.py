@@ -19,6 +19,7 @@ from evo_hpo.cli.commands import main
 from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.export.gguf_check import difference
 from evo_hpo.export.gguf_file import export_gguf, write_gguf
+from evo_hpo.export.gguf_header import copy_header
 from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.drop import build_drop_store
@@ -222,6 +223,36 @@ def test_a_template_gives_its_header_and_what_was_not_searched(tmp_path: Path) -
     other = made(MODELS["qwen3"]())
     with pytest.raises(ModelError, match="template is of architecture 'llama', the model's is 'qwen3'"):
         write_gguf(tmp_path / "n.gguf", other, levels, [0] * len(levels.units), template=tmp_path / "t.gguf")
+
+
+def test_experts_that_were_not_searched_are_those_of_the_template(tmp_path: Path) -> None:
+    loaded = made(MODELS["mixtral"]())
+    full = Blocks(loaded, ["Q4_0"]).levels
+    write_gguf(tmp_path / "t.gguf", loaded, full, [0] * len(full.units))
+    attention = Blocks(loaded, ["Q8_0"], "self_attn").levels
+    write_gguf(tmp_path / "m.gguf", loaded, attention, [0] * len(attention.units), template=tmp_path / "t.gguf")
+    before, after = ({t.name: t for t in gguf.GGUFReader(tmp_path / f"{n}.gguf").tensors} for n in "tm")
+    for name, tensor in after.items():
+        searched = ".attn_" in name and "norm" not in name
+        assert tensor.tensor_type.name == ("Q8_0" if searched else before[name].tensor_type.name)
+        assert searched or np.array_equal(tensor.data, before[name].data)
+
+
+def test_a_template_may_be_aligned_otherwise(tmp_path: Path) -> None:
+    loaded = made(MODELS["llama"]())
+    levels = Blocks(loaded, ["Q8_0"], "layers").levels
+    write_gguf(tmp_path / "a.gguf", loaded, levels, [0] * len(levels.units))
+    reader, writer = gguf.GGUFReader(tmp_path / "a.gguf"), gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    copy_header(writer, reader, 2)
+    writer.add_custom_alignment(64)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    write_gguf(tmp_path / "m.gguf", loaded, levels, [0] * len(levels.units), template=tmp_path / "t.gguf")
+    assert distance(tmp_path / "m.gguf", compressed(loaded, levels, [0] * len(levels.units)).model) < 3e-3
 
 
 def test_levels_that_are_no_ggml_types_are_written_as_they_decode(tmp_path: Path) -> None:

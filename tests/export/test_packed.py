@@ -14,6 +14,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from evo_hpo.cli.commands import main
 from evo_hpo.errors import InfeasibleError, InvalidSettingError, ModelError, PlanError
 from evo_hpo.export.folder import export_profile, place
 from evo_hpo.export.packed_folder import pack_words
@@ -243,6 +244,79 @@ def test_layers_that_are_copies_of_each_other_are_all_packed(tmp_path: Path) -> 
     assert sum(name.endswith("weight_packed") for name in load_file(tmp_path / "out/model.safetensors")) == 14
     again = load_served(str(tmp_path / "out")).model
     assert torch.allclose(logits(again), logits(placed(problem, assignment)), rtol=0, atol=1e-5)
+
+
+def test_scales_that_half_precision_does_not_hold_are_refused_by_name(tmp_path: Path) -> None:
+    """The store has an exponent for a whole layer, the format has none."""
+    folder = save_tiny(tmp_path / "model", spread=0.2)
+    small: Any = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        small.model.layers[1].mlp.up_proj.weight.mul_(1e-5)
+    small.save_pretrained(folder)
+    problem = settings(folder, serve="transformers", levels=[4, 8])
+    profile, assignment = found(tmp_path, problem)
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj' has scales of .* half precision .* --dtype float32"):
+        export_profile(profile, tmp_path / "out", format="compressed-tensors", check=False)
+    assert not (tmp_path / "out").exists()
+    export_profile(profile, tmp_path / "out", "float32", "compressed-tensors")
+    again, name = load_served(str(tmp_path / "out")).model, "model.layers.1.mlp.up_proj"
+    written, wanted = again.get_submodule(name).weight, placed(problem, assignment).get_submodule(name).weight
+    assert torch.allclose(written, wanted, rtol=1e-5, atol=0)  # type: ignore[arg-type]
+
+
+def test_an_export_is_as_the_checkpoint_was_beside_its_weights(model: Path, tmp_path: Path) -> None:
+    profile, _ = found(tmp_path, settings(model))
+    for kept in (True, False):
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"use_cache": kept}))
+        data = json.loads(profile.read_text())
+        data.pop("fingerprint", None)  # of the other configuration
+        profile.write_text(json.dumps(data))
+        export_profile(profile, tmp_path / f"out-{kept}", check=False)
+        assert json.loads((tmp_path / f"out-{kept}/config.json").read_text())["use_cache"] is kept
+        (model / "config.json").write_text(json.dumps(config))
+
+
+def test_the_card_counts_modules_of_every_group_and_bits_over_all_weights(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = {k: v for k, v in settings(model, method="drop").items() if k not in ("levels", "average", "build")}
+    profile, _ = found(tmp_path, problem | {"drop": {"attention": 1, "mlp": 2}}, lambda units: (1, 0, 0, 0))
+    data = json.loads(profile.read_text()) | {"seed": 7, "settings": {"offspring": 3}}
+    profile.write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", str(profile), str(tmp_path / "out")])
+    assert "bytes, 1 of 4 searched modules kept, held-out loss" in " ".join(capsys.readouterr().out.split())
+    card = (tmp_path / "out/README.md").read_text()
+    size = (tmp_path / "out/model.safetensors").stat().st_size
+    weights = load_model(str(model)).model.num_parameters()  # type: ignore[operator]
+    assert f"{8 * size / weights:.3f} bits a weight over all {weights:,} weights of the model; 1 of 4 searched" in card
+    assert "offspring = 3, seed 7" in card
+    assert f"# model = '{model}'" in card
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "plan.toml").write_text('name = "of the comparison"')
+    export_profile(profile.rename(tmp_path / "profiles/p.json"), tmp_path / "again", check=False)
+    assert 'name = "of the comparison"' in (tmp_path / "again/README.md").read_text()
+
+
+def test_a_failed_export_leaves_no_folders_and_a_tilde_is_the_home(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, _ = found(tmp_path, settings(model))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    export_profile(profile, Path("~/models/mine"), check=False)
+    assert (tmp_path / "home/models/mine/config.json").is_file()
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(profile), "OUT.GGUF"])
+    assert not Path("OUT.GGUF").exists()
+    data = json.loads(profile.read_text())
+    data["held_out"]["loss"] *= 2
+    profile.write_text(json.dumps(data))
+    with pytest.raises(ModelError, match="the search found"):
+        export_profile(profile, tmp_path / "a/b/out")
+    assert not (tmp_path / "a").exists()
 
 
 def test_sparse_layers_are_dense_and_the_card_says_that_nothing_is_smaller(model: Path, tmp_path: Path) -> None:

@@ -70,6 +70,10 @@ def test_what_does_not_fit_is_refused_by_name(llama: LoadedModel, tmp_path: Path
     torch.save(torch.zeros(3, 4), layer / "3.pth")
     with pytest.raises(StoreError, match=r"3\.pth.*\(48, 32\)"):
         open_published(tmp_path, "bits", llama.model)
+    torch.save(torch.zeros(48, 32), (layer / "3.pth").rename(layer / "3.5.pth"))
+    with pytest.raises(StoreError, match=r"3\.5\.pth' must be called by its bits"):
+        open_published(tmp_path, "bits", llama.model)
+    assert open_published(tmp_path, "weights", llama.model).units[0].levels == ("3.5",)
     layer.rename(tmp_path / "model.layers.7.mlp.up_proj")
     with pytest.raises(StoreError, match=r"layers\.7.*no linear layer"):
         open_published(tmp_path, "bits", llama.model)

@@ -170,7 +170,10 @@ def test_a_table_is_read_as_it_was_written_or_refused(model: str, tmp_path: Path
     assert LatencyTable.read(written(tmp_path, found)) == found
     with pytest.raises(InvalidSettingError, match="cannot be read .*evo-hpo latency"):
         LatencyTable.read(tmp_path / "none.json")
-    for text in ("no JSON", "[]", json.dumps({**json.loads(found.text()), "format": 9})):
+    good = json.loads(found.text())
+    wrong: list[dict[str, Any]] = [{"format": 9}, {"rest": -1}, {"rest": "5"}, {"threads": "4"}, {"model": [1]}]
+    wrong += [{"model": {}}, {"checked": 3}, {"layers": [{"shape": [1, 2], "level": "4", "ns": -3}]}]
+    for text in ("no JSON", "[]", *(json.dumps(good | change) for change in wrong)):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(InvalidSettingError, match="is no table of this version"):
             LatencyTable.read(tmp_path / "bad.json")

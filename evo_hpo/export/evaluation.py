@@ -160,9 +160,7 @@ def evaluate(
             first = measured.setdefault(text, own) if subject.loaded is reference else measured.get(text)
             found[text] = TextFigures(own.perplexity, own.kl, _above(own, first))
         scores = {} if tasks is None else task_scores(subject.loaded, tasks, known)
-        row = EvaluatedModel(
-            name, spec, subject.bytes, subject.weights, found, scores, subject.search, subject.folder
-        )
+        row = EvaluatedModel(name, spec, subject.bytes, subject.weights, found, scores, subject.search, subject.folder)
         table = replace(table, results=(*table.results, row))
         finished(table)
     return table

@@ -46,7 +46,7 @@ class LlamaCppProgram:
         except PackageNotFoundError:
             raise MissingPackageError("timing llama.cpp needs it: pip install 'evo-hpo[gguf]'") from None
         self.threads = threads
-        self._loaded = replace(load_model(model), tokenizer=None)  # it takes no time, and need not be one of llama.cpp's
+        self._loaded = replace(load_model(model), tokenizer=None)  # which need not be one that llama.cpp has
         self._template = source_gguf(model)
 
     def product(self, choice: Choice, read: int) -> Kernel:

@@ -15,6 +15,7 @@ from evo_hpo.scoring.footprint import configuration, empty_model
 from evo_hpo.space.amounts import Amount, shown
 from evo_hpo.space.compression_space import Assignment, CompressionSpace
 
+
 @dataclass(frozen=True)
 class FileSize:
     """What an exported file holds.

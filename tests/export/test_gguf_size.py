@@ -91,7 +91,9 @@ def test_with_a_template_too_where_layers_are_left_out_or_dropped(
     assert write_gguf(tmp_path / "m.gguf", loaded, levels, assignment, template=f16) == told
 
 
-def test_a_profile_of_ggml_types_is_evaluated_beside_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_of_ggml_types_is_evaluated_beside_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     profile, _ = profile_of(tmp_path)
     for words in (["export", str(profile), str(tmp_path / "m.gguf")], ["sizes", str(profile)]):
         with pytest.raises(SystemExit, match="0"):

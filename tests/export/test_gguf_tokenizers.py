@@ -30,7 +30,6 @@ from tests.export.gguf_models import (
     made,
 )
 
-
 SPLITS = ("gpt-2", "smollm", "qwen2", "llama-bpe", "tekken")
 
 
@@ -179,9 +178,7 @@ def test_what_a_tokenizer_and_a_configuration_say_beside_is_in_the_file(tmp_path
         model = written(fast, tmp_path / "m.gguf", max_position_embeddings=96)
         fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
         assert fields["tokenizer.chat_template"] == "{{ a }}"
-        assert named.items() == {
-            name.rpartition(".")[2]: text for name, text in fields.items() if ".chat_template." in name
-        }.items()
+        assert {n.rpartition(".")[2]: t for n, t in fields.items() if ".chat_template." in n} == named
         assert fields["tokenizer.ggml.bos_token_id"] == fast.convert_tokens_to_ids("<|begin|>")
         assert fields["tokenizer.ggml.eos_token_id"] == fast.convert_tokens_to_ids("<|end|>")
         assert fields["llama.context_length"] == 96

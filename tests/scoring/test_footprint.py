@@ -152,7 +152,8 @@ def test_the_command_says_what_fits() -> None:
 
 def memory(*words: str) -> list[list[str]]:
     """Rows of the command's table on the 8B shape."""
-    output = CliRunner().invoke(app, ["plan-memory", "8B", *words], catch_exceptions=False, env={"COLUMNS": "160"}).output
+    wide = {"COLUMNS": "160"}
+    output = CliRunner().invoke(app, ["plan-memory", "8B", *words], catch_exceptions=False, env=wide).output
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│ 8B")]
 
 
@@ -198,10 +199,17 @@ KEY_VALUES: dict[str, tuple[Callable[[], PretrainedConfig], bool]] = {
     "qwen3_next": (
         lambda: Qwen3NextConfig(
             **SMALL | {"num_hidden_layers": 4},
-            **{"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "moe_intermediate_size": 16},
-            **{"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 16},
-            **{"linear_num_value_heads": 2, "linear_num_key_heads": 2},
-            **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            shared_expert_intermediate_size=16,
+            linear_num_value_heads=2,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
         ),
         True,
     ),

@@ -129,7 +129,7 @@ def _key_values(text: Any) -> int:
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         heads = 1
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * (heads or text.num_attention_heads) * width
+    return int(2 * (heads or text.num_attention_heads) * width)
 
 
 def _windows(text: Any, blocks: int) -> tuple[int, list[bool]]:

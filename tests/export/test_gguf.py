@@ -225,10 +225,18 @@ def test_a_template_gives_its_header_and_what_was_not_searched(tmp_path: Path) -
         write_gguf(tmp_path / "n.gguf", other, levels, [0] * len(levels.units), template=tmp_path / "t.gguf")
 
 
-def test_experts_that_were_not_searched_are_those_of_the_template(tmp_path: Path) -> None:
+def test_experts_that_were_not_searched_are_those_of_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = made(MODELS["mixtral"]())
     full = Blocks(loaded, ["Q4_0"]).levels
+    forgotten: list[Path] = []
+    monkeypatch.setattr("evo_hpo.export.gguf_file.forget", forgotten.append)
     write_gguf(tmp_path / "t.gguf", loaded, full, [0] * len(full.units))
+    assert forgotten == [tmp_path / "t.gguf"]
+    lines = (tmp_path / "t.gguf.tensor-types.txt").read_text()
+    assert "ffn_gate_exps" in lines
+    assert "ffn_gate_inp" not in lines, "routers are F32, which llama-quantize leaves"
     attention = Blocks(loaded, ["Q8_0"], "self_attn").levels
     write_gguf(tmp_path / "m.gguf", loaded, attention, [0] * len(attention.units), template=tmp_path / "t.gguf")
     before, after = ({t.name: t for t in gguf.GGUFReader(tmp_path / f"{n}.gguf").tensors} for n in "tm")

@@ -24,9 +24,9 @@ from evo_hpo.cli.commands import main
 from evo_hpo.errors import InvalidSettingError, MissingPackageError
 from evo_hpo.export import llama_cpp_timing
 from evo_hpo.export.ggml_kernels import Kernel, any_blocks
-from evo_hpo.export.latency import layers_of, measured, random_profiles, references
+from evo_hpo.export.latency import RUNS, layers_of, measured, random_profiles, references
 from evo_hpo.export.llama_cpp import forget
-from evo_hpo.export.llama_cpp_timing import LlamaCppProgram
+from evo_hpo.export.llama_cpp_timing import SPAN, Decoding, LlamaCppProgram
 from evo_hpo.export.torch_timing import TorchProgram, _Bits4, _Bits8
 from evo_hpo.levels.ggml import dequantize
 from evo_hpo.levels.level_set import Choice, LevelSet
@@ -111,6 +111,42 @@ def test_times_that_are_known_are_found_among_disturbed_ones(model: str) -> None
     assert len(found.checked["profiles"]) == 10
     assert found.checked["mean_error"] < 1e-3
     assert found.checked["rank_correlation"] > 0.99
+
+
+def test_the_first_run_of_a_turn_does_not_count_and_a_rest_below_nothing_is_refused(model: str) -> None:
+    """It finds what the last one left in the cache: here it takes no time."""
+
+    class Cached(_Fake):
+        @contextlib.contextmanager
+        def product(self, choice: Choice, read: int) -> Iterator[Any]:
+            yield Cached.Turns(self.time(choice))
+
+        @contextlib.contextmanager
+        def model(self, levels: LevelSet, assignment: Assignment, depth: int) -> Iterator[Any]:
+            yield Cached.Turns(self.rest + sum(map(self.time, levels.chosen(assignment).values())))
+
+        class Turns:
+            def __init__(self, time: float) -> None:
+                self.time, self.runs = time, 0
+
+            def nanoseconds(self) -> float:
+                self.runs += 1
+                return self.time if self.runs % RUNS != 1 else 0.0
+
+    found = measured(Cached(5000), model, made([(32, 64)] * 2), machine="here", rounds=2)
+    assert (found.rest, found.times[32, 64, "Q4_0"]) == (5000, 4096)
+    with pytest.raises(InvalidSettingError, match="longer than whole models: .* more than rounds=1"):
+        measured(Cached(-5000), model, made([(32, 64)] * 2), machine="here", rounds=1)
+
+
+def test_tokens_are_timed_one_after_the_other() -> None:
+    """Each reads one more than the one before, until a span is full."""
+    program = Mock()
+    program.nanoseconds.return_value = 1
+    decoding = Decoding(program, 7)
+    for _ in range(SPAN + 3):
+        decoding.nanoseconds()
+    assert [call.args[0] for call in program.nanoseconds.call_args_list] == [*range(7, 7 + SPAN + 1), 7, 8]
 
 
 def test_one_type_alone_has_its_rest_and_no_error(model: str) -> None:

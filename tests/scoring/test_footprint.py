@@ -181,7 +181,7 @@ def test_what_is_dropped_takes_no_memory_and_lies_in_one_place() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--method", "wanda", "--levels", "2,3"), "sparsity '2' must be from 0 to 1"),
+        (("--method", "wanda", "--levels", "2,3"), "sparsity '2' must be a number from 0 to 1"),
         (("--method", "gptq", "--levels", "0.5"), "bit-width '0.5' must be a whole number from 1 to 8"),
         (("--method", "rtn", "--levels", "4,9"), "1 to 8"),
         (("--method", "drop", "--levels", "2"), "leave levels out"),

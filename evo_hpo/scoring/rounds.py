@@ -1,8 +1,9 @@
 """Which candidates are read on which sequences, and what is charged for it; wherever the reading is done.
 
-A minibatch is a row of sequences, and a candidate's sum on one of them depends on nothing else. So what is known is
-kept by sequence, nested minibatches are read on, and candidates that cannot be among the best are stopped, alike for a
-model in this process and for models on other machines.
+A minibatch is a row of sequences, and a candidate's sum on one of them depends on nothing else but, in its last bits,
+on the sequences that are read in the same pass. So what is known is kept by sequence and pass, nested minibatches are
+read on, and candidates that cannot be among the best are stopped, alike for a model in this process and for models on
+other machines.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ Sums = NDArray[np.float64]
 Group = tuple[tuple[int, ...], slice]
 """Sequences of the pool that are read in one pass, and their columns in the sums."""
 
+Ends = NDArray[np.int64]
+"""Of each sequence of a minibatch, the column after the last one of the pass that it is read in."""
+
 Read = Callable[[Sequence[Assignment], Sequence[int], Sequence[Group], Sums], None]
 """Reads some of the candidates (by number) on groups of sequences and fills their rows of the sums."""
 
@@ -32,6 +36,10 @@ def groups_of(sequences: Sequence[int], size: int) -> list[Group]:
     """The sequences in passes of at most ``size``."""
     ends = [(i, min(i + size, len(sequences))) for i in range(0, len(sequences), size)]
     return [(tuple(sequences[a:b]), slice(a, b)) for a, b in ends]
+
+
+def _ends(groups: Sequence[Group]) -> Ends:
+    return np.repeat([columns.stop for _, columns in groups], [len(members) for members, _ in groups])
 
 
 def scored(sums: Sums, length: int) -> Score:
@@ -45,6 +53,9 @@ def scored(sums: Sums, length: int) -> Score:
     return Score(loss, read * length, by_sequence=tuple((sums / (length - 1)).tolist()))
 
 
+_NOTHING: tuple[Sums, Ends] = np.zeros(0), np.zeros(0, dtype=np.int64)
+
+
 @dataclass
 class Rounds:
     """What is known on the last seed's minibatches, and the order in which the rest is read.
@@ -54,12 +65,12 @@ class Rounds:
 
     Attributes:
         early_stopping: with ``keep``, stop candidates that are provably not among the best; exact.
-        known: complete and partial sums on the last seed's minibatches, in its order of sequences.
+        known: complete and partial sums on the last seed's minibatches, in its order of sequences, and their passes.
         seed: that seed.
     """
 
     early_stopping: bool
-    known: dict[Assignment, Sums] = field(default_factory=dict)
+    known: dict[Assignment, tuple[Sums, Ends]] = field(default_factory=dict)
     seed: int | None = None
 
     def known_of(
@@ -81,27 +92,35 @@ class Rounds:
         found: dict[Assignment, Sums] = {}
         todo: list[Assignment] = []
         distinct = dict.fromkeys(tuple(map(int, a)) for a in assignments)
-        sequences = sum(len(members) for members, _ in groups)
+        ends = _ends(groups)
         for assignment in distinct:
-            sums = self.known.get(assignment)
-            if sums is None or len(sums) < sequences or np.isnan(sums[:sequences]).any():
+            sums: Sums | None = self._known_in(assignment, ends)
+            if sums is None or len(sums) < len(ends) or np.isnan(sums).any():
                 sums = elsewhere(assignment)
                 if sums is not None:
-                    self._note(assignment, sums)
+                    self._note(assignment, sums, ends)
             if sums is None:
                 todo.append(assignment)
             else:
-                found[assignment] = sums[:sequences]
+                found[assignment] = sums
         if self.early_stopping and len(groups) > 1 and keep is not None and keep < len(distinct):
             return found, [*distinct], keep
         return found, todo, None
 
-    def _note(self, assignment: Assignment, sums: Sums) -> None:
+    def _known_in(self, assignment: Assignment, ends: Ends) -> Sums:
+        """What is known of a minibatch's first sequences; NaN where they were read in other passes than its own."""
+        sums, own = self.known.get(assignment, _NOTHING)
+        both = min(len(sums), len(ends))
+        return np.where(own[:both] == ends[:both], sums[:both], np.nan)
+
+    def _note(self, assignment: Assignment, sums: Sums, ends: Ends) -> None:
         """Keeps what was read, beside what is known of the same and of later sequences."""
-        known = self.known.get(assignment, sums[:0])
-        both = min(len(known), len(sums))
-        start = np.where(np.isnan(sums[:both]), known[:both], sums[:both])
-        self.known[assignment] = np.concatenate([start, known[both:], sums[both:]])
+        known, own = self.known.get(assignment, _NOTHING)
+        both, later = min(len(known), len(sums)), known if len(known) > len(sums) else sums
+        unread = np.isnan(sums[:both])
+        start, passes = np.where(unread, known[:both], sums[:both]), np.where(unread, own[:both], ends[:both])
+        more = own if later is known else ends
+        self.known[assignment] = np.concatenate([start, later[both:]]), np.concatenate([passes, more[both:]])
 
     def read(
         self, todo: Sequence[Assignment], groups: Sequence[Group], keep: int | None, read: Read
@@ -112,7 +131,8 @@ class Rounds:
             todo, keep: as of :meth:`known_of`.
         """
         sums = np.full((len(todo), sum(len(sequences) for sequences, _ in groups)), np.nan)
-        known, count = [self.known.get(assignment, sums[0, :0]) for assignment in todo], 0
+        ends = _ends(groups)
+        known, count = [self._known_in(assignment, ends) for assignment in todo], 0
 
         def run(candidates: Sequence[int], numbers: Sequence[int]) -> None:
             nonlocal count
@@ -132,5 +152,5 @@ class Rounds:
         else:
             complete_best(run, sums, [columns for _, columns in groups], keep)
         for assignment, row in zip(todo, sums, strict=True):
-            self._note(assignment, row)
+            self._note(assignment, row, ends)
         return sums, count

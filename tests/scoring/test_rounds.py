@@ -71,8 +71,27 @@ def test_nothing_is_read_twice_on_minibatches_of_one_seed() -> None:
     reader.score(([0, 1, 2], 9, None))
     assert reader.count == 3 * 9
     reader.score(([0, 1, 2], 9, 1))
-    reader.score(([2, 1], 5, None))
+    reader.score(([2, 1], 6, None))
     assert reader.count == 3 * 9
+
+
+class _ByPass(Reader):
+    """A sequence's sum depends a little on the others of its pass, as it does in a matrix product of several."""
+
+    @staticmethod
+    def _read(todo: Sequence[Assignment], candidates: Sequence[int], groups: Sequence[Group], sums: Sums) -> None:
+        for i in candidates:
+            for members, columns in groups:
+                sums[i, columns] = TRUTH[todo[i][0], list(members)] + 1e-9 * len(members)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(batches, max_size=4), batches, st.integers(1, 4))
+def test_a_sum_of_another_pass_is_not_taken_for_one_of_this(before: list[Batch], batch: Batch, group: int) -> None:
+    fresh, used = _ByPass(group), _ByPass(group)
+    for earlier in before:
+        used.score(earlier)
+    np.testing.assert_array_equal(used.score(batch), fresh.score(batch))
 
 
 @pytest.mark.parametrize(("count", "size"), [(5, 2), (4, 4), (3, 8)])

@@ -21,6 +21,9 @@ from evo_hpo.scoring.arithmetic import InputRounding, InputTypes
 from evo_hpo.scoring.prepacking import Prepacked, use_prepacked
 from evo_hpo.space.compression_space import Assignment, Unit
 
+_NEITHER = -2
+"""In place of a level while it is switched: what fails on the way leaves some members at one and some at another."""
+
 
 class WeightSwitch:
     """Sets the levels of a gated model's units.
@@ -87,6 +90,7 @@ class WeightSwitch:
         wanted = [-1] * len(self._current) if assignment is None else assignment
         for unit, level in enumerate(wanted):
             if level != self._current[unit]:
+                self._current[unit] = _NEITHER
                 self._switch(unit, level)
                 self._current[unit] = level
                 self._new.add(unit)

@@ -30,6 +30,8 @@ class BatchScorer:
         dense: what is kept of the uncompressed model, by sequence.
         batch_size: sequences in one forward pass.
         rounds: what is known of earlier batches, and what is read next.
+        packs: whether replicas may pack weights.
+        most: sequences that memory suffices for in one pass, since it ran out; None: it has not.
     """
 
     pool: ReplicaPool
@@ -42,6 +44,8 @@ class BatchScorer:
     state_bytes: int
     rounds: Rounds
     reference: KeptPaths
+    packs: bool
+    most: int | None = None
     dense: dict[int, DenseSide | PackedSide] = field(default_factory=dict)
 
     def evaluate(self, todo: Sequence[Assignment], sequences: Sequence[int], keep: int | None) -> tuple[Sums, int]:
@@ -52,8 +56,8 @@ class BatchScorer:
         """
         groups = groups_of(sequences, self.batch_size)
         self.make_dense(sequences)
-        head = self.pool.replicas[0].head.weight
-        state = len(sequences) * self.tokens.shape[1] * head.shape[1] * head.element_size()
+        head = self.pool.replicas[0].head
+        state = len(sequences) * self.tokens.shape[1] * head.weight.shape[1] * head.dtype.itemsize
         bring_paths = self.reference.begin(
             (self.rounds.seed, len(sequences)), len(self.units_of_blocks) * state, len(todo)
         )
@@ -71,13 +75,35 @@ class BatchScorer:
         return sums, count
 
     def read(self, assignments: Sequence[Assignment], groups: Sequence[Sequence[int]]) -> Sums:
-        """Sums of all the assignments on these groups of sequences, which nothing else decides."""
+        """Sums of all the assignments on these groups of sequences, which nothing else decides.
+
+        Groups are taken apart only where memory has run out.
+        """
         self.make_dense([s for group in groups for s in group])
-        ends = np.cumsum([0, *map(len, groups)])
-        parts = [(tuple(g), slice(int(a), int(b))) for g, a, b in zip(groups, ends, ends[1:], strict=False)]
+        fitting = [part for group in groups for part, _ in groups_of(group, self.most or len(group))]
+        ends = np.cumsum([0, *map(len, fitting)])
+        parts = [(part, slice(int(a), int(b))) for part, a, b in zip(fitting, ends, ends[1:], strict=False)]
         sums = np.full((len(assignments), int(ends[-1])), np.nan)
         self._run(assignments, range(len(assignments)), parts, sums, False)
         return sums
+
+    def give_up(self) -> bool:
+        """Halves the sequences of a pass; where they are single, keeps no block inputs and no packed weights.
+
+        Returns:
+            False where there is nothing more to give up.
+        """
+        self.reference.clear()  # or the minibatch would pass for one that is used again, whose paths are kept
+        if self.batch_size > 1:
+            self.batch_size //= 2
+            self.most = self.batch_size
+        elif self.most != 1 or self.state_bytes or self.reference.limit or self.packs:
+            self.most, self.state_bytes, self.reference.limit, self.packs = 1, 0, 0, False
+            for replica in self.pool.replicas:
+                replica.forget_packed()
+        else:
+            return False
+        return True
 
     def _run(
         self,

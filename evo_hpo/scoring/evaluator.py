@@ -37,6 +37,7 @@ from evo_hpo.scoring.replica import Replica
 from evo_hpo.scoring.rounds import Rounds, Sums, groups_of, scored
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.score_cache import ScoreCache
+from evo_hpo.scoring.shortage import until_it_fits
 from evo_hpo.scoring.switching import WeightSwitch, blocks_of_units
 from evo_hpo.scoring.tuning import Tuned, default_shape, measure_settings
 from evo_hpo.search.problem import Minibatch, Reading, Score
@@ -137,7 +138,6 @@ class Evaluator:
         self.chunk = chunk or by_rule.chunk
         members = {name for unit in levels.units for name in unit.members}
         check_droppable(model, {n for n, m in model.named_modules() if n in members and not is_matrix(m)}, example)
-        self._packs = packed > 0
         with one_core():
             self.pool = ReplicaPool([self._replica(model, example, lock, packed) for _ in range(count)], on_cpu)
         self.blocks = tuple(self.pool.replicas[0].gated.blocks)
@@ -152,6 +152,7 @@ class Evaluator:
             state_bytes,
             Rounds(early_stopping),
             KeptPaths(reference_bytes),
+            packed > 0,
         )
         self.identity = {
             **(identity or model_identity(model)),
@@ -250,29 +251,17 @@ class Evaluator:
 
     def _with_less_memory(self, work: Callable[[], T]) -> T:
         """Runs the work; each time memory runs out, halves the batch, and keeps fewer states when it is at 1."""
-        while True:
-            try:
-                return work()
-            except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
-                    raise
-                self.counts["out_of_memory"] += 1
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                batches = self._batches
-                if batches.batch_size > 1:
-                    batches.batch_size //= 2
-                    self._held_out.clear()  # it is there by batch
-                    self._expect_batches()
-                elif batches.state_bytes or batches.reference.limit or self._packs:
-                    batches.state_bytes = batches.reference.limit = 0
-                    batches.reference.clear()
-                    self._packs = False
-                    for replica in self.pool.replicas:
-                        replica.forget_packed()
-                else:
-                    raise MemoryError(str(error)) from error
-                _log.warning("out of memory: going on with %d sequences a batch", batches.batch_size)
+
+        def give_up() -> bool:
+            self.counts["out_of_memory"] += 1
+            if not self._batches.give_up():
+                return False
+            self._held_out.clear()  # it is there by batch
+            self._expect_batches()
+            _log.warning("out of memory: going on with %d sequences a batch", self._batches.batch_size)
+            return True
+
+        return until_it_fits(work, give_up, self.device)
 
     # ------------------------------------------------------------------ held-out data
 
@@ -341,10 +330,3 @@ class Evaluator:
             **vars(self.pool.timing()),
             **self.counts,
         }
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in text or "allocate memory" in text
-    )

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from evo_hpo.errors import InvalidSettingError
+from evo_hpo.models.mixed import mix
+from evo_hpo.scoring.kept_inputs import KeptPath, KeptPaths
 from evo_hpo.scoring.language_model_problem import LanguageModelProblem
+from evo_hpo.scoring.prefixes import Signature, Visit, plan_visits
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.space.compression_space import CompressionSpace
 from tests.scoring.evaluators import LARGE, LENGTH, SMALL, Parts, losses_of, make_evaluator
-from tests.tiny import random_assignments, tiny_tokens
+from tests.tiny import RoundedLevels, random_assignments, tiny_model, tiny_tokens
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -33,6 +36,47 @@ def test_a_minibatch_used_again_starts_from_the_best_assignment_with_equal_bits(
         assert losses_of(plain, [candidate]) == losses_of(with_reference, [candidate])
     assert plain.report()["blocks_shared"] == 0
     assert with_reference.report()["blocks_shared"] > 0
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_kept_block_inputs_take_no_more_than_was_reckoned(monkeypatch: pytest.MonkeyPatch, mixed: bool) -> None:
+    """Those of a path, between calls; and those that wait within a pass."""
+    model = tiny_model("llama")
+    if mixed:
+        mix(model)
+    levels, begin, path_bytes, limits = RoundedLevels(model), KeptPaths.begin, [], []
+
+    def noted(self: KeptPaths, minibatch: tuple[int | None, int], bytes_: int, candidates: int) -> bool:
+        path_bytes.append(bytes_)
+        return begin(self, minibatch, bytes_, candidates)
+
+    def limited(signatures: list[Signature], most: int) -> list[Visit]:
+        limits.append(most)
+        return plan_visits(signatures, most)
+
+    monkeypatch.setattr(KeptPaths, "begin", noted)
+    monkeypatch.setattr("evo_hpo.scoring.replica.plan_visits", limited)
+    state = LENGTH * 32 * 4  # the stream that blocks add to is float32 in either
+    evaluator = make_evaluator((model, levels), state_bytes=2 * state - 1)
+    for level in (1, 0, 2):
+        losses_of(evaluator, [(level,) * len(levels.units)], SMALL)
+    kept = evaluator._batches.reference.get(sequences_of(SMALL, 8, LENGTH)[:1])
+    assert kept is not None
+    assert {each.nbytes for each in kept.path.values()} == {state}
+    assert path_bytes == [len(evaluator.blocks) * 3 * state] * 3
+    assert set(limits) == {1}
+
+
+def test_block_inputs_of_another_minibatch_are_forgotten() -> None:
+    kept, path = KeptPaths(1000), KeptPath((), {})
+    assert not kept.begin((0, 2), 100, 1)
+    assert kept.begin((0, 2), 100, 1)
+    kept.offer(1.0, {(3,): path})
+    assert kept.get((3,)) is path
+    assert not kept.begin((0, 4), 100, 1)  # its first sequences are the same, its passes need not be
+    assert kept.get((3,)) is None
+    kept.offer(2.0, {(3,): path})
+    assert kept.get((3,)) is path
 
 
 def test_nested_minibatches_read_only_what_is_new(llama: Parts) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,6 +62,153 @@ def test_running_out_of_memory_halves_the_batch(
     assert evaluator.report()["batch_size"] == 1
     assert evaluator.report()["out_of_memory"] == 2
     assert caplog.messages == [f"out of memory: going on with {size} sequences a batch" for size in (2, 1)]
+
+
+class _FailingLevels(RoundedLevels):
+    """Once, a level's weights are not given."""
+
+    failing: BaseException | None = None
+
+    def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
+        if self.failing is not None and (unit, level) == (3, 1):
+            error, self.failing = self.failing, None
+            raise error
+        return super().weights(unit, level)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError("out of memory"), OSError("I/O error"), KeyboardInterrupt()]
+)
+def test_a_level_that_failed_on_its_way_is_not_taken_for_the_one_before(
+    llama: Parts, batch_size: int, failure: BaseException
+) -> None:
+    model, levels = llama[0], _FailingLevels(llama[0])
+    before = (0,) * len(levels.units)
+    after = (*before[:3], 1, *before[4:])
+    evaluator, held_out = make_evaluator((model, levels), batch_size=batch_size), tiny_tokens(length=LENGTH, seed=3)
+    figures = evaluator.evaluate_held_out(before, held_out)
+    levels.failing = failure
+    if isinstance(failure, torch.OutOfMemoryError):
+        found = losses_of(evaluator, [before, after])
+        assert found == losses_of(make_evaluator(llama, batch_size=1), [before, after])
+        assert evaluator.report()["out_of_memory"] == 1
+    else:
+        with pytest.raises(type(failure)):
+            losses_of(evaluator, [before, after])
+        assert evaluator.evaluate_held_out(before, held_out) == figures
+        found = losses_of(evaluator, [before, after])
+        assert found == losses_of(make_evaluator(llama, batch_size=batch_size), [before, after])
+
+
+def test_a_level_one_of_whose_weights_does_not_fit_is_not_taken_for_the_one_before(llama: Parts) -> None:
+    """A unit of two layers: the first has its new weight when the second one's is refused."""
+    model, rounded = llama[0], llama[1]
+
+    class Pairs(RoundedLevels):
+        spoilt = False
+
+        def __init__(self) -> None:
+            super().__init__(model)
+            self.units = [
+                Unit("pair", (1, 2, 3), members=tuple(u.name for u in rounded.units[:2])),
+            ]
+
+        def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
+            first, second = (rounded.weights(u, level) for u in (0, 1))
+            if self.spoilt and level == 1:
+                return {**first, **{name: torch.zeros(3, 3) for name in second}}
+            return {**first, **second}
+
+    levels = Pairs()
+    evaluator, held_out = make_evaluator((model, levels)), tiny_tokens(length=LENGTH, seed=3)
+    figures = evaluator.evaluate_held_out((0,), held_out)
+    levels.spoilt = True
+    with pytest.raises(StoreError):
+        evaluator.evaluate_held_out((1,), held_out)
+    assert evaluator.evaluate_held_out((0,), held_out) == figures
+
+
+def test_reading_for_another_process_halves_the_passes_too(llama: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates, run, seen = random_assignments(3, len(llama[1].units), 3), Replica.run, []
+
+    def greedy(self: Replica, *arguments: Any) -> Any:
+        seen.append(len(arguments[2]))
+        if len(arguments[2]) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9 bytes")
+        return run(self, *arguments)
+
+    evaluator = make_evaluator(llama, batch_size=4)
+    expected = [make_evaluator(llama, batch_size=2).read(candidates, [pair])[:, :2] for pair in ([5, 2], [7], [1])]
+    monkeypatch.setattr(Replica, "run", greedy)
+    np.testing.assert_array_equal(evaluator.read(candidates, [[5, 2, 7], [1]]), np.concatenate(expected, axis=1))
+    assert seen == [3, 2, 1, 1]
+    seen.clear()
+    alone = make_evaluator(
+        llama, batch_size=1
+    )  # one that would read less at a time by itself takes groups as they come
+    assert alone.read(candidates, [[5, 2]]).shape == (3, 2)
+    assert seen == [2]
+
+
+def test_what_a_pass_held_is_free_before_the_next_one(llama: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def greedy(self: Replica, *arguments: Any) -> Any:
+        if len(arguments[2]) > 1:
+            made = torch.empty(10)
+            held.append(weakref.ref(made))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, *arguments)
+
+    def emptied() -> None:
+        alive.append(sum(each() is not None for each in held))
+
+    run = Replica.run
+    monkeypatch.setattr(Replica, "run", greedy)
+    monkeypatch.setattr(torch.cuda, "empty_cache", emptied)
+    for threads in (1, 2):
+        evaluator = make_evaluator(llama, threads=threads, batch_size=4)
+        evaluator.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+        losses_of(evaluator, random_assignments(3, len(llama[1].units), 3))
+    assert alive == [0] * 4
+    assert held
+
+
+def test_a_batch_that_is_tried_again_is_no_minibatch_that_is_used_again(
+    llama: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths that are brought back would take more memory than what did not fit."""
+    run, brought = Replica.run, []
+
+    def greedy(self: Replica, *arguments: Any) -> Any:
+        brought.append(arguments[6])
+        if len(arguments[2]) > 1:
+            raise MemoryError
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Replica, "run", greedy)
+    losses_of(make_evaluator(llama, batch_size=4), random_assignments(3, len(llama[1].units), 3))
+    assert not any(brought)
+
+
+def test_where_single_sequences_do_not_fit_nothing_is_kept_between_candidates(
+    llama: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates, run = random_assignments(3, len(llama[1].units), 3), Replica.run
+    expected = [losses_of(make_evaluator(llama), candidates) for _ in range(2)]
+
+    def greedy(self: Replica, *arguments: Any) -> Any:
+        if arguments[4] or arguments[5] or arguments[6] or len(self.switch.packed) or self.switch.packed.limit:
+            raise MemoryError
+        return run(self, *arguments)
+
+    evaluator = make_evaluator(llama)
+    monkeypatch.setattr(Replica, "run", greedy)
+    assert [losses_of(evaluator, candidates) for _ in range(2)] == expected
+    assert evaluator.report()["out_of_memory"] == 1
+    assert all(replica.head.packed.limit == 0 for replica in evaluator.pool.replicas)
 
 
 def test_held_out_text_too_is_read_in_smaller_batches(llama: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

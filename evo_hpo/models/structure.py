@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,18 @@ def linear_modules(model: nn.Module, include: str = ".", exclude: str = ROUTERS)
     if not found:
         raise ModelError(f"no linear layer matches include='{include}' exclude='{exclude}': relax the expressions")
     return found
+
+
+def weight_users(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    """Name -> the module and, after it, all other linear layers of the model that have its weight."""
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if is_linear(module):
+            users.setdefault(id(module.weight), []).append(module)
+    return {
+        name: [module, *(u for u in users.get(id(getattr(module, "weight", None)), ()) if u is not module)]
+        for name, module in modules.items()
+    }
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from evo_hpo.levels.level_set import Choice, LevelSet
 from evo_hpo.models.gates import output_head
 from evo_hpo.models.identity import digest
 from evo_hpo.models.loading import source_gguf
-from evo_hpo.models.structure import decoder_blocks, linear_modules, outer_matrices
+from evo_hpo.models.structure import decoder_blocks, linear_modules, outer_matrices, weight_users
 
 Types = Mapping[str, str]
 """Name of a matrix -> the type that its inputs are rounded to: Q8_0, Q8_K, F16 or BF16; missing: they are not."""
@@ -68,8 +68,9 @@ class InputRounding:
     def __init__(self, model: nn.Module, types: Types | None = None) -> None:
         self.types: Types = types or {}
         self._last: tuple[Tensor | None, str, Tensor | None] = (None, "", None)  # q, k and v have one input
-        for name, module in _multiplied(model).items():
-            module.register_forward_pre_hook(self._hook(name))
+        for name, users in weight_users(model, _multiplied(model)).items():
+            for module in users:
+                module.register_forward_pre_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -94,7 +94,9 @@ class BackwardReplica:
         self._wholes = [name for name in members if name in self._numbers]
         self._runs: list[Run] = []
         self._recording: Run | None = None  # whose blocks' graphs are being made
-        self._graph_bytes = 0
+        self._graph_bytes, self._largest = 0, 0
+        self._sizes = [{id(p): p.numel() for p in block.parameters()} for block in self.gated.blocks.values()]
+        self._active: list[int] = []
         self.kept_from = len(self._numbers)
         for name, block in self.gated.blocks.items():
             block.forward = self._segmented(name, block, block.forward)
@@ -122,6 +124,7 @@ class BackwardReplica:
         head = self.head.of(self.gated.head.weight.data)  # type: ignore[arg-type]
         self._projector.begin(len(ids), ids.shape[1], asked.form, asked.parted)
         self._graph_bytes, self.kept_from = graph_bytes, 0 if graph_bytes else len(self._numbers)
+        self._largest, self._active = 0, self._active_weights()
         finals = [self._forward(run, ids[run.rows]) for run in self._runs]
         for number, (run, final) in enumerate(zip(self._runs, finals, strict=True)):
             self._projector.running(run.rows)
@@ -230,8 +233,8 @@ class BackwardReplica:
                 args = (leaf, *args[1:])
             else:
                 kwargs["hidden_states"] = leaf
-            tells = number == 0 and self.kept_from == 0  # how many graphs fit; the last blocks' stay
-            saved = SavedBytes(block) if tells else None
+            larger = self._active[number] > self._largest  # than blocks before, so that fewer graphs may fit
+            saved = SavedBytes(block) if larger and number >= self.kept_from else None
             if number >= self.kept_from:
                 with torch.enable_grad(), saved or nullcontext():
                     output = gate(*args, **kwargs)
@@ -239,8 +242,8 @@ class BackwardReplica:
                 with torch.no_grad():
                     output = gate(*args, **kwargs)
             if saved:
-                fitting = self._graph_bytes // max(saved.bytes * len(self._runs), 1)
-                self.kept_from = max(0, len(self._numbers) - fitting)
+                self._largest = self._active[number]
+                self._keep_fewer(self._graph_bytes // max(saved.bytes * len(self._runs), 1))
             first = _first(output)
             tail = first.detach().requires_grad_()
             real = partial(type(block).forward, block, *args, **kwargs)
@@ -251,6 +254,21 @@ class BackwardReplica:
             return (tail, *output[1:]) if isinstance(output, tuple) else tail
 
         return run
+
+    def _active_weights(self) -> list[int]:
+        """Of each block, the weights that are not switched off."""
+        gone = {id(p) for name in self._switch.silent for p in self._switch.modules[name].parameters()}
+        return [
+            0 if number in self.gated.dropped else sum(size for key, size in own.items() if key not in gone)
+            for number, own in enumerate(self._sizes)
+        ]
+
+    def _keep_fewer(self, graphs: int) -> None:
+        """Keeps no more graphs of a run than fit; the last blocks' stay."""
+        assert self._recording is not None
+        self.kept_from = max(self.kept_from, len(self._numbers) - graphs)
+        for segment in self._recording.segments[: self.kept_from]:
+            segment.output, segment.noted = None, []
 
     def _is_dropped(self, name: str) -> bool:
         if name in self._numbers:

@@ -227,7 +227,8 @@ class Projector:
             first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
             off = self._dropped(name)
             if off and not first.requires_grad:
-                first = first.detach().requires_grad_()  # zeros, so that their gradient is there
+                # zeros, so that their gradient is there; cloned, for some blocks add to them in place
+                first = first.detach().requires_grad_().clone()
             if linear:
                 given = (args[0] if args else kwargs["input"]).detach().to(self._weight(name).dtype)
                 self._noted.append(Noted.of(first, partial(self._wait, name, given)))

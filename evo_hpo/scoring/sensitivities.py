@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from evo_hpo.errors import InvalidSettingError
+from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import LinearExperts
+from evo_hpo.models.structure import outer_matrices, weight_users
 from evo_hpo.models.text import sample_from_model
 from evo_hpo.scoring.allocator import give_back_freed_memory
 from evo_hpo.scoring.arithmetic import InputTypes
@@ -54,6 +55,9 @@ class SensitivityPass:
         stream: device that each block comes to for its turn; no graph outlives a turn. None: blocks are where they run.
         inputs: as of the evaluator; a gradient passes a rounding as if it were not there.
         pool: of the evaluator, whose threads run it, each on one core; None: the calling thread does.
+
+    Raises:
+        ModelError: several layers share the weight of a unit.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class SensitivityPass:
         inputs: InputTypes | None = None,
         pool: ReplicaPool | None = None,
     ) -> None:
+        _refuse_shared(model, levels)
         on_cpu = tokens.device.type == "cpu" and not stream
         if any(isinstance(m, LinearExperts) for m in model.modules()):
             batch = 1
@@ -161,3 +166,16 @@ class SensitivityPass:
 
     def _side_by_side(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         return [task() for task in tasks] if self._pool is None else self._pool.run(tasks)
+
+
+def _refuse_shared(model: nn.Module, levels: Levels) -> None:
+    """Each layer would tell the gradient of its own use of the weight; embedding and head are told together."""
+    modules = dict(model.named_modules())
+    inside = modules.keys() - outer_matrices(model).keys()
+    members = {name: modules[name] for unit in levels.units for name in unit.members if name in inside}
+    for name, users in weight_users(model, members).items():
+        if len(users) > 1:
+            raise ModelError(
+                f"sensitivities of {type(model).__name__} cannot be measured: {len(users)} layers share the weight of"
+                f" {name!r}; take a searcher that asks for none"
+            )

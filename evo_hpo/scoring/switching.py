@@ -16,7 +16,7 @@ from evo_hpo.models.dropping import Absent, absent
 from evo_hpo.models.experts import LinearExperts
 from evo_hpo.models.gates import GatedModel
 from evo_hpo.models.streaming import Source
-from evo_hpo.models.structure import is_matrix, is_transposed
+from evo_hpo.models.structure import is_matrix, is_transposed, weight_users
 from evo_hpo.scoring.arithmetic import InputRounding, InputTypes
 from evo_hpo.scoring.prepacking import Prepacked, use_prepacked
 from evo_hpo.space.compression_space import Assignment, Unit
@@ -66,6 +66,7 @@ class WeightSwitch:
                         f"unit {unit.name!r}: the model has no module {name!r}; is it another model's store?"
                     )
                 self.modules[name] = modules[name]
+        self._users = weight_users(gated.model, self.modules)
         self._numbers = {name: number for number, name in enumerate(gated.blocks)}
         self._dense: dict[str, Tensor] = {}
         self._absent: dict[str, Absent] = {}
@@ -137,7 +138,7 @@ class WeightSwitch:
 
     def _place(self, name: str, weight: Tensor | Encoded | None) -> None:
         module = self.modules[name]
-        self._restore(name, module)
+        self._restore(name)
         if self._gated.stream and self._gated.stream.brings(module):
             assert isinstance(module.weight, nn.Parameter)
             self._gated.stream.give(module.weight, None if weight is None else self._source(name, module, weight))
@@ -179,14 +180,16 @@ class WeightSwitch:
         if name in self._numbers:
             self._gated.dropped.add(self._numbers[name])
         else:
-            self.modules[name].forward = self._nothing(name)
+            for user in self._users[name]:
+                user.forward = self._nothing(name)
             self.silent.add(name)
 
-    def _restore(self, name: str, module: nn.Module) -> None:
+    def _restore(self, name: str) -> None:
         if name in self._numbers:
             self._gated.dropped.discard(self._numbers[name])
         elif name in self.silent:
-            del module.forward
+            for user in self._users[name]:
+                del user.forward
             self.silent.discard(name)
 
     def _nothing(self, name: str) -> Callable[..., Any]:

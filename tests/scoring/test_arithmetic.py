@@ -15,14 +15,14 @@ from evo_hpo.errors import InvalidSettingError
 from evo_hpo.levels import ggml
 from evo_hpo.levels.ggml import GGML_TYPES, dequantize, ggml_inputs, ggml_number, row_bytes
 from evo_hpo.models.experts import unfuse_experts
-from evo_hpo.scoring.arithmetic import InputTypes, rounded
+from evo_hpo.scoring.arithmetic import InputRounding, InputTypes, rounded
 from evo_hpo.scoring.evaluator import Evaluator
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.sensitivities import SensitivityPass
 from evo_hpo.scoring.task import LanguageModelTask
 from evo_hpo.search.problem import Minibatch
 from tests.export.gguf_models import MODELS, Blocks, blocks_of, compressed, levels_of, made
-from tests.tiny import tiny_tokens
+from tests.tiny import tiny_model, tiny_tokens
 
 MINIBATCH = Minibatch(seed=5, tokens=64)
 
@@ -89,6 +89,18 @@ def test_inputs_are_rounded_as_another_reader_rounds_them() -> None:
     assert bool((coarse > 0).all())
     assert bool((coarse <= values.abs().amax(1) / 254 * 1.001).all())
     assert rounded(values.bfloat16(), "Q8_0").dtype == torch.bfloat16
+
+
+def test_inputs_of_every_layer_that_has_a_weight_are_rounded() -> None:
+    model: Any = tiny_model("llama")
+    layers = model.model.layers
+    layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    InputRounding(model, {"model.layers.0.mlp.up_proj": "Q8_0"})
+    given = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for layer, inputs in zip(layers, (rounded(given, "Q8_0"), given, rounded(given, "Q8_0")), strict=True):
+            expected = inputs @ layer.mlp.up_proj.weight.T
+            torch.testing.assert_close(layer.mlp.up_proj(given), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral"])

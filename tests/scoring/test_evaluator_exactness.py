@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from evo_hpo.scoring import head, kernels
 from evo_hpo.scoring.evaluator import Evaluator
@@ -44,6 +48,34 @@ def test_losses_equal_the_plain_computation(name: str, fitness: str) -> None:
     np.testing.assert_allclose([s.loss for s in scores], expected, rtol=1e-5)
     assert all(s.tokens == 60 and not s.stopped for s in scores)
     assert evaluator.report()["blocks_shared"] > 0
+
+
+def test_a_dropped_weight_is_gone_from_every_layer_that_has_it() -> None:
+    def make() -> torch.nn.Module:
+        model: Any = tiny_model("llama")
+        model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+        return model  # type: ignore[no-any-return]
+
+    class Dropping(RoundedLevels):
+        def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
+            found = super().weights(unit, level)
+            return found if level else dict.fromkeys(found)
+
+    class Zeros(RoundedLevels):
+        def weights(self, unit: int, level: int) -> Mapping[str, Tensor | None]:
+            found = super().weights(unit, level)
+            return found if level else {name: torch.zeros_like(w) for name, w in found.items() if w is not None}
+
+    model = make()
+    shared = next(n for n, u in enumerate(RoundedLevels(model).units) if u.name.endswith("0.mlp.up_proj"))
+    kept = (2,) * len(RoundedLevels(model).units)
+    candidates = [kept[:shared] + (0,) + kept[shared + 1 :], kept]
+    evaluator = Evaluator(model, Dropping(model), tiny_tokens(), threads=1)
+    chosen = tiny_tokens()[list(sequences_of(MINIBATCH, 8, 12))]
+    expected = [float(plain_losses(make, Zeros(model), c, chosen)[0].mean()) for c in candidates]
+    for some in (candidates, candidates[:1], candidates[1:]):  # dropped, and there again
+        found = [evaluator.evaluate_held_out(c, chosen)["loss"] for c in some]
+        np.testing.assert_allclose(found, [expected[candidates.index(c)] for c in some], rtol=1e-4)
 
 
 def test_a_bfloat16_model_is_scored_in_its_own_arithmetic() -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.measurements.tiny_architectures import tiny_architecture
-from evo_hpo.errors import InvalidSettingError
+from evo_hpo.errors import InvalidSettingError, ModelError
 from evo_hpo.levels.levels import Levels
 from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.scoring.evaluator import Evaluator
@@ -184,14 +184,15 @@ def test_sampled_labels_give_the_curvature_of_the_divergence(name: str) -> None:
 
 
 @pytest.mark.parametrize("kinds", [("attention", "mlp"), ("block",), ("pair",)])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])
-@pytest.mark.parametrize("dropped", [(), (1,), (0, 2)])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "falcon"])
+@pytest.mark.parametrize("dropped", [(), (1,), (0, 2, 4)])
 def test_modules_that_are_switched_off_or_on(name: str, kinds: Sequence[str], dropped: Sequence[int]) -> None:
     """The derivative with respect to a factor on the module's contribution, by autograd in a float64 model.
 
-    Bloom's modules have the residual as their second argument and add it themselves.
+    Bloom's modules have the residual as their second argument and add it themselves; Falcon's blocks add the attention
+    to what the MLP gave, in place.
     """
-    made = tiny_architecture if name == "bloom" else tiny_model
+    made = tiny_architecture if name in ("bloom", "falcon") else tiny_model
     model, tokens = made(name), tiny_tokens()
     levels = DropLevels(model, kinds)
     at = tuple(0 if unit in dropped else 1 for unit in range(len(levels.units)))
@@ -288,6 +289,16 @@ def test_the_problem_measures_them_after_scoring_and_leaves_losses_as_they_are(t
     fresh = LanguageModelProblem(Evaluator(model, levels, tokens, threads=1), space, tokens[:2], tokens=24, name="t")
     assert fresh.score([levels_before], MINIBATCH) == before
     assert problem.has_sensitivities
+
+
+def test_layers_that_share_a_weight_are_refused() -> None:
+    """Each has a gradient of its own; a head that is the embedding is no such layer."""
+    model: Any = tiny_model("qwen2")
+    SensitivityPass(model, RoundedLevels(model, outer=True), tiny_tokens())
+    first, _, third = model.model.layers
+    third.mlp.up_proj.weight = first.mlp.up_proj.weight
+    with pytest.raises(ModelError, match=r"2 layers share the weight of 'model.layers.0.mlp.up_proj'"):
+        SensitivityPass(model, RoundedLevels(model), tiny_tokens())
 
 
 def test_refusals() -> None:

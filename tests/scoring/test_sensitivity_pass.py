@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,51 @@ def test_neither_graphs_that_are_made_again_nor_groups_change_a_projection(setti
     assert whole.squares is not None
     assert other.squares is not None
     np.testing.assert_allclose(other.squares, whole.squares, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["dropped", "its modules dropped", "its attention dropped", "smaller"])
+def test_no_more_graphs_are_kept_where_the_first_block_says_little_of_the_others(first: str) -> None:
+    """Of the others as many as where the first one is like them."""
+
+    def kept(model: nn.Module, levels: Levels, at: Sequence[int], graph_bytes: int) -> tuple[int, Any]:
+        passed = SensitivityPass(model, levels, tiny_tokens(), graph_bytes=graph_bytes)
+        (replica,), graphs = passed._replicas, []
+        through = replica.through
+
+        def noted(number: int) -> None:
+            graphs.append(sum(s.output is not None for run in replica._runs for s in run.segments))
+            through(number)
+
+        replica.through = noted  # type: ignore[method-assign]
+        found = passed.measure(tuple(at), MINIBATCH, "kl").projections
+        return graphs[0], found
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model, other = (random_model(config, spread=0.25) for _ in range(2))
+    if first == "smaller":
+        layers: Any = other.get_submodule("model.layers.0.mlp")
+        for layer in (layers.gate_proj, layers.up_proj):
+            layer.weight = Parameter(layer.weight[:4].detach().clone())
+        layers.down_proj.weight = Parameter(layers.down_proj.weight[:, :4].detach().clone())
+        pairs = [(each, RoundedLevels(each)) for each in (model, other)]
+        states = [[1] * len(levels.units) for _, levels in pairs]
+    else:
+        levels = DropLevels(model, ["block"] if first == "dropped" else ["attention", "mlp"])
+        pairs = [(model, levels), (model, levels)]
+        gone = ".0.self_attn" if "attention" in first else ".0"
+        states = [[1] * len(levels.units), [0 if gone in unit.name else 1 for unit in levels.units]]
+    for graph_bytes, count in ((1, 0), (1 << 18, 3)):
+        graphs = [kept(*pair, at, graph_bytes)[0] for pair, at in zip(pairs, states, strict=True)]
+        assert graphs == [5 * count] * 2  # of five sequences
+    _, whole = kept(*pairs[1], states[1], 1 << 30)
+    np.testing.assert_array_equal(kept(*pairs[1], states[1], 1 << 18)[1], whole)
 
 
 def test_levels_are_decoded_once_for_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ from evo_hpo.levels.manifest import LevelRecord, UnitRecord
 from evo_hpo.levels.quantizers import Ggml
 from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.models.loading import load_tokenizer
+from evo_hpo.models.paths import user_path
 from evo_hpo.models.structure import ROUTERS, is_transposed, linear_modules, outer_matrices
 from evo_hpo.scoring.footprint import SPARSE, configuration, empty_model
 from evo_hpo.scoring.recipes import beside
+from evo_hpo.scoring.score_cache import check_cache
 
 
 class Unbuilt:
@@ -33,16 +35,19 @@ class Unbuilt:
 
 
 def check_inputs(task: Any) -> None:
-    """Reads the texts and tables that a task names, before levels are built, which can take hours.
+    """Reads the texts and tables that a task names and looks at its cache, before levels are built, which can take
+    hours.
 
     Args:
         task: a :class:`~evo_hpo.scoring.task.LanguageModelTask`.
 
     Raises:
         InfeasibleError: nothing will keep the budgets. TextError: a text is missing or too short.
-        InvalidSettingError: a table cannot be read or is of another model.
+        InvalidSettingError: a table cannot be read or is of another model; or the cache is no file of losses.
     """
     task.limits.check(task.model)
+    if task.cache:
+        check_cache(user_path(task.cache))
     if not all((one.store_folder / "manifest.json").is_file() for one in (task, *beside(task))):
         task.space(expected_levels(task))
     task.texts.check(load_tokenizer(task.model))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from evo_hpo.levels.grid import GridSettings
 from evo_hpo.models.mixed import MIXED, matrix_dtype, mix, model_dtype
 from evo_hpo.models.structure import linear_modules
 from evo_hpo.record.environment import cores
@@ -52,12 +53,15 @@ def forecast(task: LanguageModelTask) -> Forecast:
         return Forecast(rate, None)
     on_cpu = task.placement.main == "cpu"
     texts = 1 if isinstance(task.held_out, str) else len(task.held_out)
+    shape, build = ModelShape.of(config), task.build_settings
+    if build.get("embedding") and not task.placement.streamed:  # else they wait beside the device
+        shape = _with_outer(shape, tied=bool(config.get_text_config().tie_word_embeddings))
     needs = footprint(
-        ModelShape.of(config),
+        shape,
         task.levels or (1.0,),
         method=task.method,
         memory=task.memory,
-        group_size=dict(task.build).get("group_size") or 128,
+        group_size=int(build.get("group_size", GridSettings.group_size)) or shape.hidden,  # 0: a row
         number=matrix_dtype(dtype).itemsize,
         state_number=model_dtype(dtype).itemsize,
         sequence_length=task.sequence_length,
@@ -68,6 +72,12 @@ def forecast(task: LanguageModelTask) -> Forecast:
         compiled=task.compile and matrix_dtype(dtype) == torch.bfloat16,
     )
     return Forecast(rate, needs.total)
+
+
+def _with_outer(shape: ModelShape, tied: bool) -> ModelShape:
+    """With token embedding and head among the searched layers."""
+    matrix = shape.vocabulary * shape.hidden
+    return replace(shape, linear=shape.linear + (1 if tied else 2) * matrix, largest=max(shape.largest, matrix))
 
 
 class _AsItIs:

@@ -28,7 +28,8 @@ class Placement:
         memory: of :data:`KINDS`; "streamed": blocks and levels wait in main memory.
 
     Raises:
-        InvalidSettingError: devices that are given twice over, or a combination that means nothing.
+        InvalidSettingError: devices that torch does not know or that are given twice over, or a combination that means
+            nothing.
     """
 
     device: str
@@ -38,6 +39,13 @@ class Placement:
     def __post_init__(self) -> None:
         if self.memory not in KINDS:
             raise InvalidSettingError(f"memory={self.memory!r} must be one of: {', '.join(map(str, KINDS))}")
+        for name in (self.device, *self.devices):
+            try:
+                torch.device(name)
+            except (RuntimeError, TypeError):
+                raise InvalidSettingError(
+                    f"device {name!r} is none that torch knows: use cpu, cuda, cuda:0 and so on, or device = 'auto'"
+                ) from None
         if self.devices and self.memory == "streamed":
             raise InvalidSettingError(
                 f"devices={list(self.devices)} spread a model that stays there: use memory = 'packed' or 'resident'"

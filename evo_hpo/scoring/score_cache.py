@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,23 @@ CREATE TABLE IF NOT EXISTS scores (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS settings (context TEXT PRIMARY KEY, json TEXT NOT NULL) WITHOUT ROWID;
 """
+
+
+def check_cache(path: Path) -> None:
+    """Makes nothing.
+
+    Raises:
+        InvalidSettingError: this is no file that losses can be kept in.
+    """
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if there == path:
+        try:
+            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
+                connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.Error as error:
+            raise InvalidSettingError(f"cache={str(path)!r} cannot be used ({error}): name another file") from error
+    elif not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InvalidSettingError(f"cache={str(path)!r} cannot be used ({there} takes no files): name another file")
 
 
 class ScoreCache:

@@ -101,8 +101,8 @@ class EvoPressSampler(BaseSampler):
         max_switches: an offspring takes min of two draws from 1..max_switches switches.
         cross_group: probability that an offspring exchanges budget across groups.
         noisy: the objective is noisy: the parent is scored again in each generation, and the next parent is the best
-            of that generation alone; False: the next parent is the best of all, and an assignment is tried again only
-            where no new one is found.
+            of that generation alone (where all of it failed, of the last one that did not); False: the next parent is
+            the best of all, and an assignment is tried again only where no new one is found.
         seed: of the random stream; each trial has its own, by number, so ``n_jobs`` changes no draw.
 
     Raises:
@@ -265,14 +265,11 @@ class EvoPressSampler(BaseSampler):
         members = {levels(t) for t, g in marks if g == generation and known <= t.params.keys()}
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         elders = [
-            (sign * t.value, -t.number, t)
+            (-g if self._noisy else 0, sign * t.value, -t.number, t)  # noisy: only the last generation that has one
             for t, g in marks
-            if g < generation
-            and t.state == TrialState.COMPLETE
-            and t.value is not None
-            and not (self._noisy and generation > 0 and g < generation - 1)
+            if g < generation and t.state == TrialState.COMPLETE and t.value is not None
         ]
-        for _, _, t in sorted(elders, key=lambda e: e[:2]):
+        for *_, t in sorted(elders, key=lambda e: e[:3]):
             if known <= t.params.keys() and breeder.feasible(levels(t)):
                 return generation, members, levels(t)
         return generation, members, None

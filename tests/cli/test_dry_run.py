@@ -129,3 +129,23 @@ def test_labels_that_look_like_markup_are_shown_as_they_are(tmp_path: Path) -> N
     found = CliRunner().invoke(app, ["compare", str(path), "--dry-run"], env={"COLUMNS": "150"})
     assert found.exit_code == 0
     assert "│ p [/x] q │" in " ".join(found.output.split())
+
+
+def test_memory_follows_what_the_build_is_told(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evo_hpo.scoring.forecast.scoring_rate", lambda *_: 1.0)
+
+    def memory(kind: str, **build: Any) -> int:
+        task = LanguageModelTask(**settings(model_folder, model_folder, memory=kind, build=build))
+        found = forecast(task).memory
+        assert found is not None
+        return found
+
+    config = configuration(str(model_folder))
+    linear = ModelShape.of(config).linear
+    assert memory("packed") == memory("packed", group_size=64)  # as it is built
+    for smaller, larger in ((16, 64), (64, 128)):  # a scale and a zero point in 3 bytes, at three levels
+        more = memory("packed", group_size=smaller) - memory("packed", group_size=larger)
+        assert abs(more - 3 * 3 * (linear / smaller - linear / larger)) < 4
+    assert memory("packed", group_size=0) == memory("packed", group_size=config.hidden_size)
+    outer = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    assert memory("resident", embedding=True) - memory("resident") >= 3 * outer * 4  # decoded, in float32

@@ -13,6 +13,7 @@ from evo_hpo.cli.commands import app
 from evo_hpo.errors import InfeasibleError, InvalidSettingError
 from evo_hpo.export.folder import task_of
 from evo_hpo.scoring.expected_levels import expected_levels
+from evo_hpo.scoring.score_cache import ScoreCache, check_cache
 from evo_hpo.scoring.task import language_model
 from evo_hpo.search.registry import prepare_problem
 from tests.export.test_packed import cache, mixtral, model, settings
@@ -116,3 +117,22 @@ def test_sizes_of_levels_that_cannot_be_are_refused_as_their_build_refuses_them(
         task = language_model.task(settings(model, levels=levels, store=str(tmp_path / "none")))
         with pytest.raises(InvalidSettingError, match="bit-width"):
             expected_levels(task)
+
+
+@pytest.mark.parametrize("what", ["folder", "text", "below a file"])
+def test_a_cache_that_cannot_be_used_is_told_before_levels_are_built(what: str, model: Path, tmp_path: Path) -> None:
+    named = {"folder": tmp_path, "text": tmp_path / "a.txt", "below a file": tmp_path / "a.txt" / "losses.db"}[what]
+    (tmp_path / "a.txt").write_text("no database, but text that is long enough to be looked at" * 20)
+    problem = settings(model, store=str(tmp_path / "store"), cache=str(named))
+    with pytest.raises(InvalidSettingError, match="cache=.* cannot be used"):
+        prepare_problem("language_model", problem, lambda *_: None)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_cache_is_looked_at_without_a_trace(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "losses.db"
+    check_cache(file)
+    assert not file.parent.exists()
+    ScoreCache(file, "context").close()
+    check_cache(file)
+    assert [each.name for each in file.parent.iterdir()] == ["losses.db"]

@@ -220,6 +220,9 @@ def test_a_task_finds_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch
 def test_placements_that_mean_nothing_are_refused() -> None:
     with pytest.raises(InvalidSettingError, match="memory='remote' must be one of: resident, packed, streamed"):
         Placement("cpu", (), "remote")
+    for wrong in ({"device": "gpu"}, {"device": "cuda:x"}, {"devices": ("cuda:0", "gpu")}):
+        with pytest.raises(InvalidSettingError, match="device '(gpu|cuda:x)' is none that torch knows"):
+            LanguageModelTask(model="any", **wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidSettingError, match="devices=.* spread a model that stays there"):
         Placement("cpu", ("cpu", "cpu"), "streamed")
     with pytest.raises(InvalidSettingError, match="give one of them"):

@@ -243,6 +243,25 @@ def test_a_noisy_study_scores_its_parent_again_in_every_generation() -> None:
     assert all(len(members) == len(set(members)) for members in generations.values())
 
 
+def test_a_noisy_study_goes_on_from_the_last_generation_that_has_a_result() -> None:
+    study = optuna.create_study(sampler=sampler(noisy=True))
+    generations: dict[int, list[tuple[float | None, tuple[object, ...]]]] = {}
+
+    def objective(trial: Trial) -> float:
+        found = loss(bits(trial))
+        if study.trials[trial.number].system_attrs.get("evopress:generation") in (2, 3):
+            raise RuntimeError("a machine was away")
+        return found
+
+    study.optimize(objective, n_trials=60, catch=(RuntimeError,))
+    for t in study.trials:
+        number = t.system_attrs.get("evopress:generation", -1)
+        generations.setdefault(number, []).append((t.value, tuple(t.params.values())))
+    best = min((value, params) for value, params in generations[1] if value is not None)[1]
+    for number in (2, 3, 4):
+        assert best in [params for _, params in generations[number]]
+
+
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InvalidSettingError, match="groups names typo"):
         sampler(groups={"typo": "a"})

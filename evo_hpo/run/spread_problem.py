@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from evo_hpo.scoring.rounds import Group, Rounds, Sums, groups_of, scored
+from evo_hpo.scoring.rounds import COUNTED, Group, Rounds, Sums, counted, groups_of, scored
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.search.problem import Minibatch, Problem, Score
 from evo_hpo.search.sensitivities import Form, Kind, Sensitivities
@@ -17,6 +18,7 @@ from evo_hpo.space.compression_space import Assignment
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 TOLD = ("name", "space", "tokens", "pool_tokens", "optimum", "notes", "has_sensitivities", "reading", "texts", "optima")
+REPORT: Call = ("report", (), {})
 
 
 class Asked(Protocol):
@@ -45,6 +47,8 @@ class SpreadProblem(Problem):
             setattr(self, key, value)
         self._fingerprint, self._reference = told[-2:]
         self._rounds = Rounds(self.reading.early_stopping if self.reading else False)
+        self._counts = Counter(dict.fromkeys(COUNTED, 0))
+        self.counted = COUNTED if self.reading else ()  # what one scorer counted says little
 
     def score(
         self, assignments: Sequence[Assignment], minibatch: Minibatch, *, keep: int | None = None
@@ -55,8 +59,11 @@ class SpreadProblem(Problem):
         sequences = sequences_of(minibatch, self.reading.pool, self.reading.length)
         groups = groups_of(sequences, self.reading.group)
         found, todo, keep = self._rounds.known_of(assignments, minibatch.seed, groups, keep)
+        self._counts["cached"] += len(found)
         if todo:
-            sums, _ = self._rounds.read(todo, groups, keep, self._read)
+            sums, read = self._rounds.read(todo, groups, keep, self._read)
+            new = [own for assignment, own in zip(todo, sums, strict=True) if assignment not in found]
+            self._counts.update(counted(new, read, self.reading.length))
             found.update(zip(todo, sums, strict=True))
         return [scored(found[tuple(map(int, a))], self.reading.length) for a in assignments]
 
@@ -72,9 +79,13 @@ class SpreadProblem(Problem):
             # fewer candidates than scorers: their sequences are spread too
             slices = max(1, len(self._scorers) // len(parts)) if len(wanted) > 1 else 1
             questions += [(part, some) for part in parts for some in _parts(wanted, slices)]
-        calls: list[Call] = [("read", ([todo[i] for i in part], [g[0] for g in some]), {}) for part, some in questions]
-        for (part, some), told in zip(questions, self._each(calls), strict=True):
+        calls: list[list[Call]] = [
+            [REPORT, ("read", ([todo[i] for i in part], [g[0] for g in some]), {}), REPORT] for part, some in questions
+        ]
+        answers = self._scorers.ask(*self._made_by, calls)
+        for (part, some), (before, told, after) in zip(questions, answers, strict=True):
             sums[np.ix_(part, np.r_[tuple(columns for _, columns in some)])] = told
+            self._counts["out_of_memory"] += after.get("out_of_memory", 0) - before.get("out_of_memory", 0)
 
     def sensitivities(
         self, assignment: Assignment | None, minibatch: Minibatch, *, kind: Kind = "sampled", form: Form = "inner"
@@ -92,7 +103,8 @@ class SpreadProblem(Problem):
         self._one(("check", (tokens,), {}))
 
     def report(self) -> dict[str, Any]:
-        return {**self._one(("report", (), {}))[0], "scorers": len(self._scorers)}
+        counts = self._counts if self.reading else {}
+        return {**self._one(REPORT)[0], **counts, "scorers": len(self._scorers)}
 
     def fingerprint(self) -> dict[str, Any]:
         return dict(self._fingerprint)

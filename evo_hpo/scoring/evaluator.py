@@ -34,7 +34,7 @@ from evo_hpo.scoring.head import Chunk, OutputHead
 from evo_hpo.scoring.kept_inputs import KeptPaths
 from evo_hpo.scoring.pool import ReplicaPool, one_core
 from evo_hpo.scoring.replica import Replica
-from evo_hpo.scoring.rounds import Rounds, Sums, groups_of, scored
+from evo_hpo.scoring.rounds import Rounds, Sums, counted, groups_of, scored
 from evo_hpo.scoring.sampling import sequences_of
 from evo_hpo.scoring.score_cache import ScoreCache
 from evo_hpo.scoring.shortage import until_it_fits
@@ -224,7 +224,8 @@ class Evaluator:
         if todo:
             sums, read = self._with_less_memory(lambda: self._batches.evaluate(todo, sequences, keep))
             new = {a: s for a, s in zip(todo, sums, strict=True) if a not in found}
-            self._count([*new.values()], read)
+            for name, count in counted([*new.values()], read, self.length).items():
+                self.counts[name] += count
             self.cache.put({a: s for a, s in new.items() if not np.isnan(s).any()}, minibatch)
             found.update(zip(todo, sums, strict=True))
         self.seconds += time.perf_counter() - start
@@ -242,12 +243,6 @@ class Evaluator:
         """Makes what is kept of the uncompressed model now, not when needed: for the pool's first sequences, or all."""
         count = len(self.tokens) if sequences is None else sequences
         self._with_less_memory(lambda: self._batches.make_dense(range(count)))
-
-    def _count(self, sums: Sequence[Sums], read: int) -> None:
-        self.counts["candidates"] += len(sums)
-        self.counts["tokens"] += read * self.length
-        self.counts["stopped"] += sum(bool(np.isnan(each).any()) for each in sums)
-        self.counts["non_finite"] += sum(bool(np.isinf(each).any()) for each in sums)
 
     def _with_less_memory(self, work: Callable[[], T]) -> T:
         """Runs the work; each time memory runs out, halves the batch, and keeps fewer states when it is at 1."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from evo_hpo.errors import InvalidSettingError
 from evo_hpo.models.identity import tokens_identity
 from evo_hpo.scoring.evaluator import Evaluator
-from evo_hpo.scoring.rounds import Sums
+from evo_hpo.scoring.rounds import COUNTED, Sums
 from evo_hpo.scoring.sampling import check_tokens
 from evo_hpo.scoring.sensitivities import SensitivityPass
 from evo_hpo.search.problem import Minibatch, Problem, Score
@@ -23,20 +23,7 @@ from evo_hpo.space.compression_space import Assignment, CompressionSpace
 FIGURES = ("loss", "cross_entropy", "perplexity", "average", "gap")
 """What is said of a held-out text, and so the name of none."""
 
-REPORTED = (
-    "device",
-    "dtype",
-    "threads",
-    "batch_size",
-    "chunk",
-    "compiled",
-    "candidates",
-    "cached",
-    "stopped",
-    "tokens",
-    "non_finite",
-    "out_of_memory",
-)
+REPORTED = ("device", "dtype", "threads", "batch_size", "chunk", "compiled", *COUNTED)
 
 
 class LanguageModelProblem(Problem):
@@ -55,6 +42,7 @@ class LanguageModelProblem(Problem):
     """
 
     has_sensitivities = True
+    counted = COUNTED
 
     def __init__(
         self,

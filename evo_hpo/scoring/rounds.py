@@ -32,6 +32,10 @@ Read = Callable[[Sequence[Assignment], Sequence[int], Sequence[Group], Sums], No
 """Reads some of the candidates (by number) on groups of sequences and fills their rows of the sums."""
 
 
+COUNTED = ("candidates", "cached", "stopped", "tokens", "non_finite", "out_of_memory")
+"""What an evaluator counts from its making on."""
+
+
 def groups_of(sequences: Sequence[int], size: int) -> list[Group]:
     """The sequences in passes of at most ``size``."""
     ends = [(i, min(i + size, len(sequences))) for i in range(0, len(sequences), size)]
@@ -54,6 +58,16 @@ def scored(sums: Sums, length: int) -> Score:
 
 
 _NOTHING: tuple[Sums, Ends] = np.zeros(0), np.zeros(0, dtype=np.int64)
+
+
+def counted(new: Sequence[Sums], read: int, length: int) -> dict[str, int]:
+    """What a report counts of candidates that were read: ``read`` sequences of so many tokens in all."""
+    return {
+        "candidates": len(new),
+        "tokens": read * length,
+        "stopped": sum(bool(np.isnan(sums).any()) for sums in new),
+        "non_finite": sum(bool(np.isinf(sums).any()) for sums in new),
+    }
 
 
 @dataclass

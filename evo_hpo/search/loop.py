@@ -41,7 +41,7 @@ class SearchResult:
         ledger: what was spent.
         seconds: wall-clock of the whole loop; ``searcher_seconds``: of it, inside ask and tell.
         stop_reason: why the search ended.
-        scoring: what the problem says about how it scored, see :meth:`evo_hpo.search.problem.Problem.report`.
+        scoring: what the problem says about how it scored, see :meth:`evo_hpo.search.problem.Problem.report_since`.
     """
 
     best: Assignment | None = None
@@ -188,6 +188,7 @@ class _Run:
         self.observers = observers
         self.due = due  # fractions of the checkpoints that are not taken yet
         self.result = SearchResult(ledger=self.ledger)
+        self.reported = problem.report()
         self.losses: dict[Assignment, float] = {}
         self.draws = np.random.default_rng([seed, 0x6D62])
         self.fixed = self.last = int(self.draws.integers(2**31))
@@ -323,7 +324,7 @@ class _Run:
         result.best = self.searcher.recommend() if self.losses or not result.outcomes else None
         result.best_loss = self.losses.get(result.best, math.inf) if result.best is not None else math.inf
         result.front = result.checkpoints[-1].front if result.checkpoints else tuple(self._front())
-        result.scoring = self.problem.report()
+        result.scoring = self.problem.report_since(self.reported)
         return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,7 @@ class Problem(ABC):
         texts: names of the held-out texts; empty: there is one, without a name. The figures of :meth:`validate` are the
             first one's; those of each other are called ``name/loss`` and so on, and ``name/gap`` is how far its loss is
             above the first's.
+        counted: names in :meth:`report` of what is counted from the problem's making on, over all searches.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Problem(ABC):
     has_sensitivities: bool = False
     reading: Reading | None = None
     texts: tuple[str, ...] = ()
+    counted: tuple[str, ...] = ()
 
     @abstractmethod
     def score(
@@ -139,6 +141,10 @@ class Problem(ABC):
     def report(self) -> dict[str, Any]:
         """How trials were scored: measured settings, counted failures; JSON for people, compared with nothing."""
         return {}
+
+    def report_since(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """The report, with what was counted since an earlier one."""
+        return {k: v - before.get(k, 0) if k in self.counted else v for k, v in self.report().items()}
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that must be equal for two searches to be comparable: space, data, model, store."""

@@ -63,7 +63,6 @@ class BackwardReplica:
         decoded: the same, shared with other replicas.
         example: token ids for checks of the model.
         chunk: logits that exist at one time.
-        batch: sequences that run together.
         stream, inputs: as of the pass.
     """
 
@@ -74,7 +73,6 @@ class BackwardReplica:
         decoded: Decoded,
         example: Tensor,
         chunk: Chunk,
-        batch: int,
         stream: torch.device | None,
         inputs: InputTypes | None,
     ) -> None:
@@ -82,7 +80,6 @@ class BackwardReplica:
         self.head = OutputHead(self.gated, example)
         self.head.chunk = chunk
         self._switch = WeightSwitch(self.gated, levels if stream else decoded, example, Lock(), inputs=inputs)
-        self._batch = batch
         self._numbers = {name: number for number, name in enumerate(self.gated.blocks)}
         modules = dict(self.gated.model.named_modules())
         members = {name: modules[name] for unit in levels.units for name in unit.members}
@@ -106,15 +103,16 @@ class BackwardReplica:
         """Number of decoder blocks."""
         return len(self._numbers)
 
-    def begin(self, asked: Asked, ids: Tensor, sequences: tuple[int, ...], graph_bytes: int) -> None:
+    def begin(self, asked: Asked, ids: Tensor, sequences: tuple[int, ...], batch: int, graph_bytes: int) -> None:
         """Runs the model, up to the gradients of the last block's outputs.
 
         Args:
             ids: token ids, sequences x length.
             sequences: their numbers in the pool.
+            batch: sequences that run together.
             graph_bytes: memory for the graphs of blocks; blocks beyond it run a second time.
         """
-        self._runs = [Run(slice(i, min(i + self._batch, len(ids)))) for i in range(0, len(ids), self._batch)]
+        self._runs = [Run(slice(i, min(i + batch, len(ids)))) for i in range(0, len(ids), batch)]
         dense: list[Tensor] = []
         if asked.kind == "kl":
             self._switch.set(None)

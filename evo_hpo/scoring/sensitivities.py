@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -23,12 +24,15 @@ from evo_hpo.scoring.decoded import Decoded
 from evo_hpo.scoring.head import Chunk
 from evo_hpo.scoring.pool import ReplicaPool
 from evo_hpo.scoring.sampling import sequences_of
+from evo_hpo.scoring.shortage import until_it_fits
 from evo_hpo.scoring.tuning import default_shape
 from evo_hpo.search.problem import Minibatch
 from evo_hpo.search.sensitivities import READS, Form, Kind, Sensitivities, check_kind
 from evo_hpo.space.compression_space import Assignment
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 WRITTEN_TOGETHER = 16384
 """Tokens of the sequences that the model writes at a time (an 8B model's keys and values take 2 GB then): on a GPU the
@@ -89,9 +93,7 @@ class SensitivityPass:
         chunk = chunk or default_shape(tokens.device, tokens.shape[1], compiled=False).chunk
         example = tokens[:1, : min(tokens.shape[1], 16)]
 
-        self._new_replica = partial(
-            BackwardReplica, model, levels, self._decoded, example, chunk, batch, stream, inputs
-        )
+        self._new_replica = partial(BackwardReplica, model, levels, self._decoded, example, chunk, stream, inputs)
         self._replicas = self._side_by_side([self._new_replica])
 
     def measure(
@@ -100,10 +102,12 @@ class SensitivityPass:
         """Sensitivities at an assignment (None: the uncompressed model) on a minibatch of the pool.
 
         Labels are drawn by a generator of the minibatch's seed and the sequence's number, so that a larger minibatch
-        of the same seed begins with the same projections.
+        of the same seed begins with the same projections; one of text that the model writes need not. Each time that
+        memory runs out, the pass begins anew, at first without graphs that are kept, then with half as many sequences.
 
         Raises:
             InvalidSettingError: tokens not a whole number of sequences, or more than the pool; an unknown kind.
+            MemoryError: there is too little for a single sequence.
         """
         check_kind(kind, assignment, form)
         length = self._tokens.shape[1]
@@ -111,17 +115,31 @@ class SensitivityPass:
         text = self._written(minibatch) if minibatch.generated else self._tokens[list(sequences)]
         parted = self._parted(kind, form)
         asked = Asked(assignment, kind, form, minibatch.seed, parted)
+
+        def groups_measured() -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+            parts = (slice(i, i + self._group) for i in range(0, len(sequences), self._group))
+            return [self._measure(asked, text[part], sequences[part]) for part in parts]
+
         try:
-            groups = [
-                self._measure(asked, text[part], sequences[part])
-                for part in (slice(i, i + self._group) for i in range(0, len(sequences), self._group))
-            ]
+            groups = until_it_fits(groups_measured, self._give_up, self._tokens.device)
         finally:
             if self._tokens.device.type == "cpu":
                 give_back_freed_memory()  # graphs of every size leave the heap in pieces
         projections, squares = (np.concatenate(found).astype(np.float32) for found in zip(*groups, strict=True))
         charged = (READS + minibatch.generated) * minibatch.tokens
         return Sensitivities(kind, assignment, projections, length - 1, charged, form, squares if parted else None)
+
+    def _give_up(self) -> bool:
+        """Makes the pass need less memory; False: it is as small as it can be."""
+        if self._graph_bytes:
+            self._graph_bytes = 0
+        elif self._group > 1:
+            self._group //= 2
+            self._batch = min(self._batch, self._group)
+        else:
+            return False
+        _log.warning("out of memory in a backward pass: going on with %d sequences, and no graphs kept", self._group)
+        return True
 
     @staticmethod
     def _parted(kind: Kind, form: Form) -> bool:
@@ -147,9 +165,10 @@ class SensitivityPass:
         self._replicas += self._side_by_side([self._new_replica] * (len(parts) - len(self._replicas)))
         replicas = self._replicas[: len(parts)]
         try:
+            share = self._graph_bytes // len(parts)
             self._side_by_side(
                 [
-                    partial(replica.begin, asked, ids[part], sequences[part], self._graph_bytes // len(parts))
+                    partial(replica.begin, asked, ids[part], sequences[part], self._batch, share)
                     for replica, part in zip(replicas, parts, strict=True)
                 ]
             )

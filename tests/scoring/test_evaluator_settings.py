@@ -16,10 +16,12 @@ from torch import Tensor
 
 from evo_hpo.models.experts import unfuse_experts
 from evo_hpo.scoring import compiling, prepacking
+from evo_hpo.scoring import evaluator as evaluator_module
 from evo_hpo.scoring.compile_lock import COMPILE_LOCK
 from evo_hpo.scoring.evaluator import Evaluator
+from evo_hpo.scoring.head import Chunk
 from evo_hpo.scoring.replica import Replica
-from evo_hpo.scoring.tuning import fastest_dtype
+from evo_hpo.scoring.tuning import Tuned, fastest_dtype
 from evo_hpo.search.problem import Minibatch
 from tests.scoring.evaluators import LARGE, LENGTH, SMALL, Parts, losses_of, make_evaluator
 from tests.tiny import (
@@ -73,6 +75,17 @@ def test_measured_settings_are_kept_so_that_bits_stay(llama: Parts, tmp_path: Pa
     assert not second.report()["measured"]
     candidates = random_assignments(3, len(llama[1].units), 3)
     np.testing.assert_allclose(losses_of(second, candidates), losses_of(make_evaluator(llama), candidates), rtol=1e-6)
+
+
+def test_measured_threads_are_those_that_score(llama: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Tuned(batch_size=2, chunk=Chunk(8, 16), threads=2, rows=())
+    monkeypatch.setattr(evaluator_module, "measure_settings", lambda *_: found)
+    monkeypatch.setattr(evaluator_module, "cores", lambda: 3)
+    evaluator = make_evaluator(llama, measure=True, threads=None)
+    assert (len(evaluator.pool), len(evaluator.pool.replicas), evaluator.report()["threads"]) == (2, 2, 2)
+    assert (evaluator.report()["batch_size"], evaluator.chunk) == (2, Chunk(8, 16))
+    assert {replica.batch for replica in evaluator.pool.replicas} == {(2, LENGTH)}
+    assert make_evaluator(llama, measure=True, threads=1).report()["threads"] == 1
 
 
 def test_the_compute_dtype_is_one_that_this_machine_multiplies_fast(monkeypatch: pytest.MonkeyPatch) -> None:

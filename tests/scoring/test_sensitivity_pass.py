@@ -170,7 +170,7 @@ def test_logits_are_taken_in_chunks_that_suit_the_device(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_pass_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, llama: Parts, threads: int) -> None:
-    """Memory that runs out on the way back, when some sequences have been through a block and others have not."""
+    """It fails on the way back, when some sequences have been through a block and others have not."""
     pool = make_evaluator(llama, threads=threads).pool
     sensitivities = SensitivityPass(*llama, tiny_tokens(), pool=pool)
     expected = sensitivities.measure(None, MINIBATCH)
@@ -178,17 +178,41 @@ def test_a_pass_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
 
     def failing(*args: Any) -> None:
         if next(calls) == 2:
-            raise MemoryError
+            raise OSError
         through(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(BackwardReplica, "_through", failing)
-        with pytest.raises(MemoryError):
+        with pytest.raises(OSError):
             sensitivities.measure(None, MINIBATCH)
     assert not any(replica._runs for replica in sensitivities._replicas)
     found = sensitivities.measure(None, MINIBATCH)
     np.testing.assert_array_equal(found.projections, expected.projections)
     assert sensitivities.measure(None, Minibatch(5, 12)).projections.shape[0] == 1
+
+
+@pytest.mark.parametrize(("threads", "most"), [(1, 5), (1, 2), (2, 1)])
+def test_where_memory_runs_out_a_pass_takes_less_at_once(
+    monkeypatch: pytest.MonkeyPatch, llama: Parts, threads: int, most: int
+) -> None:
+    pool = make_evaluator(llama, threads=threads).pool
+    expected = SensitivityPass(*llama, tiny_tokens(), pool=pool).measure(None, MINIBATCH)
+    begin, seen = BackwardReplica.begin, []
+
+    def greedy(replica: BackwardReplica, *args: Any) -> None:
+        begin(replica, *args)
+        if replica.kept_from < replica.blocks or len(args[1]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        seen.append(len(args[1]))
+
+    monkeypatch.setattr(BackwardReplica, "begin", greedy)
+    found = SensitivityPass(*llama, tiny_tokens(), pool=pool).measure(None, MINIBATCH)
+    assert max(seen) <= most
+    np.testing.assert_array_equal(found.projections, expected.projections)
+    np.testing.assert_array_equal(found.squares, expected.squares)
+    most, too_much = 0, SensitivityPass(*llama, tiny_tokens(), pool=pool)
+    with pytest.raises(MemoryError):
+        too_much.measure(None, MINIBATCH)
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
 
 from benchmarks.problems.synthetic import additive, interacting, noisy
 from evo_hpo.errors import InvalidSettingError, UnknownNameError
-from evo_hpo.search.budget import Budget
+from evo_hpo.search.budget import Allowance, Budget
 from evo_hpo.search.conformance import SPACES, SearcherConformance, TokenProblem
 from evo_hpo.search.loop import SearchResult, search
 from evo_hpo.search.problem import Problem
 from evo_hpo.search.searcher import Searcher
+from evo_hpo.search.trial import Batch
 from evo_hpo.space.compression_space import CompressionSpace
 from evo_hpo.space.ranges import marks, spanning
 from searchers import make_searcher
@@ -170,6 +171,35 @@ def test_the_searches_of_a_union_get_equal_shares(kind: str) -> None:
     spent = searcher._spent
     assert sum(spent) == amount
     assert max(spent) - min(spent) <= {"tokens": 64, "evaluations": 1}[kind] * 8
+
+
+def test_a_search_of_a_union_is_told_of_its_share_only() -> None:
+    searcher, told = made("union:random", RANGED), dict[int, list[tuple[int | None, int]]]()
+    assert isinstance(searcher, Interleaved)
+
+    def noted(number: int, ask: Callable[[Allowance], Batch | None]) -> Callable[[Allowance], Batch | None]:
+        def own(allowance: Allowance) -> Batch | None:
+            told.setdefault(number, []).append((allowance.evaluations, searcher._spent[number]))
+            return ask(allowance)
+
+        return own
+
+    for number, each in enumerate(searcher.inner):
+        each.ask = noted(number, each.ask)  # type: ignore[method-assign]
+    search(searcher, TokenProblem(RANGED), budget=Budget(evaluations=100))
+    assert sorted(told) == [0, 1, 2, 3, 4]
+    assert all(left == 20 - spent for own in told.values() for left, spent in own)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "evaluations"])
+def test_the_searches_of_a_union_are_charged_for_their_passes(kind: str) -> None:
+    searcher = made("union:curvature_region", RANGED, slopes=False)
+    amount = {"tokens": 64 * 100, "evaluations": 400}[kind]
+    result = search(searcher, TokenProblem(RANGED), budget=Budget(**{kind: amount}))
+    assert isinstance(searcher, Interleaved)
+    assert len(result.probes) == 5
+    assert result.ledger is not None
+    assert sum(searcher._spent) == {"tokens": result.ledger.tokens, "evaluations": result.ledger.evaluations}[kind]
 
 
 class Uneven(Interleaved):

@@ -262,6 +262,16 @@ def test_a_noisy_study_goes_on_from_the_last_generation_that_has_a_result() -> N
         assert best in [params for _, params in generations[number]]
 
 
+def test_long_axes_move_by_few_steps_and_by_many() -> None:
+    for size, most in ((32, 1), (1025, 256)):
+        breeder = Breeder([size], None, [], max_switches=1, cross_group=0.0)
+        stream, middle = Uniforms(np.random.default_rng(0), block=256), size // 2
+        moves = [abs(breeder.child((middle,), stream, lambda _: False)[0] - middle) for _ in range(500)]
+        assert min(moves) == 1
+        assert most // 2 < max(moves) <= most
+        assert sum(move <= most**0.5 for move in moves) >= 200  # log-uniform
+
+
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InvalidSettingError, match="groups names typo"):
         sampler(groups={"typo": "a"})

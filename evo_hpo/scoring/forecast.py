@@ -61,7 +61,7 @@ def forecast(task: LanguageModelTask) -> Forecast:
         task.levels or (1.0,),
         method=task.method,
         memory=task.memory,
-        group_size=int(build.get("group_size", GridSettings.group_size)) or shape.hidden,  # 0: a row
+        group_size=int(build.get("group_size", GridSettings.group_size) or 0) or shape.hidden,  # 0: a row
         number=matrix_dtype(dtype).itemsize,
         state_number=model_dtype(dtype).itemsize,
         sequence_length=task.sequence_length,

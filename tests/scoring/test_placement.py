@@ -222,7 +222,7 @@ def test_placements_that_mean_nothing_are_refused() -> None:
         Placement("cpu", (), "remote")
     for wrong in ({"device": "gpu"}, {"device": "cuda:x"}, {"devices": ("cuda:0", "gpu")}):
         with pytest.raises(InvalidSettingError, match="device '(gpu|cuda:x)' is none that torch knows"):
-            LanguageModelTask(model="any", **wrong)  # type: ignore[arg-type]
+            LanguageModelTask(model="any", **wrong)
     with pytest.raises(InvalidSettingError, match="devices=.* spread a model that stays there"):
         Placement("cpu", ("cpu", "cpu"), "streamed")
     with pytest.raises(InvalidSettingError, match="give one of them"):

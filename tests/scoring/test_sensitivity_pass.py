@@ -105,6 +105,8 @@ def test_no_more_graphs_are_kept_where_the_first_block_says_little_of_the_others
         num_key_value_heads=2,
     )
     model, other = (random_model(config, spread=0.25) for _ in range(2))
+    pairs: list[tuple[nn.Module, Levels]]
+    levels: Levels
     if first == "smaller":
         layers: Any = other.get_submodule("model.layers.0.mlp")
         for layer in (layers.gate_proj, layers.up_proj):

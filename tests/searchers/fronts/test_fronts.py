@@ -185,7 +185,7 @@ def test_a_search_of_a_union_is_told_of_its_share_only() -> None:
         return own
 
     for number, each in enumerate(searcher.inner):
-        each.ask = noted(number, each.ask)  # type: ignore[method-assign]
+        each.ask = noted(number, each.ask)  # type: ignore[method-assign, assignment]
     search(searcher, TokenProblem(RANGED), budget=Budget(evaluations=100))
     assert sorted(told) == [0, 1, 2, 3, 4]
     assert all(left == 20 - spent for own in told.values() for left, spent in own)

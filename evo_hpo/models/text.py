@@ -207,7 +207,7 @@ def token_stream(spec: str, tokenizer: Any, split: Split, limit: int | None = No
     documents = read_documents(spec, split, None if limit is None else 8 * limit)
     key = digest([tokenizer_identity(tokenizer), split, *documents])
     path = cache_folder() / "tokens" / f"{key}.npy"
-    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # not there, or damaged
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError, EOFError):  # not there, or damaged
         return np.asarray(np.load(path, mmap_mode="r"))
     stream = _tokenize(documents, tokenizer)
     made_folder(path.parent)

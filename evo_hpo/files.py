@@ -54,7 +54,7 @@ def write_whole(path: Path, data: str | bytes) -> Path:
 def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Holds an exclusive lock on a file between processes; gives False when it is taken and ``wait`` is false."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # less the umask: others may go on
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -70,7 +70,7 @@ def pick(
         raise PlanError(f"{path} must end in .json: it is a profile")
     if output is not None and path.exists():
         raise PlanError(f"{path} exists already: name another")
-    if path.exists() and (other := json.loads(path.read_text(encoding="utf-8")).get("search")) != planned.id:
+    if path.exists() and (other := _search_of(path)) != planned.id:
         raise PlanError(f"{path} is of {other}: name another file for what is of {planned.id}")
     made_folder(path.parent)
     write_whole(path, json.dumps(profile, indent=1))
@@ -82,6 +82,14 @@ def pick(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _search_of(path: Path) -> str:
+    """Which search a profile says that it is of."""
+    try:
+        return str(json.loads(path.read_bytes())["search"])
+    except (ValueError, KeyError, TypeError):
+        return "no search that can be read"
 
 
 def _front(found: Comparison, searcher: str | None, problem: str | None) -> tuple[PlannedSearch, SearchRecord]:

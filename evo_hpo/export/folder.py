@@ -165,7 +165,8 @@ def read_profile(
     _refuse_others(profile, data, identity)
     levels = task.open_levels(loaded.identity, where="cpu")  # wherever they were searched
     _refuse_others(profile, data, {"store": levels.fingerprint})
-    return data, loaded, levels, task.space(levels).from_labels(data["units"])
+    every = levels.space(budget=10**15)  # budgets are of searches, and the tables that they need may be gone
+    return data, loaded, levels, every.from_labels(data["units"])
 
 
 def _refuse_others(profile: Path, data: Mapping[str, Any], found: Mapping[str, str]) -> None:

@@ -171,8 +171,8 @@ def _write_tokenizer(writer: GGUFWriter, config: Any, tokenizer: Any) -> None:
         if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             add(number)
     ids_of_text = tokenizer("x")["input_ids"]  # what a tokenizer says of itself need not be what it does
-    writer.add_add_bos_token(ids_of_text[0] == getattr(tokenizer, "bos_token_id", None))
-    writer.add_add_eos_token(ids_of_text[-1] == getattr(tokenizer, "eos_token_id", None))
+    writer.add_add_bos_token(ids_of_text[:1] == [getattr(tokenizer, "bos_token_id", None)])
+    writer.add_add_eos_token(ids_of_text[-1:] == [getattr(tokenizer, "eos_token_id", None)])
     if templates := getattr(tokenizer, "chat_template", None):
         several = isinstance(templates, Mapping)
         named = [{"name": name, "template": text} for name, text in templates.items()] if several else templates
@@ -214,7 +214,7 @@ def _splitting(rules: Mapping[str, Any]) -> str:
         ModelError: it has none that is known here.
     """
     before = rules.get("pre_tokenizer") or {}
-    steps = before.get("pretokenizers", [before])
+    steps = before.get("pretokenizers") or [before]
     kinds = [step.get("type") for step in steps]
     whole = kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space")
     if whole and kinds == ["ByteLevel"] and steps[-1].get("use_regex"):

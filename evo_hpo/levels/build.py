@@ -204,7 +204,12 @@ def default_folder(
             decides |= {"tokenizer": tokenizer_identity(load_tokenizer(model))}
     identity = folder_identity(resolve_folder(model))
     name = re.sub(r"[^\w.=-]", "-", "-".join([Path(model).name, method, *labels]), flags=re.ASCII)[:100]
-    return cache_folder() / "stores" / f"{name}-{digest([json.dumps([identity, method, decides], sort_keys=True)])}"
+
+    def called(decides: dict[str, Any]) -> Path:
+        return cache_folder() / "stores" / f"{name}-{digest([json.dumps([identity, method, decides], sort_keys=True)])}"
+
+    earlier = called(decides | {"sparsities": [str(v) for v in levels or ()]})  # named after sparsities as given
+    return earlier if "sparsities" in decides and earlier.is_dir() else called(decides)
 
 
 def summary(store: LevelStore) -> list[tuple[str, str, str, str, str]]:

@@ -120,10 +120,11 @@ class LevelSet:
             bundles.setdefault(bundled(name, chosen), []).append(list(levels))
         rows = []
         for name, members in bundles.items():
-            labels = [[level[0].level.label for level in levels] for levels in members]
-            if any(other != labels[0] for other in labels):
-                raise StoreError(f"units tied in {name!r} have different levels: build them with the same levels")
-            rows.append((name, [[choice for m in members for choice in m[i]] for i in range(len(labels[0]))]))
+            named = [{level[0].level.label: level for level in levels} for levels in members]
+            shared = [label for label in named[0] if all(label in levels for levels in named)]
+            if not shared:
+                raise StoreError(f"units tied in {name!r} share no level: build them with the same levels")
+            rows.append((name, [[choice for levels in named for choice in levels[label]] for label in shared]))
         return LevelSet(rows, self.resource)
 
     def with_dropped(self) -> LevelSet:
@@ -132,7 +133,7 @@ class LevelSet:
         Embedding and head, which are in no block, have none.
         """
         rows = [
-            (name, levels if unit.block is None else [_dropped(levels[0]), *levels])
+            (name, levels if unit.block is None else [_dropped(levels), *levels])
             for unit, (name, levels) in zip(self.units, self._rows, strict=True)
         ]
         return LevelSet(rows, self.resource)
@@ -268,9 +269,12 @@ class _Dropped:
         return None
 
 
-def _dropped(choices: Sequence[Choice]) -> list[Choice]:
+def _dropped(levels: Sequence[Sequence[Choice]]) -> list[Choice]:
+    """Beside these levels of one unit; its record is of a store with ggml types where there is one: they have zeros."""
     level = LevelRecord("dropped", 0, 0, 0, 0, 1.0, {"kind": "dropped"})
-    return [Choice(_Dropped(choice.unit.members), choice.unit, level) for choice in choices]
+    records = {choice.unit.name: choice.unit for choice in levels[0]}
+    records |= {c.unit.name: c.unit for row in levels for c in row if c.level.settings.get("kind") == "ggml"}
+    return [Choice(_Dropped(unit.members), unit, level) for unit in records.values()]
 
 
 def _unit(name: str, levels: Sequence[Sequence[Choice]], resource: str) -> Unit:

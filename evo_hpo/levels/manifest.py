@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from evo_hpo.errors import StoreError
 from evo_hpo.files import write_whole
+from evo_hpo.levels.masks import parse_sparsities
 from evo_hpo.models.identity import differences
 
 FORMAT = 1
@@ -94,8 +96,16 @@ class Recipe:
         for key in dict.fromkeys([*self.calibration, *wanted.calibration]):
             if key not in skipped and self.calibration.get(key) != wanted.calibration.get(key):
                 words.append(named.get(key, f"calibration {key}"))
-        fields = ("method", "settings", "units", "resource", "format")
+        words += ["settings"] * (_alike(self.settings) != _alike(wanted.settings))
+        fields = ("method", "units", "resource", "format")
         return ", ".join(filter(None, [*words, *(k for k in fields if getattr(self, k) != getattr(wanted, k))]))
+
+
+def _alike(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with sparsities in one order and spelling: earlier versions recorded them as they were given."""
+    if "sparsities" not in settings:
+        return dict(settings)
+    return {**settings, "sparsities": sorted(level.label for level in parse_sparsities(settings["sparsities"]))}
 
 
 @dataclass(frozen=True)

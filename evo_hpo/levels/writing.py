@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from evo_hpo.models.paths import made_folder
 
 _log = logging.getLogger("evo_hpo")
 
+LEFT = 3600.0
+"""Seconds after which nobody is still at a file that is half written."""
+
 
 class StoreWriter:
     """The store under construction in `folder`; a context, in which no other process builds it.
@@ -40,21 +44,23 @@ class StoreWriter:
         self.plan = plan
         self._begun = folder / "build.json"
         self._log = folder / "built.jsonl"  # what was written: unit, bytes, CRC-32
-        self._contents: dict[str, tuple[int, int]] | None = None  # the same; None: not known, of earlier versions
+        self._contents: dict[str, tuple[int, int]] = {}  # the same, with what a manifest says
         self._records: dict[str, UnitRecord] = {}
         self._lock = contextlib.ExitStack()
         self._check()
 
     def __enter__(self) -> Self:
         made_folder(self.folder / "units")
-        self._alone()
-        self._check()
-        if not self._begun.is_file():
-            write_whole(self._begun, json.dumps(self.plan.to_json(), indent=1))
-            self._log.touch()
-        for left in (self.folder / "units").glob(f".*{GROWING}"):  # by a process that was killed
-            left.unlink()
-        self._contents = self._known()
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._lock.close)
+            self._alone()
+            self._check()
+            if not self._begun.is_file():
+                write_whole(self._begun, json.dumps(self.plan.to_json(), indent=1))
+            self._begin_log()
+            self._sweep()
+            self._contents = self._known()
+            failed.pop_all()
         return self
 
     def __exit__(
@@ -71,9 +77,29 @@ class StoreWriter:
 
     def _alone(self) -> None:
         path = self.folder / "build.lock"
-        if not self._lock.enter_context(file_lock(path, wait=False)):
-            _log.warning("another process builds %s: waiting for it", self.folder)
-            self._lock.enter_context(file_lock(path))
+        try:
+            if not self._lock.enter_context(file_lock(path, wait=False)):
+                _log.warning("another process builds %s: waiting for it", self.folder)
+                self._lock.enter_context(file_lock(path))
+        except OSError as error:
+            raise StoreError(
+                f"{str(path)!r} cannot be written ({error.strerror}): let the folder's owner go on with the build, or"
+                " use another folder"
+            ) from error
+
+    def _begin_log(self) -> None:
+        """A build that an earlier version began has none: what is there, and can be read, is taken for written."""
+        if self._log.is_file() or (self.folder / "manifest.json").is_file():
+            return
+        there = (self._read(path.stem) for path in sorted((self.folder / "units").glob("*.safetensors")))
+        write_whole(self._log, "".join(_line(record) for record in there if record is not None))
+
+    def _sweep(self) -> None:
+        """Removes what killed processes left half written, long ago: not every file system keeps others out."""
+        for left in (self.folder / "units").glob(f".*{GROWING}"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > LEFT:
+                    left.unlink()
 
     def _check(self) -> None:
         """Raises StoreError where the folder holds something else than this store or a part of it."""
@@ -98,10 +124,8 @@ class StoreWriter:
                 f"{str(self.folder)!r} holds a store with other {different}: use another folder or delete it"
             )
 
-    def _known(self) -> dict[str, tuple[int, int]] | None:
+    def _known(self) -> dict[str, tuple[int, int]]:
         """Unit -> bytes and CRC-32 of its file, by the manifest and by the log of a build."""
-        if not self._log.is_file() and not (self.folder / "manifest.json").is_file():
-            return None
         found = {}
         if (self.folder / "manifest.json").is_file():
             found = {record.name: (record.bytes, record.crc32) for record in Manifest.read(self.folder).units}
@@ -120,10 +144,10 @@ class StoreWriter:
         return name in self._records
 
     def _is_as_written(self, record: UnitRecord) -> bool:
-        if self._contents is None:
-            self._note(record)
-            return True
-        return self._contents.get(record.name) == (record.bytes, record.crc32)
+        content = (record.bytes, record.crc32)
+        if self._contents.get(record.name) != content:
+            self._contents = self._known()  # another process may have written it, where nobody is kept out
+        return self._contents.get(record.name) == content
 
     def write(self, name: str, shape: tuple[int, ...], transposed: bool, levels: Sequence[CompressedLevel]) -> None:
         """Write all levels of one linear layer; shape is outputs x inputs."""
@@ -177,7 +201,7 @@ class StoreWriter:
 
     def _note(self, record: UnitRecord) -> None:
         with self._log.open("a") as log:  # one short write, whole beside those of other threads
-            log.write(json.dumps([record.name, record.bytes, record.crc32]) + "\n")
+            log.write(_line(record))
 
     def _read(self, name: str) -> UnitRecord | None:
         try:
@@ -185,6 +209,11 @@ class StoreWriter:
                 return self._complete(UnitRecord.from_json(json.loads(file.metadata()["record"])))
         except (SafetensorError, KeyError, TypeError, ValueError):
             return None
+
+
+def _line(record: UnitRecord) -> str:
+    """Of the log."""
+    return json.dumps([record.name, record.bytes, record.crc32]) + "\n"
 
 
 def _settings(level: CompressedLevel) -> dict[str, object]:

@@ -11,7 +11,11 @@ from evo_hpo.report.style import COLOURS, INK, MARKERS, clean, figure, literal
 
 
 def size_figure(results: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Figure:
-    """The rows of an evaluation (as :meth:`Evaluation.to_json` gives them), bytes to the right, perplexity up."""
+    """The rows of an evaluation (as :meth:`Evaluation.to_json` gives them), bytes to the right, perplexity up.
+
+    A model whose bytes are not known (0) is in the table alone.
+    """
+    results = [row for row in results if row["bytes"]]
     drawn, found = figure(1.2 + 4.6 * len(texts), 3.8, ncols=len(texts), squeeze=False)
     for axes, text in zip(found[0], texts, strict=True):
         levels = [row["texts"][text]["perplexity"] for row in results]
@@ -28,11 +32,12 @@ def size_figure(results: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> F
                 label=literal(row["name"]),
             )
         means = [level["mean"] for level in levels]
-        if max(means) > 5 * min(means):
+        if means and max(means) > 5 * min(means):
             axes.set_yscale("log")
         axes.set_xlabel("file, MB")
         axes.set_ylabel("perplexity, 95 % interval")
         axes.set_title(literal(str(text)))
         clean(axes)
-    found[0][-1].legend(frameon=False, fontsize=9)
+    if results:
+        found[0][-1].legend(frameon=False, fontsize=9)
     return drawn

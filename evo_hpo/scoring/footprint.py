@@ -137,9 +137,12 @@ def _windows(text: Any, blocks: int) -> tuple[int, list[bool]]:
     window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or 0
     usual = "sliding_attention" if window and getattr(text, "use_sliding_window", True) else "full_attention"
     kinds = getattr(text, "layer_types", None) or [usual] * blocks
-    known = ("full_attention", "sliding_attention", "chunked_attention")
-    kinds = [kind for kind in kinds if kind in known or "attention" not in kind]
-    return window, [bool(window) and kind in known[1:] for kind in kinds]
+    kinds = [kind for kind in kinds if kind not in _NO_ATTENTION]
+    return window, [bool(window) and kind.startswith(("sliding", "chunked")) for kind in kinds]
+
+
+_NO_ATTENTION = ("linear_attention", "mamba", "recurrent", "conv", "moe", "mlp")
+"""Blocks, as configurations call them, that keep no keys and values."""
 
 
 @dataclass(frozen=True)

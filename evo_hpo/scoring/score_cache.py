@@ -33,15 +33,26 @@ def check_cache(path: Path) -> None:
     Raises:
         InvalidSettingError: this is no file that losses can be kept in.
     """
-    there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if there == path:
-        try:
-            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
-                connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.Error as error:
-            raise InvalidSettingError(f"cache={str(path)!r} cannot be used ({error}): name another file") from error
-    elif not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+    try:
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+        if there == path:
+            _read(path)
+    except (OSError, sqlite3.Error) as error:
+        raise InvalidSettingError(f"cache={str(path)!r} cannot be used ({error}): name another file") from error
+    if there != path and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise InvalidSettingError(f"cache={str(path)!r} cannot be used ({there} takes no files): name another file")
+
+
+def _read(path: Path) -> None:
+    """Raises sqlite3.Error where it is no database."""
+    for way in ("mode=ro&immutable=1", "mode=ro"):  # the first makes no file, but may meet one that is being written
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{way}", uri=True)) as connection:
+            try:
+                connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                return
+            except sqlite3.Error:
+                if way == "mode=ro":
+                    raise
 
 
 class ScoreCache:

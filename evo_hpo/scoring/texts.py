@@ -57,7 +57,8 @@ class Texts:
     def _read(
         self, spec: Spec, split: Split, tokens: int, tokenizer: Any, model: torch.nn.Module | None
     ) -> torch.Tensor:
-        read = {**shares_of(self.calibration), **shares_of(self.built_on)}
+        built_on = [self.built_on] if isinstance(self.built_on, str) else self.built_on  # of several stores: no mix
+        read = dict.fromkeys([*shares_of(self.calibration), *built_on])
         return load_tokens(
             spec,
             tokenizer,

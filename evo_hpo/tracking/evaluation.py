@@ -38,7 +38,8 @@ def upload_evaluation(folder: Path, uri: str, evaluation: Mapping[str, Any], fil
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    found = {"bytes": float(row["bytes"]), "bits_a_weight": 8 * row["bytes"] / row["weights"]}
+    size = row["bytes"]
+    found = {"bytes": float(size), "bits_a_weight": 8 * size / row["weights"]} if size else {}
     for text, figures in row["texts"].items():
         for what, estimate in figures.items():
             for end, value in (estimate or {}).items():

@@ -25,7 +25,7 @@ from typing import Any
 from evo_hpo.errors import EvoHpoError, JournalError, RefusedError, TrackingError
 from evo_hpo.files import file_lock
 from evo_hpo.record.comparison import Comparison
-from evo_hpo.record.records import JournalTail, check_header, journal_paths
+from evo_hpo.record.records import JournalTail, SearchRecord, check_header, journal_paths
 from evo_hpo.tracking.location import refuse_no_store
 from evo_hpo.tracking.tracker import SearchTracker, Tracker
 
@@ -46,6 +46,7 @@ class JournalReplay:
 
     def __init__(self, path: Path) -> None:
         self.tail = JournalTail(path)
+        self._record: SearchRecord | None = None
         self.waiting: list[dict[str, Any]] = []
         self.tracker: SearchTracker | None = None
         self.ended = False
@@ -72,8 +73,26 @@ class JournalReplay:
             self.damage, self._changed = JournalError(f"{self.tail.path}: cannot be read ({error.strerror})"), 0
             return
         self.damage = None
-        self.waiting += new
+        for line in new:
+            try:
+                self._understand(line)
+            except JournalError as error:
+                self.refusal = error
+                return
+            self.waiting.append(line)
         self.ended = bool(new) and new[-1]["kind"] == "end"
+
+    def _understand(self, line: dict[str, Any]) -> None:
+        """Raises JournalError for a line that lacks something, or a first one of another format."""
+        try:
+            if self._record is None:
+                self._record = SearchRecord(self.tail.path, check_header(self.tail.path, [line]))
+            else:
+                self._record.add(line)
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            if isinstance(error, JournalError):
+                raise
+            raise JournalError(f"{self.tail.path}: a line cannot be read ({error!r}): restore the file") from error
 
     def step(self, tracker: Tracker) -> int:
         """Writes the next chunk and returns how many of its lines were new to the store.
@@ -87,9 +106,6 @@ class JournalReplay:
             return self._step(tracker)
         except (JournalError, RefusedError) as error:
             self.refusal = error
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-            self.refusal = JournalError(f"{self.tail.path}: a line cannot be read ({error!r}): restore the file")
-            self.refusal.__cause__ = error
         return 0
 
     def _step(self, tracker: Tracker) -> int:

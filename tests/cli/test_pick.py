@@ -87,6 +87,9 @@ def test_a_profile_that_is_there_is_not_written_over(folder: Path, tmp_path: Pat
     assert run("pick", folder, kept / "below.json", "--average", "3") == 2
     assert run("pick", folder, "--average", "7/2") == 0
     assert (folder / "profiles" / "picked-72.json").is_file()
+    (folder / "profiles" / "picked-72.json").write_text("{")
+    assert run("pick", folder, "--average", "7/2") == 2
+    assert (folder / "profiles" / "picked-72.json").read_text() == "{"
 
 
 def test_a_comparison_at_one_budget_has_nothing_to_pick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import transformers
 
 from evo_hpo.cli.commands import main
 from evo_hpo.export.evaluation import evaluate
+from evo_hpo.export.folder import read_profile
 from evo_hpo.export.gguf_file import write_gguf
 from evo_hpo.export.gguf_size import size_in_file
 from evo_hpo.export.latency import layers_of, references
@@ -148,3 +149,12 @@ def test_evaluation_knows_every_model_before_it_measures_one_and_keeps_what_it_m
         "ggml",
     ]
     assert "cannot load" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_profile_needs_no_latency_table_to_be_read(tmp_path: Path) -> None:
+    profile, _ = profile_of(tmp_path)
+    (assignment,) = {tuple(read_profile(profile, None)[3])}
+    data = json.loads(profile.read_text())
+    data["problem"]["settings"] |= {"latency": "1 ns", "latency_table": "gone.json"}
+    profile.write_text(json.dumps(data))
+    assert read_profile(profile, None)[3] == assignment

@@ -16,6 +16,7 @@ from evo_hpo.errors import ModelError
 from evo_hpo.export.evaluation import evaluate
 from evo_hpo.export.gguf_check import PROBE, difference
 from evo_hpo.export.gguf_file import write_gguf
+from evo_hpo.export.gguf_header import _splitting
 from evo_hpo.export.llama_cpp import LlamaCpp
 from evo_hpo.models.loading import LoadedModel, load_model
 from tests.export.gguf_models import (
@@ -138,6 +139,8 @@ def written(tokenizer: Any, path: Path, **choices: Any) -> LoadedModel:
 def test_an_unknown_way_of_cutting_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cuts text \(Split and ByteLevel\) is not known: convert the model"):
         written(byte_level_tokenizer("of its own"), tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=r"cuts text \(Sequence\) is not known"):
+        _splitting({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}})
 
 
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "GemmaTokenizer", "begins", "begins and ends", "neither"])

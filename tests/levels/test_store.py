@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from evo_hpo.errors import InvalidSettingError, StoreError
 from evo_hpo.levels import joined, open_store
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.drop import build_drop_store
+from evo_hpo.levels.level_set import Choice, LevelSet
+from evo_hpo.levels.manifest import LevelRecord, UnitRecord
 from evo_hpo.levels.pruners import Magnitude
 from evo_hpo.levels.quantizers import RTN
 from evo_hpo.levels.store import LevelStore
 from evo_hpo.models.loading import LoadedModel
+from evo_hpo.scoring.expected_levels import Unbuilt
 from tests.tiny import tiny_model
 
 
@@ -263,3 +267,34 @@ def test_weights_that_two_units_hold_are_not_counted_twice(folder: Path, tmp_pat
     assert len(joined([rtn.tied(), magnitude.tied()]).units) == 4 * 3
     halves = [rtn.select(include=part) for part in ("attn", "mlp")]
     assert len(joined(halves).units) == len(rtn.units)
+
+
+def test_units_of_unequal_size_are_tied_over_the_steps_that_all_of_them_have(tmp_path: Path) -> None:
+    loaded = LoadedModel.from_model(tiny_model("llama"))
+    build_store(loaded, tmp_path, Magnitude([0.7], step=100, steps=4))
+    store = open_store(tmp_path)
+    labels = {unit.name.rsplit(".", 1)[1]: unit.levels for unit in store.units[:3]}
+    assert len(labels["k_proj"]) < len(labels["q_proj"])
+    tied = store.levels.tied()
+    assert tied.units[0].levels == labels["k_proj"]
+    for level, label in enumerate(tied.units[0].levels):
+        for name, weight in tied.weights(0, level).items():
+            number = next(i for i, unit in enumerate(store.units) if unit.name == name)
+            alone = store.weights(number, store.units[number].levels.index(label))[name]
+            assert torch.equal(weight, alone)  # type: ignore[arg-type]
+    apart = LevelSet([(n, rows[: 1 if "q_proj" in n else 99]) for n, rows in store.levels.rows()], "weights")
+    with pytest.raises(StoreError, match="qkv_proj.* share no level"):
+        apart.select(include="q_proj|v_proj").tied()
+
+
+def test_a_dropped_layer_is_zeros_of_ggml_where_any_of_its_levels_is_of_a_ggml_type() -> None:
+    def levels(kind: str, **settings: Any) -> LevelSet:
+        level = LevelRecord(
+            kind, 16 * 64, 64, 1, {"ggml": 40_000, "sparse": 900}[kind], 0.1, {"kind": kind, **settings}
+        )
+        unit = UnitRecord("layers.0.up_proj", ("layers.0.up_proj",), (256, 256), 65_536, False, (level,))
+        return LevelSet([(unit.name, [[Choice(Unbuilt(), unit, level)]])], "bits")
+
+    both = joined([levels("sparse"), levels("ggml", type="Q4_0")]).with_dropped().counted_in("bytes")
+    dropped = both.units[0].levels.index("dropped")
+    assert both.units[0].costs[dropped] == 256 * 256 // 32 * 18

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,12 +19,16 @@ from evo_hpo.errors import StoreError
 from evo_hpo.files import file_lock
 from evo_hpo.levels.blockwise import build_store
 from evo_hpo.levels.drop import build_drop_store
-from evo_hpo.levels.manifest import checksum
+from evo_hpo.levels.manifest import Recipe, checksum
 from evo_hpo.levels.pruners import Magnitude
 from evo_hpo.levels.quantizers import RTN
 from evo_hpo.levels.store import open_store
+from evo_hpo.levels.writing import StoreWriter
 from evo_hpo.models.loading import LoadedModel
 from tests.tiny import tiny_model
+
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 FLOAT32, BFLOAT16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
 
@@ -177,13 +182,71 @@ def test_while_a_lost_file_is_written_other_damage_is_mended_too(tmp_path: Path)
 
 def test_a_build_that_an_earlier_version_began_goes_on(tmp_path: Path) -> None:
     folder = begun(tmp_path / "s", 10)
-    (folder / "built.jsonl").unlink()
     kept = times(folder)
-    killed = begun(folder, 15)
-    assert kept.items() <= times(killed).items()
-    kept = times(killed)
+    (folder / "built.jsonl").unlink()
+    with StoreWriter(folder, Recipe.from_json(json.loads((folder / "build.json").read_text()))):
+        pass  # killed before it asked for any
     made(folder)
     assert kept.items() <= times(folder).items()
+
+
+def test_a_build_that_fails_at_its_begin_lets_go_of_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("evo_hpo.levels.writing.write_whole", full)
+    with pytest.raises(OSError, match="No space") as kept:
+        made(tmp_path / "s")
+    assert kept.tb is not None  # as a notebook keeps it
+    with file_lock(tmp_path / "s" / "build.lock", wait=False) as free:
+        assert free
+
+
+def test_two_builds_where_a_file_system_has_no_locks_do_each_other_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    folder = tmp_path / "s"
+    half = threading.Event()
+    other = threading.Thread(target=made, args=(folder,))
+
+    def first(done: int, total: int, what: str) -> None:
+        if done == 3:
+            other.start()
+            half.wait(0.05)
+
+    made(folder, progress=first)
+    other.join()
+    assert contents(folder) == contents(made(tmp_path / "alone"))
+    assert len(open_store(folder).units) == 21
+
+
+def test_a_lock_that_may_not_be_opened_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = begun(tmp_path / "s", 3)
+    assert (folder / "build.lock").stat().st_mode & 0o777 == 0o666 & ~UMASK
+
+    def refused(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("evo_hpo.files.os.open", refused)
+    with pytest.raises(StoreError, match=r"build.lock.*Permission denied.*another folder"):
+        made(folder)
+
+
+def test_sparsities_that_were_recorded_as_they_were_given_are_the_same_store(tmp_path: Path) -> None:
+    folder = made(tmp_path / "s", Magnitude([0.3, 0.5, 0.7]))
+    for name in ("build.json", "manifest.json"):
+        data = json.loads((folder / name).read_text())
+        data.get("plan", data)["settings"]["sparsities"] = ["0.70", ".5", "0.3"]
+        (folder / name).write_text(json.dumps(data))
+    kept = times(folder)
+    made(folder, Magnitude([0.7, 0.5, 0.3]))
+    assert times(folder) == kept
+    with pytest.raises(StoreError, match="other settings"):
+        made(folder, Magnitude([0.7, 0.5]))
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
@@ -203,8 +266,12 @@ made(Path(sys.argv[1]))
 """
     folder = tmp_path / "s"
     assert subprocess.run([sys.executable, "-c", script, str(folder)], check=False).returncode == -9
-    assert [path for path in (folder / "units").iterdir() if path.name.startswith(".")]
+    (left,) = (path for path in (folder / "units").iterdir() if path.name.startswith("."))
+    other = folder / "units" / ".0123abcd.growing"  # of a process that is still at it, where there are no locks
+    other.touch()
+    os.utime(left, (0, 0))
     made(folder)
+    other.unlink()
     assert contents(folder) == contents(made(tmp_path / "alone"))
 
 

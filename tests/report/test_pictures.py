@@ -214,3 +214,10 @@ def test_levels_that_all_units_have_keep_their_even_steps_and_equals_share_an_en
     assert level_values(same) == ([[0, 0.5, 1]] * 3, False)
     units = [Unit("a", (0, 2), levels=("dropped", "Q2_K")), Unit("b", (0, 2), levels=("dropped", "2:4"))]
     assert list(entries(profile_figure(CompressionSpace(units, 4), (1, 1)))) == ["dropped", "Q2_K / 2:4"]
+
+
+def test_a_model_whose_size_is_not_known_is_in_no_picture_of_sizes() -> None:
+    figures = {"docs": {"perplexity": {"mean": 12.0, "low": None, "high": None}}}
+    rows = [{"name": name, "bytes": size, "texts": figures} for name, size in (("a", 0), ("b", 60e6))]
+    assert size_figure(rows, ["docs"]).axes[0].get_legend_handles_labels()[1] == ["b"]
+    assert size_figure(rows[:1], ["docs"]).axes[0].get_legend_handles_labels()[1] == []

@@ -136,3 +136,12 @@ def test_a_cache_is_looked_at_without_a_trace(tmp_path: Path) -> None:
     ScoreCache(file, "context").close()
     check_cache(file)
     assert [each.name for each in file.parent.iterdir()] == ["losses.db"]
+
+
+def test_a_cache_behind_a_closed_door_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", closed)
+    with pytest.raises(InvalidSettingError, match="cache=.* cannot be used .*Permission denied"):
+        check_cache(tmp_path / "losses.db")

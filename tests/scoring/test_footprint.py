@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from evo_hpo.cli.commands import app
 from evo_hpo.errors import InvalidSettingError, UnknownNameError
 from evo_hpo.levels.build import build
 from evo_hpo.levels.store import LevelStore
-from evo_hpo.scoring.footprint import TYPICAL, ModelShape, configuration, footprint
+from evo_hpo.scoring.footprint import TYPICAL, ModelShape, _windows, configuration, footprint
 from tests.scoring.test_task import model_folder
 from tests.tiny import random_model
 
@@ -242,3 +243,9 @@ def test_a_latent_vector_is_cached_once_and_shared_heads_once() -> None:
     grouped = FalconConfig(**small | {"hidden_size": 16 * 64, "num_attention_heads": 16}, num_kv_heads=8)
     grouped.new_decoder_architecture = True
     assert ModelShape.of(grouped).cached(1) == 2 * 2 * 8 * 64
+
+
+def test_blocks_keep_keys_and_values_unless_they_are_known_to_have_no_attention() -> None:
+    kinds = ["indexed_attention", "conv", "sliding_attention", "linear_attention", "mlp", "moe", "full_attention"]
+    text = SimpleNamespace(layer_types=kinds, sliding_window=4)
+    assert _windows(text, len(kinds)) == (4, [False, True, False])

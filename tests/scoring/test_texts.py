@@ -162,3 +162,15 @@ def test_the_papers_protocol_runs_on_files_of_the_users(
         assert record.header["fingerprint"]["identity"][what] == tokens_identity(drawn)
     assert comparison.problems["3 bit"].texts == ("wikitext2", "c4")
     assert {"loss", "perplexity", "c4/loss", "c4/perplexity", "c4/gap"} <= set(record.checkpoints[-1].held_out)
+
+
+def test_stores_may_be_calibrated_on_one_text_under_several_names(model_folder: Path, prose: str) -> None:
+    """They are no mix: nothing is drawn of them, they are only kept out of what is held out."""
+    other = str(Path(prose).parent / ".." / Path(prose).parent.name / Path(prose).name)
+    join = [{"method": "wanda", "levels": [0.5], "build": {"calibration": other}}]
+    join.append({"method": "magnitude", "levels": [0.3], "build": {"calibration": f"whole:{prose}"}})
+    task = LanguageModelTask(
+        model=str(model_folder), calibration=prose, held_out="pydoc", join=tuple(join),
+        sequence_length=16, calibration_tokens=64, held_out_tokens=64, tokens=16,
+    )  # fmt: skip
+    task.texts.check(load_tokenizer(str(model_folder)))

@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy
@@ -179,3 +180,18 @@ def test_a_comparison_called_as_an_experiment_that_is_there_is_listed(root: Path
     Script(root / "comparisons" / "Default" / "journals" / "a-s0.jsonl").write([1.0], end=True)
     track(root / "comparisons" / "Default")
     assert [name for _, name in comparisons(uri)] == ["Default"]
+
+
+def test_what_a_tracker_stumbles_over_is_no_fault_of_the_journal(folder: Path) -> None:
+    """It is tried again, as whatever a store answers."""
+
+    class Stumbling:
+        def search(self, header: Any) -> None:
+            raise KeyError("node_id")
+
+    replayer = Replayer(folder, Stumbling)  # type: ignore[arg-type]
+    assert replayer.read()
+    for _ in range(2):
+        with pytest.raises(KeyError, match="node_id"):
+            replayer.step()
+    assert replayer.errors == []

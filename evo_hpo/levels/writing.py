@@ -47,14 +47,14 @@ class StoreWriter:
         self._contents: dict[str, tuple[int, int]] = {}  # the same, with what a manifest says
         self._records: dict[str, UnitRecord] = {}
         self._lock = contextlib.ExitStack()
-        self._check()
+        self._manifest = self._checked()
 
     def __enter__(self) -> Self:
         made_folder(self.folder / "units")
         with contextlib.ExitStack() as failed:
             failed.callback(self._lock.close)
             self._alone()
-            self._check()
+            self._manifest = self._checked()
             if not self._begun.is_file():
                 write_whole(self._begun, json.dumps(self.plan.to_json(), indent=1))
             self._begin_log()
@@ -70,10 +70,8 @@ class StoreWriter:
 
     def whole(self) -> Manifest | None:
         """The manifest, where the store is complete and no file is missing or of another size."""
-        if not (self.folder / "manifest.json").is_file():
-            return None
-        found = Manifest.read(self.folder)
-        return None if any(missing_bytes(self.folder, record) for record in found.units) else found
+        found = self._manifest
+        return None if found is None or any(missing_bytes(self.folder, record) for record in found.units) else found
 
     def _alone(self) -> None:
         path = self.folder / "build.lock"
@@ -89,7 +87,7 @@ class StoreWriter:
 
     def _begin_log(self) -> None:
         """A build that an earlier version began has none: what is there, and can be read, is taken for written."""
-        if self._log.is_file() or (self.folder / "manifest.json").is_file():
+        if self._log.is_file() or self._manifest:
             return
         there = (self._read(path.stem) for path in sorted((self.folder / "units").glob("*.safetensors")))
         write_whole(self._log, "".join(_line(record) for record in there if record is not None))
@@ -101,10 +99,15 @@ class StoreWriter:
                 if time.time() - left.stat().st_mtime > LEFT:
                     left.unlink()
 
-    def _check(self) -> None:
-        """Raises StoreError where the folder holds something else than this store or a part of it."""
-        if (self.folder / "manifest.json").is_file():
-            recorded = Manifest.read(self.folder).plan
+    def _checked(self) -> Manifest | None:
+        """The manifest, where there is one.
+
+        Raises:
+            StoreError: the folder holds something else than this store or a part of it.
+        """
+        manifest = Manifest.read(self.folder) if (self.folder / "manifest.json").is_file() else None
+        if manifest:
+            recorded = manifest.plan
         elif self._begun.is_file():
             try:
                 recorded = Recipe.from_json(json.loads(self._begun.read_text()))
@@ -118,17 +121,17 @@ class StoreWriter:
                 " store: use another folder or delete it"
             )
         else:
-            return
+            return None
         if different := recorded.differences(Recipe.from_json(self.plan.to_json())):
             raise StoreError(
                 f"{str(self.folder)!r} holds a store with other {different}: use another folder or delete it"
             )
+        return manifest
 
     def _known(self) -> dict[str, tuple[int, int]]:
         """Unit -> bytes and CRC-32 of its file, by the manifest and by the log of a build."""
-        found = {}
-        if (self.folder / "manifest.json").is_file():
-            found = {record.name: (record.bytes, record.crc32) for record in Manifest.read(self.folder).units}
+        units = self._manifest.units if self._manifest else ()
+        found = {record.name: (record.bytes, record.crc32) for record in units}
         for line in self._log.read_text().splitlines() if self._log.is_file() else ():
             with contextlib.suppress(ValueError):  # cut off
                 name, size, crc32 = json.loads(line)
@@ -145,8 +148,9 @@ class StoreWriter:
 
     def _is_as_written(self, record: UnitRecord) -> bool:
         content = (record.bytes, record.crc32)
-        if self._contents.get(record.name) != content:
-            self._contents = self._known()  # another process may have written it, where nobody is kept out
+        if self._contents.get(record.name) != content:  # another process wrote it, where nobody is kept out?
+            self._manifest = self._checked()
+            self._contents = self._known()
         return self._contents.get(record.name) == content
 
     def write(self, name: str, shape: tuple[int, ...], transposed: bool, levels: Sequence[CompressedLevel]) -> None:

@@ -28,10 +28,10 @@ CREATE TABLE IF NOT EXISTS settings (context TEXT PRIMARY KEY, json TEXT NOT NUL
 
 
 def check_cache(path: Path) -> None:
-    """Makes nothing.
+    """Looks whether losses can be kept in this file; makes none.
 
     Raises:
-        InvalidSettingError: this is no file that losses can be kept in.
+        InvalidSettingError: they cannot.
     """
     try:
         there = next(each for each in (path, *path.absolute().parents) if each.exists())
